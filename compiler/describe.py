@@ -1,0 +1,121 @@
+"""What a plan's header says of a model, and whether a plan fits a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.sites import MarkedGraph, mark_sites, same_sites
+from stepgraph.compiler.trace import trace
+from stepgraph.fingerprint import config_of, fingerprint
+from stepgraph.plan import CachePlan, PlanError, PlanHeader
+from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point parameters."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs of the right shapes for a model's forward, on its device and in its dtype; all zeros.
+
+    Raises:
+        CompileError: No adapter covers the model's class.
+    """
+    parameter = next(model.parameters())
+    device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+    return family_of(model).example_inputs(config_of(model), batch, model_dtype(model), device)
+
+
+def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:
+    """Trace a model and mark its sites."""
+    family = family_of(model)
+    return mark_sites(trace(model, inputs or example_inputs(model)), family)
+
+
+def input_shapes(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensor inputs without the batch dimension."""
+    return {name: tuple(value.shape[1:]) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched") -> PlanHeader:
+    """The header of a plan for this model under this scheduler."""
+    return PlanHeader(
+        model=type(model).__name__,
+        fingerprint=fingerprint(model),
+        steps=steps,
+        **scheduler_facts(prepare_scheduler(scheduler, steps)),
+        shapes=input_shapes(marked.trace.inputs),
+        dtype=dtype_name(model_dtype(model)),
+        macs=marked.macs,
+        guidance=guidance,
+        branches=("cond", "uncond") if guidance == "separate" else ("all",),
+    )
+
+
+def refuse_other_model(plan: CachePlan, model: nn.Module) -> None:
+    """Compare a model with the one a plan was made for.
+
+    Raises:
+        PlanError: Class, dtype, structure or weights differ; the message says both sides.
+    """
+    header = plan.header
+    if type(model).__name__ != header.model:
+        raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
+    given = dtype_name(model_dtype(model))
+    if given != header.dtype:
+        raise PlanError(f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it")
+    planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
+    if planned[0] != own[0]:
+        raise PlanError(
+            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash {planned[0]}, "
+            f"this model's {own[0]}"
+        )
+    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
+        raise PlanError(
+            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a plan for "
+            f"these weights"
+        )
+
+
+def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
+    """Compare inputs with those a plan was made for; only the batch may differ.
+
+    Raises:
+        PlanError: An input is missing or new, or its shape or the latents' dtype differs.
+    """
+    planned, given = plan.header.shapes, input_shapes(inputs)
+    if set(planned) != set(given):
+        raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(given)}")
+    for name, shape in given.items():
+        if shape != planned[name]:
+            raise PlanError(
+                f"the plan is for {name} of shape [batch, {', '.join(map(str, planned[name]))}]; given is "
+                f"[batch, {', '.join(map(str, shape))}]; make a plan for this resolution"
+            )
+    latents = next(name for name in given)
+    if dtype_name(inputs[latents].dtype) != plan.header.dtype:
+        raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(inputs[latents].dtype)}")
+    if len({value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim}) != 1:
+        sizes = {name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
+        raise PlanError(f"the inputs disagree on the batch size: {sizes}")
+
+
+def refuse_other_sites(plan: CachePlan, marked: MarkedGraph) -> None:
+    """Compare a plan's sites with a model's.
+
+    Raises:
+        PlanError: They differ.
+    """
+    difference = same_sites(plan.sites, marked.sites)
+    if difference:
+        raise PlanError(difference)
+

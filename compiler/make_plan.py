@@ -1,0 +1,57 @@
+"""From a policy's name to a plan."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from stepgraph.compiler.calibrate import CalibrationStats
+from stepgraph.compiler.describe import make_header, marked_graph
+from stepgraph.compiler.policies import POLICIES
+from stepgraph.plan import CachePlan, PlanError
+
+
+def make_plan(
+    policy: str,
+    stats: CalibrationStats | None = None,
+    *,
+    model: nn.Module | None = None,
+    scheduler: Any = None,
+    steps: int | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    guidance: str = "batched",
+    **arguments: Any,
+) -> CachePlan:
+    """Make a plan.
+
+    Args:
+        policy: Name of a policy: "full", "interval" or "manual".
+        stats: Calibration of this model under this scheduler; then `model`, `scheduler` and `steps` are not needed.
+        model: The model the plan is for.
+        scheduler: A diffusers scheduler; it is copied and not changed.
+        steps: Number of inference steps.
+        example_inputs: The forward's arguments, where the model's usual shapes are not meant.
+        guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
+        **arguments: The policy's own.
+
+    Raises:
+        PlanError: Unknown policy or arguments, or something needed is missing.
+    """
+    if policy not in POLICIES:
+        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    if stats is not None:
+        header, sites = stats.header, stats.sites
+    elif POLICIES[policy].needs_stats:
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...)")
+    elif model is None or scheduler is None or steps is None:
+        missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
+        raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
+    else:
+        marked = marked_graph(model, example_inputs)
+        header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
+    try:
+        actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments)
+    except TypeError as error:
+        raise PlanError(f"policy {policy!r}: {error}") from error
+    return CachePlan.build(replace(header, policy=policy, arguments=arguments), sites, actions)

@@ -1,0 +1,23 @@
+"""Model families, one file each."""
+
+from typing import Any
+
+from stepgraph.compiler.models.dit import DIT
+from stepgraph.compiler.models.family import Family
+from stepgraph.config import CompileError
+
+FAMILIES = (DIT,)
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model, by its class name.
+
+    Raises:
+        CompileError: No adapter covers this class.
+    """
+    name = type(model).__name__
+    for family in FAMILIES:
+        if name in family.classes:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.classes))
+    raise CompileError(f"no adapter for the model class {name}; supported: {known}. A new family is one file in compiler/models")

@@ -1,0 +1,102 @@
+"""Models and schedulers by the names that the command line takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from stepgraph.compiler.models import FAMILIES
+from stepgraph.config import CompileError
+from stepgraph.glyphs import ASSETS
+
+SHIPPED = {"glyph-dit": ASSETS / "glyph-dit"}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+
+
+def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model in evaluation mode.
+
+    Args:
+        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights (seed 0).
+        device: Where its weights go.
+        dtype: Of its weights.
+
+    Raises:
+        CompileError: There is no such model, or its class has no adapter.
+    """
+    if name.endswith(":random"):
+        return _random_model(name.removesuffix(":random"), device, dtype)
+    folder = SHIPPED.get(name, Path(name))
+    if (folder / "transformer" / "config.json").is_file():
+        folder = folder / "transformer"
+    if not (folder / "config.json").is_file():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise CompileError(
+                f"no model at {name!r}: expected glyph-dit, a diffusers folder with a config.json, a hub id (owner/name), or one "
+                f"of {', '.join(_random_names())}"
+            )
+        return _hub_model(name, device, dtype)
+    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    model = _model_class(class_name, str(folder)).from_pretrained(folder, torch_dtype=dtype)
+    return _ready(model, device)
+
+
+def load_scheduler(model_name: str, kind: str | None = None) -> Any:
+    """The scheduler that lies beside a model (else DDIM), or one of `SCHEDULERS` with its configuration.
+
+    Raises:
+        CompileError: Unknown kind.
+    """
+    if kind is not None and kind not in SCHEDULERS:
+        raise CompileError(f"unknown scheduler {kind!r}; known: {', '.join(SCHEDULERS)}")
+    folder = SHIPPED.get(model_name, Path(model_name))
+    places = [folder, folder / "scheduler"]
+    config: dict[str, Any] = {}
+    for place in places:
+        if (place / "scheduler_config.json").is_file():
+            config = json.loads((place / "scheduler_config.json").read_text(encoding="utf-8"))
+            break
+    chosen = SCHEDULERS[kind] if kind is not None else config.get("_class_name", "DDIMScheduler")
+    return getattr(diffusers, chosen).from_config(config)
+
+
+def _random_names() -> list[str]:
+    return [f"{name}:random" for family in FAMILIES for name in family.random]
+
+
+def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    for family in FAMILIES:
+        if name in family.random:
+            torch.manual_seed(0)
+            model = _model_class(family.classes[0], name).from_config(dict(family.random[name]))
+            return _ready(model.to(dtype), device)
+    raise CompileError(f"unknown size {name!r} for random weights; known: {', '.join(_random_names())}")
+
+
+def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error
+    return _ready(pipeline.transformer, device)
+
+
+def _model_class(class_name: Any, where: str) -> Any:
+    supported = [name for family in FAMILIES for name in family.classes]
+    if class_name not in supported:
+        raise CompileError(f"{where}: the model class {class_name!r} has no adapter; supported: {', '.join(supported)}")
+    return getattr(diffusers, class_name)
+
+
+def _ready(model: Any, device: str | torch.device) -> nn.Module:
+    module: nn.Module = model.to(device).eval()
+    return module

@@ -1,0 +1,18 @@
+"""Take the markers out again."""
+
+from torch import fx
+
+from stepgraph.compiler.passes.context import PassContext, markers
+
+
+def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Replace every marker by the value it marks.
+
+    Before: `%value = site_value(%ff, site=...)`, `%gated = mul(%gate, %value)`. After: `%gated = mul(%gate, %ff)`.
+    """
+    count = 0
+    for _, marker in markers(gm.graph):
+        marker.replace_all_uses_with(marker.args[0])
+        gm.graph.erase_node(marker)
+        count += 1
+    return count

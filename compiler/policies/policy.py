@@ -1,0 +1,32 @@
+"""What a policy is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepgraph.plan import Site
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way of making plans.
+
+    Attributes:
+        decide: (sites, T, stats or None, **arguments) -> actions over time by site or kind, as `CachePlan.build` takes them.
+        source: Where the method comes from.
+        needs_stats: Whether it needs calibration.
+    """
+
+    decide: Callable[..., Mapping[str, str]]
+    source: str
+    needs_stats: bool = False
+
+
+def present_kinds(sites: Sequence[Site]) -> list[str]:
+    """The kinds that occur, in the order of the sites."""
+    return list(dict.fromkeys(site.kind for site in sites))
+
+
+def per_kind(value: Any, kind: str, default: Any) -> Any:
+    """An argument that is either one value for all kinds or a mapping from kind to value."""
+    return value.get(kind, default) if isinstance(value, Mapping) else value

@@ -1,0 +1,146 @@
+"""Finding the sites in a traced model and marking them in its graph.
+
+A marker is an identity node behind the value of a site; everything that used the value uses the marker. Passes rewrite
+markers and never have to look for a site again.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from stepgraph.compiler.graphs import live_nodes, macs_of, storages_of, written_storages
+from stepgraph.compiler.models.family import Family
+from stepgraph.compiler.trace import Trace
+from stepgraph.config import CompileError
+from stepgraph.plan import Site
+
+
+def site_value(value: torch.Tensor, stack_input: torch.Tensor | None = None, *, site: str) -> torch.Tensor:
+    """Identity: `value` is the value of `site`. For `stack_residual` the site's value is `value - stack_input`."""
+    return value
+
+
+@dataclass(frozen=True)
+class MarkedGraph:
+    """A traced graph with a marker for every site.
+
+    Attributes:
+        trace: Where it came from; its graph is not changed.
+        graph: A copy with markers; a marker's meta holds its site's index as `marker`, and every node that belongs to a
+            site holds the innermost one's name as `site`.
+        sites: In the order of their markers.
+        macs: Multiply-accumulates of the whole graph per sample.
+        batch: The batch size that was traced.
+    """
+
+    trace: Trace
+    graph: fx.Graph
+    sites: tuple[Site, ...]
+    macs: int
+    batch: int
+
+
+def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
+    """Find the sites of a traced model and put markers on them.
+
+    Raises:
+        CompileError: The model does not have the blocks that its family describes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(trace.graph, copies))
+    blocks = _blocks(trace, family)
+    current: dict[fx.Node, fx.Node] = {}
+
+    def mark(original: fx.Node, site: Site, *extra: fx.Node) -> None:
+        value = current.get(original, copies[original])
+        with graph.inserting_after(value):
+            marker = graph.call_function(site_value, (value, *extra), {"site": site.name})
+        value.replace_all_uses_with(marker, delete_user_cb=lambda user: user is not marker)
+        marker.meta |= value.meta | {"mutates": frozenset(), "macs": 0, "marker": site}
+        current[original] = marker
+
+    for path in blocks:
+        for child, kind in family.kinds.items():
+            for number in range(_calls(trace, f"{path}.{child}")):
+                for position, node in enumerate(trace.calls[f"{path}.{child}", number].outputs):
+                    mark(node, Site(f"{path}.{child}", kind, number, position))
+        mark(trace.calls[path, 0].outputs[0], Site(path, "block"))
+    tokens_in, tokens_out = trace.calls[blocks[0], 0].inputs[0], trace.calls[blocks[-1], 0].outputs[0]
+    mark(tokens_out, Site("", "stack_residual"), _kept(graph, copies[tokens_in]))
+    mark(tokens_out, Site("", "hidden"))
+    results = next(iter(reversed(trace.graph.nodes))).all_input_nodes
+    if len(results) == 1:
+        mark(results[0], Site("", "output"))
+    graph.lint()
+    _name_members(graph, family, blocks)
+    return _measured(trace, graph)
+
+
+def _kept(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node's value as it is now: a copy of it where the graph writes to it in place later."""
+    if not storages_of(node) & written_storages(graph):
+        return node
+    with graph.inserting_after(node):
+        copy = graph.call_method("clone", (node,))
+    copy.meta |= {"val": node.meta["val"].clone()}
+    return copy
+
+
+def _blocks(trace: Trace, family: Family) -> list[str]:
+    """Paths of the transformer blocks, in call order."""
+    paths = [path for path, number in trace.calls if path.rpartition(".")[0] == family.stack and number == 0]
+    if not paths:
+        raise CompileError(f"the model ran no block of {family.stack!r}, where its family keeps its transformer blocks")
+    return paths
+
+
+def _calls(trace: Trace, path: str) -> int:
+    return sum(1 for known, _ in trace.calls if known == path)
+
+
+def _name_members(graph: fx.Graph, family: Family, blocks: list[str]) -> None:
+    """Write into every node's meta the name of the innermost module site it belongs to."""
+    members = {f"{path}.{child}" for path in blocks for child in family.kinds} | set(blocks)
+    for node in graph.nodes:
+        inside = [key for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in members]
+        if inside:
+            node.meta["site"] = inside[-1].replace("@", "#")
+
+
+def _measured(trace: Trace, graph: fx.Graph) -> MarkedGraph:
+    """Number the markers in graph order and measure what a reuse of each saves and how large its value is."""
+    output = next(iter(reversed(graph.nodes)))
+    batch = next(iter(trace.inputs.values())).shape[0]
+    total = macs_of(live_nodes([output]))
+    sites = []
+    for node in graph.nodes:
+        if "marker" in node.meta:
+            value: torch.Tensor = node.meta["val"]
+            left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
+            size = value.numel() * value.element_size() // batch
+            sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
+            node.meta["marker"] = len(sites) - 1
+    return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
+
+
+def _macs_without_stack(output: fx.Node, marker: fx.Node) -> int:
+    """What is left when a stack residual is reused: its input tokens are still computed."""
+    stack_input = marker.args[1]
+    assert isinstance(stack_input, fx.Node)
+    return macs_of(live_nodes([output], cut=[marker]) | live_nodes([stack_input]))
+
+
+def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:
+    """What differs between a plan's sites and a model's, in words; None where they agree."""
+    plan_names, model_names = [(s.name, s.kind) for s in planned], [(s.name, s.kind) for s in found]
+    if plan_names == model_names:
+        return None
+    unknown = [name for name, _ in plan_names if name not in dict(model_names)]
+    missing = [name for name, _ in model_names if name not in dict(plan_names)]
+    if unknown:
+        return f"unknown site {unknown[0]!r} in the plan; the model has {', '.join(name for name, _ in model_names[:6])}, ..."
+    if missing:
+        return f"the plan says nothing about the site {missing[0]!r}"
+    return "the plan lists the sites in another order or with other kinds than the model has them"

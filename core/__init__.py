@@ -1,0 +1,52 @@
+"""stepgraph: compile a diffusion transformer and a cache plan into a static program for one whole sampling run.
+
+    import stepgraph as sg
+
+    plan = sg.make_plan("interval", model=model, scheduler=scheduler, steps=50, every=2)
+    exe = sg.compile(model, plan, sg.example_inputs(model))
+    exe.attach(pipe)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from stepgraph.compiler.accelerate import accelerate
+from stepgraph.compiler.calibrate import CalibrationStats, calibrate
+from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.trace import TraceError
+from stepgraph.config import CompileConfig, CompileError
+from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site
+from stepgraph.runtime.executable import Executable, Session
+from stepgraph.runtime.sampler import sample
+
+__version__ = "0.1.0"
+
+
+def compile(
+    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], backend: str = "inductor", exact: bool = False
+) -> Executable:
+    """Compile a plan for a model.
+
+    Args:
+        model: In evaluation mode; its weights are used by reference and not copied.
+        plan: Made for this model; the scheduler is checked when the executable is sampled with or attached.
+        example_inputs: The model's forward arguments. Other batch sizes compile when they are first met.
+        backend: "inductor" or "eager".
+        exact: Keep every operation, so that results are bit-equal to the eager model; needs backend="eager".
+
+    Raises:
+        PlanError: The plan does not fit the model or the inputs.
+        TraceError: The model's forward cannot be a static graph.
+        CompileError: Something else stands in the way; the message says what.
+    """
+    return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact))
+
+
+__all__ = [
+    "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
+    "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "make_plan", "sample",
+]  # fmt: skip

@@ -1,0 +1,56 @@
+"""Every STEPGRAPH_* environment variable, read at the moment it is asked for."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLES = {
+    "STEPGRAPH_DUMP": "folder for numbered graph dumps before and after each pass and row",
+    "STEPGRAPH_DISABLE_PASS": "comma-separated names of optional passes to leave out",
+    "STEPGRAPH_LOG": "level of the messages on standard error: debug, info, warning",
+    "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, and look for NaN in weights and latents",
+}
+
+
+@dataclass(frozen=True)
+class Env:
+    """The environment's settings."""
+
+    dump: Path | None
+    disabled_passes: frozenset[str]
+    log: str
+    check: bool
+
+
+def read_env() -> Env:
+    """The current settings.
+
+    Raises:
+        ValueError: A variable starts with STEPGRAPH_ but is not known, or has a value it cannot have.
+    """
+    given = {name: value for name, value in os.environ.items() if name.startswith("STEPGRAPH_")}
+    unknown = sorted(set(given) - set(VARIABLES))
+    if unknown:
+        raise ValueError(f"unknown environment variable {unknown[0]}; known: {', '.join(VARIABLES)}")
+    check = given.get("STEPGRAPH_CHECK", "0")
+    if check not in ("0", "1", ""):
+        raise ValueError(f"STEPGRAPH_CHECK is {check!r}; expected 0 or 1")
+    level = given.get("STEPGRAPH_LOG", "warning").lower()
+    if level not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"STEPGRAPH_LOG is {level!r}; expected debug, info, warning or error")
+    dump = given.get("STEPGRAPH_DUMP")
+    disabled = frozenset(name.strip() for name in given.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
+    return Env(Path(dump) if dump else None, disabled, level, check == "1")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a part of stepgraph, at the level of STEPGRAPH_LOG."""
+    logger = logging.getLogger(f"stepgraph.{name}")
+    root = logging.getLogger("stepgraph")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        root.addHandler(handler)
+    root.setLevel(read_env().log.upper())
+    return logger

@@ -1,0 +1,46 @@
+"""glyph-dit, the small trained diffusion transformer that ships with stepgraph, and the classifier that scores it.
+
+Both were trained by `python -m stepgraph.bench.train_glyphs`; the weights lie in `stepgraph/assets`.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+ASSETS = Path(__file__).parent / "assets"
+CLASSES = "ABEHKRS258"
+NULL_CLASS = len(CLASSES)
+
+
+class GlyphClassifier(nn.Module):
+    """A small convolutional network over glyph images; its 32 features are the backbone of the quality metrics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 64)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2 if i else 1, 1), nn.GroupNorm(4, b), nn.GELU())
+                for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            ),
+            nn.Sequential(nn.Conv2d(64, 64, 3, 2, 1), nn.GroupNorm(4, 64), nn.GELU()),
+        )
+        self.embed = nn.Linear(64, 32)
+        self.head = nn.Linear(32, len(CLASSES))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in -1..1 to features [B, 32]."""
+        return torch.tanh(self.embed(self.stages(images).mean((2, 3))))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in -1..1 to class logits [B, 10]."""
+        return self.head(self.features(images))
+
+
+def load_classifier(path: Path = ASSETS / "glyph-classifier.safetensors") -> GlyphClassifier:
+    """The trained classifier, fp32, in evaluation mode."""
+    classifier = GlyphClassifier()
+    classifier.load_state_dict(load_file(path))
+    return classifier.eval()

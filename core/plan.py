@@ -1,0 +1,333 @@
+"""Cache plans: for every step and site of one sampling run, what is computed and what is reused.
+
+A plan is data. It is validated when it is made and when it is read, so that whatever holds a `CachePlan` holds a valid one.
+Actions are written as one letter each; a row of the plan is the string of all sites' letters at one step.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepgraph.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from stepgraph.plan_report import PlanSummary
+
+FORMAT = "stepgraph-plan"
+VERSION = 1
+
+
+class PlanError(ValueError):
+    """A plan that is not valid, or does not fit what it is used with."""
+
+
+class Action(str, Enum):
+    """What happens to a site at a step. Only COMPUTE stores a value, and only where a later step reads it."""
+
+    COMPUTE = "C"
+    REUSE = "R"
+    LOWRANK = "L"
+    FORECAST = "F"
+    DEAD = "."
+
+
+COMPUTE, REUSE, LOWRANK, FORECAST, DEAD = (action.value for action in Action)
+READS_STORED = frozenset((REUSE, LOWRANK, FORECAST))
+
+MODULE_KINDS = ("attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out")
+STREAM_KINDS = ("block", "stack_residual", "hidden", "output")
+KINDS = MODULE_KINDS + STREAM_KINDS
+# A stream value holds everything before it; only module sites consist of linear maps that can be corrected one by one.
+POSSIBLE = {kind: frozenset("CRLF.") for kind in MODULE_KINDS} | {kind: frozenset("CRF.") for kind in STREAM_KINDS}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place whose value can be reused.
+
+    Attributes:
+        path: Module path inside the model; empty for the sites of the whole model (`hidden`, `stack_residual`, `output`).
+        kind: One of `KINDS`.
+        call: Which call of that module within one evaluation, counted from 0.
+        output: Which of the call's outputs, counted from 0.
+        macs: Multiply-accumulates per sample that a reuse of this site alone saves.
+        bytes: Size of its stored value per sample, in the plan's dtype.
+    """
+
+    path: str
+    kind: str
+    call: int = 0
+    output: int = 0
+    macs: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"site {self.path!r} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}")
+
+    @property
+    def name(self) -> str:
+        """Unique within a model: the path (or the kind, for the whole model), `#call` and `:output` where not 0."""
+        call, output = f"#{self.call}" if self.call else "", f":{self.output}" if self.output else ""
+        return (self.path or self.kind) + call + output
+
+
+@dataclass(frozen=True)
+class PlanHeader:
+    """What a plan was made for. A plan is refused where one of these differs.
+
+    Attributes:
+        model: Class name of the model.
+        fingerprint: Hash of its configuration and parameters, "structure/contents" (`stepgraph.fingerprint`).
+        scheduler: Class name of the scheduler.
+        scheduler_hash: Hash of the scheduler's configuration.
+        steps: The number of inference steps the scheduler is set to; T can be larger (Heun evaluates twice a step).
+        timesteps: The T timesteps in sampling order, in the scheduler's own unit.
+        shapes: Shape of each tensor input of the model's forward, without the batch dimension.
+        dtype: Of the model, as in "float32".
+        macs: Multiply-accumulates of one whole evaluation per sample.
+        guidance: How conditional and unconditional predictions are made: "batched" in one call, "separate" or "none".
+        branches: Names of the model calls within one step, in call order.
+        policy: Name of the policy that made the plan, with its `arguments`.
+        arguments: The policy's arguments.
+        seed: Seed of the calibration, where there was one.
+        samples: Samples of the calibration, where there was one.
+    """
+
+    model: str
+    fingerprint: str
+    scheduler: str
+    scheduler_hash: str
+    steps: int
+    timesteps: tuple[float, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: str
+    macs: int
+    guidance: str = "batched"
+    branches: tuple[str, ...] = ("all",)
+    policy: str = "manual"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
+        object.__setattr__(self, "branches", tuple(self.branches))
+        if not self.timesteps:
+            raise PlanError("a plan needs at least one timestep; its header has none")
+        if not all(map(math.isfinite, self.timesteps)):
+            raise PlanError(f"the timesteps must be finite numbers; got {list(self.timesteps)}")
+        if not all(isinstance(size, int) for shape in self.shapes.values() for size in shape):
+            raise PlanError(f"the input shapes must be whole numbers; got {dict(self.shapes)}")
+        if self.guidance not in ("batched", "separate", "none"):
+            raise PlanError(f"guidance is {self.guidance!r}; expected 'batched', 'separate' or 'none'")
+        if len(self.branches) != (2 if self.guidance == "separate" else 1):
+            raise PlanError(f"guidance {self.guidance!r} does not have the branches {list(self.branches)}")
+
+
+def first_live(sites: Sequence[Site], row: str) -> int:
+    """Index of the first site that is not DEAD: a replaced stream value makes every site listed before it dead."""
+    replaced = [i for i, site in enumerate(sites) if site.kind in STREAM_KINDS and row[i] in (REUSE, FORECAST)]
+    return replaced[-1] if replaced else 0
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The matrix action[T][sites] with its header, valid by construction.
+
+    Attributes:
+        header: What the plan was made for.
+        sites: In the order in which one evaluation produces their values.
+        rows: T strings of one action letter per site, in canonical form: sites inside a reused site are DEAD.
+
+    Raises:
+        PlanError: On construction, when something is wrong; the message names the step and the site.
+    """
+
+    header: PlanHeader
+    sites: tuple[Site, ...]
+    rows: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "rows", tuple(self.rows))
+        self._check_shape()
+        stored = [False] * len(self.sites)
+        for step, row in enumerate(self.rows):
+            self._check_row(step, row)
+            for i, action in enumerate(row):
+                if action in READS_STORED and not stored[i]:
+                    raise PlanError(
+                        f"step {step}, site {self.sites[i].name}: {Action(action).name} before any COMPUTE, so nothing is "
+                        f"stored to read; compute the site at an earlier step"
+                    )
+                stored[i] |= action == COMPUTE
+
+    def _check_shape(self) -> None:
+        names = [site.name for site in self.sites]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise PlanError(f"site {twice[0]} is listed more than once")
+        if len(self.rows) != self.steps:
+            raise PlanError(f"the plan has {len(self.rows)} rows for the {self.steps} timesteps of its header")
+        for step, row in enumerate(self.rows):
+            if len(row) != len(self.sites):
+                raise PlanError(f"step {step} has {len(row)} actions for {len(self.sites)} sites")
+
+    def _check_row(self, step: int, row: str) -> None:
+        live = first_live(self.sites, row)
+        for i, (site, action) in enumerate(zip(self.sites, row, strict=True)):
+            where = f"step {step}, site {site.name}"
+            if action not in POSSIBLE[site.kind]:
+                known = ", ".join(f"{a.value} ({a.name})" for a in Action if a.value in POSSIBLE[site.kind])
+                raise PlanError(f"{where}: action {action!r} is not possible for kind {site.kind}; possible: {known}")
+            if i < live and action != DEAD:
+                raise PlanError(
+                    f"{where}: {Action(action).name} inside the reused site {self.sites[live].name}; it must be DEAD ('.'), "
+                    f"as CachePlan.build writes it"
+                )
+            if i >= live and action == DEAD:
+                raise PlanError(f"{where}: DEAD, but no reused site contains it; write C or R")
+
+    @classmethod
+    def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
+        """A plan from the actions over time of some sites or kinds; whatever is not named is computed at every step.
+
+        Args:
+            header: What the plan is for.
+            sites: All sites of the model.
+            actions: Site name or kind -> T letters, such as "CRCR". A site's own entry goes before its kind's.
+
+        Raises:
+            PlanError: A name that is neither a site nor a kind present in `sites`; a wrong length; an invalid plan.
+        """
+        known = {site.name for site in sites} | {site.kind for site in sites}
+        for name, letters in actions.items():
+            if name not in known:
+                raise PlanError(f"unknown site or kind {name!r}; this model has {', '.join(sorted(known))}")
+            if len(letters) != len(header.timesteps):
+                raise PlanError(f"{name!r} has {len(letters)} actions for {len(header.timesteps)} steps")
+        everywhere = COMPUTE * len(header.timesteps)
+        columns = [actions.get(site.name, actions.get(site.kind, everywhere)) for site in sites]
+        rows = ["".join(str(column[step]) for column in columns) for step in range(len(header.timesteps))]
+        return cls(header, tuple(sites), tuple(canonical(sites, row) for row in rows))
+
+    @property
+    def steps(self) -> int:
+        """T, the number of model evaluations."""
+        return len(self.header.timesteps)
+
+    def action(self, step: int, site: str) -> Action:
+        """The action of a site, by name, at a step."""
+        return Action(self.rows[step][self.index(site)])
+
+    def index(self, site: str) -> int:
+        """Position of a site, by name."""
+        names = [s.name for s in self.sites]
+        if site not in names:
+            raise PlanError(f"unknown site {site!r}; the sites are {', '.join(names)}")
+        return names.index(site)
+
+    def summary(self) -> "PlanSummary":
+        """Counts per kind, MACs computed and total, ideal speed-up, peak bytes of stored values per sample."""
+        from stepgraph.plan_report import summarize
+
+        return summarize(self)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """The steps x sites heat map, one panel per kind; written to `path` where given."""
+        from stepgraph.plan_report import plot_plan
+
+        return plot_plan(self, path)
+
+    def to_json(self) -> str:
+        """The plan as JSON, one line per header field and per site, so that two plans can be compared by eye or by diff."""
+        header = {"format": FORMAT, "version": VERSION, **asdict(self.header)}
+        lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in header.items()]
+        columns = ["".join(row[i] for row in self.rows) for i in range(len(self.sites))]
+        records = [asdict(site) | {"actions": column} for site, column in zip(self.sites, columns, strict=True)]
+        sites = ",\n".join(f"    {json.dumps(record)}" for record in records)
+        return "{\n" + ",\n".join(lines) + ',\n  "sites": [\n' + sites + "\n  ]\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan's JSON; the file appears whole or not at all."""
+        with whole_file(path) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CachePlan":
+        """Read and validate a plan file; every error names the file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (PlanError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "CachePlan":
+        """Parse and validate a plan's JSON."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f"not a plan: expected an object with \"format\": \"{FORMAT}\"")
+        if data.get("version") != VERSION:
+            raise PlanError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
+        records = data.pop("sites", None)
+        if not isinstance(records, list):
+            raise PlanError("the plan has no list \"sites\"")
+        known = {name: value for name, value in data.items() if name not in ("format", "version")}
+        header = _record(PlanHeader, known, "header")
+        columns = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
+        sites = [_record(Site, record, f"site {number}") for number, record in enumerate(records)]
+        for site, column in zip(sites, columns, strict=True):
+            if not isinstance(column, str) or len(column) != len(header.timesteps):
+                given = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
+                raise PlanError(f"site {site.name} has {given}; expected a string of {len(header.timesteps)} letters")
+        rows = tuple("".join(column[step] for column in columns) for step in range(len(header.timesteps)))
+        return cls(header, tuple(sites), rows)
+
+    def with_header(self, **changes: Any) -> "CachePlan":
+        """The same actions under a header with some fields changed."""
+        return CachePlan(replace(self.header, **changes), self.sites, self.rows)
+
+
+def canonical(sites: Sequence[Site], row: str) -> str:
+    """The row with every site inside a reused site marked DEAD."""
+    live = first_live(sites, row)
+    return DEAD * live + row[live:]
+
+
+# What the parsed JSON of a field must be (and each member of it); every field that is not listed is a string.
+WHOLE = (int, object)
+FIELD_TYPES: dict[str, tuple[Any, Any]] = {
+    "steps": WHOLE, "macs": WHOLE, "call": WHOLE, "output": WHOLE, "bytes": WHOLE,
+    "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
+    "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
+}  # fmt: skip
+
+
+def _record(kind: Any, values: Any, what: str) -> Any:
+    """A dataclass from parsed JSON; unknown, missing and wrongly typed fields are refused by name."""
+    if not isinstance(values, dict):
+        raise PlanError(f"{what} is {type(values).__name__}; expected an object")
+    expected = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(expected))
+    if unknown:
+        raise PlanError(f"{what} has the unknown key {unknown[0]!r}; the keys are {', '.join(expected)}")
+    for name, value in values.items():
+        outer, inner = FIELD_TYPES.get(name, (str, object))
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, bool) or not isinstance(value, outer) or not all(isinstance(m, inner) for m in members):
+            raise PlanError(f"{what}: {name} is {value!r}, which is not of the type this field has")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise PlanError(f"{what} is incomplete: {error}") from error

@@ -1,0 +1,160 @@
+"""What a plan does, for people: counts per kind, the heat map, and the difference of two plans."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepgraph.files import whole_file
+from stepgraph.liveness import peak_bytes
+from stepgraph.plan import COMPUTE, DEAD, KINDS, STREAM_KINDS, Action, CachePlan, first_live
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One colour per action, told apart without colour vision too.
+COLOURS = {"C": "#1b3a5c", "R": "#f2b134", "L": "#7fb069", "F": "#c8553d", ".": "#e6e6e6"}
+
+
+@dataclass(frozen=True)
+class KindCount:
+    """How often the sites of one kind take each action over the whole run."""
+
+    kind: str
+    sites: int
+    computed: int
+    reused: int
+    corrected: int
+    dead: int
+
+    @property
+    def reuse_rate(self) -> float:
+        """Share of the (step, site) pairs that are not computed."""
+        return 1 - self.computed / (self.computed + self.reused + self.corrected + self.dead)
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan in numbers, per sample.
+
+    Attributes:
+        policy: The policy that made it.
+        steps: T.
+        kinds: Counts for every kind of site the model has.
+        macs: Multiply-accumulates that the whole run computes, over all branches.
+        macs_total: The same with nothing reused.
+        peak_slot_bytes: The most bytes of stored values held at once.
+    """
+
+    policy: str
+    steps: int
+    kinds: tuple[KindCount, ...]
+    macs: int
+    macs_total: int
+    peak_slot_bytes: int
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Total over computed MACs: the speed-up if time were proportional to MACs."""
+        return self.macs_total / self.macs if self.macs else float("inf")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        kinds = {count.kind: asdict(count) | {"reuse_rate": count.reuse_rate} for count in self.kinds}
+        speedup = self.ideal_speedup if self.macs else None
+        return asdict(self) | {"kinds": kinds, "ideal_speedup": speedup}
+
+    def __str__(self) -> str:
+        lines = [f"policy {self.policy}, {self.steps} steps"]
+        for count in self.kinds:
+            lines.append(
+                f"  {count.kind:<15}{count.sites:>4} sites  {count.reuse_rate:>6.1%} not computed  "
+                f"(computed {count.computed}, reused {count.reused}, corrected {count.corrected}, dead {count.dead})"
+            )
+        lines.append(f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, ideal {self.ideal_speedup:.2f}x")
+        lines.append(f"  peak stored values {self.peak_slot_bytes / 1e6:.3f} MB per sample")
+        return "\n".join(lines)
+
+
+def row_macs(plan: CachePlan, row: str) -> int:
+    """Multiply-accumulates per sample of one step: all of them less what each replaced site saves."""
+    live = first_live(plan.sites, row)
+    saved = [site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action != COMPUTE]
+    # A replaced stream value already saves everything before it; a later stream site that is computed saves nothing.
+    return plan.header.macs - sum(saved)
+
+
+def summarize(plan: CachePlan) -> PlanSummary:
+    """Count a plan's actions, costs and stored bytes (`CachePlan.summary`).
+
+    The costs of LOWRANK and FORECAST depend on their factors and are not part of the plan; they count as reuse here.
+    """
+    counts = []
+    for kind in KINDS:
+        columns = [i for i, site in enumerate(plan.sites) if site.kind == kind]
+        if columns:
+            actions = [row[i] for row in plan.rows for i in columns]
+            tally = {action: actions.count(action) for action in Action}
+            corrected = tally[Action.LOWRANK] + tally[Action.FORECAST]
+            counts.append(
+                KindCount(kind, len(columns), tally[Action.COMPUTE], tally[Action.REUSE], corrected, tally[Action.DEAD])
+            )
+    branches = len(plan.header.branches)
+    macs = branches * sum(row_macs(plan, row) for row in plan.rows)
+    total = branches * plan.header.macs * plan.steps
+    return PlanSummary(plan.header.policy, plan.steps, tuple(counts), macs, total, peak_bytes(plan))
+
+
+def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
+    """Steps x sites heat map, one panel per module kind and per stream kind that is ever replaced (`CachePlan.plot`)."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    def shown(kind: str) -> bool:
+        actions = {row[i] for row in plan.rows for i, site in enumerate(plan.sites) if site.kind == kind}
+        return bool(actions) if kind not in STREAM_KINDS else bool(actions - {COMPUTE, DEAD})
+
+    panels = [kind for kind in KINDS if shown(kind)] or ["output"]
+    letters = list(COLOURS)
+    depths = {kind: sum(site.kind == kind for site in plan.sites) for kind in panels}
+    ratios = [max(depth, 1.6) for depth in depths.values()]
+    figure = Figure(figsize=(max(6.0, 0.16 * plan.steps + 2.2), 0.13 * sum(ratios) + 0.55 * len(panels) + 1.3), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    for axis, kind in zip(axes, panels, strict=True):
+        columns = [i for i, site in enumerate(plan.sites) if site.kind == kind]
+        image = [[letters.index(row[i]) for row in plan.rows] for i in columns]
+        colours = ListedColormap(list(COLOURS.values()))
+        axis.pcolormesh(image, cmap=colours, vmin=-0.5, vmax=len(letters) - 0.5, edgecolors="white", linewidth=0.4)
+        axis.invert_yaxis()
+        axis.set_ylabel(kind, rotation=0, ha="right", va="center")
+        axis.set_yticks([0.5, len(columns) - 0.5] if len(columns) > 1 else [], ["0", str(len(columns) - 1)] if len(columns) > 1 else [])
+        axis.tick_params(length=0)
+    axes[-1].set_xlabel("step (0 is the noisiest)")
+    used = {action for row in plan.rows for action in row}
+    handles = [Patch(color=COLOURS[a.value], label=a.name.lower()) for a in Action if a.value in used]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    summary = summarize(plan)
+    figure.suptitle(f"{plan.header.policy}: {summary.ideal_speedup:.2f}x fewer MACs", x=0.01, ha="left", fontsize=11)
+    if path is not None:
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=120)
+    return figure
+
+
+def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
+    """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ."""
+    before, after = asdict(old.header), asdict(new.header)
+    header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+    columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
+    shared = [name for name in columns[0] if name in columns[1]]
+    changed = {name: [columns[0][name], columns[1][name]] for name in shared if columns[0][name] != columns[1][name]}
+    pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=False))
+    return {
+        "header": header,
+        "only_in_first": [name for name in columns[0] if name not in columns[1]],
+        "only_in_second": [name for name in columns[1] if name not in columns[0]],
+        "sites": changed,
+        "pairs_changed": pairs,
+    }
+
+

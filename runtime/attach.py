@@ -1,0 +1,119 @@
+"""Running an executable inside a diffusers pipeline."""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.config import CompileError
+from stepgraph.fingerprint import fingerprint
+from stepgraph.plan import PlanError
+from stepgraph.runtime.executable import Executable, Session
+from stepgraph.runtime.sampler import refuse_other_schedule
+
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Stands in for the forward of a pipeline's transformer.
+
+    A run begins with the first call after the last run's end, or with a call at the plan's first timestep; whatever an
+    aborted run left is dropped then.
+    """
+
+    executable: Executable
+    pipe: Any
+    signature: inspect.Signature
+    replaced: Any = None
+    session: Session = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.session = self.executable.session()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, answered by the executable."""
+        inputs = dict(self.signature.bind(*args, **kwargs).arguments)
+        for extra in [p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
+            inputs |= inputs.pop(extra, {})
+        try:
+            self._find_step(inputs["timestep"])
+        except BaseException:
+            self.session.reset()
+            raise
+        return self.session(**inputs)
+
+    def _find_step(self, timestep: Any) -> None:
+        """Make sure that the session's next step is the one the pipeline asks for.
+
+        Raises:
+            PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
+        """
+        header = self.executable.plan.header
+        asked = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        step = self.session.step
+        begun = step > 0 or self.session.branch > 0
+        expected = None if self.session.finished else header.timesteps[step]
+        if begun and expected is not None and abs(asked - expected) <= 1e-3:
+            return
+        if begun and expected is not None and abs(asked - header.timesteps[0]) > 1e-3:
+            raise PlanError(
+                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; the "
+                f"plan's timesteps must be visited in order"
+            )
+        self.session.reset()
+        refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
+        if abs(asked - header.timesteps[0]) > 1e-3:
+            raise PlanError(
+                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for {asked:g}; "
+                f"run the schedule from its beginning"
+            )
+
+
+def attach(executable: Executable, pipe: Any) -> None:
+    """Replace the forward of `pipe.transformer` by the executable.
+
+    Raises:
+        CompileError: The pipeline has no transformer, has another model, or already has an executable attached.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
+    if transformer in _attached:
+        raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
+    if transformer is not executable.model:
+        given, compiled = fingerprint(transformer), executable.plan.header.fingerprint
+        if given != compiled:
+            raise CompileError(
+                f"compiled for {type(executable.model).__name__} with fingerprint {compiled}, but the pipeline's transformer "
+                f"is {type(transformer).__name__} with {given}"
+            )
+    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
+    attachment.replaced = transformer.__dict__.get("forward")
+    transformer.forward = attachment
+    _attached.add(transformer)
+
+
+def detach(executable: Executable) -> None:
+    """Undo every `attach` of an executable."""
+    for transformer in list(_attached):
+        attachment = transformer.__dict__["forward"]
+        if attachment.executable is executable:
+            del transformer.__dict__["forward"]
+            if attachment.replaced is not None:
+                transformer.__dict__["forward"] = attachment.replaced
+            _attached.discard(transformer)
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward that an attached model had before; None where nothing is attached."""
+    attachment = model.__dict__.get("forward")
+    if not isinstance(attachment, Attachment):
+        return None
+    replaced: Callable[..., Any] = attachment.replaced or MethodType(type(model).forward, model)
+    return replaced

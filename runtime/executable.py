@@ -1,0 +1,255 @@
+"""The compiled program of one sampling run, and the sessions that run it."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from stepgraph.config import CompileConfig, CompileError
+from stepgraph.env import read_env
+from stepgraph.plan import CachePlan, PlanError
+from stepgraph.runtime.slots import SlotPlan, SlotTable
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The specialised graph of one distinct (actions, stores).
+
+    Attributes:
+        call: (*inputs, *slots read) -> (*results, *values to store).
+        graph: The same before lowering, for reading.
+        row: One action letter per site.
+        macs: Multiply-accumulates of one call, for the whole batch.
+    """
+
+    call: Callable[..., tuple[torch.Tensor, ...]]
+    graph: fx.GraphModule
+    row: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """All steps for inputs of one signature.
+
+    Attributes:
+        input_names: Order of the variants' tensor inputs.
+        variants: The distinct specialised graphs.
+        rows: Which variant each step runs.
+        slots: What each step reads, stores and frees.
+        results: How many of a variant's outputs are the model's.
+        output_spec: Rebuilds the model's return value from them.
+        batch: The batch size of the inputs.
+        macs_total: Multiply-accumulates of one evaluation with nothing reused, for the whole batch.
+        seconds: How long each stage of compilation took.
+    """
+
+    input_names: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    rows: tuple[int, ...]
+    slots: SlotPlan
+    results: int
+    output_spec: pytree.TreeSpec
+    batch: int
+    macs_total: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of a whole run, for the compiled batch and all branches."""
+
+    computed: int
+    total: int
+    per_step: tuple[int, ...]
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Total over computed."""
+        return self.total / self.computed if self.computed else float("inf")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a run in bytes, for the compiled batch and all branches."""
+
+    peak_slot_bytes: int
+    slots: int
+    values_stored: int
+    weight_bytes: int
+
+
+def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a program is specific to: the tensors' shapes, dtypes and devices, and everything else by its value."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
+        for name, value in sorted(inputs.items())
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Executable:
+    """A plan compiled for a model. Immutable: whatever changes while it runs lives in a `Session`.
+
+    Attributes:
+        model: The model, whose weights the programs use by reference.
+        plan: The plan.
+        config: The compile options.
+        build: Makes the program for inputs of a new signature (another batch size, say).
+        default: The program for the inputs it was compiled with.
+    """
+
+    model: nn.Module
+    plan: CachePlan
+    config: CompileConfig
+    build: Callable[[Mapping[str, Any]], Program]
+    default: Program
+    _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def session(self) -> "Session":
+        """A fresh run of the plan, with no stored values."""
+        return Session(self)
+
+    def program(self, inputs: Mapping[str, Any]) -> Program:
+        """The program for inputs of this signature; compiled when it is met for the first time.
+
+        Raises:
+            CompileError: Shapes (apart from the batch), dtype or device differ from what the plan was made for.
+        """
+        key = signature(inputs)
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self.build(inputs)
+            return self._programs[key]
+
+    def attach(self, pipe: Any) -> "Executable":
+        """Let a diffusers pipeline run this executable in place of its transformer; undone by `detach`."""
+        from stepgraph.runtime.attach import attach
+
+        attach(self, pipe)
+        return self
+
+    def detach(self) -> None:
+        """Give every pipeline this executable is attached to its own transformer back."""
+        from stepgraph.runtime.attach import detach
+
+        detach(self)
+
+    def macs(self) -> Macs:
+        """Multiply-accumulates of a run, counted on the specialised graphs."""
+        program, branches = self.default, len(self.plan.header.branches)
+        per_step = tuple(program.variants[i].macs * branches for i in program.rows)
+        return Macs(sum(per_step), program.macs_total * branches * len(per_step), per_step)
+
+    def memory(self) -> Memory:
+        """Bytes of stored values and weights of a run, known before it runs."""
+        slots, branches = self.default.slots, len(self.plan.header.branches)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        return Memory(slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights)
+
+    def print_readable(self, step: int) -> str:
+        """The Python source of the graph that a step runs, with shapes and dtypes."""
+        if not 0 <= step < self.plan.steps:
+            raise IndexError(f"step {step} is out of range: the plan has steps 0 to {self.plan.steps - 1}")
+        source: str = self.default.variants[self.default.rows[step]].graph.print_readable(print_output=False)
+        return source
+
+
+class Session:
+    """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
+
+    def __init__(self, executable: Executable) -> None:
+        self.executable = executable
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first step; all stored values are dropped."""
+        header = self.executable.plan.header
+        self.step, self.branch = 0, 0
+        self._tables: list[SlotTable | None] = [None] * len(header.branches)
+        self._programs: list[Program | None] = [None] * len(header.branches)
+        self.peak_slot_bytes = 0
+        self._check = read_env().check
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has run."""
+        return self.step == self.executable.plan.steps
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the values held now, over all branches."""
+        return sum(table.bytes for table in self._tables if table is not None)
+
+    def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
+        """Run the next call of the plan: the next branch of this step, or the first of the next.
+
+        Args:
+            return_dict: False gives a plain tuple instead of the model's output class, as in diffusers.
+            **inputs: The model's forward arguments.
+
+        Raises:
+            CompileError: The run is over, or the inputs' shapes changed within it.
+
+        An exception inside a step resets the session, so that nothing stale is left.
+        """
+        try:
+            results, spec = self._run({name: value for name, value in inputs.items() if value is not None})
+        except BaseException:
+            self.reset()
+            raise
+        return pytree.tree_unflatten(results, spec) if return_dict else tuple(results)
+
+    def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
+        if self.finished:
+            raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        program = self._program(inputs)
+        slots = program.slots.steps[self.step]
+        table = self._tables[self.branch]
+        if table is None:
+            table = self._tables[self.branch] = SlotTable(program.slots.count)
+        arguments = [inputs[name] for name in program.input_names]
+        if self._check:
+            refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
+        with torch.no_grad():
+            outputs = program.variants[program.rows[self.step]].call(*arguments, *(table.read(i) for i in slots.reads))
+        results = list(outputs[: program.results])
+        if self._check:
+            refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
+        for slot, value in zip(slots.stores, outputs[program.results :], strict=True):
+            table.store(slot, value)
+        self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
+        for slot in slots.frees:
+            table.free(slot)
+        self.branch = (self.branch + 1) % len(self._tables)
+        self.step += self.branch == 0
+        return results, program.output_spec
+
+    def _program(self, inputs: dict[str, Any]) -> Program:
+        """The program of this branch; stored values have the shapes of the one the run began with."""
+        program, begun = self.executable.program(inputs), self._programs[self.branch]
+        if begun is not None and program is not begun:
+            raise CompileError(
+                f"the inputs changed within a run: step {self.step} came with batch {program.batch} after steps with "
+                f"batch {begun.batch}; start a new session"
+            )
+        self._programs[self.branch] = program
+        return program
+
+
+def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """STEPGRAPH_CHECK=1: refuse tensors that are not finite.
+
+    Raises:
+        PlanError: The message names the tensor and how many of its values are NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise PlanError(f"{what}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite (STEPGRAPH_CHECK)")

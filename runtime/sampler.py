@@ -1,0 +1,156 @@
+"""The plain sampling loop, and what a plan records of a scheduler."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.fingerprint import config_of, hash_config
+from stepgraph.plan import PlanError, PlanHeader
+from stepgraph.runtime.executable import Executable
+
+
+def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Any:
+    """A copy of a scheduler, set to `steps`; the given one keeps its state.
+
+    Raises:
+        PlanError: `steps` is not a whole number that the scheduler takes.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise PlanError(f"steps is {steps!r}; expected a whole number of at least 1")
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps, device=device)
+    return own
+
+
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """The header fields of a scheduler that has been set to its steps."""
+    return {
+        "scheduler": type(scheduler).__name__,
+        "scheduler_hash": hash_config(config_of(scheduler)),
+        "timesteps": tuple(float(t) for t in scheduler.timesteps),
+    }
+
+
+def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:
+    """Compare a scheduler that is set to its steps with the one a plan was compiled for.
+
+    Raises:
+        PlanError: Class, number of steps, configuration or timesteps differ; the message says both sides.
+    """
+    facts = scheduler_facts(scheduler)
+    if facts["scheduler"] != header.scheduler:
+        raise PlanError(f"compiled for {header.scheduler}, but {what} has {facts['scheduler']}; compile a plan for it")
+    evaluations = len(facts["timesteps"])
+    if evaluations != len(header.timesteps):
+        raise PlanError(
+            f"compiled for {header.steps} inference steps ({len(header.timesteps)} evaluations), but {what} is set to "
+            f"{evaluations} evaluations; ask for {header.steps} steps or compile a plan for the other number"
+        )
+    if facts["scheduler_hash"] != header.scheduler_hash:
+        raise PlanError(
+            f"compiled for another configuration of {header.scheduler} (hash {header.scheduler_hash}, {what} has "
+            f"{facts['scheduler_hash']}); compile a plan for this configuration"
+        )
+    for step, (planned, given) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
+        if abs(planned - given) > 1e-3:
+            raise PlanError(f"compiled for timestep {planned:g} at step {step}, but {what} has {given:g} there")
+
+
+@torch.no_grad()
+def sample(
+    runner: Executable | nn.Module,
+    scheduler: Any,
+    noise: torch.Tensor,
+    guidance_scale: float = 1.0,
+    *,
+    steps: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **conditioning: Any,
+) -> torch.Tensor:
+    """Denoise `noise` with an executable, or with an eager model for comparison.
+
+    Args:
+        runner: The executable, or a model (then `steps` must be given).
+        scheduler: A deterministic diffusers scheduler; it is copied and not changed.
+        noise: Standard normal latents [B, C, ...] in the model's dtype and on its device; scaled by the scheduler's
+            `init_noise_sigma`.
+        guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
+        steps: Number of inference steps; an executable brings its own.
+        on_step: Called with (steps done, steps in all) after every step.
+        **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as `negative_<name>`.
+
+    Returns:
+        Latents [B, C, ...] of `noise`'s dtype.
+
+    Raises:
+        PlanError: The scheduler is not the one the plan was made for, or an input is missing.
+    """
+    if isinstance(runner, Executable):
+        header = runner.plan.header
+        if steps is not None and steps != header.steps:
+            raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
+        own = prepare_scheduler(scheduler, header.steps, noise.device)
+        refuse_other_schedule(header, own, "the scheduler of this call")
+        predict: Callable[..., Any] = runner.session()
+        separate = header.guidance == "separate"
+    else:
+        if steps is None:
+            raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
+        own = prepare_scheduler(scheduler, steps, noise.device)
+        predict, separate = runner, False
+    cond, uncond = _split_conditioning(conditioning, guidance_scale)
+    if separate and uncond is None:
+        raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
+    stochastic = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
+    latents = noise * own.init_noise_sigma
+    latents_name = next(iter(inspect.signature(getattr(runner, "model", runner).forward).parameters))
+
+    def call(batch: torch.Tensor, t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        timestep = t.to(batch.device).reshape(1).expand(batch.shape[0])
+        prediction: torch.Tensor = predict(**{latents_name: batch, "timestep": timestep, **kwargs}, return_dict=False)[0]
+        return prediction
+
+    timesteps = own.timesteps
+    for number, t in enumerate(timesteps):
+        scaled = own.scale_model_input(latents, t)
+        if uncond is None:
+            output = call(scaled, t, cond)
+        else:
+            if separate:
+                wanted, base = call(scaled, t, cond), call(scaled, t, uncond)
+            else:
+                both = {name: _together(cond[name], uncond.get(name)) for name in cond}
+                wanted, base = call(torch.cat([scaled, scaled]), t, both).chunk(2)
+            output = base + guidance_scale * (wanted - base)
+        # Models that also predict a variance return it behind the noise, in as many channels again.
+        if output.shape[1] == 2 * latents.shape[1]:
+            output = output.chunk(2, dim=1)[0]
+        latents = own.step(output, t, latents, **stochastic, return_dict=False)[0]
+        if on_step is not None:
+            on_step(number + 1, len(timesteps))
+    return latents
+
+
+def _split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Conditional inputs and, with guidance, the unconditional ones."""
+    negative = {name.removeprefix("negative_"): value for name, value in given.items() if name.startswith("negative_")}
+    cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
+    stray = sorted(set(negative) - set(cond))
+    if stray:
+        raise PlanError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+    if guidance_scale <= 1:
+        return cond, None
+    missing = sorted(set(cond) - set(negative))
+    if missing:
+        raise PlanError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
+    return cond, negative
+
+
+def _together(cond: Any, uncond: Any) -> Any:
+    return torch.cat([cond, uncond]) if isinstance(cond, torch.Tensor) else cond
+
+

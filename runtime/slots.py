@@ -1,0 +1,88 @@
+"""Slots: where stored values are kept between steps, assigned by liveness."""
+
+from dataclasses import dataclass
+
+import torch
+
+from stepgraph.liveness import peak_bytes, traffic
+from stepgraph.plan import CachePlan
+
+
+@dataclass(frozen=True)
+class StepSlots:
+    """Slot numbers of one step, in the order of the variant's reads and stores; `frees` are emptied at its end."""
+
+    reads: tuple[int, ...]
+    stores: tuple[int, ...]
+    frees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """Which slot holds which value when.
+
+    Attributes:
+        steps: Slot numbers of every step.
+        count: How many slots there are.
+        peak_bytes: The most bytes held at once, per sample of the batch, over all branches.
+        stored: Number of (step, site) pairs that store a value.
+    """
+
+    steps: tuple[StepSlots, ...]
+    count: int
+    peak_bytes: int
+    stored: int
+
+
+def assign_slots(plan: CachePlan) -> SlotPlan:
+    """Give every stored value the lowest slot that is free from its COMPUTE to its last read."""
+    slot_of: dict[int, int] = {}
+    free: list[int] = []
+    count = 0
+    steps = []
+    for step in traffic(plan):
+        reads = tuple(slot_of[site] for site in step.reads)
+        for site in step.stores:
+            if not free:
+                free.append(count)
+                count += 1
+            slot_of[site] = free.pop(0)
+        stores = tuple(slot_of[site] for site in step.stores)
+        frees = tuple(slot_of.pop(site) for site in step.frees)
+        free = sorted([*free, *frees])
+        steps.append(StepSlots(reads, stores, frees))
+    stored = sum(len(step.stores) for step in steps)
+    return SlotPlan(tuple(steps), count, peak_bytes(plan), stored)
+
+
+class SlotTable:
+    """The stored values of one branch of a running session.
+
+    Values are kept by reference, without a copy; `bytes` counts the memory they really occupy.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._values: list[torch.Tensor | None] = [None] * count
+        self.peak_bytes = 0
+
+    def read(self, slot: int) -> torch.Tensor:
+        """The value in a slot."""
+        value = self._values[slot]
+        if value is None:
+            raise RuntimeError(f"slot {slot} is empty: the plan's liveness and the session have come apart")
+        return value
+
+    def store(self, slot: int, value: torch.Tensor) -> None:
+        """Keep a value; a view into something larger is copied, so that the larger thing is not kept with it."""
+        self._values[slot] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def free(self, slot: int) -> None:
+        """Forget a value."""
+        self._values[slot] = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the storages held now, each counted once."""
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in self._values if v is not None}
+        return sum(storages.values())
