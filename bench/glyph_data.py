@@ -55,7 +55,8 @@ def warped(mask: Image.Image, warp: Warp, rng: np.random.Generator) -> np.ndarra
     coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
     view = mask.transform(mask.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     size = side // OVERSAMPLE
-    return np.asarray(view, np.float32).reshape(size, OVERSAMPLE, size, OVERSAMPLE).mean((1, 3)) / 255
+    cover: np.ndarray = np.asarray(view, np.float32).reshape(size, OVERSAMPLE, size, OVERSAMPLE).mean((1, 3)) / 255
+    return cover
 
 
 def render(count: int, size: int, seed: int, warp: Warp | None = None) -> tuple[torch.Tensor, torch.Tensor]:

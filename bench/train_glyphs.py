@@ -4,9 +4,9 @@
     python -m stepgraph.bench.train_glyphs glyph-dit            # about an hour on two CPU cores
     python -m stepgraph.bench.train_glyphs glyph-dit-l --device cuda
 
-Each run writes its weights (`save_pretrained` layout, fp16), the loss curve and, for a transformer, a contact sheet into
---out. A killed run continues from its last checkpoint. The transformer is diffusers' own DiTTransformer2DModel, trained on
-v-prediction with its embedder tied across blocks (it is stored once per block, as diffusers expects).
+Each run writes its weights (`save_pretrained` layout, fp16), the loss curve and, for a transformer, a contact sheet
+into --out. A killed run continues from its last checkpoint. The transformer is diffusers' own DiTTransformer2DModel,
+trained on v-prediction with its embedder tied across blocks (it is stored once per block, as diffusers expects).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stepgraph.bench.glyph_data import Warp, render
-from stepgraph.glyphs import CLASSES, NULL_CLASS, GlyphClassifier
+from stepgraph.glyphs import NULL_CLASS, GlyphClassifier
 
 TRAIN_STEPS = 1000
 
@@ -108,7 +108,7 @@ def stratified_timesteps(batch: int, device: torch.device) -> torch.Tensor:
 
 
 def train_transformer(name: str, out: Path, device: torch.device, limit_s: float) -> bool:
-    """Train `name` for at most `limit_s` seconds; returns whether its recipe is complete, and then writes the result."""
+    """Train `name` for at most `limit_s` seconds; returns whether its recipe is complete, and if so writes it."""
     recipe = RECIPES[name]
     torch.manual_seed(0)
     images, labels = render(recipe.images, recipe.size, seed=1, warp=recipe.warp)
@@ -187,7 +187,11 @@ def finish(name: str, recipe: Recipe, ema: dict[str, torch.Tensor], losses: list
     untied.load_state_dict(state)
     untied.half().save_pretrained(out / name)
     scheduler().save_pretrained(out / name)
-    record = {"recipe": asdict(recipe), "torch": torch.__version__, "losses": [round(value, 5) for value in losses[::10]]}
+    record = {
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+        "losses": [round(value, 5) for value in losses[::10]],
+    }
     (out / f"{name}-training.json").write_text(json.dumps(record))
     plot_losses(name, losses, out / f"{name}-loss.png")
 
@@ -228,8 +232,13 @@ def train_classifier(out: Path, device: torch.device, size: int = 24, epochs: in
             schedule.step()
     test_images, test_labels = render(10_000, size, seed=2)
     with torch.inference_mode():
-        guess = torch.cat([model(part.to(device).float() / 127.5 - 1).argmax(1).cpu() for part in test_images.split(500)])
-    save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, out / "glyph-classifier.safetensors")
+        guess = torch.cat(
+            [model(part.to(device).float() / 127.5 - 1).argmax(1).cpu() for part in test_images.split(500)]
+        )
+    save_file(
+        {key: value.cpu().contiguous() for key, value in model.state_dict().items()},
+        out / "glyph-classifier.safetensors",
+    )
     return (guess == test_labels).float().mean().item()
 
 
@@ -239,7 +248,9 @@ def main() -> None:
     parser.add_argument("what", choices=("classifier", *RECIPES))
     parser.add_argument("--out", type=Path, default=Path("out/training"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)

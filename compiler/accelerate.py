@@ -25,8 +25,8 @@ def accelerate(
         pipe: A diffusers pipeline with a transformer.
         steps: The `num_inference_steps` it will be called with.
         policy: Name of a policy that needs no calibration.
-        batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other sizes
-            compile when they are first met.
+        batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
+            sizes compile when they are first met.
         backend: "inductor" or "eager".
         exact: As in `stepgraph.compile`.
         **arguments: The policy's own.

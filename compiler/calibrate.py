@@ -51,7 +51,12 @@ class CalibrationStats:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
-        described = {"format": FORMAT, "version": VERSION, "header": asdict(self.header), "sites": list(map(asdict, self.sites))}
+        described = {
+            "format": FORMAT,
+            "version": VERSION,
+            "header": asdict(self.header),
+            "sites": list(map(asdict, self.sites)),
+        }
         with whole_file(path) as partial:
             tensors = {"magnitude": self.magnitude, "change": self.change}
             save_file(tensors, partial, metadata={"stepgraph": json.dumps(described)})
@@ -70,7 +75,9 @@ class CalibrationStats:
         except (SafetensorError, json.JSONDecodeError) as error:
             raise PlanError(f"{path}: not a complete statistics file ({error})") from error
         if described.get("format") != FORMAT or described.get("version") != VERSION:
-            raise PlanError(f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}")
+            raise PlanError(
+                f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}"
+            )
         header, sites = PlanHeader(**described["header"]), tuple(Site(**site) for site in described["sites"])
         for name in ("magnitude", "change"):
             if name not in tensors or tuple(tensors[name].shape) != (len(header.timesteps), len(sites)):
@@ -93,7 +100,8 @@ class _Observer(nn.Module):
         self.names = tuple(marked.trace.inputs)
         self.magnitude = torch.zeros(steps, len(every), dtype=torch.float64)
         self.change = torch.zeros(steps, len(every), dtype=torch.float64)
-        self.begin()
+        self.last: list[torch.Tensor] | None = None
+        self.step = 0
 
     def begin(self) -> None:
         """A new sampling run."""
@@ -106,7 +114,7 @@ class _Observer(nn.Module):
             self.magnitude[self.step, i] += value.abs().mean(dtype=torch.float64).cpu()
             if self.last is not None:
                 self.change[self.step, i] += (value - self.last[i]).abs().mean(dtype=torch.float64).cpu()
-        self.last: list[torch.Tensor] | None = values
+        self.last = values
         self.step += 1
         return (result,)
 

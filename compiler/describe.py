@@ -24,8 +24,8 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Inputs of the right shapes for a model's forward, on its device and in its dtype; all zeros.
+def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
+    """Keyword arguments of the right shapes for a model's forward, on its device and in its dtype; all zeros.
 
     Raises:
         CompileError: No adapter covers the model's class.
@@ -46,7 +46,9 @@ def input_shapes(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
-def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched") -> PlanHeader:
+def make_header(
+    model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched"
+) -> PlanHeader:
     """The header of a plan for this model under this scheduler."""
     return PlanHeader(
         model=type(model).__name__,
@@ -72,17 +74,19 @@ def refuse_other_model(plan: CachePlan, model: nn.Module) -> None:
         raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
     given = dtype_name(model_dtype(model))
     if given != header.dtype:
-        raise PlanError(f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it")
+        raise PlanError(
+            f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it"
+        )
     planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
     if planned[0] != own[0]:
         raise PlanError(
-            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash {planned[0]}, "
-            f"this model's {own[0]}"
+            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
+            f"{planned[0]}, this model's {own[0]}"
         )
     if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
         raise PlanError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a plan for "
-            f"these weights"
+            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a "
+            f"plan for these weights"
         )
 
 
@@ -105,7 +109,9 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
     if dtype_name(inputs[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(inputs[latents].dtype)}")
     if len({value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim}) != 1:
-        sizes = {name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
+        sizes = {
+            name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim
+        }
         raise PlanError(f"the inputs disagree on the batch size: {sizes}")
 
 
@@ -118,4 +124,3 @@ def refuse_other_sites(plan: CachePlan, marked: MarkedGraph) -> None:
     difference = same_sites(plan.sites, marked.sites)
     if difference:
         raise PlanError(difference)
-

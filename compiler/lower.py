@@ -12,8 +12,8 @@ from stepgraph.config import CompileConfig
 def lower(gm: fx.GraphModule, config: CompileConfig) -> Callable[..., Any]:
     """The graph as a callable (*inputs, *slots) -> flat tuple of tensors.
 
-    "eager" is the graph's own generated Python. "inductor" compiles the whole graph with torch.compile, for static shapes;
-    it is called once here, so that compilation happens now and not in the first run.
+    "eager" is the graph's own generated Python. "inductor" compiles the whole graph with torch.compile, for static
+    shapes; it is called once here, so that compilation happens now and not in the first run.
     """
     if config.backend == "eager":
         return gm

@@ -17,7 +17,9 @@ from stepgraph.runtime.executable import Executable, Program, Variant, refuse_na
 from stepgraph.runtime.slots import assign_slots
 
 
-def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig) -> Executable:
+def compile_plan(
+    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig
+) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`)."""
     refuse_other_model(plan, model)
     if read_env().check:

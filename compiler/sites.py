@@ -118,7 +118,9 @@ def _measured(trace: Trace, graph: fx.Graph) -> MarkedGraph:
     for node in graph.nodes:
         if "marker" in node.meta:
             value: torch.Tensor = node.meta["val"]
-            left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
+            left = (
+                macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
+            )
             size = value.numel() * value.element_size() // batch
             sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
             node.meta["marker"] = len(sites) - 1
@@ -140,7 +142,8 @@ def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None
     unknown = [name for name, _ in plan_names if name not in dict(model_names)]
     missing = [name for name, _ in model_names if name not in dict(plan_names)]
     if unknown:
-        return f"unknown site {unknown[0]!r} in the plan; the model has {', '.join(name for name, _ in model_names[:6])}, ..."
+        known = ", ".join(name for name, _ in model_names[:6])
+        return f"unknown site {unknown[0]!r} in the plan; the model has {known}, ..."
     if missing:
         return f"the plan says nothing about the site {missing[0]!r}"
     return "the plan lists the sites in another order or with other kinds than the model has them"

@@ -31,7 +31,7 @@ OPTIONAL_PASSES = frozenset({"eliminate_dead_code"})
 
 @dataclass(frozen=True)
 class Specialized:
-    """The graphs of a plan: `rows[step]` is the index of the step's graph in `graphs` and of its context in `contexts`."""
+    """The graphs of a plan: `rows[step]` is the index of the step's graph and context in `graphs` and `contexts`."""
 
     graphs: tuple[fx.GraphModule, ...]
     contexts: tuple[PassContext, ...]
@@ -42,7 +42,9 @@ class Specialized:
         return macs_of(self.graphs[variant].graph.nodes)
 
 
-def specialize(marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: dict[str, Any] | None = None) -> Specialized:
+def specialize(
+    marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: dict[str, Any] | None = None
+) -> Specialized:
     """Rewrite the marked graph once for every distinct (actions, stores) of the plan.
 
     Args:
@@ -58,23 +60,26 @@ def specialize(marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: 
         for site, action in zip(plan.sites, row, strict=True):
             if action in (LOWRANK, FORECAST):
                 raise CompileError(
-                    f"step {step}, site {site.name}: {Action(action).name} is part of the plan format, but this version "
-                    f"compiles COMPUTE and REUSE only"
+                    f"step {step}, site {site.name}: {Action(action).name} is part of the plan format, but this "
+                    f"version compiles COMPUTE and REUSE only"
                 )
     env = read_env()
     unknown = env.disabled_passes - OPTIONAL_PASSES
     if unknown:
         raise CompileError(
-            f"STEPGRAPH_DISABLE_PASS names {sorted(unknown)[0]!r}; the passes that can be left out: {', '.join(OPTIONAL_PASSES)}"
+            f"STEPGRAPH_DISABLE_PASS names {sorted(unknown)[0]!r}; the passes that can be left out: "
+            f"{', '.join(OPTIONAL_PASSES)}"
         )
     written = written_storages(marked.graph)
     index: dict[tuple[str, tuple[int, ...]], int] = {}
-    graphs, contexts, rows = [], [], []
-    for row, step in zip(plan.rows, traffic(plan), strict=True):
-        key = (row, step.stores)
+    graphs: list[fx.GraphModule] = []
+    contexts: list[PassContext] = []
+    rows: list[int] = []
+    for row, moves in zip(plan.rows, traffic(plan), strict=True):
+        key = (row, moves.stores)
         if key not in index:
             index[key] = len(graphs)
-            context = PassContext(plan.sites, row, step.reads, step.stores, written)
+            context = PassContext(plan.sites, row, moves.reads, moves.stores, written)
             graphs.append(_rewrite(marked, model, context, len(graphs), env, example))
             contexts.append(context)
         rows.append(index[key])
@@ -98,7 +103,9 @@ def _rewrite(
         started = time.perf_counter()
         count = rewrite(gm, context)
         gm.graph.lint()
-        log.debug("variant %d: %s made %d rewrites in %.1f ms", variant, name, count, 1e3 * (time.perf_counter() - started))
+        log.debug(
+            "variant %d: %s made %d rewrites in %.1f ms", variant, name, count, 1e3 * (time.perf_counter() - started)
+        )
         _dump(gm, env, variant, number, name)
         if reference is not None and example is not None:
             _check(gm, context, example, reference, name)
@@ -148,7 +155,7 @@ def _run_marked(gm: fx.GraphModule, context: PassContext, example: dict[str, Any
 
 
 def _check(gm: fx.GraphModule, context: PassContext, example: dict[str, Any], reference: _Reference, name: str) -> None:
-    """STEPGRAPH_CHECK=1: fed the values of the unrewritten graph, the rewritten one gives the same results and shapes."""
+    """STEPGRAPH_CHECK=1: fed values of the unrewritten graph, the rewritten one gives the same results and shapes."""
     gm.recompile()
     present = {node.target for node in gm.graph.nodes if node.op == "placeholder"}
     slots = {slot_name(context.sites[i]): reference.values[i].clone() for i in context.reads}
@@ -161,7 +168,6 @@ def _check(gm: fx.GraphModule, context: PassContext, example: dict[str, Any], re
         tolerance = 1e-5 if value.dtype in (torch.float32, torch.float64) else 3e-2
         if value.shape != expected.shape or value.dtype != expected.dtype or not error <= tolerance:
             raise CompileError(
-                f"pass {name} changed output {number}: {tuple(value.shape)} {value.dtype}, relative error {float(error):.2e}; "
-                f"expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"
+                f"pass {name} changed output {number}: {tuple(value.shape)} {value.dtype}, relative error "
+                f"{float(error):.2e}; expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"
             )
-

@@ -1,12 +1,12 @@
 """Value-carrying tracing: a model's forward becomes a torch.fx graph in which every node knows its shape and dtype.
 
-While the forward runs, every tensor in it is a `TracedTensor`: a tensor without data that carries the graph node it came
-from and a fake tensor as its value. All of torch's functions, methods and properties pass through one place,
+While the forward runs, every tensor in it is a `TracedTensor`: a tensor without data that carries the graph node it
+came from and a fake tensor as its value. All of torch's functions, methods and properties pass through one place,
 `Tracer.call_torch`: it runs the operation on the fake values and records a node for it. Shapes, dtypes and devices are
 plain Python values, so control flow on them needs no special care; what asks for data is refused by file and line.
 
-torch.nn modules stay `call_module` nodes, everything else is inlined. No weight is read: a model on the meta device or of
-fake tensors traces like a real one, and `Trace.bind` puts the graph on any model of the same structure.
+torch.nn modules stay `call_module` nodes, everything else is inlined. No weight is read: a model on the meta device or
+of fake tensors traces like a real one, and `Trace.bind` puts the graph on any model of the same structure.
 """
 
 import inspect
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -91,9 +92,9 @@ class TracedTensor(torch.Tensor):
     node: fx.Node
 
     @staticmethod
-    def __new__(cls, value: FakeTensor, node: fx.Node) -> "TracedTensor":
+    def __new__(cls: type["TracedTensor"], value: FakeTensor, node: fx.Node) -> "TracedTensor":
         """A wrapper of the value's shape, strides, dtype and device, without storage."""
-        traced: TracedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        traced: TracedTensor = torch.Tensor._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
             device=value.device,
         )  # fmt: skip
@@ -101,7 +102,9 @@ class TracedTensor(torch.Tensor):
         return traced
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function here and calls a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Reached only by code that goes around torch's function protocol."""
         raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
 
@@ -164,7 +167,9 @@ class Tracer(TorchFunctionMode):
         self.stack[key] = (path, type(module))
         try:
             if is_leaf(module):
-                fakes = {name: self.fake(t) for name, t in [*module.named_parameters(), *module.named_buffers()]}
+                fakes: dict[str, torch.Tensor] = {
+                    name: self.fake(t) for name, t in [*module.named_parameters(), *module.named_buffers()]
+                }
                 value, mutates, macs = self.run(
                     lambda *a, **k: torch.func.functional_call(module, fakes, a, k), args, kwargs
                 )
@@ -213,16 +218,30 @@ class Tracer(TorchFunctionMode):
 
     def refuse_parameter_write(self, written: torch.Tensor) -> None:
         """An operation in place on a parameter or buffer would make a later call depend on an earlier one."""
-        for owner in self.kept_alive:
-            if self.fakes.get(id(owner)) is written and id(owner) in self.attributes:
-                name = self.attributes[id(owner)]
-                raise TraceError(f"{model_location()}: the forward writes to the model's own {name!r}; {NO_PAST}")
+        key = storage_key(written)
+        if any(key == storage_key(node.meta["val"]) for node in self.graph.nodes if node.op == "placeholder"):
+            return
+        hollow = [t for t in [*self.model.parameters(), *self.model.buffers()] if isinstance(t, FakeTensor)]
+        for owner in [*self.kept_alive, *hollow]:
+            if storage_key(self.fake(owner)) == key:
+                name = self.attributes.get(id(owner))
+                what = f"the model's own {name!r}" if name else "a tensor that it holds"
+                raise TraceError(f"{model_location()}: the forward writes to {what}; {NO_PAST}")
 
     def record(
-        self, op: str, target: Any, args: Any, kwargs: Any, value: Any, mutates: frozenset[int] = frozenset(), macs: int = 0
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        value: Any,
+        mutates: frozenset[int] = frozenset(),
+        macs: int = 0,
     ) -> Any:
         """Append a node; returns the traced tensor for its value, or the like of it for a tuple of tensors."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
+        # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
+        args, kwargs = pytree.tree_map_only(np.generic, lambda number: number.item(), (args, kwargs))
         node = self.graph.create_node(op, target, tuple(args), kwargs)
         node.meta |= {"nn_module_stack": dict(self.stack), "mutates": mutates, "macs": macs}
         return self.wrap(value, node)
@@ -287,7 +306,8 @@ FAKE_ERRORS = (
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The same number for all views of one (fake) storage, while one of them lives."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -315,7 +335,20 @@ def _spelling(func: Any, args: Any) -> tuple[str, Any, Any]:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     f"__{name}__": getattr(operator, name)
-    for name in ("getitem", "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+    for name in (
+        "getitem",
+        "setitem",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+    )
 }
 
 
@@ -327,7 +360,10 @@ def _state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Every attribute of every module, to see afterwards whether the forward changed one."""
     state: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
-        for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
+        own = {
+            name: value for name, value in vars(module).items() if name not in ("_buffers", "_parameters", "_modules")
+        }
+        for name, value in {**own, **module._buffers, **module._parameters, **module._modules}.items():
             members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
             plain = isinstance(value, (int, float, str, bool))
             state[path, name] = (value if plain else id(value), [id(member) for member in members])
@@ -358,7 +394,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         TraceError: The forward depends on data or on its own past, or the model is in training mode.
     """
     if model.training:
-        raise TraceError(f"{type(model).__name__} is in training mode, where dropout is random; call model.eval() first")
+        raise TraceError(
+            f"{type(model).__name__} is in training mode, where dropout is random; call model.eval() first"
+        )
     started = time.perf_counter()
     parameters = [*model.parameters(), *model.buffers()]
     modes = [t.fake_mode for t in [*parameters, *inputs.values()] if isinstance(t, FakeTensor)]
@@ -392,7 +430,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     leaves, spec = pytree.tree_flatten(result)
     if not all(isinstance(leaf, TracedTensor) for leaf in leaves):
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, TracedTensor)}))
-        raise TraceError(f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph")
+        raise TraceError(
+            f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph"
+        )
     tracer.graph.output(tuple(leaf.node for leaf in leaves))
     fakes = {name: traced.value for name, traced in placeholders.items()}
     return Trace(tracer.graph, tracer.calls, tracer.constants, spec, fakes, time.perf_counter() - started)

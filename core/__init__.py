@@ -1,5 +1,7 @@
 """stepgraph: compile a diffusion transformer and a cache plan into a static program for one whole sampling run.
 
+In four lines:
+
     import stepgraph as sg
 
     plan = sg.make_plan("interval", model=model, scheduler=scheduler, steps=50, every=2)

@@ -1,7 +1,7 @@
 """Cache plans: for every step and site of one sampling run, what is computed and what is reused.
 
-A plan is data. It is validated when it is made and when it is read, so that whatever holds a `CachePlan` holds a valid one.
-Actions are written as one letter each; a row of the plan is the string of all sites' letters at one step.
+A plan is data. It is validated when it is made and when it is read, so that whatever holds a `CachePlan` holds a valid
+one. Actions are written as one letter each; a row of the plan is the string of all sites' letters at one step.
 """
 
 import json
@@ -52,7 +52,8 @@ class Site:
     """A place whose value can be reused.
 
     Attributes:
-        path: Module path inside the model; empty for the sites of the whole model (`hidden`, `stack_residual`, `output`).
+        path: Module path inside the model; empty for the sites of the whole model (`hidden`, `stack_residual`,
+            `output`).
         kind: One of `KINDS`.
         call: Which call of that module within one evaluation, counted from 0.
         output: Which of the call's outputs, counted from 0.
@@ -165,8 +166,8 @@ class CachePlan:
             for i, action in enumerate(row):
                 if action in READS_STORED and not stored[i]:
                     raise PlanError(
-                        f"step {step}, site {self.sites[i].name}: {Action(action).name} before any COMPUTE, so nothing is "
-                        f"stored to read; compute the site at an earlier step"
+                        f"step {step}, site {self.sites[i].name}: {Action(action).name} before any COMPUTE, so nothing "
+                        f"is stored to read; compute the site at an earlier step"
                     )
                 stored[i] |= action == COMPUTE
 
@@ -190,14 +191,16 @@ class CachePlan:
                 raise PlanError(f"{where}: action {action!r} is not possible for kind {site.kind}; possible: {known}")
             if i < live and action != DEAD:
                 raise PlanError(
-                    f"{where}: {Action(action).name} inside the reused site {self.sites[live].name}; it must be DEAD ('.'), "
-                    f"as CachePlan.build writes it"
+                    f"{where}: {Action(action).name} inside the reused site {self.sites[live].name}; it must be DEAD "
+                    f"('.'), as CachePlan.build writes it"
                 )
             if i >= live and action == DEAD:
                 raise PlanError(f"{where}: DEAD, but no reused site contains it; write C or R")
 
     @classmethod
-    def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
+    def build(
+        cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]
+    ) -> "CachePlan":
         """A plan from the actions over time of some sites or kinds; whatever is not named is computed at every step.
 
         Args:
@@ -248,7 +251,7 @@ class CachePlan:
         return plot_plan(self, path)
 
     def to_json(self) -> str:
-        """The plan as JSON, one line per header field and per site, so that two plans can be compared by eye or by diff."""
+        """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""
         header = {"format": FORMAT, "version": VERSION, **asdict(self.header)}
         lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in header.items()]
         columns = ["".join(row[i] for row in self.rows) for i in range(len(self.sites))]
@@ -277,15 +280,15 @@ class CachePlan:
         except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise PlanError(f"not a plan: expected an object with \"format\": \"{FORMAT}\"")
+            raise PlanError(f'not a plan: expected an object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
             raise PlanError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
         records = data.pop("sites", None)
         if not isinstance(records, list):
-            raise PlanError("the plan has no list \"sites\"")
+            raise PlanError('the plan has no list "sites"')
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
         header = _record(PlanHeader, known, "header")
-        columns = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
+        columns: list[Any] = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
         sites = [_record(Site, record, f"site {number}") for number, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
             if not isinstance(column, str) or len(column) != len(header.timesteps):

@@ -65,12 +65,15 @@ class PlanSummary:
 
     def __str__(self) -> str:
         lines = [f"policy {self.policy}, {self.steps} steps"]
-        for count in self.kinds:
-            lines.append(
-                f"  {count.kind:<15}{count.sites:>4} sites  {count.reuse_rate:>6.1%} not computed  "
-                f"(computed {count.computed}, reused {count.reused}, corrected {count.corrected}, dead {count.dead})"
-            )
-        lines.append(f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, ideal {self.ideal_speedup:.2f}x")
+        lines += [
+            f"  {count.kind:<15}{count.sites:>4} sites  {count.reuse_rate:>6.1%} not computed  "
+            f"(computed {count.computed}, reused {count.reused}, corrected {count.corrected}, dead {count.dead})"
+            for count in self.kinds
+        ]
+        lines.append(
+            f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, "
+            f"ideal {self.ideal_speedup:.2f}x"
+        )
         lines.append(f"  peak stored values {self.peak_slot_bytes / 1e6:.3f} MB per sample")
         return "\n".join(lines)
 
@@ -105,7 +108,7 @@ def summarize(plan: CachePlan) -> PlanSummary:
 
 
 def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
-    """Steps x sites heat map, one panel per module kind and per stream kind that is ever replaced (`CachePlan.plot`)."""
+    """Steps x sites heat map, one panel per module kind and per stream kind ever replaced (`CachePlan.plot`)."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -118,7 +121,9 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
     letters = list(COLOURS)
     depths = {kind: sum(site.kind == kind for site in plan.sites) for kind in panels}
     ratios = [max(depth, 1.6) for depth in depths.values()]
-    figure = Figure(figsize=(max(6.0, 0.16 * plan.steps + 2.2), 0.13 * sum(ratios) + 0.55 * len(panels) + 1.3), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 0.16 * plan.steps + 2.2), 0.13 * sum(ratios) + 0.55 * len(panels) + 1.3), layout="constrained"
+    )
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     for axis, kind in zip(axes, panels, strict=True):
         columns = [i for i, site in enumerate(plan.sites) if site.kind == kind]
@@ -127,7 +132,10 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
         axis.pcolormesh(image, cmap=colours, vmin=-0.5, vmax=len(letters) - 0.5, edgecolors="white", linewidth=0.4)
         axis.invert_yaxis()
         axis.set_ylabel(kind, rotation=0, ha="right", va="center")
-        axis.set_yticks([0.5, len(columns) - 0.5] if len(columns) > 1 else [], ["0", str(len(columns) - 1)] if len(columns) > 1 else [])
+        axis.set_yticks(
+            [0.5, len(columns) - 0.5] if len(columns) > 1 else [],
+            ["0", str(len(columns) - 1)] if len(columns) > 1 else [],
+        )
         axis.tick_params(length=0)
     axes[-1].set_xlabel("step (0 is the noisiest)")
     used = {action for row in plan.rows for action in row}
@@ -145,7 +153,9 @@ def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
     """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ."""
     before, after = asdict(old.header), asdict(new.header)
     header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
-    columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
+    columns = [
+        {site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)
+    ]
     shared = [name for name in columns[0] if name in columns[1]]
     changed = {name: [columns[0][name], columns[1][name]] for name in shared if columns[0][name] != columns[1][name]}
     pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=False))
@@ -156,5 +166,3 @@ def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
         "sites": changed,
         "pairs_changed": pairs,
     }
-
-

@@ -63,15 +63,15 @@ class Attachment:
             return
         if begun and expected is not None and abs(asked - header.timesteps[0]) > 1e-3:
             raise PlanError(
-                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; the "
-                f"plan's timesteps must be visited in order"
+                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
+                f"the plan's timesteps must be visited in order"
             )
         self.session.reset()
         refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
         if abs(asked - header.timesteps[0]) > 1e-3:
             raise PlanError(
-                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for {asked:g}; "
-                f"run the schedule from its beginning"
+                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
+                f"{asked:g}; run the schedule from its beginning"
             )
 
 
@@ -90,8 +90,8 @@ def attach(executable: Executable, pipe: Any) -> None:
         given, compiled = fingerprint(transformer), executable.plan.header.fingerprint
         if given != compiled:
             raise CompileError(
-                f"compiled for {type(executable.model).__name__} with fingerprint {compiled}, but the pipeline's transformer "
-                f"is {type(transformer).__name__} with {given}"
+                f"compiled for {type(executable.model).__name__} with fingerprint {compiled}, but the pipeline's "
+                f"transformer is {type(transformer).__name__} with {given}"
             )
     attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
     attachment.replaced = transformer.__dict__.get("forward")

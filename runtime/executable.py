@@ -86,7 +86,9 @@ class Memory:
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, and everything else by its value."""
     return tuple(
-        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
+        (name, tuple(value.shape), value.dtype, value.device)
+        if isinstance(value, torch.Tensor)
+        else (name, repr(value))
         for name, value in sorted(inputs.items())
     )
 
@@ -252,4 +254,6 @@ def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                raise PlanError(f"{what}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite (STEPGRAPH_CHECK)")
+                raise PlanError(
+                    f"{what}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite (STEPGRAPH_CHECK)"
+                )

@@ -81,7 +81,8 @@ def sample(
         guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
         steps: Number of inference steps; an executable brings its own.
         on_step: Called with (steps done, steps in all) after every step.
-        **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as `negative_<name>`.
+        **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
+            `negative_<name>`.
 
     Returns:
         Latents [B, C, ...] of `noise`'s dtype.
@@ -106,12 +107,14 @@ def sample(
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     stochastic = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
-    latents = noise * own.init_noise_sigma
-    latents_name = next(iter(inspect.signature(getattr(runner, "model", runner).forward).parameters))
+    latents: torch.Tensor = noise * own.init_noise_sigma
+    owner: Any = getattr(runner, "model", runner)
+    latents_name = next(iter(inspect.signature(owner.forward).parameters))
 
     def call(batch: torch.Tensor, t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         timestep = t.to(batch.device).reshape(1).expand(batch.shape[0])
-        prediction: torch.Tensor = predict(**{latents_name: batch, "timestep": timestep, **kwargs}, return_dict=False)[0]
+        inputs = {latents_name: batch, "timestep": timestep, **kwargs}
+        prediction: torch.Tensor = predict(**inputs, return_dict=False)[0]
         return prediction
 
     timesteps = own.timesteps
@@ -152,5 +155,3 @@ def _split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[d
 
 def _together(cond: Any, uncond: Any) -> Any:
     return torch.cat([cond, uncond]) if isinstance(cond, torch.Tensor) else cond
-
-

@@ -20,4 +20,6 @@ def family_of(model: Any) -> Family:
         if name in family.classes:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.classes))
-    raise CompileError(f"no adapter for the model class {name}; supported: {known}. A new family is one file in compiler/models")
+    raise CompileError(
+        f"no adapter for the model class {name}; supported: {known}. A new family is one file in compiler/models"
+    )

@@ -20,9 +20,7 @@ def example_inputs(
     }
 
 
-def conditioning(
-    config: Mapping[str, Any], batch: int, device: torch.device
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def conditioning(config: Mapping[str, Any], batch: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """Class labels 0, 1, 2, ... in turn, and the null class for the unconditional half."""
     classes = config["num_embeds_ada_norm"]
     labels = torch.arange(batch, device=device) % classes

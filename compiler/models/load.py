@@ -1,6 +1,7 @@
 """Models and schedulers by the names that the command line takes."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     """A model in evaluation mode.
 
     Args:
-        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights (seed 0).
+        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights (seed
+            0).
         device: Where its weights go.
         dtype: Of its weights.
 
@@ -40,12 +42,14 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     if not (folder / "config.json").is_file():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise CompileError(
-                f"no model at {name!r}: expected glyph-dit, a diffusers folder with a config.json, a hub id (owner/name), or one "
-                f"of {', '.join(_random_names())}"
+                f"no model at {name!r}: expected glyph-dit, a diffusers folder with a config.json, a hub id "
+                f"(owner/name), or one of {', '.join(_random_names())}"
             )
         return _hub_model(name, device, dtype)
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    model = _model_class(class_name, str(folder)).from_pretrained(folder, torch_dtype=dtype)
+    # Without accelerate diffusers cannot load leaf by leaf, and says so at length unless it is not asked to.
+    lean = find_spec("accelerate") is not None
+    model = _model_class(class_name, str(folder)).from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=lean)
     return _ready(model, device)
 
 

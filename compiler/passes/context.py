@@ -29,7 +29,8 @@ class PassContext:
     @staticmethod
     def results(graph: fx.Graph) -> list[fx.Node]:
         """The nodes whose values the graph returns."""
-        return next(iter(reversed(graph.nodes))).all_input_nodes
+        output: fx.Node = next(iter(reversed(graph.nodes)))
+        return output.all_input_nodes
 
     @staticmethod
     def borders(graph: fx.Graph) -> list[fx.Node]:

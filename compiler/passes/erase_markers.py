@@ -12,7 +12,9 @@ def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:
     """
     count = 0
     for _, marker in markers(gm.graph):
-        marker.replace_all_uses_with(marker.args[0])
+        value = marker.args[0]
+        assert isinstance(value, fx.Node)
+        marker.replace_all_uses_with(value)
         gm.graph.erase_node(marker)
         count += 1
     return count

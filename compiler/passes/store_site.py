@@ -41,5 +41,5 @@ def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:
             value.meta |= {"val": marker.meta["val"]}
         shared |= storages_of(marker)
         stored.append(value)
-    output.args = ((*output.args[0], *stored),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *stored),)
     return len(stored)

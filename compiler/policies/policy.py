@@ -12,7 +12,8 @@ class Policy:
     """A way of making plans.
 
     Attributes:
-        decide: (sites, T, stats or None, **arguments) -> actions over time by site or kind, as `CachePlan.build` takes them.
+        decide: (sites, T, stats or None, **arguments) -> actions over time by site or kind, as `CachePlan.build` takes
+            them.
         source: Where the method comes from.
         needs_stats: Whether it needs calibration.
     """

@@ -1,0 +1,47 @@
+# Every target does all the set-up it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.make-setup
+LINT := build/lint
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+
+# The build backend comes first, so that it is pinned too: isolated builds would fetch one of their own.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; stepgraph needs 3.10 or newer: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'setuptools>=77'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+setup: $(STAMP) ## Create .venv with the pinned versions and the package, editable
+
+demo: $(STAMP) ## Run the demonstration
+	$(BIN)/stepgraph demo
+
+test: lint ## Lint, then run all tests that need no GPU
+	$(BIN)/python -m pytest
+
+# mypy cannot follow the editable install's mapped folders, so it checks the package as users get it: the wheel.
+lint: $(STAMP) ## Check format, lint rules, import direction and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py $(wildcard core/cli.py core/demo.py)
+	@rm -rf $(LINT) build/lib build/bdist.*
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
+	MYPYPATH=$(LINT)/site $(BIN)/mypy --strict -p stepgraph
+
+format: $(STAMP) ## Format the code and apply the lint rules' safe fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Remove what was built; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
