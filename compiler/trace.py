@@ -391,12 +391,18 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             argument; everything else is a constant of the graph.
 
     Raises:
-        TraceError: The forward depends on data or on its own past, or the model is in training mode.
+        TraceError: The forward depends on data or on its own past, the model is in training mode, or an input holds tensors
+            inside a tuple, list or dict.
     """
-    if model.training:
-        raise TraceError(
-            f"{type(model).__name__} is in training mode, where dropout is random; call model.eval() first"
-        )
+    training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+            raise TraceError(
+                f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
+                f"graph; only inputs that are tensors themselves can change from call to call"
+            )
     started = time.perf_counter()
     parameters = [*model.parameters(), *model.buffers()]
     modes = [t.fake_mode for t in [*parameters, *inputs.values()] if isinstance(t, FakeTensor)]

@@ -118,7 +118,10 @@ class PlanHeader:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        try:
+            object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        except OverflowError as error:
+            raise PlanError(f"the timesteps must be finite numbers; {error}") from error
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "branches", tuple(self.branches))
         if not self.timesteps:
@@ -269,6 +272,8 @@ class CachePlan:
         """Read and validate a plan file; every error names the file."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise PlanError(f"no plan file at {path}; make one with `stepgraph plan make` or CachePlan.save") from error
         except (PlanError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: {error}") from error
 
@@ -277,7 +282,7 @@ class CachePlan:
         """Parse and validate a plan's JSON."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f'not a plan: expected an object with "format": "{FORMAT}"')

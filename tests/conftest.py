@@ -1,0 +1,95 @@
+"""Tiny models and schedulers, fixed seeds, and NaN in memory that nobody has written to."""
+
+import diffusers
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, max_examples=15,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+)  # fmt: skip
+settings.load_profile("repeatable")
+
+NULL_CLASS = 1000
+TINY = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+    "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": NULL_CLASS,
+}  # fmt: skip
+
+
+def tiny_dit(seed: int = 0, **changes) -> diffusers.DiTTransformer2DModel:
+    """A DiT of two blocks, width 32 and 16 tokens, with random weights."""
+    torch.manual_seed(seed)
+    return diffusers.DiTTransformer2DModel(**(TINY | changes)).eval()
+
+
+def tiny_scheduler(name: str):
+    """A scheduler by the short name that the tests use."""
+    return {
+        "ddim": diffusers.DDIMScheduler,
+        "dpm++": diffusers.DPMSolverMultistepScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+        "heun": diffusers.HeunDiscreteScheduler,
+    }[name]()
+
+
+def labels(*classes: int) -> dict[str, torch.Tensor]:
+    """The conditioning of a DiT."""
+    return {"class_labels": torch.tensor(classes)}
+
+
+def noise(batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Standard normal latents for the tiny DiT."""
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(batch: int = 1, seed: int = 0, timestep: int = 500) -> dict[str, torch.Tensor]:
+    """Arguments of one evaluation of the tiny DiT."""
+    return {
+        "hidden_states": noise(batch, seed),
+        "timestep": torch.full((batch,), timestep),
+        "class_labels": torch.arange(batch) + 3,
+    }
+
+
+@pytest.fixture(scope="session")
+def dit() -> diffusers.DiTTransformer2DModel:
+    """The tiny DiT. Tests that change it (attach, patch) put it back."""
+    return tiny_dit()
+
+
+@pytest.fixture
+def ddim() -> diffusers.DDIMScheduler:
+    """The most common scheduler."""
+    return tiny_scheduler("ddim")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """Fixed seeds; torch.empty is filled with NaN, so that a read of unwritten memory shows in the results."""
+    torch.manual_seed(0)
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(previous)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    """The settings of whoever runs the tests do not count."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("STEPGRAPH_"):
+            monkeypatch.delenv(name)

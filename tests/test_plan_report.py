@@ -1,0 +1,124 @@
+"""Summary, heat map and difference of plans."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import inputs
+from PIL import Image
+from test_plan import HEADER, PLAN, SITES, build
+
+import stepgraph as sg
+from stepgraph.plan import KINDS, CachePlan
+from stepgraph.plan_report import COLOURS, diff_plans
+
+
+def test_summary_counts_by_hand():
+    # Rows: CCCCCCCCC, CRCCRCCCC, .......RC
+    summary = PLAN.summary()
+    counts = {c.kind: (c.sites, c.computed, c.reused, c.corrected, c.dead) for c in summary.kinds}
+    assert counts == {
+        "attn": (2, 4, 0, 0, 2), "ff": (2, 2, 2, 0, 2), "block": (2, 4, 0, 0, 2), "stack_residual": (1, 2, 0, 0, 1),
+        "hidden": (1, 2, 1, 0, 0), "output": (1, 3, 0, 0, 0),
+    }  # fmt: skip
+    assert summary.macs == 100 + (100 - 20 - 20) + (100 - 90)
+    assert summary.macs_total == 300
+    assert summary.ideal_speedup == 300 / 170
+    # The two ff of step 0 until step 1, and hidden from step 1 on.
+    assert summary.peak_slot_bytes == 12
+    assert [c.kind for c in summary.kinds] == [kind for kind in KINDS if kind in counts]
+    assert summary.kinds[1].reuse_rate == pytest.approx(4 / 6)
+
+
+def test_two_branches_cost_twice():
+    separate = CachePlan.build(
+        HEADER.__class__(**{**HEADER.__dict__, "guidance": "separate", "branches": ("cond", "uncond")}), SITES, {"ff": "CRR"}
+    )
+    single = build({"ff": "CRR"})
+    assert separate.summary().macs == 2 * single.summary().macs
+    assert separate.summary().peak_slot_bytes == 2 * single.summary().peak_slot_bytes == 16
+
+
+def test_summary_of_a_corrected_plan_and_of_one_that_computes_nothing():
+    corrected = {c.kind: c for c in build({"ff": "CLF"}).summary().kinds}["ff"]
+    assert (corrected.computed, corrected.corrected, corrected.reused) == (2, 4, 0)
+    free = CachePlan.build(HEADER, [site.__class__(**{**site.__dict__, "macs": 0}) for site in SITES], {})
+    assert free.summary().ideal_speedup == 1.0
+    assert "policy manual, 3 steps" in str(free.summary())
+
+
+def test_summary_as_text_and_as_data():
+    text = str(PLAN.summary())
+    assert "ff                2 sites   66.7% not computed  (computed 2, reused 2, corrected 0, dead 2)" in text
+    assert "ideal 1.76x" in text
+    data = json.loads(json.dumps(PLAN.summary().as_dict()))
+    assert data["kinds"]["ff"]["reused"] == 2
+    assert data["macs"] == 170
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        {"attn": "CRRC"}, {"ff": "CCRR"}, {"attn": "CRCR", "ff": "CRRR"}, {"hidden": "CRCR"}, {"stack_residual": "CRRC"},
+        {"output": "CRRR"}, {"attn": "CRCC", "hidden": "CCRC", "output": "CCCR"}, {"transformer_blocks.1.ff": "CRRR"}, {},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("guidance", ["batched", "separate"])
+def test_summary_agrees_with_the_compiled_graphs(dit, ddim, actions, guidance):
+    plan = sg.make_plan("manual", model=dit, scheduler=ddim, steps=4, guidance=guidance, actions=actions)
+    exe = sg.compile(dit, plan, inputs(3), backend="eager", exact=True)
+    summary, macs = plan.summary(), exe.macs()
+    assert (macs.computed, macs.total) == (3 * summary.macs, 3 * summary.macs_total)
+    assert sum(macs.per_step) == macs.computed
+    assert macs.ideal_speedup == pytest.approx(summary.ideal_speedup)
+    assert exe.memory().peak_slot_bytes == 3 * summary.peak_slot_bytes
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("actions", "shown", "absent"),
+    [({"ff": "CRR"}, "CR", "LF."), ({"ff": "CLF", "hidden": "CCR"}, "CLR.", ""), ({}, "C", "RLF."), ({"output": "CFF"}, "CF.", "RL")],
+    ids=str,
+)
+def test_plot_paints_the_actions(tmp_path, actions, shown, absent):
+    figure = build(actions).plot(tmp_path / "plan.png")
+    assert figure.axes
+    assert os.listdir(tmp_path) == ["plan.png"]
+    pixels = np.asarray(Image.open(tmp_path / "plan.png").convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    area = {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
+    for letter in shown:
+        assert area.get(rgb(COLOURS[letter]), 0) > 100, letter
+    for letter in absent:
+        assert area.get(rgb(COLOURS[letter]), 0) < 100, letter
+
+
+def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        PLAN.plot(tmp_path / "plan.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_difference_of_two_plans():
+    assert diff_plans(PLAN, PLAN) == {
+        "header": {}, "only_in_first": [], "only_in_second": [], "sites": {}, "pairs_changed": 0,
+    }  # fmt: skip
+    other = CachePlan.build(HEADER, SITES[:-1], {"ff": "CRC", "attn": "CRR"}).with_header(policy="else")
+    found = diff_plans(PLAN, other)
+    assert found["header"] == {"policy": ["manual", "else"]}
+    assert (found["only_in_first"], found["only_in_second"]) == (["output"], [])
+    assert found["sites"]["blocks.0.attn"] == ["CC.", "CRR"]
+    assert found["pairs_changed"] == sum(a != b for was, now in found["sites"].values() for a, b in zip(was, now, strict=True))
