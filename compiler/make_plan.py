@@ -1,5 +1,6 @@
 """From a policy's name to a plan."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ def make_plan(
     """
     if policy not in POLICIES:
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    _refuse_other_arguments(policy, arguments)
     if stats is not None:
         header, sites = stats.header, stats.sites
     elif POLICIES[policy].needs_stats:
@@ -50,8 +52,17 @@ def make_plan(
     else:
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    try:
-        actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments)
-    except TypeError as error:
-        raise PlanError(f"policy {policy!r}: {error}") from error
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments)
     return CachePlan.build(replace(header, policy=policy, arguments=arguments), sites, actions)
+
+
+def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    takes = f"it takes {', '.join(own)}" if own else "it takes none"
+    unknown = sorted(set(arguments) - set(own))
+    if unknown:
+        raise PlanError(f"the policy {policy!r} has no argument {unknown[0]!r}; {takes}")
+    missing = [name for name, p in own.items() if p.default is p.empty and name not in arguments]
+    if missing:
+        raise PlanError(f"the policy {policy!r} needs the argument {missing[0]!r}; {takes}")

@@ -4,10 +4,14 @@ Both were trained by `python -m stepgraph.bench.train_glyphs`; the weights lie i
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ASSETS = Path(__file__).parent / "assets"
 CLASSES = "ABEHKRS258"
@@ -36,11 +40,32 @@ class GlyphClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in -1..1 to class logits [B, 10]."""
-        return self.head(self.features(images))
+        logits: torch.Tensor = self.head(self.features(images))
+        return logits
 
 
 def load_classifier(path: Path = ASSETS / "glyph-classifier.safetensors") -> GlyphClassifier:
-    """The trained classifier, fp32, in evaluation mode."""
+    """The trained classifier, fp32, in evaluation mode, on the CPU."""
     classifier = GlyphClassifier()
     classifier.load_state_dict(load_file(path))
     return classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: GlyphClassifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the images [B, 3, H, W] in -1..1 that the classifier sees as their labels [B]."""
+    guesses = [classifier(part.float().cpu().clamp(-1, 1)).argmax(1) for part in images.split(500)]
+    return float((torch.cat(guesses) == labels.cpu()).double().mean())
+
+
+def contact_sheet(images: torch.Tensor, columns: int = 8, zoom: int = 3) -> "Image":
+    """Images [B, 3, H, W] in -1..1 as one picture, row by row."""
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.zeros(rows * columns, channels, height, width)
+    sheet[:count] = (images.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
+    grid = sheet.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = (grid.reshape(rows * height, columns * width, channels) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(pixels).resize((columns * width * zoom, rows * height * zoom), Image.Resampling.NEAREST)

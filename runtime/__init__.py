@@ -1,0 +1,1 @@
+"""What runs a compiled plan; it needs nothing of the compiler."""

@@ -49,7 +49,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     # Without accelerate diffusers cannot load leaf by leaf, and says so at length unless it is not asked to.
     lean = find_spec("accelerate") is not None
-    model = _model_class(class_name, str(folder)).from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=lean)
+    model = _model_class(class_name, str(folder)).from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=lean)
     return _ready(model, device)
 
 
@@ -87,7 +87,7 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error

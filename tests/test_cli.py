@@ -1,0 +1,164 @@
+"""The command line, as a user and as a program would call it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from stepgraph.cli import app
+from stepgraph.plan import CachePlan
+
+runner = CliRunner()
+
+
+def invoke(*arguments: object) -> str:
+    """Run a command that must succeed; its standard output."""
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def error_of(*arguments: object) -> str:
+    """Run a command that must fail with one clear error; the error."""
+    result = runner.invoke(app, [*(str(a) for a in arguments), "--json"])
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    return json.loads(result.stdout)["error"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-o", path)
+    return path
+
+
+def test_plan_make_writes_a_valid_plan(plan: Path):
+    made = CachePlan.load(plan)
+    assert made.steps == 6
+    assert [made.action(step, "transformer_blocks.0.ff").name for step in range(3)] == ["COMPUTE", "REUSE", "COMPUTE"]
+
+
+def test_plan_show_prints_the_summary_and_draws(plan: Path, tmp_path: Path):
+    picture = tmp_path / "plan.png"
+    text = invoke("plan", "show", plan, "--plot", picture)
+    assert "50.0% not computed" in text
+    assert Image.open(picture).size[0] > 500
+    facts = json.loads(invoke("plan", "show", plan, "--json"))
+    assert facts["kinds"]["ff"]["reused"] == 30
+    assert facts["macs"] < facts["macs_total"]
+
+
+def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
+    other = tmp_path / "other.json"
+    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
+    difference = json.loads(invoke("plan", "diff", plan, other, "--json"))
+    assert difference["pairs_changed"] == 10 * 3  # ten attention sites, three reused steps each
+    assert difference["header"]["arguments"] == [{"every": 2}, {"every": 2, "kinds": ["ff"]}]
+    assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
+
+
+def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
+    facts = json.loads(
+        invoke("compile", "glyph-dit", "--plan", plan, "--backend", "eager", "--dump", tmp_path / "graphs", "--json")
+    )
+    assert facts["variants"] == 2
+    assert facts["nodes_per_variant"][1] < facts["nodes_per_variant"][0]
+    assert facts["memory"]["peak_slot_bytes"] == 20 * 2 * 36 * 128 * 4
+    sources = [Path(path).read_text() for path in facts["dumped"]]
+    assert "self.transformer_blocks" in sources[0]
+    assert "slot_transformer_blocks_0_ff" in sources[1]
+
+
+def test_run_writes_samples_that_match_the_library(plan: Path, tmp_path: Path):
+    facts = json.loads(invoke("run", "glyph-dit", "--plan", plan, "--images", 2, "--compare", "--out", tmp_path, "--json"))
+    latents = load_file(tmp_path / "samples.safetensors")["latents"]
+    assert latents.shape == (2, 3, 24, 24)
+    assert torch.isfinite(latents).all()
+    assert 0 < facts["relative_l2"] < 1
+    assert Image.open(tmp_path / "samples.png").size == (8 * 24 * 3, 24 * 3)
+
+
+def test_demo_writes_its_table_and_pictures(tmp_path: Path):
+    facts = json.loads(invoke("demo", "--steps", 4, "--images", 4, "--rounds", 1, "--out", tmp_path, "--json"))
+    rows = {row["name"]: row for row in facts["rows"]}
+    assert list(rows) == ["eager diffusers", "full", "FORA N=2", "whole-step N=2"]
+    assert rows["full"]["relative_l2"] == 0
+    assert 0 < rows["FORA N=2"]["relative_l2"] < 1
+    assert rows["eager diffusers"]["gmacs"] == pytest.approx(rows["full"]["gmacs"])
+    assert rows["FORA N=2"]["gmacs"] < 0.6 * rows["full"]["gmacs"]
+    assert rows["FORA N=2"]["peak_slot_mb"] == pytest.approx(20 * 8 * 36 * 128 * 4 / 1e6)
+    assert rows["whole-step N=2"]["peak_slot_mb"] == pytest.approx(8 * 36 * 128 * 4 / 1e6)
+    assert len(facts["pictures"]) == 4
+    for picture in facts["pictures"]:
+        low, high = Image.open(picture).convert("L").getextrema()
+        assert low < high
+
+
+def test_doctor_lists_versions_and_advice():
+    report = json.loads(invoke("doctor", "--json"))
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"versions", "devices", "compilers", "caches", "advice"} <= set(report)
+    assert torch.__version__ in invoke("doctor")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
+        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: full, interval, manual"),
+        (["plan", "make", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
+        (["plan", "make", "manual"], "needs the argument 'actions'"),
+        (["plan", "make", "interval", "-a", "every"], "expected name=value"),
+        (["plan", "make", "interval", "-a", "every=0"], "every is 0 for attn"),
+        (["plan", "make", "interval", "--steps", "0"], "steps is 0"),
+        (["plan", "make", "interval", "--model", "./nowhere"], "no model at './nowhere'"),
+        (["plan", "make", "interval", "--model", "dit-s-8:random"], "known: dit-xl-2-256:random"),
+        (["plan", "make", "interval", "--scheduler", "ddpm"], "unknown scheduler 'ddpm'; known: ddim"),
+        (["plan", "make", "interval", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["demo", "--device", "abacus"], "unknown device 'abacus'"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_another_scheduler_dtype_or_backend_is_refused(plan: Path, tmp_path: Path):
+    said = error_of("run", "glyph-dit", "--plan", plan, "--scheduler", "euler", "--out", tmp_path)
+    assert "compiled for DDIMScheduler" in said
+    assert "EulerDiscreteScheduler" in said
+    assert not (tmp_path / "samples.safetensors").exists()
+    said = error_of("compile", "glyph-dit", "--plan", plan, "--dtype", "bfloat16")
+    assert "float32" in said
+    assert "bfloat16" in said
+    assert "backend is 'tvm'" in error_of("compile", "glyph-dit", "--plan", plan, "--backend", "tvm")
+
+
+def test_a_class_without_adapter_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    assert "'UNet2DModel' has no adapter" in error_of("plan", "make", "full", "--model", tmp_path, "-o", tmp_path / "p.json")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").is_dir(), reason="needs a place that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_found_before_sampling(plan: Path):
+    # /proc refuses new folders even to root.
+    assert "/proc/self/out" in error_of("run", "glyph-dit", "--plan", plan, "--out", "/proc/self/out")
+    assert "/proc/self/out" in error_of("demo", "--out", "/proc/self/out")
+
+
+def test_errors_go_to_standard_error_without_a_traceback(tmp_path: Path):
+    command = [sys.executable, "-m", "stepgraph.cli", "plan", "show", "nowhere.json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no plan file at nowhere.json")
+    assert "Traceback" not in result.stderr
