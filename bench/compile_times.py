@@ -9,7 +9,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -25,7 +25,6 @@ from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.trace import trace
 from stepgraph.config import CompileConfig
 from stepgraph.runtime.sampler import sample
-
 
 Result = TypeVar("Result")
 
@@ -49,15 +48,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    results: dict[str, object] = {"model": "dit-xl-2-256", "blocks": 28, "dtype": arguments.dtype, "steps": arguments.steps}
+    results: dict[str, object] = {
+        "model": "dit-xl-2-256",
+        "blocks": 28,
+        "dtype": arguments.dtype,
+        "steps": arguments.steps,
+    }
     with torch.device("meta"):
         empty = DiTTransformer2DModel(**DIT.random["dit-xl-2-256"]).eval()
     results["trace_without_weights_s"] = trace(empty, example_inputs(empty, 2)).seconds
-    results["trace_and_mark_without_weights_s"], _ = seconds_of(lambda: marked_graph(empty, example_inputs(empty, 2)), "cpu")
+    results["trace_and_mark_without_weights_s"], _ = seconds_of(
+        lambda: marked_graph(empty, example_inputs(empty, 2)), "cpu"
+    )
     results["load_s"], model = seconds_of(lambda: load_model("dit-xl-2-256:random", device, dtype), device)
     scheduler = DDIMScheduler()
     results["plan_s"], plan = seconds_of(
-        lambda: make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=arguments.every), device
+        lambda: make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=arguments.every),
+        device,
     )
     inputs = example_inputs(model, 2)
     compiled_s, executable = seconds_of(
@@ -74,7 +81,7 @@ def main() -> None:
     if not torch.equal(given, expected):
         raise SystemExit("the compiled first step differs from the eager model: no figure is worth printing")
     labels = torch.zeros(1, dtype=torch.int64, device=device)
-    conditioning = {"class_labels": labels, "negative_class_labels": labels + 1000}
+    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": labels + 1000}
     results["first_sample_s"], _ = seconds_of(lambda: sample(executable, scheduler, noise, 4.0, **conditioning), device)
     results["variants"] = len(executable.default.variants)
     results["nodes_per_variant"] = [len(v.graph.graph.nodes) for v in executable.default.variants]

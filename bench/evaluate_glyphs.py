@@ -1,6 +1,6 @@
 """Score glyph-dit: classifier accuracy over many samples, and a contact sheet.
 
-    python -m stepgraph.bench.evaluate_glyphs --samples 1000 --out out/evaluation
+Usage: python -m stepgraph.bench.evaluate_glyphs --samples 1000 --out out/evaluation
 """
 
 import argparse
@@ -31,7 +31,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/evaluation"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    model, scheduler, classifier = load_model("glyph-dit", arguments.device), load_scheduler("glyph-dit"), load_classifier()
+    model, scheduler, classifier = (
+        load_model("glyph-dit", arguments.device),
+        load_scheduler("glyph-dit"),
+        load_classifier(),
+    )
     generator = torch.Generator().manual_seed(arguments.seed)
     labels = torch.arange(arguments.samples) % len(CLASSES)
     images = []
@@ -40,7 +44,9 @@ def main() -> None:
             noise = torch.randn(len(part), 3, 24, 24, generator=generator).to(arguments.device)
             wanted = part.to(arguments.device)
             conditioning = {"class_labels": wanted, "negative_class_labels": torch.full_like(wanted, NULL_CLASS)}
-            images.append(sample(model, scheduler, noise, arguments.guidance, steps=arguments.steps, **conditioning).cpu())
+            images.append(
+                sample(model, scheduler, noise, arguments.guidance, steps=arguments.steps, **conditioning).cpu()
+            )
     generated = torch.cat(images)
     real, real_labels = render(10_000, 24, seed=3)
     report = {

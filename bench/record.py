@@ -21,9 +21,9 @@ def provenance(device: str) -> dict[str, Any]:
         ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
-    on_gpu = device.startswith("cuda")
+    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else on_cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -391,8 +391,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             argument; everything else is a constant of the graph.
 
     Raises:
-        TraceError: The forward depends on data or on its own past, the model is in training mode, or an input holds tensors
-            inside a tuple, list or dict.
+        TraceError: The forward depends on data or on its own past, the model is in training mode, or an input holds
+            tensors inside a tuple, list or dict.
     """
     training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
     if training is not None:

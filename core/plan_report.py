@@ -143,7 +143,7 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
     summary = summarize(plan)
     arguments = ", ".join(f"{name}={value}" for name, value in plan.header.arguments.items() if name != "actions")
-    title = f"{plan.header.policy}({arguments}): {summarize(plan).ideal_speedup:.2f}x fewer MACs"
+    title = f"{plan.header.policy}({arguments}): {summary.ideal_speedup:.2f}x fewer MACs"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if path is not None:
         with whole_file(path) as partial:
