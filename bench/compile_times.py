@@ -57,9 +57,7 @@ def main() -> None:
     with torch.device("meta"):
         empty = DiTTransformer2DModel(**DIT.random["dit-xl-2-256"]).eval()
     results["trace_without_weights_s"] = trace(empty, example_inputs(empty, 2)).seconds
-    results["trace_and_mark_without_weights_s"], _ = seconds_of(
-        lambda: marked_graph(empty, example_inputs(empty, 2)), "cpu"
-    )
+    results["trace_and_mark_without_weights_s"], _ = seconds_of(lambda: marked_graph(empty, example_inputs(empty, 2)), "cpu")
     results["load_s"], model = seconds_of(lambda: load_model("dit-xl-2-256:random", device, dtype), device)
     scheduler = DDIMScheduler()
     results["plan_s"], plan = seconds_of(

@@ -44,9 +44,7 @@ def main() -> None:
             noise = torch.randn(len(part), 3, 24, 24, generator=generator).to(arguments.device)
             wanted = part.to(arguments.device)
             conditioning = {"class_labels": wanted, "negative_class_labels": torch.full_like(wanted, NULL_CLASS)}
-            images.append(
-                sample(model, scheduler, noise, arguments.guidance, steps=arguments.steps, **conditioning).cpu()
-            )
+            images.append(sample(model, scheduler, noise, arguments.guidance, steps=arguments.steps, **conditioning).cpu())
     generated = torch.cat(images)
     real, real_labels = render(10_000, 24, seed=3)
     report = {

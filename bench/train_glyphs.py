@@ -107,6 +107,18 @@ def stratified_timesteps(batch: int, device: torch.device) -> torch.Tensor:
     return ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * TRAIN_STEPS / batch).long()
 
 
+def rng_state(device: torch.device) -> list[torch.Tensor]:
+    """The random state of the CPU and, where it is used, of the CUDA device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_rng(state: list[torch.Tensor]) -> None:
+    """Continue the random numbers where `rng_state` was taken."""
+    torch.set_rng_state(state[0].cpu())
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1].cpu())
+
+
 def train_transformer(name: str, out: Path, device: torch.device, limit_s: float) -> bool:
     """Train `name` for at most `limit_s` seconds; returns whether its recipe is complete, and if so writes it."""
     recipe = RECIPES[name]
@@ -126,12 +138,12 @@ def train_transformer(name: str, out: Path, device: torch.device, limit_s: float
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, losses = state["ema"], state["step"], state["losses"]
-        torch.set_rng_state(state["rng"].cpu())
+        restore_rng(state["rng"])
 
     def save_checkpoint() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
         partial = checkpoint.with_suffix(".partial")
-        torch.save(state | {"losses": losses, "rng": torch.get_rng_state()}, partial)
+        torch.save(state | {"losses": losses, "rng": rng_state(device)}, partial)
         partial.replace(checkpoint)
 
     model.train()
@@ -232,9 +244,7 @@ def train_classifier(out: Path, device: torch.device, size: int = 24, epochs: in
             schedule.step()
     test_images, test_labels = render(10_000, size, seed=2)
     with torch.inference_mode():
-        guess = torch.cat(
-            [model(part.to(device).float() / 127.5 - 1).argmax(1).cpu() for part in test_images.split(500)]
-        )
+        guess = torch.cat([model(part.to(device).float() / 127.5 - 1).argmax(1).cpu() for part in test_images.split(500)])
     save_file(
         {key: value.cpu().contiguous() for key, value in model.state_dict().items()},
         out / "glyph-classifier.safetensors",
@@ -248,9 +258,7 @@ def main() -> None:
     parser.add_argument("what", choices=("classifier", *RECIPES))
     parser.add_argument("--out", type=Path, default=Path("out/training"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint"
-    )
+    parser.add_argument("--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)

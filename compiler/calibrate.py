@@ -20,7 +20,7 @@ from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.files import whole_file
 from stepgraph.fingerprint import config_of
-from stepgraph.plan import COMPUTE, PlanError, PlanHeader, Site
+from stepgraph.plan import COMPUTE, PlanError, PlanHeader, Site, parse_record
 from stepgraph.runtime.sampler import sample
 
 FORMAT = "stepgraph-stats"
@@ -78,7 +78,8 @@ class CalibrationStats:
             raise PlanError(
                 f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}"
             )
-        header, sites = PlanHeader(**described["header"]), tuple(Site(**site) for site in described["sites"])
+        header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
+        sites = tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(described.get("sites") or ()))
         for name in ("magnitude", "change"):
             if name not in tensors or tuple(tensors[name].shape) != (len(header.timesteps), len(sites)):
                 raise PlanError(f"{path}: {name} is not a [{len(header.timesteps)}, {len(sites)}] table")
@@ -90,7 +91,7 @@ class _Observer(nn.Module):
 
     def __init__(self, model: nn.Module, marked: MarkedGraph, steps: int) -> None:
         super().__init__()
-        self.model = model
+        self.observed = model
         every = tuple(range(len(marked.sites)))
         context = PassContext(marked.sites, COMPUTE * len(every), (), every, written_storages(marked.graph))
         self.graph = marked.trace.bind(model, marked.graph)

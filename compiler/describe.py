@@ -46,9 +46,12 @@ def input_shapes(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
-def make_header(
-    model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched"
-) -> PlanHeader:
+def branches_of(guidance: str) -> tuple[str, ...]:
+    """The model calls within one step."""
+    return ("cond", "uncond") if guidance == "separate" else ("all",)
+
+
+def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched") -> PlanHeader:
     """The header of a plan for this model under this scheduler."""
     return PlanHeader(
         model=type(model).__name__,
@@ -59,7 +62,7 @@ def make_header(
         dtype=dtype_name(model_dtype(model)),
         macs=marked.macs,
         guidance=guidance,
-        branches=("cond", "uncond") if guidance == "separate" else ("all",),
+        branches=branches_of(guidance),
     )
 
 
@@ -74,9 +77,7 @@ def refuse_other_model(plan: CachePlan, model: nn.Module) -> None:
         raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
     given = dtype_name(model_dtype(model))
     if given != header.dtype:
-        raise PlanError(
-            f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it"
-        )
+        raise PlanError(f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it")
     planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
     if planned[0] != own[0]:
         raise PlanError(
@@ -109,9 +110,7 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
     if dtype_name(inputs[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(inputs[latents].dtype)}")
     if len({value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim}) != 1:
-        sizes = {
-            name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim
-        }
+        sizes = {name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
         raise PlanError(f"the inputs disagree on the batch size: {sizes}")
 
 

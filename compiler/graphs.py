@@ -32,7 +32,8 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
             continue
         live.add(node)
         if node not in cut:
-            pending.extend(node.all_input_nodes)
+            # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
+            pending.extend(node.args[:1] if "marker" in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
         if not pending and writers:
             # A write to a storage that something live lies in is live too, although nothing reads its result.
             touched = frozenset().union(*(storages_of(n) for n in live))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stepgraph.compiler.calibrate import CalibrationStats
-from stepgraph.compiler.describe import make_header, marked_graph
+from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.plan import CachePlan, PlanError
 
@@ -43,7 +43,8 @@ def make_plan(
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
-        header, sites = stats.header, stats.sites
+        header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
+        sites = stats.sites
     elif POLICIES[policy].needs_stats:
         raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...)")
     elif model is None or scheduler is None or steps is None:

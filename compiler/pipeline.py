@@ -13,13 +13,11 @@ from stepgraph.compiler.specialize import specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, Program, Variant, parameter_identities, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 
 
-def compile_plan(
-    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig
-) -> Executable:
+def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`)."""
     refuse_other_model(plan, model)
     if read_env().check:
@@ -30,7 +28,7 @@ def compile_plan(
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(inputs)
-    return Executable(model, plan, config, build, program, {signature(inputs): program})
+    return Executable(model, plan, config, build, program, parameter_identities(model), {signature(inputs): program})
 
 
 def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig) -> Program:

@@ -118,9 +118,7 @@ def _measured(trace: Trace, graph: fx.Graph) -> MarkedGraph:
     for node in graph.nodes:
         if "marker" in node.meta:
             value: torch.Tensor = node.meta["val"]
-            left = (
-                macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
-            )
+            left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
             size = value.numel() * value.element_size() // batch
             sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
             node.meta["marker"] = len(sites) - 1

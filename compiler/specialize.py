@@ -24,8 +24,9 @@ from stepgraph.plan import FORECAST, LOWRANK, Action, CachePlan
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-# Values are replaced and returned first; only then is it known what is dead. Markers carry the sites until the end.
-PASSES: tuple[Pass, ...] = (reuse_site, store_site, eliminate_dead_code, erase_markers)
+# Values are replaced and returned first. Markers go before dead code does: a residual's marker reads the tokens that go into
+# the stack, which are dead where nobody stores the residual.
+PASSES: tuple[Pass, ...] = (reuse_site, store_site, erase_markers, eliminate_dead_code)
 OPTIONAL_PASSES = frozenset({"eliminate_dead_code"})
 
 
@@ -42,9 +43,7 @@ class Specialized:
         return macs_of(self.graphs[variant].graph.nodes)
 
 
-def specialize(
-    marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: dict[str, Any] | None = None
-) -> Specialized:
+def specialize(marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: dict[str, Any] | None = None) -> Specialized:
     """Rewrite the marked graph once for every distinct (actions, stores) of the plan.
 
     Args:
@@ -103,9 +102,7 @@ def _rewrite(
         started = time.perf_counter()
         count = rewrite(gm, context)
         gm.graph.lint()
-        log.debug(
-            "variant %d: %s made %d rewrites in %.1f ms", variant, name, count, 1e3 * (time.perf_counter() - started)
-        )
+        log.debug("variant %d: %s made %d rewrites in %.1f ms", variant, name, count, 1e3 * (time.perf_counter() - started))
         _dump(gm, env, variant, number, name)
         if reference is not None and example is not None:
             _check(gm, context, example, reference, name)

@@ -10,15 +10,16 @@ of fake tensors traces like a real one, and `Trace.bind` puts the graph on any m
 """
 
 import inspect
+import linecache
 import operator
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -109,12 +110,21 @@ class TracedTensor(torch.Tensor):
         raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
 
 
+def model_frame() -> tuple[str, int, str, str] | None:
+    """File, line, function and source of the innermost frame outside torch and this module: the model's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith((TORCH_FOLDER, "<")):
+            return file, frame.f_lineno, frame.f_code.co_name, linecache.getline(file, frame.f_lineno).strip()
+        frame = frame.f_back
+    return None
+
+
 def model_location() -> str:
-    """ "file:line" of the innermost frame outside torch and this module: the place in the model's own code."""
-    frames = traceback.extract_stack(sys._getframe(1))
-    own = [f for f in frames if f.filename != __file__ and not f.filename.startswith((TORCH_FOLDER, "<"))]
-    source = f" ({own[-1].line})" if own and own[-1].line else ""
-    return f"{own[-1].filename}:{own[-1].lineno}{source}" if own else "an unknown place"
+    """ "file:line (source)" of the place in the model's own code that is running."""
+    found = model_frame()
+    return f"{found[0]}:{found[1]}" + (f" ({found[3]})" if found[3] else "") if found else "an unknown place"
 
 
 @dataclass
@@ -170,9 +180,7 @@ class Tracer(TorchFunctionMode):
                 fakes: dict[str, torch.Tensor] = {
                     name: self.fake(t) for name, t in [*module.named_parameters(), *module.named_buffers()]
                 }
-                value, mutates, macs = self.run(
-                    lambda *a, **k: torch.func.functional_call(module, fakes, a, k), args, kwargs
-                )
+                value, mutates, macs = self.run(lambda *a, **k: torch.func.functional_call(module, fakes, a, k), args, kwargs)
                 result = self.record("call_module", path, args, kwargs, value, mutates, macs)
             else:
                 result = original(module, *args, **kwargs)
@@ -244,6 +252,10 @@ class Tracer(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(np.generic, lambda number: number.item(), (args, kwargs))
         node = self.graph.create_node(op, target, tuple(args), kwargs)
         node.meta |= {"nn_module_stack": dict(self.stack), "mutates": mutates, "macs": macs}
+        place = model_frame() if op.startswith("call") else None
+        if place is not None:
+            # In the form that fx reads to print the model's source line over the nodes that come from it.
+            node.stack_trace = f'  File "{place[0]}", line {place[1]}, in {place[2]}\n    {place[3]}'
         return self.wrap(value, node)
 
     def wrap(self, value: Any, node: fx.Node) -> Any:
@@ -360,9 +372,7 @@ def _state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Every attribute of every module, to see afterwards whether the forward changed one."""
     state: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
-        own = {
-            name: value for name, value in vars(module).items() if name not in ("_buffers", "_parameters", "_modules")
-        }
+        own = {name: value for name, value in vars(module).items() if name not in ("_buffers", "_parameters", "_modules")}
         for name, value in {**own, **module._buffers, **module._parameters, **module._modules}.items():
             members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
             plain = isinstance(value, (int, float, str, bool))
@@ -421,12 +431,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             if isinstance(value, torch.Tensor):
                 fake = tracer.fake(value)
                 placeholders[name] = tracer.record("placeholder", name, (), {}, fake)
-        stack.enter_context(
-            mock.patch.object(nn.Module, "__call__", lambda m, *a, **k: tracer.call_module(call, m, a, k))
-        )
-        stack.enter_context(
-            mock.patch.object(nn.Module, "__getattr__", lambda m, n: tracer.get_attribute(getattribute(m, n)))
-        )
+        stack.enter_context(mock.patch.object(nn.Module, "__call__", lambda m, *a, **k: tracer.call_module(call, m, a, k)))
+        stack.enter_context(mock.patch.object(nn.Module, "__getattr__", lambda m, n: tracer.get_attribute(getattribute(m, n))))
         stack.enter_context(tracer)
         # A model that an executable is attached to is traced as it was before.
         forward = own_forward(model)
@@ -436,9 +442,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     leaves, spec = pytree.tree_flatten(result)
     if not all(isinstance(leaf, TracedTensor) for leaf in leaves):
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, TracedTensor)}))
-        raise TraceError(
-            f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph"
-        )
+        raise TraceError(f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph")
     tracer.graph.output(tuple(leaf.node for leaf in leaves))
     fakes = {name: traced.value for name, traced in placeholders.items()}
     return Trace(tracer.graph, tracer.calls, tracer.constants, spec, fakes, time.perf_counter() - started)

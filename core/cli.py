@@ -87,7 +87,12 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def progress_bar(what: str, as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error; yields (description, done, total) -> None."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=messages, transient=True, disable=as_json or not messages.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)

@@ -25,6 +25,4 @@ class CompileConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":
-            raise ValueError(
-                f"exact=True keeps the eager operations, but backend is {self.backend!r}; pass backend='eager'"
-            )
+            raise ValueError(f"exact=True keeps the eager operations, but backend is {self.backend!r}; pass backend='eager'")

@@ -175,7 +175,7 @@ def run_demo(
     )
 
 
-def _warm_up(runner: Executable | nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+def _warm_up(runner: Executable | nn.Module, inputs: dict[str, Any]) -> None:
     """Two evaluations that are not timed: both variants of a plan with period 2."""
     predict = runner.session() if isinstance(runner, Executable) else runner
     with torch.no_grad():

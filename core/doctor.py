@@ -50,7 +50,9 @@ def _devices(advice: list[str]) -> dict[str, str]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+            found[f"cuda:{i}"] = (
+                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+            )
     else:
         built = torch.version.cuda or torch.version.hip
         found["cuda"] = "no device" if built else "this build of torch has no CUDA"

@@ -201,9 +201,7 @@ class CachePlan:
                 raise PlanError(f"{where}: DEAD, but no reused site contains it; write C or R")
 
     @classmethod
-    def build(
-        cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]
-    ) -> "CachePlan":
+    def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
         """A plan from the actions over time of some sites or kinds; whatever is not named is computed at every step.
 
         Args:
@@ -292,9 +290,9 @@ class CachePlan:
         if not isinstance(records, list):
             raise PlanError('the plan has no list "sites"')
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
-        header = _record(PlanHeader, known, "header")
+        header = parse_record(PlanHeader, known, "header")
         columns: list[Any] = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
-        sites = [_record(Site, record, f"site {number}") for number, record in enumerate(records)]
+        sites = [parse_record(Site, record, f"site {number}") for number, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
             if not isinstance(column, str) or len(column) != len(header.timesteps):
                 given = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
@@ -322,7 +320,7 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-def _record(kind: Any, values: Any, what: str) -> Any:
+def parse_record(kind: Any, values: Any, what: str) -> Any:
     """A dataclass from parsed JSON; unknown, missing and wrongly typed fields are refused by name."""
     if not isinstance(values, dict):
         raise PlanError(f"{what} is {type(values).__name__}; expected an object")

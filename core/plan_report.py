@@ -71,8 +71,7 @@ class PlanSummary:
             for count in self.kinds
         ]
         lines.append(
-            f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, "
-            f"ideal {self.ideal_speedup:.2f}x"
+            f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, ideal {self.ideal_speedup:.2f}x"
         )
         lines.append(f"  peak stored values {self.peak_slot_bytes / 1e6:.3f} MB per sample")
         return "\n".join(lines)
@@ -155,9 +154,7 @@ def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
     """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ."""
     before, after = asdict(old.header), asdict(new.header)
     header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
-    columns = [
-        {site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)
-    ]
+    columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
     shared = [name for name in columns[0] if name in columns[1]]
     changed = {name: [columns[0][name], columns[1][name]] for name in shared if columns[0][name] != columns[1][name]}
     pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=False))

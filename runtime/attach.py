@@ -31,6 +31,7 @@ class Attachment:
     pipe: Any
     signature: inspect.Signature
     replaced: Any = None
+    first_call: dict[str, Any] | None = None
     session: Session = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,37 +43,57 @@ class Attachment:
         for extra in [p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
             inputs |= inputs.pop(extra, {})
         try:
-            self._find_step(inputs["timestep"])
+            self._find_step(inputs)
         except BaseException:
             self.session.reset()
             raise
         return self.session(**inputs)
 
-    def _find_step(self, timestep: Any) -> None:
+    def _find_step(self, inputs: dict[str, Any]) -> None:
         """Make sure that the session's next step is the one the pipeline asks for.
 
         Raises:
             PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
         """
-        header = self.executable.plan.header
+        header, timestep = self.executable.plan.header, inputs["timestep"]
         asked = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         step = self.session.step
         begun = step > 0 or self.session.branch > 0
         expected = None if self.session.finished else header.timesteps[step]
-        if begun and expected is not None and abs(asked - expected) <= 1e-3:
+        if begun and expected is not None and abs(asked - expected) <= 1e-3 and not self._begins_again(inputs):
             return
         if begun and expected is not None and abs(asked - header.timesteps[0]) > 1e-3:
             raise PlanError(
                 f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
                 f"the plan's timesteps must be visited in order"
             )
-        self.session.reset()
+        self.session = self.executable.session()
         refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
         if abs(asked - header.timesteps[0]) > 1e-3:
             raise PlanError(
                 f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
                 f"{asked:g}; run the schedule from its beginning"
             )
+        self.first_call = inputs
+
+    def _begins_again(self, inputs: dict[str, Any]) -> bool:
+        """Whether the call for a later branch of step 0 is really the first call of a new run.
+
+        The branches of a step see the same latents under other conditioning. Other latents, or the very same inputs once
+        more, mean that the last run was given up after its first call.
+        """
+        if self.session.step > 0:
+            self.first_call = None
+        if self.first_call is None:
+            return False
+        same = {name: _equal(value, self.first_call.get(name)) for name, value in inputs.items()}
+        return all(same.values()) or not same[next(iter(self.signature.parameters))]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
 
 
 def attach(executable: Executable, pipe: Any) -> None:

@@ -83,12 +83,15 @@ class Memory:
     weight_bytes: int
 
 
+def parameter_identities(model: nn.Module) -> frozenset[tuple[str, int]]:
+    """Which parameter objects a model has by which names; values written in place do not change it."""
+    return frozenset((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False))
+
+
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, and everything else by its value."""
     return tuple(
-        (name, tuple(value.shape), value.dtype, value.device)
-        if isinstance(value, torch.Tensor)
-        else (name, repr(value))
+        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
         for name, value in sorted(inputs.items())
     )
 
@@ -103,6 +106,7 @@ class Executable:
         config: The compile options.
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
+        parameters: Names and identities of the model's parameters when it was compiled (`parameter_identities`).
     """
 
     model: nn.Module
@@ -110,11 +114,22 @@ class Executable:
     config: CompileConfig
     build: Callable[[Mapping[str, Any]], Program]
     default: Program
+    parameters: frozenset[tuple[str, int]]
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def session(self) -> "Session":
-        """A fresh run of the plan, with no stored values."""
+        """A fresh run of the plan, with no stored values.
+
+        Raises:
+            CompileError: The model's parameters are other ones than when it was compiled; the graphs would run without them.
+        """
+        changed = sorted(name for name, _ in self.parameters ^ parameter_identities(self.model))
+        if changed:
+            raise CompileError(
+                f"{type(self.model).__name__} has other parameters than when it was compiled, such as {changed[0]!r} (a LoRA "
+                f"or another change of its modules?); detach, and compile again"
+            )
         return Session(self)
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
@@ -237,8 +252,8 @@ class Session:
         program, begun = self.executable.program(inputs), self._programs[self.branch]
         if begun is not None and program is not begun:
             raise CompileError(
-                f"the inputs changed within a run: step {self.step} came with batch {program.batch} after steps with "
-                f"batch {begun.batch}; start a new session"
+                f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
+                f"{program.batch} now); start a new session"
             )
         self._programs[self.branch] = program
         return program

@@ -108,8 +108,9 @@ def sample(
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     stochastic = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
     latents: torch.Tensor = noise * own.init_noise_sigma
-    owner: Any = getattr(runner, "model", runner)
-    latents_name = next(iter(inspect.signature(owner.forward).parameters))
+    # The class's own forward: the model's may be replaced by an attached executable.
+    model = runner.model if isinstance(runner, Executable) else getattr(runner, "observed", runner)
+    latents_name = list(inspect.signature(type(model).forward).parameters)[1]
 
     def call(batch: torch.Tensor, t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         timestep = t.to(batch.device).reshape(1).expand(batch.shape[0])

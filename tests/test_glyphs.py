@@ -3,13 +3,13 @@
 import diffusers
 import pytest
 import torch
+
 from stepgraph.bench.glyph_data import render
 from stepgraph.bench.train_glyphs import RECIPES, build, learning_rate, stratified_timesteps
+from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.glyphs import ASSETS, CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.runtime.sampler import sample
-
-from stepgraph.compiler.models.load import load_model, load_scheduler
 
 
 def test_the_shipped_model_is_diffusers_own():

@@ -8,9 +8,7 @@ import torch
 from stepgraph.compiler.models.family import Family
 
 
-def example_inputs(
-    config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
+def example_inputs(config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
     """Latents [B, C, H, W] in `dtype`, timestep [B] int64 and class labels [B] int64."""
     size = config["sample_size"]
     return {

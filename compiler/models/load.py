@@ -13,7 +13,7 @@ from stepgraph.compiler.models import FAMILIES
 from stepgraph.config import CompileError
 from stepgraph.glyphs import ASSETS
 
-SHIPPED = {"glyph-dit": ASSETS / "glyph-dit"}
+SHIPPED = {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/config.json"))}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -42,15 +42,15 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     if not (folder / "config.json").is_file():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise CompileError(
-                f"no model at {name!r}: expected glyph-dit, a diffusers folder with a config.json, a hub id "
+                f"no model at {name!r}: expected {', '.join(SHIPPED)}, a diffusers folder with a config.json, a hub id "
                 f"(owner/name), or one of {', '.join(_random_names())}"
             )
         return _hub_model(name, device, dtype)
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     # Without accelerate diffusers cannot load leaf by leaf, and says so at length unless it is not asked to.
     lean = find_spec("accelerate") is not None
-    model = _model_class(class_name, str(folder)).from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=lean)
-    return _ready(model, device)
+    model = _model_class(class_name, str(folder)).from_pretrained(folder, low_cpu_mem_usage=lean)
+    return _ready(model, device, dtype)
 
 
 def load_scheduler(model_name: str, kind: str | None = None) -> Any:
@@ -81,17 +81,17 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
         if name in family.random:
             torch.manual_seed(0)
             model = _model_class(family.classes[0], name).from_config(dict(family.random[name]))
-            return _ready(model.to(dtype), device)
+            return _ready(model, device, dtype)
     raise CompileError(f"unknown size {name!r} for random weights; known: {', '.join(_random_names())}")
 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error
-    return _ready(pipeline.transformer, device)
+    return _ready(pipeline.transformer, device, dtype)
 
 
 def _model_class(class_name: Any, where: str) -> Any:
@@ -101,6 +101,7 @@ def _model_class(class_name: Any, where: str) -> Any:
     return getattr(diffusers, class_name)
 
 
-def _ready(model: Any, device: str | torch.device) -> nn.Module:
-    module: nn.Module = model.to(device).eval()
+def _ready(model: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    # nn.Module's own cast: diffusers' warns of parts to keep in float32 even where it names none.
+    module: nn.Module = nn.Module.to(model, device=device, dtype=dtype).eval()
     return module

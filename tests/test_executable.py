@@ -1,0 +1,110 @@
+"""What an executable promises outside a run: immutability, refusals, and costs."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+import stepgraph as sg
+from stepgraph.config import CompileError
+from stepgraph.runtime.executable import Executable
+
+CONFIG = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(**CONFIG).eval()
+
+
+def compiled(model: DiTTransformer2DModel, **options: object) -> Executable:
+    plan = sg.make_plan("interval", model=model, scheduler=DDIMScheduler(), steps=4, every=2)
+    return sg.compile(model, plan, sg.example_inputs(model, 2), backend="eager", **options)
+
+
+def test_an_executable_cannot_be_changed(model: DiTTransformer2DModel):
+    executable = compiled(model)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        executable.plan = None
+
+
+def test_sessions_do_not_disturb_each_other(model: DiTTransformer2DModel):
+    executable = compiled(model, exact=True)
+    inputs = [{**sg.example_inputs(model, 2), "hidden_states": torch.randn(2, 4, 8, 8)} for _ in range(2)]
+    alone = []
+    for given in inputs:
+        session = executable.session()
+        alone.append([session(**given).sample for _ in range(4)])
+    first, second = executable.session(), executable.session()
+    for step in range(4):
+        assert torch.equal(first(**inputs[0]).sample, alone[0][step])
+        assert torch.equal(second(**inputs[1]).sample, alone[1][step])
+
+
+def test_a_finished_session_says_so(model: DiTTransformer2DModel):
+    executable, inputs = compiled(model), sg.example_inputs(model, 2)
+    session = executable.session()
+    for _ in range(4):
+        session(**inputs)
+    with pytest.raises(CompileError, match="all 4 steps of the plan have run"):
+        session(**inputs)
+
+
+def test_weights_are_used_by_reference(model: DiTTransformer2DModel):
+    executable, inputs = compiled(model, exact=True), sg.example_inputs(model, 2)
+    inputs["hidden_states"] = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(2)
+        expected = model(**inputs).sample
+    assert torch.equal(executable.session()(**inputs).sample, expected)
+
+
+def test_replaced_modules_are_refused_and_named(model: DiTTransformer2DModel):
+    executable = compiled(model)
+    model.transformer_blocks[0].ff = torch.nn.Sequential(model.transformer_blocks[0].ff, torch.nn.Linear(32, 32))
+    with pytest.raises(CompileError, match=r"other parameters than when it was compiled.*transformer_blocks\.0\.ff"):
+        executable.session()
+
+
+def test_a_tuple_is_returned_where_it_is_asked_for(model: DiTTransformer2DModel):
+    executable, inputs = compiled(model, exact=True), sg.example_inputs(model, 2)
+    (plain,) = executable.session()(**inputs, return_dict=False)
+    assert torch.equal(plain, executable.session()(**inputs).sample)
+
+
+@pytest.mark.parametrize(("step", "inside"), [(0, True), (3, True), (4, False), (-1, False)])
+def test_print_readable_takes_the_steps_of_the_plan(model: DiTTransformer2DModel, step: int, inside: bool):
+    executable = compiled(model)
+    if inside:
+        assert "def forward(self, hidden_states" in executable.print_readable(step)
+    else:
+        with pytest.raises(IndexError, match="the plan has steps 0 to 3"):
+            executable.print_readable(step)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"backend": "tvm"}, "backend is 'tvm'; expected one of eager, inductor"), ({"exact": True}, "pass backend='eager'")],
+)
+def test_options_that_make_no_sense_are_refused(model: DiTTransformer2DModel, options: dict[str, object], said: str):
+    plan = sg.make_plan("full", model=model, scheduler=DDIMScheduler(), steps=2)
+    with pytest.raises(ValueError, match=said):
+        sg.compile(model, plan, sg.example_inputs(model), **options)
+
+
+def test_inputs_on_another_device_are_refused(model: DiTTransformer2DModel):
+    plan = sg.make_plan("full", model=model, scheduler=DDIMScheduler(), steps=2)
+    inputs = {name: value.to("meta") for name, value in sg.example_inputs(model).items()}
+    with pytest.raises(CompileError, match="the model is on cpu, but the input hidden_states is on meta"):
+        sg.compile(model, plan, inputs, backend="eager")
+
+
+def test_a_plan_from_stats_has_the_guidance_it_is_made_for(model: DiTTransformer2DModel):
+    stats = sg.calibrate(model, DDIMScheduler(), steps=2, samples=1)
+    plan = sg.make_plan("interval", stats, every=2, guidance="separate")
+    assert plan.header.branches == ("cond", "uncond")
+    assert (plan.header.seed, plan.header.samples) == (0, 1)
