@@ -1,5 +1,6 @@
 """`stepgraph demo`: the shipped model sampled fully and with two cache plans, measured side by side."""
 
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -64,6 +65,8 @@ class Demo:
     images: int
     guidance_scale: float
     rounds: int
+    seed: int
+    versions: Mapping[str, str]
     rows: tuple[DemoRow, ...]
     pictures: tuple[str, ...]
 
@@ -170,6 +173,8 @@ def run_demo(
         images=images,
         guidance_scale=guidance_scale,
         rounds=rounds,
+        seed=seed,
+        versions={name: importlib.metadata.version(name) for name in ("stepgraph", "torch", "diffusers")},
         rows=tuple(rows),
         pictures=tuple(map(str, pictures)),
     )
