@@ -22,23 +22,40 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
         outputs: Where the walk starts.
         cut: Nodes whose arguments are not followed, as if their values were given.
     """
-    outputs = list(outputs)
-    writers = [node for node in outputs[0].graph.nodes if node.meta.get("mutates")] if outputs else []
+    pending = list(outputs)
+    graph = pending[0].graph if pending else fx.Graph()
+    memories = _memories(graph, frozenset(cut))
+    writers = [node for node in graph.nodes if node.meta.get("mutates")]
     live: set[fx.Node] = set()
-    pending = outputs
     while pending:
         node = pending.pop()
-        if node in live:
-            continue
-        live.add(node)
-        if node not in cut:
-            # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
-            pending.extend(node.args[:1] if "marker" in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
+        if node not in live:
+            live.add(node)
+            if node not in cut:
+                # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
+                pending.extend(node.args[:1] if "marker" in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
         if not pending and writers:
-            # A write to a storage that something live lies in is live too, although nothing reads its result.
-            touched = frozenset().union(*(storages_of(n) for n in live))
-            pending = [w for w in writers if w not in live and w.meta["mutates"] & touched]
+            # A write to memory that something live lies in is live too, although nothing reads its result.
+            touched = frozenset().union(*(memory for n in live for memory in memories[n].values()))
+            pending = [w for w in writers if w not in live and any(memories[w][k] & touched for k in w.meta["mutates"])]
     return live
+
+
+def _memories(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> dict[fx.Node, dict[int, frozenset[fx.Node]]]:
+    """For every node and written storage it touches, the first nodes of the chains of arguments that pass it on.
+
+    A rewritten graph can have two tensors where the traced one had one: a stored value that stands in for a value carries the
+    same storage key, but what wrote to the value before does not write to the stored one.
+    """
+    written = written_storages(graph)
+    memories: dict[fx.Node, dict[int, frozenset[fx.Node]]] = {}
+    for node in graph.nodes if written else ():
+        own: dict[int, frozenset[fx.Node]] = {}
+        for key in (storages_of(node) | node.meta.get("mutates", frozenset())) & written:
+            sources = [] if node in cut else [memories[n][key] for n in node.all_input_nodes if key in memories[n]]
+            own[key] = frozenset().union(*sources) if sources else frozenset((node,))
+        memories[node] = own
+    return memories
 
 
 def macs_of(nodes: Iterable[fx.Node]) -> int:

@@ -53,36 +53,42 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
     blocks = _blocks(trace, family)
     current: dict[fx.Node, fx.Node] = {}
 
-    def mark(original: fx.Node, site: Site, *extra: fx.Node) -> None:
-        value = current.get(original, copies[original])
-        with graph.inserting_after(value):
+    ends: dict[fx.Node, fx.Node] = {}
+
+    def mark(original: fx.Node, last: fx.Node, site: Site, *extra: fx.Node) -> None:
+        # The value is what the site leaves behind at its end: it may write to it in place after the node that made it.
+        value, end = current.get(original, copies[original]), ends.get(last, copies[last])
+        with graph.inserting_after(max(value, end)):
             marker = graph.call_function(site_value, (value, *extra), {"site": site.name})
-        value.replace_all_uses_with(marker, delete_user_cb=lambda user: user is not marker)
+        value.replace_all_uses_with(marker, delete_user_cb=lambda user: marker < user)
         marker.meta |= value.meta | {"mutates": frozenset(), "macs": 0, "marker": site}
-        current[original] = marker
+        current[original] = ends[last] = marker
 
     for path in blocks:
         for child, kind in family.kinds.items():
             for number in range(_calls(trace, f"{path}.{child}")):
-                for position, node in enumerate(trace.calls[f"{path}.{child}", number].outputs):
-                    mark(node, Site(f"{path}.{child}", kind, number, position))
-        mark(trace.calls[path, 0].outputs[0], Site(path, "block"))
-    tokens_in, tokens_out = trace.calls[blocks[0], 0].inputs[0], trace.calls[blocks[-1], 0].outputs[0]
-    mark(tokens_out, Site("", "stack_residual"), _kept(graph, copies[tokens_in]))
-    mark(tokens_out, Site("", "hidden"))
-    results = next(iter(reversed(trace.graph.nodes))).all_input_nodes
-    if len(results) == 1:
-        mark(results[0], Site("", "output"))
+                call = trace.calls[f"{path}.{child}", number]
+                for position, node in enumerate(call.outputs):
+                    mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
+        call = trace.calls[path, 0]
+        mark(call.outputs[0], call.last, Site(path, "block"))
+    first, last = trace.calls[blocks[0], 0], trace.calls[blocks[-1], 0]
+    tokens_in = _kept(graph, copies[first.inputs[0]], copies[first.before])
+    mark(last.outputs[0], last.last, Site("", "stack_residual"), tokens_in)
+    mark(last.outputs[0], last.last, Site("", "hidden"))
+    output = next(iter(reversed(trace.graph.nodes)))
+    if len(output.all_input_nodes) == 1:
+        mark(output.all_input_nodes[0], output.prev, Site("", "output"))
     graph.lint()
     _name_members(graph, family, blocks)
     return _measured(trace, graph)
 
 
-def _kept(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The node's value as it is now: a copy of it where the graph writes to it in place later."""
+def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
+    """The node's value behind `before`: a copy of it where the graph writes to it in place."""
     if not storages_of(node) & written_storages(graph):
         return node
-    with graph.inserting_after(node):
+    with graph.inserting_after(max(node, before)):
         copy = graph.call_method("clone", (node,))
     copy.meta |= {"val": node.meta["val"].clone()}
     return copy

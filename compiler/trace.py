@@ -49,10 +49,14 @@ class ModuleCall:
     Attributes:
         inputs: Nodes of the tensor arguments, in call order.
         outputs: Nodes of the returned tensors.
+        before: The last node recorded before the call.
+        last: The last node recorded within it.
     """
 
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    before: fx.Node
+    last: fx.Node
 
 
 @dataclass
@@ -172,7 +176,8 @@ class Tracer(TorchFunctionMode):
             return original(module, *args, **kwargs)
         number = sum(1 for known, _ in self.calls if known == path)
         # The slot is taken before the call, so that calls are numbered in the order in which they start.
-        self.calls[path, number] = ModuleCall((), ())
+        before = self.last_node()
+        self.calls[path, number] = ModuleCall((), (), before, before)
         key = f"{path}@{number}" if number else path
         self.stack[key] = (path, type(module))
         try:
@@ -186,8 +191,12 @@ class Tracer(TorchFunctionMode):
                 result = original(module, *args, **kwargs)
         finally:
             del self.stack[key]
-        self.calls[path, number] = ModuleCall(_nodes((args, kwargs)), _nodes(result))
+        self.calls[path, number] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
         return result
+
+    def last_node(self) -> fx.Node:
+        """The node recorded last."""
+        return next(iter(reversed(self.graph.nodes)))
 
     def get_attribute(self, value: Any) -> Any:
         """What an attribute read of a module gives during the trace: parameters and buffers become graph nodes."""

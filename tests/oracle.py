@@ -76,7 +76,7 @@ class Oracle:
 
         def forward(tokens, *args, **kwargs):
             if first:
-                self.tokens_in = tokens
+                self.tokens_in = None if tokens is None else tokens.clone()
             out = self.value(path, lambda: original(tokens, *args, **kwargs))
             return self.end_of_stack(out) if last else out
 

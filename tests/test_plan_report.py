@@ -62,7 +62,7 @@ def test_summary_as_text_and_as_data():
     "actions",
     [
         {"attn": "CRRC"}, {"ff": "CCRR"}, {"attn": "CRCR", "ff": "CRRR"}, {"hidden": "CRCR"}, {"stack_residual": "CRRC"},
-        {"output": "CRRR"}, {"attn": "CRCC", "hidden": "CCRC", "output": "CCCR"}, {"transformer_blocks.1.ff": "CRRR"}, {},
+        {"output": "CRRR"}, {"block": "CRCR"}, {"attn": "CRCC", "hidden": "CCRC", "output": "CCCR"}, {"transformer_blocks.1.ff": "CRRR"}, {},
     ],
     ids=str,
 )  # fmt: skip

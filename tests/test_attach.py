@@ -1,0 +1,247 @@
+"""Attached to a diffusers pipeline: the oracle's images, clear refusals, and nothing that leaks between calls."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from conftest import inputs, tiny_dit, tiny_scheduler
+from oracle import Oracle
+
+import stepgraph as sg
+from stepgraph.plan import PlanError
+
+STEPS = 4
+ACTIONS = {"attn": "CRCR", "ff": "CRRR", "hidden": "CCCR"}
+
+
+@pytest.fixture
+def pipe():
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+    ).eval()  # fmt: skip
+    made = diffusers.DiTPipeline(tiny_dit(), vae, tiny_scheduler("ddim"))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def images(pipe, batch: int = 1, guidance_scale: float = 4.0, steps: int = STEPS, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        list(range(batch)), guidance_scale=guidance_scale, num_inference_steps=steps, generator=generator, output_type="pt"
+    ).images
+
+
+def compiled(pipe, actions=ACTIONS, rows: int = 2) -> sg.Executable:
+    plan = sg.make_plan("manual", model=pipe.transformer, scheduler=pipe.scheduler, steps=STEPS, actions=actions)
+    return sg.compile(pipe.transformer, plan, inputs(rows), backend="eager", exact=True)
+
+
+def oracle_images(pipe, plan, **arguments) -> torch.Tensor:
+    with Oracle.of(pipe.transformer, plan).in_place_of_model() as oracle:
+        result = images(pipe, **arguments)
+    assert oracle.calls == plan.steps
+    return result
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+def test_images_are_those_of_the_oracle(pipe, name):
+    pipe.scheduler = tiny_scheduler(name)
+    exe = compiled(pipe)
+    cases = [
+        {"batch": batch, "guidance_scale": scale, "seed": seed}
+        for seed, (batch, scale) in enumerate([(1, 4.0), (1, 1.0), (3, 4.0), (3, 1.0), (1, 4.0)])
+    ]
+    wanted = [oracle_images(pipe, exe.plan, **case) for case in cases]
+    eager = images(pipe, **cases[0])
+    exe.attach(pipe)
+    for case, expected in zip(cases, wanted, strict=True):
+        assert torch.equal(images(pipe, **case), expected), case
+    assert not torch.equal(wanted[0], eager)
+    # One program per batch size of the transformer's input: 1, 2, 3 and 6.
+    assert {program.batch for program in exe._programs.values()} == {1, 2, 3, 6}
+
+
+def test_an_all_compute_plan_gives_the_eager_images(pipe):
+    eager = images(pipe, batch=3)
+    compiled(pipe, {}).attach(pipe)
+    assert torch.equal(images(pipe, batch=3), eager)
+
+
+def test_detach_leaves_no_trace(pipe):
+    eager, transformer = images(pipe), pipe.transformer
+    exe = compiled(pipe).attach(pipe)
+    assert "forward" in transformer.__dict__
+    images(pipe)
+    exe.detach()
+    assert "forward" not in transformer.__dict__
+    assert torch.equal(images(pipe), eager)
+    exe.detach()
+    exe.attach(pipe)
+    exe.detach()
+    assert torch.equal(images(pipe), eager)
+
+
+def test_a_forward_of_the_users_own_is_put_back(pipe):
+    own = pipe.transformer.forward
+    pipe.transformer.forward = own
+    exe = compiled(pipe).attach(pipe)
+    exe.detach()
+    assert pipe.transformer.__dict__["forward"] is own
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_attaching_twice_is_refused(pipe):
+    exe = compiled(pipe).attach(pipe)
+    for other in (exe, compiled(pipe)):
+        with pytest.raises(sg.CompileError, match="already has an executable attached; detach that one first"):
+            other.attach(pipe)
+
+
+def test_a_pipeline_without_or_with_another_transformer_is_refused(pipe):
+    exe = compiled(pipe)
+
+    class Unet:
+        """A pipeline of another kind."""
+
+    with pytest.raises(sg.CompileError, match="Unet has no transformer to attach to"):
+        exe.attach(Unet())
+    with pytest.raises(sg.CompileError, match="Unet has no transformer to accelerate"):
+        sg.accelerate(Unet())
+    other = diffusers.DiTPipeline(tiny_dit(seed=4), pipe.vae, pipe.scheduler)
+    with pytest.raises(sg.CompileError, match="compiled for DiTTransformer2DModel with fingerprint .* but the pipeline's transformer"):
+        exe.attach(other)
+    # The same weights in another object are fine.
+    twin = diffusers.DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, pipe.scheduler)
+    twin.set_progress_bar_config(disable=True)
+    wanted = oracle_images(pipe, exe.plan)
+    exe.attach(twin)
+    assert torch.equal(images(twin), wanted)
+
+
+REFUSED = {
+    "steps": (lambda pipe: None, 6, r"compiled for 4 inference steps \(4 evaluations\).*is set to 6 evaluations"),
+    "scheduler": (
+        lambda pipe: setattr(pipe, "scheduler", tiny_scheduler("euler")), STEPS,
+        "compiled for DDIMScheduler, but the pipeline's scheduler has EulerDiscreteScheduler",
+    ),
+    "configuration": (
+        lambda pipe: setattr(pipe, "scheduler", diffusers.DDIMScheduler(beta_end=0.05)), STEPS,
+        "compiled for another configuration of DDIMScheduler",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_schedule_is_refused_and_leaves_the_executable_usable(pipe, case):
+    change, steps, message = REFUSED[case]
+    exe, scheduler = compiled(pipe), pipe.scheduler
+    wanted = oracle_images(pipe, exe.plan)
+    exe.attach(pipe)
+    change(pipe)
+    with pytest.raises(PlanError, match=message):
+        images(pipe, steps=steps)
+    pipe.scheduler = scheduler
+    assert torch.equal(images(pipe), wanted)
+
+
+def test_timesteps_out_of_order_are_refused(pipe):
+    exe = compiled(pipe).attach(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    first, second, third, _ = (int(t) for t in pipe.scheduler.timesteps)
+    with pytest.raises(PlanError, match=f"the plan begins at timestep {first}, but the pipeline's first call asks for {second}"):
+        pipe.transformer(**inputs(1, timestep=second))
+    pipe.transformer(**inputs(1, timestep=first))
+    with pytest.raises(PlanError, match=f"step 1 of the plan is at timestep {second}, but the pipeline asks for timestep {third}"):
+        pipe.transformer(**inputs(1, timestep=third))
+    assert pipe.transformer.forward.session.slot_bytes == 0
+    assert exe.plan.header.timesteps[0] == first
+
+
+# -- nothing leaks ---------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Raised by the tests in the middle of a run."""
+
+
+def raise_at(target, attribute: str, call: int, monkeypatch) -> None:
+    """Let the n-th call of a method raise, once."""
+    original, calls = getattr(target, attribute), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise Stop
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, attribute, wrapped)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("place", ["scheduler", "between", "module"])
+def test_after_an_exception_the_next_run_is_a_fresh_one(pipe, monkeypatch, step, place):
+    exe = compiled(pipe)
+    wanted = oracle_images(pipe, exe.plan, seed=1)
+    exe.attach(pipe)
+    images(pipe, seed=5)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        if place == "scheduler":
+            raise_at(pipe.scheduler, "step", step, patch)
+        elif place == "between":
+            raise_at(pipe.scheduler, "scale_model_input", step, patch)
+        else:
+            # A module of the head, which every step of this plan runs once.
+            raise_at(pipe.transformer.proj_out_2, "forward", step, patch)
+        images(pipe, seed=7)
+    if place == "module":
+        assert (pipe.transformer.forward.session.step, pipe.transformer.forward.session.slot_bytes) == (0, 0)
+    assert torch.equal(images(pipe, seed=1), wanted)
+
+
+def test_an_aborted_run_of_another_batch_size_does_not_matter(pipe, monkeypatch):
+    exe = compiled(pipe)
+    wanted = oracle_images(pipe, exe.plan, batch=3)
+    exe.attach(pipe)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        raise_at(pipe.scheduler, "step", 1, patch)
+        images(pipe, batch=1)
+    assert torch.equal(images(pipe, batch=3), wanted)
+
+
+def test_two_pipelines_of_one_executable_do_not_share_values(pipe):
+    exe = compiled(pipe)
+    twin = diffusers.DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, copy.deepcopy(pipe.scheduler))
+    wanted = [oracle_images(pipe, exe.plan, seed=seed) for seed in (0, 1)]
+    exe.attach(pipe).attach(twin)
+    pipe.scheduler.set_timesteps(STEPS)
+    # A run of the first pipeline is begun and not finished while the other one runs.
+    pipe.transformer(**inputs(1, timestep=int(pipe.scheduler.timesteps[0])))
+    twin.set_progress_bar_config(disable=True)
+    assert torch.equal(images(twin, seed=1), wanted[1])
+    assert torch.equal(images(pipe, seed=0), wanted[0])
+    exe.detach()
+    assert all("forward" not in p.transformer.__dict__ for p in (pipe, twin))
+
+
+def test_accelerate(pipe):
+    eager = images(pipe)
+    exe = sg.accelerate(pipe, STEPS, "interval", backend="eager", exact=True, every=2)
+    fast = images(pipe)
+    assert exe.plan.header.policy == "interval"
+    exe.detach()
+    assert torch.equal(oracle_images(pipe, exe.plan), fast)
+    assert not torch.equal(fast, eager)
+
+
+def test_an_attached_model_can_be_compiled_again(pipe):
+    exe = compiled(pipe).attach(pipe)
+    again = compiled(pipe, {})
+    exe.detach()
+    eager = images(pipe)
+    again.attach(pipe)
+    assert torch.equal(images(pipe), eager)
