@@ -12,17 +12,25 @@ from stepgraph.config import CompileConfig
 def lower(gm: fx.GraphModule, config: CompileConfig) -> Callable[..., Any]:
     """The graph as a callable (*inputs, *slots) -> flat tuple of tensors.
 
-    "eager" is the graph's own generated Python. "inductor" compiles the whole graph with torch.compile, for static
-    shapes; it is called once here, so that compilation happens now and not in the first run.
+    "eager" is the graph's own generated Python. "inductor" compiles the whole graph with torch.compile, for static shapes;
+    it is called once here, so that compilation happens now and not in the first run.
     """
     if config.backend == "eager":
         return gm
-    compiled = torch.compile(gm, backend="inductor", fullgraph=True, dynamic=False)
+    compiled = Compiled(gm)
+    placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
-        compiled(*(_zeros_like(node.meta["val"]) for node in gm.graph.nodes if node.op == "placeholder"))
+        compiled.call(*(torch.zeros(val.shape, dtype=val.dtype, device=val.device) for val in placeholders))
     return compiled
 
 
-def _zeros_like(value: torch.Tensor) -> torch.Tensor:
-    """Real zeros with a fake tensor's shape, strides, dtype and device."""
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).zero_()
+class Compiled:
+    """A graph compiled by inductor. Compiling again in a later call, which takes seconds to minutes, is an error."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.call = torch.compile(gm, backend="inductor", fullgraph=True, dynamic=False)
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Run it. Strides are part of what was compiled, so that every argument is made contiguous first."""
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return self.call(*(tensor.contiguous() for tensor in tensors))
