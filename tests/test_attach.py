@@ -5,8 +5,8 @@ import copy
 import diffusers
 import pytest
 import torch
-from conftest import inputs, tiny_dit, tiny_scheduler
-from oracle import Oracle
+from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
+from oracle import Oracle, run_loop
 
 import stepgraph as sg
 from stepgraph.plan import PlanError
@@ -113,7 +113,9 @@ def test_a_pipeline_without_or_with_another_transformer_is_refused(pipe):
     with pytest.raises(sg.CompileError, match="Unet has no transformer to accelerate"):
         sg.accelerate(Unet())
     other = diffusers.DiTPipeline(tiny_dit(seed=4), pipe.vae, pipe.scheduler)
-    with pytest.raises(sg.CompileError, match="compiled for DiTTransformer2DModel with fingerprint .* but the pipeline's transformer"):
+    with pytest.raises(
+        sg.CompileError, match=r"compiled for DiTTransformer2DModel with fingerprint .* but the pipeline's transformer"
+    ):
         exe.attach(other)
     # The same weights in another object are fine.
     twin = diffusers.DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, pipe.scheduler)
@@ -153,10 +155,14 @@ def test_timesteps_out_of_order_are_refused(pipe):
     exe = compiled(pipe).attach(pipe)
     pipe.scheduler.set_timesteps(STEPS)
     first, second, third, _ = (int(t) for t in pipe.scheduler.timesteps)
-    with pytest.raises(PlanError, match=f"the plan begins at timestep {first}, but the pipeline's first call asks for {second}"):
+    with pytest.raises(
+        PlanError, match=f"the plan begins at timestep {first}, but the pipeline's first call asks for {second}"
+    ):
         pipe.transformer(**inputs(1, timestep=second))
     pipe.transformer(**inputs(1, timestep=first))
-    with pytest.raises(PlanError, match=f"step 1 of the plan is at timestep {second}, but the pipeline asks for timestep {third}"):
+    with pytest.raises(
+        PlanError, match=f"step 1 of the plan is at timestep {second}, but the pipeline asks for timestep {third}"
+    ):
         pipe.transformer(**inputs(1, timestep=third))
     assert pipe.transformer.forward.session.slot_bytes == 0
     assert exe.plan.header.timesteps[0] == first
@@ -165,7 +171,7 @@ def test_timesteps_out_of_order_are_refused(pipe):
 # -- nothing leaks ---------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Raised by the tests in the middle of a run."""
 
 
@@ -176,7 +182,7 @@ def raise_at(target, attribute: str, call: int, monkeypatch) -> None:
     def wrapped(*args, **kwargs):
         calls.append(1)
         if len(calls) == call + 1:
-            raise Stop
+            raise StopError
         return original(*args, **kwargs)
 
     monkeypatch.setattr(target, attribute, wrapped)
@@ -189,15 +195,16 @@ def test_after_an_exception_the_next_run_is_a_fresh_one(pipe, monkeypatch, step,
     wanted = oracle_images(pipe, exe.plan, seed=1)
     exe.attach(pipe)
     images(pipe, seed=5)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        if place == "scheduler":
-            raise_at(pipe.scheduler, "step", step, patch)
-        elif place == "between":
-            raise_at(pipe.scheduler, "scale_model_input", step, patch)
-        else:
-            # A module of the head, which every step of this plan runs once.
-            raise_at(pipe.transformer.proj_out_2, "forward", step, patch)
-        images(pipe, seed=7)
+    # proj_out_2 is in the head, which every step of this plan runs once.
+    owner, method = {
+        "scheduler": (pipe.scheduler, "step"),
+        "between": (pipe.scheduler, "scale_model_input"),
+        "module": (pipe.transformer.proj_out_2, "forward"),
+    }[place]
+    with monkeypatch.context() as patch:
+        raise_at(owner, method, step, patch)
+        with pytest.raises(StopError):
+            images(pipe, seed=7)
     if place == "module":
         assert (pipe.transformer.forward.session.step, pipe.transformer.forward.session.slot_bytes) == (0, 0)
     assert torch.equal(images(pipe, seed=1), wanted)
@@ -207,9 +214,10 @@ def test_an_aborted_run_of_another_batch_size_does_not_matter(pipe, monkeypatch)
     exe = compiled(pipe)
     wanted = oracle_images(pipe, exe.plan, batch=3)
     exe.attach(pipe)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         raise_at(pipe.scheduler, "step", 1, patch)
-        images(pipe, batch=1)
+        with pytest.raises(StopError):
+            images(pipe, batch=1)
     assert torch.equal(images(pipe, batch=3), wanted)
 
 
@@ -226,6 +234,23 @@ def test_two_pipelines_of_one_executable_do_not_share_values(pipe):
     assert torch.equal(images(pipe, seed=0), wanted[0])
     exe.detach()
     assert all("forward" not in p.transformer.__dict__ for p in (pipe, twin))
+
+
+@pytest.mark.parametrize("given_up_after", [0, 1, 2, 3])
+def test_two_calls_a_step(pipe, given_up_after):
+    """Guidance in two calls: branches are told apart, also after a run that was given up between two of them."""
+    arguments = {"guidance": "separate", "actions": {"ff": "CRCR", "hidden": "CCCR"}}
+    plan = sg.make_plan("manual", model=pipe.transformer, scheduler=pipe.scheduler, steps=STEPS, **arguments)
+    run = (pipe.scheduler, noise(), STEPS, 4.0, labels(3), labels(NULL_CLASS), True)
+    wanted, _ = run_loop(Oracle.of(pipe.transformer, plan), *run)
+    exe = sg.compile(pipe.transformer, plan, inputs(), backend="eager", exact=True).attach(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    for call in range(given_up_after):
+        timestep = int(pipe.scheduler.timesteps[call // 2])
+        pipe.transformer(**inputs(seed=9 + call // 2, timestep=timestep) | labels(NULL_CLASS if call % 2 else 5))
+    assert torch.equal(run_loop(pipe.transformer, *run)[0], wanted)
+    assert torch.equal(run_loop(pipe.transformer, *run)[0], wanted)
+    exe.detach()
 
 
 def test_accelerate(pipe):

@@ -17,16 +17,31 @@ import stepgraph as sg
 from stepgraph.plan import CachePlan, PlanError, PlanHeader, Site
 
 SITES = (
-    Site("blocks.0.attn", "attn", macs=10, bytes=4), Site("blocks.0.ff", "ff", macs=20, bytes=4),
-    Site("blocks.0", "block", macs=40, bytes=4), Site("blocks.1.attn", "attn", call=1, macs=10, bytes=4),
-    Site("blocks.1.ff", "ff", output=1, macs=20, bytes=4), Site("blocks.1", "block", macs=80, bytes=4),
-    Site("", "stack_residual", macs=80, bytes=4), Site("", "hidden", macs=90, bytes=4), Site("", "output", macs=100, bytes=8),
-)  # fmt: skip
+    Site("blocks.0.attn", "attn", macs=10, bytes=4),
+    Site("blocks.0.ff", "ff", macs=20, bytes=4),
+    Site("blocks.0", "block", macs=40, bytes=4),
+    Site("blocks.1.attn", "attn", call=1, macs=10, bytes=4),
+    Site("blocks.1.ff", "ff", output=1, macs=20, bytes=4),
+    Site("blocks.1", "block", macs=80, bytes=4),
+    Site("", "stack_residual", macs=80, bytes=4),
+    Site("", "hidden", macs=90, bytes=4),
+    Site("", "output", macs=100, bytes=8),
+)
 HEADER = PlanHeader(
-    model="Toy", fingerprint="a/b", scheduler="DDIMScheduler", scheduler_hash="c", steps=3, timesteps=(800.0, 500.5, 1.0),
-    shapes={"hidden_states": (4, 8, 8), "timestep": ()}, dtype="float32", macs=100, policy="manual",
-    arguments={"actions": {"ff": "CRR"}}, seed=3, samples=2,
-)  # fmt: skip
+    model="Toy",
+    fingerprint="a/b",
+    scheduler="DDIMScheduler",
+    scheduler_hash="c",
+    steps=3,
+    timesteps=(800.0, 500.5, 1.0),
+    shapes={"hidden_states": (4, 8, 8), "timestep": ()},
+    dtype="float32",
+    macs=100,
+    policy="manual",
+    arguments={"actions": {"ff": "CRR"}},
+    seed=3,
+    samples=2,
+)
 FULL = "C" * len(SITES)
 
 
@@ -66,21 +81,25 @@ INVALID = {
     "wrong T": (lambda: CachePlan(HEADER, SITES, (FULL,) * 4), r"the plan has 4 rows for the 3 timesteps"),
     "nothing stored": (lambda: with_row("RCCCCCCCC", 0), r"step 0, site blocks.0.attn: REUSE before any COMPUTE"),
     "stored too late": (lambda: build({"hidden": "RCC"}), r"step 0, site hidden: REUSE before any COMPUTE"),
-    "L on hidden": (lambda: build({"hidden": "CLC"}), r"step 1, site hidden: action 'L' is not possible for kind hidden.*C \(COMPUTE\)"),
+    "L on hidden": (
+        lambda: build({"hidden": "CLC"}),
+        r"step 1, site hidden: action 'L' is not possible for kind hidden.*C \(COMPUTE\)",
+    ),
     "no action at all": (lambda: build({"ff": "CXC"}), r"step 1, site blocks.0.ff: action 'X' is not possible"),
     "DEAD uncovered": (lambda: with_row(".CCCCCCCC"), r"step 1, site blocks.0.attn: DEAD, but no reused site contains it"),
     "DEAD behind": (lambda: with_row(".......R."), r"step 1, site output: DEAD, but no reused site"),
     "live inside reused": (lambda: with_row("C......RC"), r"step 1, site blocks.0.attn: COMPUTE inside the reused site hidden"),
     "reused inside reused": (lambda: with_row(".....R.RC"), r"step 1, site blocks.1: REUSE inside the reused site hidden"),
     "duplicate site": (
-        lambda: CachePlan(HEADER, (*SITES, SITES[0]), (FULL + "C",) * 3), r"site blocks.0.attn is listed more than once"
+        lambda: CachePlan(HEADER, (*SITES, SITES[0]), (FULL + "C",) * 3),
+        r"site blocks.0.attn is listed more than once",
     ),
     "wrong row length": (lambda: with_row(FULL + "C"), r"step 1 has 10 actions for 9 sites"),
     "no timesteps": (lambda: replace(HEADER, timesteps=()), r"at least one timestep"),
     "NaN timestep": (lambda: replace(HEADER, timesteps=(1, float("nan"))), r"timesteps must be finite"),
     "guidance": (lambda: replace(HEADER, guidance="both"), r"guidance is 'both'; expected 'batched', 'separate' or 'none'"),
     "branches": (lambda: replace(HEADER, guidance="separate"), r"guidance 'separate' does not have the branches \['all'\]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", INVALID)
@@ -116,7 +135,9 @@ def test_every_truncation_is_refused():
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
-VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=5)
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=5
+)
 HEADER_KEYS = st.sampled_from([*asdict(HEADER), "format", "version", "sites"])
 
 
@@ -161,7 +182,10 @@ BAD_JSON = {
     "incomplete site": (edited(sites=[{"path": "a", "actions": "CCC"}]), "site 0 is incomplete"),
     "site that is none": (edited(sites=["a"]), "site 0 is str; expected an object"),
     "no sites": (edited(sites=None), 'the plan has no list "sites"'),
-    "short actions": (edited(sites=[{"path": "a", "kind": "ff", "actions": "CC"}]), "site a has 2 actions; expected a string of 3"),
+    "short actions": (
+        edited(sites=[{"path": "a", "kind": "ff", "actions": "CC"}]),
+        "site a has 2 actions; expected a string of 3",
+    ),
     "no actions": (edited(sites=[{"path": "a", "kind": "ff"}]), "site a has actions None"),
     "wrong type": (edited(macs="many"), "header: macs is 'many', which is not of the type"),
     "wrong member": (edited(timesteps=[1, "2", 3]), "header: timesteps is"),
@@ -173,7 +197,7 @@ BAD_JSON = {
     "nested object": ('{"a":' * 100_000 + "1" + "}" * 100_000, "not a complete JSON document"),
     "huge number": (TEXT.replace('"macs": 100', '"macs": ' + "1" * 5000), "not a complete JSON document"),
     "huge timestep": (TEXT.replace("500.5", "1" * 400), "timesteps"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_JSON)
@@ -208,7 +232,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build({}).save(path)
     assert CachePlan.load(path) == PLAN
-    assert os.listdir(tmp_path) == ["plan.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -225,7 +249,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(PermissionError):
         PLAN.save(folder / "plan.json")
-    assert os.listdir(folder) == []
+    assert [path.name for path in folder.iterdir()] == []
 
 
 # -- plans that do not fit -------------------------------------------------------------------------------------------------
@@ -247,14 +271,30 @@ def compile_for(model, plan, given=None):
 WIDE = {**inputs(), "hidden_states": torch.zeros(1, 4, 12, 12)}
 MISFITS = {
     "class": (lambda: Other(2, 2).eval(), None, "the plan is for DiTTransformer2DModel; this model is Other"),
-    "structure": (lambda: tiny_dit(num_layers=3), None, "the plan is for another DiTTransformer2DModel: its configuration or parameter"),
+    "structure": (
+        lambda: tiny_dit(num_layers=3),
+        None,
+        "the plan is for another DiTTransformer2DModel: its configuration or parameter",
+    ),
     "weights": (lambda: tiny_dit(seed=1), None, "the plan is for other weights of DiTTransformer2DModel"),
     "dtype": (lambda: tiny_dit().bfloat16(), None, "the plan is for a float32 model; this one is bfloat16"),
-    "resolution": (tiny_dit, WIDE, r"hidden_states of shape \[batch, 4, 8, 8\]; given is \[batch, 4, 12, 12\]; .*this resolution"),
-    "missing input": (tiny_dit, {"hidden_states": noise()}, "the plan is for the tensor inputs hidden_states, timestep, class_labels"),
-    "input dtype": (tiny_dit, {**inputs(), "hidden_states": noise().double()}, "the plan is for float32; hidden_states is float64"),
+    "resolution": (
+        tiny_dit,
+        WIDE,
+        r"hidden_states of shape \[batch, 4, 8, 8\]; given is \[batch, 4, 12, 12\]; .*this resolution",
+    ),
+    "missing input": (
+        tiny_dit,
+        {"hidden_states": noise()},
+        "the plan is for the tensor inputs hidden_states, timestep, class_labels",
+    ),
+    "input dtype": (
+        tiny_dit,
+        {**inputs(), "hidden_states": noise().double()},
+        "the plan is for float32; hidden_states is float64",
+    ),
     "batch sizes": (tiny_dit, {**inputs(), **labels(1, 2)}, "the inputs disagree on the batch size"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISFITS)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 
 import numpy as np
 import pytest
@@ -20,9 +19,13 @@ def test_summary_counts_by_hand():
     summary = PLAN.summary()
     counts = {c.kind: (c.sites, c.computed, c.reused, c.corrected, c.dead) for c in summary.kinds}
     assert counts == {
-        "attn": (2, 4, 0, 0, 2), "ff": (2, 2, 2, 0, 2), "block": (2, 4, 0, 0, 2), "stack_residual": (1, 2, 0, 0, 1),
-        "hidden": (1, 2, 1, 0, 0), "output": (1, 3, 0, 0, 0),
-    }  # fmt: skip
+        "attn": (2, 4, 0, 0, 2),
+        "ff": (2, 2, 2, 0, 2),
+        "block": (2, 4, 0, 0, 2),
+        "stack_residual": (1, 2, 0, 0, 1),
+        "hidden": (1, 2, 1, 0, 0),
+        "output": (1, 3, 0, 0, 0),
+    }
     assert summary.macs == 100 + (100 - 20 - 20) + (100 - 90)
     assert summary.macs_total == 300
     assert summary.ideal_speedup == 300 / 170
@@ -61,11 +64,19 @@ def test_summary_as_text_and_as_data():
 @pytest.mark.parametrize(
     "actions",
     [
-        {"attn": "CRRC"}, {"ff": "CCRR"}, {"attn": "CRCR", "ff": "CRRR"}, {"hidden": "CRCR"}, {"stack_residual": "CRRC"},
-        {"output": "CRRR"}, {"block": "CRCR"}, {"attn": "CRCC", "hidden": "CCRC", "output": "CCCR"}, {"transformer_blocks.1.ff": "CRRR"}, {},
+        {"attn": "CRRC"},
+        {"ff": "CCRR"},
+        {"attn": "CRCR", "ff": "CRRR"},
+        {"hidden": "CRCR"},
+        {"stack_residual": "CRRC"},
+        {"output": "CRRR"},
+        {"block": "CRCR"},
+        {"attn": "CRCC", "hidden": "CCRC", "output": "CCCR"},
+        {"transformer_blocks.1.ff": "CRRR"},
+        {},
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("guidance", ["batched", "separate"])
 def test_summary_agrees_with_the_compiled_graphs(dit, ddim, actions, guidance):
     plan = sg.make_plan("manual", model=dit, scheduler=ddim, steps=4, guidance=guidance, actions=actions)
@@ -83,13 +94,18 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize(
     ("actions", "shown", "absent"),
-    [({"ff": "CRR"}, "CR", "LF."), ({"ff": "CLF", "hidden": "CCR"}, "CLR.", ""), ({}, "C", "RLF."), ({"output": "CFF"}, "CF.", "RL")],
+    [
+        ({"ff": "CRR"}, "CR", "LF."),
+        ({"ff": "CLF", "hidden": "CCR"}, "CLR.", ""),
+        ({}, "C", "RLF."),
+        ({"output": "CFF"}, "CF.", "RL"),
+    ],
     ids=str,
 )
 def test_plot_paints_the_actions(tmp_path, actions, shown, absent):
     figure = build(actions).plot(tmp_path / "plan.png")
     assert figure.axes
-    assert os.listdir(tmp_path) == ["plan.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
     pixels = np.asarray(Image.open(tmp_path / "plan.png").convert("RGB")).reshape(-1, 3)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     area = {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
@@ -109,13 +125,17 @@ def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(OSError, match="No space left"):
         PLAN.plot(tmp_path / "plan.png")
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_difference_of_two_plans():
     assert diff_plans(PLAN, PLAN) == {
-        "header": {}, "only_in_first": [], "only_in_second": [], "sites": {}, "pairs_changed": 0,
-    }  # fmt: skip
+        "header": {},
+        "only_in_first": [],
+        "only_in_second": [],
+        "sites": {},
+        "pairs_changed": 0,
+    }
     other = CachePlan.build(HEADER, SITES[:-1], {"ff": "CRC", "attn": "CRR"}).with_header(policy="else")
     found = diff_plans(PLAN, other)
     assert found["header"] == {"policy": ["manual", "else"]}

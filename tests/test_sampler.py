@@ -24,7 +24,9 @@ def executable(dit):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_plain_model_is_sampled_like_a_pipeline_would(dit, name, guidance_scale):
     scheduler = tiny_scheduler(name)
-    wanted, outputs = run_loop(dit, scheduler, noise(2), 3, guidance_scale, labels(1, 2), {"class_labels": NULL["negative_class_labels"]})
+    wanted, outputs = run_loop(
+        dit, scheduler, noise(2), 3, guidance_scale, labels(1, 2), {"class_labels": NULL["negative_class_labels"]}
+    )
     seen = []
     negative = NULL if guidance_scale > 1 else {}
     got = sg.sample(
@@ -59,8 +61,14 @@ def test_a_new_batch_size_is_compiled_when_it_comes(dit, executable):
 
 
 REFUSED = {
-    "steps missing": (lambda dit, exe: sg.sample(dit, tiny_scheduler("ddim"), noise()), "steps is needed to sample with a plain model"),
-    "zero steps": (lambda dit, exe: sg.sample(dit, tiny_scheduler("ddim"), noise(), steps=0), "steps is 0; expected a whole number"),
+    "steps missing": (
+        lambda dit, exe: sg.sample(dit, tiny_scheduler("ddim"), noise()),
+        "steps is needed to sample with a plain model",
+    ),
+    "zero steps": (
+        lambda dit, exe: sg.sample(dit, tiny_scheduler("ddim"), noise(), steps=0),
+        "steps is 0; expected a whole number",
+    ),
     "half a step": (lambda dit, exe: prepare_scheduler(tiny_scheduler("ddim"), 2.5), "steps is 2.5; expected a whole number"),
     "true steps": (lambda dit, exe: prepare_scheduler(tiny_scheduler("ddim"), True), "steps is True"),
     "no uncond": (
@@ -68,16 +76,20 @@ REFUSED = {
         "guidance_scale 4.0 needs the unconditional input negative_class_labels",
     ),
     "no cond": (
-        lambda dit, exe: sg.sample(exe, tiny_scheduler("ddim"), noise(), 4.0, negative_class_labels=NULL["negative_class_labels"]),
+        lambda dit, exe: sg.sample(
+            exe, tiny_scheduler("ddim"), noise(), 4.0, negative_class_labels=NULL["negative_class_labels"]
+        ),
         "negative_class_labels is given, but class_labels is not",
     ),
     "missing input": (
-        lambda dit, exe: sg.sample(exe, tiny_scheduler("ddim"), noise(3)), "the plan is for the tensor inputs .*class_labels"
+        lambda dit, exe: sg.sample(exe, tiny_scheduler("ddim"), noise(3)),
+        "the plan is for the tensor inputs .*class_labels",
     ),
     "other steps": (
-        lambda dit, exe: sg.sample(exe, tiny_scheduler("ddim"), noise(), steps=5, **labels(1)), "compiled for 4 inference steps, asked for 5"
+        lambda dit, exe: sg.sample(exe, tiny_scheduler("ddim"), noise(), steps=5, **labels(1)),
+        "compiled for 4 inference steps, asked for 5",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -99,7 +99,16 @@ def run_and_watch(exe: sg.Executable, batch: int, separate: bool):
         return out
 
     uncond = labels(*[NULL_CLASS] * batch)
-    run_loop(predict, tiny_scheduler("ddim"), noise(batch), exe.plan.steps, 4.0 if separate else 1.0, labels(*[1] * batch), uncond, separate)
+    run_loop(
+        predict,
+        tiny_scheduler("ddim"),
+        noise(batch),
+        exe.plan.steps,
+        4.0 if separate else 1.0,
+        labels(*[1] * batch),
+        uncond,
+        separate,
+    )
     return session, held
 
 

@@ -34,7 +34,12 @@ def attributes_of(graph: torch.fx.Graph) -> set[str]:
 
 # -- dead code -----------------------------------------------------------------------------------------------------------
 
-EMBEDDER = ("timestep_embedder.linear_1", "timestep_embedder.act", "timestep_embedder.linear_2", "class_embedder.embedding_table")
+EMBEDDER = (
+    "timestep_embedder.linear_1",
+    "timestep_embedder.act",
+    "timestep_embedder.linear_2",
+    "class_embedder.embedding_table",
+)
 GATES = {f"{block}.norm1.{name}" for block in BLOCKS for name in (*(f"emb.{part}" for part in EMBEDDER), "silu", "linear")}
 FIRST_EMBEDDER = {f"{BLOCKS[0]}.norm1.emb.{part}" for part in EMBEDDER}
 HEAD = {"norm_out", "proj_out_1", "proj_out_2"}

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from conftest import TINY, inputs, tiny_dit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -87,9 +87,11 @@ def test_nodes_know_shape_dtype_and_site(dit):
     value = by_target["transformer_blocks.1.ff.net.2"].meta["val"]
     assert (tuple(value.shape), value.dtype) == ((3, 16, 32), torch.float32)
     places = {
-        "transformer_blocks.1.ff.net.2": "transformer_blocks.1.ff", "transformer_blocks.0.attn1.to_q": "transformer_blocks.0.attn1",
-        "transformer_blocks.0.norm3": "transformer_blocks.0", "proj_out_2": None,
-    }  # fmt: skip
+        "transformer_blocks.1.ff.net.2": "transformer_blocks.1.ff",
+        "transformer_blocks.0.attn1.to_q": "transformer_blocks.0.attn1",
+        "transformer_blocks.0.norm3": "transformer_blocks.0",
+        "proj_out_2": None,
+    }
     assert {target: by_target[target].meta.get("site") for target in places} == places
 
 
@@ -200,8 +202,19 @@ def mixed_precision(m, x):
 
 
 WORKING = [
-    factories, pieces, keywords, properties, held_tensors, twice, in_place, selections, python_values, nested, numpy_numbers, mixed_precision,
-]  # fmt: skip
+    factories,
+    pieces,
+    keywords,
+    properties,
+    held_tensors,
+    twice,
+    in_place,
+    selections,
+    python_values,
+    nested,
+    numpy_numbers,
+    mixed_precision,
+]
 
 
 @pytest.mark.parametrize("forward", WORKING, ids=lambda f: f.__name__)

@@ -52,8 +52,9 @@ FAMILIES = {
         lambda: {"hidden_states": randn(1, 2, 4, 8, 8), "encoder_hidden_states": randn(1, 6, 12), "timestep": step()},
     ),
     "CogView4Transformer2DModel": (
-        {"patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "out_channels": 4,
-         "text_embed_dim": 12, "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (8, 8), "sample_size": 8},
+        {"patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+         "out_channels": 4, "text_embed_dim": 12, "time_embed_dim": 8, "condition_dim": 4,
+         "rope_axes_dim": (8, 8), "sample_size": 8},
         lambda: {"hidden_states": randn(1, 4, 8, 8), "encoder_hidden_states": randn(1, 5, 12), "timestep": step(),
                  "original_size": torch.tensor([[64.0, 64.0]]), "target_size": torch.tensor([[64.0, 64.0]]),
                  "crop_coords": torch.zeros(1, 2)},

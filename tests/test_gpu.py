@@ -1,0 +1,98 @@
+"""On a CUDA device: exact plans, low precision, and pipelines. Deselected by default; run with `-m gpu`."""
+
+import diffusers
+import pytest
+import torch
+from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
+from oracle import Oracle, run_loop
+
+import stepgraph as sg
+
+pytestmark = pytest.mark.gpu
+ACTIONS = {"attn": "CRCRCR", "ff": "CRRRCC", "hidden": "CCCCCR"}
+
+
+def to_cuda(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def cuda_dit():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return tiny_dit().cuda()
+
+
+def compiled(model, scheduler, batch: int = 2, actions=ACTIONS, dtype=torch.float32, **options) -> sg.Executable:
+    plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=6, actions=actions)
+    given = to_cuda(inputs(batch))
+    given["hidden_states"] = given["hidden_states"].to(dtype)
+    return sg.compile(model, plan, given, **options)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_exact_plans_equal_the_oracle(cuda_dit, name, guidance_scale):
+    scheduler = tiny_scheduler(name)
+    exe = compiled(cuda_dit, scheduler, backend="eager", exact=True)
+    cond, uncond = to_cuda(labels(1, 2)), to_cuda(labels(NULL_CLASS, NULL_CLASS))
+    arguments = (scheduler, noise(2).cuda(), 6, guidance_scale, cond, uncond)
+    oracle, session = Oracle.of(cuda_dit, exe.plan), exe.session()
+
+    def on_device(predict):
+        # The plain loop keeps the scheduler's timesteps where they are.
+        return lambda **given: predict(**to_cuda({k: v for k, v in given.items() if k != "return_dict"}), return_dict=False)
+
+    wanted, got = (run_loop(on_device(predict), *arguments)[0] for predict in (oracle, session))
+    assert torch.equal(got, wanted)
+    if guidance_scale <= 1:
+        # Compiled for two rows, run with two.
+        assert session.peak_slot_bytes == exe.memory().peak_slot_bytes
+    eager = run_loop(on_device(cuda_dit), *arguments)[0]
+    assert not torch.equal(eager, wanted)
+
+
+def test_computing_everything_is_the_eager_model(cuda_dit):
+    exe = compiled(cuda_dit, tiny_scheduler("ddim"), 1, {}, backend="eager", exact=True)
+    given = to_cuda(labels(3))
+    eager = sg.sample(cuda_dit, tiny_scheduler("ddim"), noise().cuda(), steps=6, **given)
+    assert torch.equal(sg.sample(exe, tiny_scheduler("ddim"), noise().cuda(), **given), eager)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_bf16_is_finite_and_close(cuda_dit, backend):
+    scheduler, given = tiny_scheduler("ddim"), to_cuda(labels(3))
+    wanted = sg.sample(compiled(cuda_dit, scheduler, 1, backend="eager", exact=True), scheduler, noise().cuda(), **given)
+    half = cuda_dit.bfloat16()
+    exe = compiled(half, scheduler, 1, dtype=torch.bfloat16, backend=backend)
+    got = sg.sample(exe, scheduler, noise().cuda().bfloat16(), **given).float()
+    assert torch.isfinite(got).all()
+    assert (got - wanted).norm() <= 5e-2 * wanted.norm()
+
+
+def test_attached_to_a_pipeline(cuda_dit):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+    ).eval().cuda()  # fmt: skip
+    pipe = diffusers.DiTPipeline(cuda_dit, vae, tiny_scheduler("ddim"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(batch: int) -> torch.Tensor:
+        generator = torch.Generator("cuda").manual_seed(0)
+        return pipe(list(range(batch)), num_inference_steps=6, generator=generator, output_type="pt").images
+
+    exe = compiled(cuda_dit, pipe.scheduler, backend="eager", exact=True)
+    for batch in (1, 3):
+        with Oracle.of(cuda_dit, exe.plan).in_place_of_model():
+            wanted = images(batch)
+        exe.attach(pipe)
+        assert torch.equal(images(batch), wanted)
+        exe.detach()
+
+
+def test_inputs_on_another_device_are_refused(cuda_dit):
+    plan = sg.make_plan("full", model=cuda_dit, scheduler=tiny_scheduler("ddim"), steps=2)
+    with pytest.raises(sg.CompileError, match="the model is on cuda:0, but the input hidden_states is on cpu"):
+        sg.compile(cuda_dit, plan, inputs(), backend="eager")
