@@ -196,7 +196,8 @@ class Tracer(TorchFunctionMode):
 
     def last_node(self) -> fx.Node:
         """The node recorded last."""
-        return next(iter(reversed(self.graph.nodes)))
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
 
     def get_attribute(self, value: Any) -> Any:
         """What an attribute read of a module gives during the trace: parameters and buffers become graph nodes."""
