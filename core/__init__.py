@@ -17,6 +17,7 @@ from torch import nn
 from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import CalibrationStats, calibrate
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.trace import TraceError
@@ -50,5 +51,6 @@ def compile(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
-    "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "make_plan", "sample",
+    "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "import_plan", "make_plan",
+    "sample",
 ]  # fmt: skip

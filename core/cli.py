@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.load import SCHEDULERS, load_model, load_scheduler
@@ -327,6 +328,26 @@ def plan_make(
     made = make_plan(
         policy, model=loaded, scheduler=load_scheduler(model, scheduler), steps=steps, guidance=guidance, **arguments
     )
+    made.save(out)
+    show_plan(made, as_json, f"wrote {out}")
+
+
+@plan_app.command(name="import")
+@reports_errors
+def plan_import(
+    file: Annotated[Path, typer.Argument(help="an InvarDiff cache book, a SmoothCache schedule or an L2C router checkpoint")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    steps: Steps = 50,
+    scheduler: SchedulerName = None,
+    dtype: Dtype = "float32",
+    arg: Arguments = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Turn a published plan file, recognised by its content, into a plan for a model."""
+    loaded = load_model(model, "cpu", parse_dtype(dtype))
+    chosen = load_scheduler(model, scheduler)
+    made = import_plan(file, loaded, chosen, steps=steps, **parse_arguments(arg))
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
 

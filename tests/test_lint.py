@@ -45,6 +45,8 @@ FORBIDDEN = [
     ("compiler/policies/full.py", "from stepgraph.compiler.policies.interval import interval"),
     ("compiler/policies/full.py", "from stepgraph.compiler.trace import trace"),
     ("compiler/policies/full.py", "import stepgraph.bench"),
+    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.importers.invardiff_book import export"),
+    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.trace import trace"),
     ("compiler/models/dit.py", "from stepgraph.compiler.trace import trace"),
     ("compiler/models/dit.py", "from stepgraph.runtime.slots import assign_slots"),
     ("compiler/models/new_family.py", "from stepgraph.compiler.models.dit import DIT"),
@@ -142,6 +144,7 @@ def _modules(folder: str, *apart: str) -> set[str]:
     [
         ("compiler/passes", _modules("compiler/passes", "context")),
         ("compiler/policies", _modules("compiler/policies", "policy")),
+        ("compiler/importers", _modules("compiler/importers", "importer")),
         ("compiler/models", _modules("compiler/models", "family", "load") | _modules("compiler", "models")),
     ],
 )

@@ -1,0 +1,53 @@
+"""InvarDiff's cache books for DiT (arXiv 2512.05134, zihaowu25/InvarDiff).
+
+`step_cache_book` [T], `msa_cache_book` and `mlp_cache_book` [T][blocks]; true means reuse. A reused step takes the tokens after
+the last block from the cache and runs the output head on them with the current timestep: the site `hidden`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepgraph.compiler.importers.importer import Importer, check_table, letters, sites_of
+from stepgraph.plan import REUSE, CachePlan, PlanError, Site
+
+TABLES = {"msa_cache_book": "attn", "mlp_cache_book": "ff"}
+
+
+def recognizes(data: Any) -> bool:
+    """An object with a step table and one table per module kind."""
+    return isinstance(data, dict) and {"step_cache_book", *TABLES} <= set(data)
+
+
+def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
+    """The book's reuses by site."""
+    found = {"hidden": letters(check_table("step_cache_book", data["step_cache_book"], steps))}
+    for key, kind in TABLES.items():
+        own = sites_of(sites, kind)
+        table = check_table(key, data[key], steps, len(own))
+        found |= {site.name: letters([row[i] for row in table]) for i, site in enumerate(own)}
+    return found
+
+
+def export(plan: CachePlan) -> dict[str, Any]:
+    """A plan as a cache book; on reused steps every module counts as reused, as in the published books.
+
+    Raises:
+        PlanError: The plan does something that a book cannot say.
+    """
+    known = {"hidden", *TABLES.values()}
+    other = [
+        site.name for i, site in enumerate(plan.sites) if site.kind not in known and any(row[i] == REUSE for row in plan.rows)
+    ]
+    if other or any(letter in "LF" for row in plan.rows for letter in row):
+        raise PlanError(
+            f"a cache book holds reuse of attn, ff and hidden only; this plan has more ({(other or ['L or F'])[0]})"
+        )
+    columns = {site.name: [row[i] for row in plan.rows] for i, site in enumerate(plan.sites)}
+    book: dict[str, Any] = {"step_cache_book": [letter == REUSE for letter in columns["hidden"]]}
+    for key, kind in TABLES.items():
+        own = [columns[site.name] for site in sites_of(plan.sites, kind)]
+        book[key] = [[column[step] != "C" for column in own] for step in range(plan.steps)]
+    return book
+
+
+INVARDIFF_BOOK = Importer(recognizes, actions, source="InvarDiff cache book (DiT), arXiv 2512.05134")

@@ -1,0 +1,59 @@
+"""SmoothCache's schedules (Roblox/SmoothCache): one list of T flags per module kind or per module; 1 means compute."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepgraph.compiler.importers.importer import Importer, check_table, letters, sites_of
+from stepgraph.plan import COMPUTE, CachePlan, PlanError, Site
+
+KINDS = {"attn": "attn", "mlp": "ff"}
+KEY = re.compile(r"(attn|mlp)(?:-(\d+))?")
+
+
+def recognizes(data: Any) -> bool:
+    """An object all of whose keys are "attn", "mlp", "attn-<block>" or "mlp-<block>"."""
+    return isinstance(data, dict) and bool(data) and all(KEY.fullmatch(key) for key in data)
+
+
+def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
+    """The schedule's reuses by kind or site."""
+    found = {}
+    for key, flags in data.items():
+        name, number = KEY.fullmatch(key).groups()  # type: ignore[union-attr]  # `recognizes` has matched every key
+        reused = letters([not flag for flag in check_table(key, flags, steps)])
+        own = sites_of(sites, KINDS[name])
+        if number is None:
+            found[KINDS[name]] = reused
+        elif int(number) < len(own):
+            found[own[int(number)].name] = reused
+        else:
+            raise PlanError(f"{key} names block {number}; this model has {len(own)} blocks")
+    missing = [name for name in KINDS if not any(key.partition("-")[0] == name for key in data)]
+    numbered = [key for key in data if "-" in key]
+    expected = sum(len(sites_of(sites, kind)) for kind in KINDS.values())
+    if missing or (numbered and len(numbered) != expected):
+        raise PlanError(f"the schedule has {len(data)} entries; expected attn and mlp, or one for each of {expected} modules")
+    return found
+
+
+def export(plan: CachePlan) -> dict[str, list[int]]:
+    """A plan as a schedule with one entry per module.
+
+    Raises:
+        PlanError: The plan does something that a schedule cannot say.
+    """
+    schedule = {}
+    rank = dict.fromkeys(KINDS.values(), 0)
+    names = {kind: name for name, kind in KINDS.items()}
+    for i, site in enumerate(plan.sites):
+        column = [row[i] for row in plan.rows]
+        if site.kind in names:
+            schedule[f"{names[site.kind]}-{rank[site.kind]}"] = [int(letter == COMPUTE) for letter in column]
+            rank[site.kind] += 1
+        if not set(column) <= ({"C", "R"} if site.kind in names else {"C"}):
+            raise PlanError(f"a schedule holds reuse of attn and ff only; this plan does more at {site.name}")
+    return schedule
+
+
+SMOOTHCACHE_SCHEDULE = Importer(recognizes, actions, source="SmoothCache schedule, arXiv 2411.10510")
