@@ -1,14 +1,11 @@
 """Calibration: watch a model's sites during real sampling runs."""
 
-import json
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from stepgraph.compiler.describe import example_inputs, make_header, marked_graph, model_dtype
@@ -18,78 +15,20 @@ from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.sites import MarkedGraph
-from stepgraph.files import whole_file
+from stepgraph.compiler.stats import LAGS, CalibrationStats, table_shapes
 from stepgraph.fingerprint import config_of
-from stepgraph.plan import COMPUTE, PlanError, PlanHeader, Site, parse_record
+from stepgraph.plan import COMPUTE, PlanError
 from stepgraph.runtime.sampler import sample
-
-FORMAT = "stepgraph-stats"
-VERSION = 1
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationStats:
-    """Statistics of a model's sites over real sampling runs, averaged over the samples.
-
-    Attributes:
-        header: Model, scheduler and steps they belong to, with seed and number of samples.
-        sites: The model's sites.
-        magnitude: Mean absolute value of each site at each step, [T, sites] float64.
-        change: Mean absolute difference from the step before, [T, sites] float64; row 0 is zero. This is the error that
-            reusing the last value would make.
-    """
-
-    header: PlanHeader
-    sites: tuple[Site, ...]
-    magnitude: torch.Tensor
-    change: torch.Tensor
-
-    @property
-    def relative_change(self) -> torch.Tensor:
-        """`change` over `magnitude`, [T, sites] float64."""
-        return self.change / self.magnitude.clamp_min(1e-300)
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
-        described = {
-            "format": FORMAT,
-            "version": VERSION,
-            "header": asdict(self.header),
-            "sites": list(map(asdict, self.sites)),
-        }
-        with whole_file(path) as partial:
-            tensors = {"magnitude": self.magnitude, "change": self.change}
-            save_file(tensors, partial, metadata={"stepgraph": json.dumps(described)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CalibrationStats":
-        """Read a file written by `save`.
-
-        Raises:
-            PlanError: The file is not a complete statistics file of this version.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise PlanError(f"{path}: not a complete statistics file ({error})") from error
-        if described.get("format") != FORMAT or described.get("version") != VERSION:
-            raise PlanError(
-                f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}"
-            )
-        header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
-        sites = tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(described.get("sites") or ()))
-        for name in ("magnitude", "change"):
-            if name not in tensors or tuple(tensors[name].shape) != (len(header.timesteps), len(sites)):
-                raise PlanError(f"{path}: {name} is not a [{len(header.timesteps)}, {len(sites)}] table")
-        return cls(header, sites, tensors["magnitude"], tensors["change"])
 
 
 class _Observer(nn.Module):
-    """Runs the traced model with every site's value as an output, and keeps running sums over samples."""
+    """Runs the traced model with every site's value as an output, and keeps running sums over samples.
 
-    def __init__(self, model: nn.Module, marked: MarkedGraph, steps: int) -> None:
+    The rate of change is measured from a reference that stands still from the second hit of a run of `provisional` hits on
+    (InvarDiff's resampling correction, as its code does it); without hits the reference is always the step before.
+    """
+
+    def __init__(self, model: nn.Module, marked: MarkedGraph, steps: int, provisional: torch.Tensor | None) -> None:
         super().__init__()
         self.observed = model
         every = tuple(range(len(marked.sites)))
@@ -99,25 +38,56 @@ class _Observer(nn.Module):
         erase_markers(self.graph, context)
         self.graph.recompile()
         self.names = tuple(marked.trace.inputs)
-        self.magnitude = torch.zeros(steps, len(every), dtype=torch.float64)
-        self.change = torch.zeros(steps, len(every), dtype=torch.float64)
-        self.last: list[torch.Tensor] | None = None
-        self.step = 0
+        self.tables = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in table_shapes(steps, len(every)).items()}
+        self.hits = torch.zeros(steps, len(every), dtype=torch.bool) if provisional is None else provisional
+        self.begin()
 
     def begin(self) -> None:
         """A new sampling run."""
-        self.step, self.last = 0, None
+        sites = self.hits.shape[1]
+        self.step = 0
+        self.past: deque[list[torch.Tensor]] = deque(maxlen=LAGS)
+        self.reference: list[torch.Tensor | None] = [None] * sites
+        self.distance = [0.0] * sites
+        self.held = [False] * sites
 
     def forward(self, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
-        """One evaluation; the sums grow by this sample's means."""
+        """One evaluation; the sums grow by this sample's values."""
         result, *values = self.graph(*(inputs[name] for name in self.names))
         for i, value in enumerate(values):
-            self.magnitude[self.step, i] += value.abs().mean(dtype=torch.float64).cpu()
-            if self.last is not None:
-                self.change[self.step, i] += (value - self.last[i]).abs().mean(dtype=torch.float64).cpu()
-        self.last = values
+            self._add_means(i, value)
+            self._add_rate(i, value)
+        self.past.appendleft(values)
         self.step += 1
         return (result,)
+
+    def _add_means(self, i: int, value: torch.Tensor) -> None:
+        s, size = self.step, value.abs().mean(dtype=torch.float64)
+        self.tables["magnitude"][s, i] += size.cpu()
+        for lag, values in enumerate(self.past):
+            difference = (value - values[i]).abs().mean(dtype=torch.float64)
+            self.tables["relative"][lag, s, i] += (difference / size).cpu()
+            if lag == 0:
+                self.tables["change"][s, i] += difference.cpu()
+        before = self.past[0][i] if self.past else value
+        norms = value.double().norm(dim=-1) / before.double().norm(dim=-1)
+        self.tables["ratio"][s, i] += norms.mean().cpu()
+
+    def _add_rate(self, i: int, value: torch.Tensor) -> None:
+        s, reference = self.step, self.reference[i]
+        if reference is None:
+            self.reference[i] = value
+            return
+        # 1e-8 is added to every difference, and nothing guards the denominator: as in the method's code.
+        distance = float((value.double() - reference.double() + 1e-8).abs().sum())
+        if s == 1:
+            self.reference[i], self.distance[i] = value, distance
+            return
+        self.tables["rate"][s - 1, i] += distance / self.distance[i] if self.distance[i] else float("inf")
+        hit = bool(self.hits[s - 1, i])
+        if not (hit and self.held[i]):
+            self.reference[i], self.distance[i] = value, distance
+        self.held[i] = hit
 
 
 def calibrate(
@@ -127,9 +97,10 @@ def calibrate(
     steps: int = 50,
     samples: int = 16,
     seed: int = 0,
+    provisional: torch.Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationStats:
-    """Sample conditionally, without guidance, and average over the samples how much each site changes per step.
+    """Sample conditionally, without guidance, and average over the samples how each site changes from step to step.
 
     Args:
         model: On any device; the example conditioning of its family is used (classes in turn for DiT).
@@ -137,9 +108,13 @@ def calibrate(
         steps: Number of inference steps.
         samples: Number of sampling runs, one sample each.
         seed: Of the noise.
+        provisional: [T, sites] bool, a plan's reuses: the table `rate` is then measured as InvarDiff's second phase does.
         on_step: Called with (evaluations done, evaluations in all).
 
-    Memory holds the sites' values of two steps, whatever the number of steps and samples.
+    Memory holds the sites' values of five steps, whatever the number of steps and samples.
+
+    Raises:
+        PlanError: No samples, `provisional` of another shape, or NaN in what was measured.
     """
     if samples < 1:
         raise PlanError(f"samples is {samples}; expected at least 1")
@@ -147,7 +122,9 @@ def calibrate(
     marked = marked_graph(model, inputs)
     header = make_header(model, scheduler, steps, marked, guidance="none")
     evaluations = len(header.timesteps)
-    observer = _Observer(model, marked, evaluations)
+    if provisional is not None and tuple(provisional.shape) != (evaluations, len(marked.sites)):
+        raise PlanError(f"provisional is {list(provisional.shape)}; expected [{evaluations}, {len(marked.sites)}]")
+    observer = _Observer(model, marked, evaluations, provisional)
     generator = torch.Generator().manual_seed(seed)
     latents = next(iter(inputs.values()))
     conditioning, _ = family_of(model).conditioning(config_of(model), samples, latents.device)
@@ -157,8 +134,15 @@ def calibrate(
         chosen = {name: value[number : number + 1] for name, value in conditioning.items()}
         report = None if on_step is None else _shifted(on_step, number * evaluations, samples * evaluations)
         sample(observer, scheduler, noise, steps=steps, on_step=report, **chosen)
-    described = PlanHeader(**{**asdict(header), "seed": seed, "samples": samples})
-    return CalibrationStats(described, marked.sites, observer.magnitude / samples, observer.change / samples)
+    tables = {name: table / samples for name, table in observer.tables.items()}
+    tables["rate"][0] = tables["rate"][-1] = 1.0
+    for name, table in tables.items():
+        if table.isnan().any():
+            step, site = (int(where[0]) for where in torch.nonzero(table.isnan(), as_tuple=True)[-2:])
+            raise PlanError(
+                f"{name} of {marked.sites[site].name} is NaN at step {step}: the model's values are not finite there"
+            )
+    return CalibrationStats(replace(header, seed=seed, samples=samples), marked.sites, **tables)
 
 
 def _shifted(on_step: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:

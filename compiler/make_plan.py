@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from stepgraph.compiler.calibrate import CalibrationStats
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import CachePlan, PlanError
 
 

@@ -402,6 +402,17 @@ def _refuse_changed_state(model: nn.Module, before: Mapping[tuple[str, str], Any
         raise TraceError(f"{where}: the forward of {path or type(module).__name__} changes its own {name!r}; {NO_PAST}")
 
 
+def _clear_memos(model: nn.Module) -> None:
+    """Empty the functools caches of the model's classes: what they hold from before would be a constant of the graph, and
+    what they hold from the trace has no data.
+    """
+    for kind in {type(module) for module in model.modules()}:
+        for name in dir(kind):
+            clear = getattr(inspect.getattr_static(kind, name), "cache_clear", None)
+            if callable(clear):
+                clear()
+
+
 def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """Trace a model's forward for inputs of fixed shapes.
 
@@ -433,6 +444,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     with ExitStack() as stack:
         stack.enter_context(TRACE_LOCK)
+        _clear_memos(model)
+        stack.callback(_clear_memos, model)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         stack.enter_context(tracer.flops)
@@ -441,8 +454,19 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             if isinstance(value, torch.Tensor):
                 fake = tracer.fake(value)
                 placeholders[name] = tracer.record("placeholder", name, (), {}, fake)
-        stack.enter_context(mock.patch.object(nn.Module, "__call__", lambda m, *a, **k: tracer.call_module(call, m, a, k)))
-        stack.enter_context(mock.patch.object(nn.Module, "__getattr__", lambda m, n: tracer.get_attribute(getattribute(m, n))))
+        # Other threads may run this very model meanwhile; for them nothing changes.
+        own = threading.get_ident()
+
+        def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            mine = threading.get_ident() == own
+            return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
+
+        def traced_getattr(module: nn.Module, name: str) -> Any:
+            value = getattribute(module, name)
+            return tracer.get_attribute(value) if threading.get_ident() == own else value
+
+        stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
+        stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
         stack.enter_context(tracer)
         # A model that an executable is attached to is traced as it was before.
         forward = own_forward(model)

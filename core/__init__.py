@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from stepgraph.compiler.accelerate import accelerate
-from stepgraph.compiler.calibrate import CalibrationStats, calibrate
+from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.compiler.trace import TraceError
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Digest of a tensor's contents, kept while the tensor lives, with the version and address it was taken at.
+# Digest of a tensor's contents, kept while the tensor lives, with the version, address and probe it was taken at.
 _digests = WeakTensorKeyDictionary()
 
 
@@ -32,12 +32,17 @@ def hash_config(config: Mapping[str, Any]) -> str:
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """SHA-256 of a tensor's bytes, memoised until the tensor is written to."""
-    version = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    """SHA-256 of a tensor's bytes, memoised until the tensor is written to.
+
+    Writes through `.data` move no version counter; a probe of 16 values notices those that change a tensor as a whole, as
+    fusing a LoRA does.
+    """
+    flat = tensor.detach().flatten()
+    probe = flat[:: max(1, flat.numel() // 16)].to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
+    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), probe)
     known = _digests.get(tensor)
-    if known is None or version is None or known[0] != version:
-        flat = tensor.detach().to("cpu").contiguous().flatten()
-        known = (version, hashlib.sha256(flat.view(torch.uint8).numpy().data).digest())
+    if known is None or state is None or known[0] != state:
+        known = (state, hashlib.sha256(flat.to("cpu").contiguous().view(torch.uint8).numpy().data).digest())
         _digests[tensor] = known
     digest: bytes = known[1]
     return digest

@@ -31,8 +31,9 @@ class Attachment:
     pipe: Any
     signature: inspect.Signature
     replaced: Any = None
-    first_call: dict[str, Any] | None = None
     session: Session = field(init=False)
+    timesteps: torch.Tensor | None = None
+    first_latents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.session = self.executable.session()
@@ -60,40 +61,37 @@ class Attachment:
         step = self.session.step
         begun = step > 0 or self.session.branch > 0
         expected = None if self.session.finished else header.timesteps[step]
-        if begun and expected is not None and abs(asked - expected) <= 1e-3 and not self._begins_again(inputs):
+        at_start = abs(asked - header.timesteps[0]) <= 1e-3
+        if begun and expected is not None and abs(asked - expected) <= 1e-3 and not (at_start and self._begins_again(inputs)):
             return
-        if begun and expected is not None and abs(asked - header.timesteps[0]) > 1e-3:
+        if begun and expected is not None and not at_start:
             raise PlanError(
                 f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
                 f"the plan's timesteps must be visited in order"
             )
         self.session = self.executable.session()
         refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
-        if abs(asked - header.timesteps[0]) > 1e-3:
+        if not at_start:
             raise PlanError(
                 f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
                 f"{asked:g}; run the schedule from its beginning"
             )
-        self.first_call = inputs
+        self.timesteps = self.pipe.scheduler.timesteps
+        self.first_latents = inputs[next(iter(self.signature.parameters))]
 
     def _begins_again(self, inputs: dict[str, Any]) -> bool:
         """Whether the call for a later branch of step 0 is really the first call of a new run.
 
-        The branches of a step see the same latents under other conditioning. Other latents, or the very same inputs once
-        more, mean that the last run was given up after its first call.
+        A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents.
         """
-        if self.session.step > 0:
-            self.first_call = None
-        if self.first_call is None:
-            return False
-        same = {name: _equal(value, self.first_call.get(name)) for name, value in inputs.items()}
-        return all(same.values()) or not same[next(iter(self.signature.parameters))]
+        if self.pipe.scheduler.timesteps is not self.timesteps:
+            return True
+        latents = next(iter(self.signature.parameters))
+        return self.session.step == 0 and not _equal(inputs[latents], self.first_latents)
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    return bool(one == other)
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
 
 def attach(executable: Executable, pipe: Any) -> None:
@@ -123,7 +121,12 @@ def attach(executable: Executable, pipe: Any) -> None:
 def detach(executable: Executable) -> None:
     """Undo every `attach` of an executable."""
     for transformer in list(_attached):
-        attachment = transformer.__dict__["forward"]
+        attachment = transformer.__dict__.get("forward")
+        if not isinstance(attachment, Attachment):
+            raise CompileError(
+                f"the forward of {type(transformer).__name__} was replaced by {attachment!r} after the executable was "
+                f"attached; undo that first, then detach"
+            )
         if attachment.executable is executable:
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:

@@ -9,6 +9,7 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
+from stepgraph.config import CompileError
 from stepgraph.plan import PlanError
 
 STEPS = 4
@@ -270,3 +271,36 @@ def test_an_attached_model_can_be_compiled_again(pipe):
     eager = images(pipe)
     again.attach(pipe)
     assert torch.equal(images(pipe), eager)
+
+
+def test_equal_conditioning_in_both_calls_is_no_restart(pipe):
+    model, scheduler = pipe.transformer, pipe.scheduler
+    plan = sg.make_plan(
+        "manual", model=model, scheduler=scheduler, steps=STEPS, guidance="separate", actions={"ff": "CRCR", "hidden": "CCCR"}
+    )
+    exe = sg.compile(model, plan, inputs(), backend="eager", exact=True)
+    oracle = Oracle.of(model, plan)
+    scheduler.set_timesteps(STEPS)
+    calls = [inputs(seed=step, timestep=int(t)) for step, t in enumerate(scheduler.timesteps) for _ in range(2)]
+    wanted = [oracle(**given).sample for given in calls]
+    exe.attach(pipe)
+    for run in range(2):
+        # A pipeline sets the timesteps for every run; the second run here follows one given up after its first call.
+        scheduler.set_timesteps(STEPS)
+        if run == 1:
+            model(**calls[0])
+            scheduler.set_timesteps(STEPS)
+        for given, expected in zip(calls, wanted, strict=True):
+            assert torch.equal(model(**given).sample, expected)
+    exe.detach()
+
+
+def test_detach_does_not_take_away_what_was_put_over_it(pipe):
+    exe = compiled(pipe).attach(pipe)
+    attached = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: attached(*args, **kwargs)
+    with pytest.raises(CompileError, match="undo that first, then detach"):
+        exe.detach()
+    pipe.transformer.forward = attached
+    exe.detach()
+    assert "forward" not in pipe.transformer.__dict__

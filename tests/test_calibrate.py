@@ -130,7 +130,7 @@ def test_truncated_files_are_refused(stats, tmp_path):
     [
         ({"version": 9}, "expected stepgraph-stats version 1; got stepgraph-stats 9"),
         ({"format": "book"}, "expected stepgraph-stats version 1; got book 1"),
-        ({"sites": []}, r"magnitude is not a \[3, 0\] table"),
+        ({"sites": []}, r"magnitude is not a table of shape \[3, 0\]"),
         ({"header": {"model": "x"}}, "stats.safetensors"),
         ({"header": None}, "stats.safetensors"),
         ({"sites": [{"nose": 1}]}, "stats.safetensors"),

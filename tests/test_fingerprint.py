@@ -100,3 +100,13 @@ def test_configurations_are_compared_by_value():
     assert "_class_name" not in config_of(diffusers.DDIMScheduler())
     assert config_of(diffusers.DDIMScheduler())["num_train_timesteps"] == 1000
     assert config_of(nn.Linear(1, 1)) == {}
+
+
+def test_a_change_of_the_whole_tensor_through_data_is_noticed():
+    # `.data` moves no version counter; fusing a LoRA writes that way.
+    model = nn.Linear(64, 64)
+    before = fingerprint(model)
+    version = model.weight._version
+    model.weight.data.add_(0.5)
+    assert model.weight._version == version
+    assert fingerprint(model) != before

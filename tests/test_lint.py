@@ -104,14 +104,10 @@ def test_allows_import(path: str, line: str):
 
 
 def test_refuses_import_inside_a_function():
-    assert "TID251" in findings(
-        "runtime/attach.py", "def f():\n    from stepgraph.compiler.trace import trace", "TID251"
-    )
+    assert "TID251" in findings("runtime/attach.py", "def f():\n    from stepgraph.compiler.trace import trace", "TID251")
 
 
-@pytest.mark.parametrize(
-    "path", ["core/plan.py", "compiler/passes/reuse_site.py", "runtime/slots.py", "bench/record.py"]
-)
+@pytest.mark.parametrize("path", ["core/plan.py", "compiler/passes/reuse_site.py", "runtime/slots.py", "bench/record.py"])
 def test_refuses_relative_import(path: str):
     assert "TID252" in findings(path, "from .sibling import name", "TID252")
 
@@ -133,9 +129,7 @@ def test_make_lint_checks_every_face_file():
 
 def _modules(folder: str, *apart: str) -> set[str]:
     package = "stepgraph." + folder.replace("/", ".")
-    files = {path.stem for path in (ROOT / folder).glob("*.py")} | {
-        path.parent.name for path in (ROOT / folder).glob("*/*.py")
-    }
+    files = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.parent.name for path in (ROOT / folder).glob("*/*.py")}
     return {f"{package}.{name}" for name in files - {"__init__", *apart}}
 
 

@@ -44,9 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy: setuptools leaves its build folder behind, and would take old files from one."""
     here = tmp_path_factory.mktemp("wheel")
     # The installed package may be tested without its checkout's history, so the copy follows names and not git.
-    left_out = shutil.ignore_patterns(
-        ".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "results"
-    )
+    left_out = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "results")
     shutil.copytree(ROOT, here / "source", ignore=left_out)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-q")
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", here, here / "source", cwd=here)
@@ -71,13 +69,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_package_is_declared():
-    declared = dict(
-        re.findall(r'^"(stepgraph[\w.]*)" = "([\w/]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    )
+    declared = dict(re.findall(r'^"(stepgraph[\w.]*)" = "([\w/]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     found = {name: path.relative_to(ROOT).as_posix() for name, path in packages().items()}
-    assert declared == found, (
-        "tool.setuptools.package-dir in pyproject.toml does not list the folders with Python files"
-    )
+    assert declared == found, "tool.setuptools.package-dir in pyproject.toml does not list the folders with Python files"
     listed = (ROOT / "pyproject.toml").read_text().split("packages = [", 1)[1].split("]", 1)[0]
     assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(found)
 
@@ -90,9 +84,7 @@ def test_wheel_holds_every_file(wheel: Path):
         expected |= {f"{place}/{path.name}" for path in folder.glob("*.py")}
     expected |= {f"stepgraph/csrc/{path.name}" for kind in ("cpp", "h") for path in (ROOT / "csrc").glob(f"*.{kind}")}
     expected |= {f"stepgraph/bench/{path.name}" for path in (ROOT / "bench").glob("*.sh")}
-    assets = [
-        path for path in (ROOT / "core" / "assets").rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
+    assets = [path for path in (ROOT / "core" / "assets").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected |= {f"stepgraph/{path.relative_to(ROOT / 'core').as_posix()}" for path in assets}
     assert sorted(expected - names) == []
 

@@ -1,6 +1,8 @@
 """Tracing: exact on fresh inputs, with and without weights, and refusals that name the place."""
 
 import dataclasses
+import functools
+import threading
 
 import diffusers
 import numpy as np
@@ -238,3 +240,58 @@ def test_what_the_small_forwards_record():
     called = trace(Small(twice).eval(), {"x": x})
     assert [number for path, number in called.calls if path == "inner"] == [0, 1]
     assert called.calls["inner", 1].inputs == called.calls["inner", 0].outputs
+
+
+class Memo(nn.Module):
+    """Keeps a table in a functools cache, as some rotary embeddings of diffusers do."""
+
+    def forward(self, x):
+        return x * self.table(x.shape[-1])
+
+    @functools.cache  # noqa: B019
+    def table(self, size):
+        return torch.arange(size, dtype=torch.float32)
+
+
+def test_memoised_tables_are_part_of_the_graph_and_survive_the_trace():
+    model, x = Memo().eval(), torch.randn(2, 5)
+    wanted = model(x)
+    traced = trace(model, {"x": x})
+    assert traced.constants == {}
+    assert torch.equal(traced.bind(model)(x)[0], wanted)
+    assert torch.equal(model(x), wanted)
+
+
+def test_another_thread_runs_the_model_while_it_is_traced():
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            if threading.current_thread() is threading.main_thread():
+                tracing.set()
+                answered.wait(30)
+            return self.linear(x) * self.scale
+
+    tracing, answered, seen = threading.Event(), threading.Event(), []
+    model, x = Slow().eval(), torch.randn(2, 4)
+
+    def serve():
+        tracing.wait(30)
+        try:
+            with torch.no_grad():
+                seen.append(model(x))
+        finally:
+            answered.set()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    traced = trace(model, {"x": x})
+    thread.join()
+    with torch.no_grad():
+        wanted = model.linear(x) * model.scale
+    assert len(seen) == 1
+    assert type(seen[0]) is torch.Tensor
+    assert torch.equal(seen[0], wanted)
+    assert torch.equal(traced.bind(model)(x)[0], wanted)
