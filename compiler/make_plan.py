@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import CachePlan, PlanError
+from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
 
 
 def make_plan(
@@ -27,8 +29,9 @@ def make_plan(
     """Make a plan.
 
     Args:
-        policy: Name of a policy: "full", "interval" or "manual".
-        stats: Calibration of this model under this scheduler; then `model`, `scheduler` and `steps` are not needed.
+        policy: Name of a policy; `POLICIES` lists them.
+        stats: Calibration of this model under this scheduler; then `model`, `scheduler` and `steps` are not needed, unless the
+            policy measures the model once more (InvarDiff's phase 2).
         model: The model the plan is for.
         scheduler: A diffusers scheduler; it is copied and not changed.
         steps: Number of inference steps.
@@ -53,13 +56,24 @@ def make_plan(
     else:
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments)
+    own = dict(arguments)
+    if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
+        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the given scheduler")
+        own["again"] = lambda reused: calibrate(
+            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
+        )
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
     return CachePlan.build(replace(header, policy=policy, arguments=arguments), sites, actions)
 
 
-def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
+def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's own arguments by name."""
     parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
-    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
+    own = {name: p for name, p in _arguments_of(policy).items() if name != "again"}
     takes = f"it takes {', '.join(own)}" if own else "it takes none"
     unknown = sorted(set(arguments) - set(own))
     if unknown:

@@ -65,6 +65,8 @@ class CalibrationStats:
         Raises:
             PlanError: The file is not a complete statistics file of this version.
         """
+        if not Path(path).is_file():
+            raise PlanError(f"no statistics file at {path}; make one with `stepgraph calibrate`")
         try:
             with safe_open(str(path), framework="pt") as file:
                 described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
@@ -23,6 +24,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.load import SCHEDULERS, load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.compiler.trace import TraceError
 from stepgraph.config import BACKENDS, CompileConfig, CompileError
 from stepgraph.demo import Demo, run_demo
@@ -309,12 +311,47 @@ def write_samples(out: Path, latents: torch.Tensor) -> list[str]:
     return [str(path) for path in paths]
 
 
+@app.command(name="calibrate")
+@reports_errors
+def calibrate_command(
+    model: Model,
+    steps: Steps = 50,
+    samples: Annotated[int, typer.Option(min=1, help="sampling runs to average over, one sample each")] = 16,
+    seed: Seed = 0,
+    scheduler: SchedulerName = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the statistics")] = Path("stats.safetensors"),
+    as_json: Json = False,
+) -> None:
+    """Watch a model's sites during real sampling runs; the statistics are what `plan make --stats` needs."""
+    loaded = load_model(model, parse_device(device), parse_dtype(dtype))
+    chosen = load_scheduler(model, scheduler)
+    with progress_bar("calibrating", as_json) as report:
+        stats = calibrate(
+            loaded,
+            chosen,
+            steps=steps,
+            samples=samples,
+            seed=seed,
+            on_step=lambda done, total: report("calibrating", done, total),
+        )
+    stats.save(out)
+    kinds = list(dict.fromkeys(site.kind for site in stats.sites))
+    columns = {kind: [i for i, site in enumerate(stats.sites) if site.kind == kind] for kind in kinds}
+    change = {kind: float(stats.relative_change[1:, own].mean()) for kind, own in columns.items()}
+    show(
+        {"written": str(out), "steps": len(stats.header.timesteps), "samples": samples, "mean_relative_change": change}, as_json
+    )
+
+
 @plan_app.command(name="make")
 @reports_errors
 def plan_make(
     policy: Annotated[str, typer.Argument(help=f"{', '.join(POLICIES)}")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "glyph-dit",
-    steps: Steps = 50,
+    stats: Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate`; they bring the steps")] = None,
+    steps: Annotated[int, typer.Option(help="number of inference steps, where there are no statistics")] = 50,
     scheduler: SchedulerName = None,
     guidance: Annotated[str, typer.Option(help="batched, separate or none")] = "batched",
     dtype: Dtype = "float32",
@@ -322,12 +359,12 @@ def plan_make(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
-    """Make a plan with a policy that needs no calibration."""
+    """Make a plan with a policy."""
     loaded = load_model(model, "cpu", parse_dtype(dtype))
     arguments = parse_arguments(arg)
-    made = make_plan(
-        policy, model=loaded, scheduler=load_scheduler(model, scheduler), steps=steps, guidance=guidance, **arguments
-    )
+    chosen = load_scheduler(model, scheduler)
+    measured = CalibrationStats.load(stats) if stats is not None else None
+    made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
 

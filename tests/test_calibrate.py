@@ -20,7 +20,7 @@ def stats(dit):
     return sg.calibrate(dit, tiny_scheduler("ddim"), steps=STEPS, samples=SAMPLES, seed=SEED)
 
 
-def watched_values(model, scheduler, samples: int) -> list[list[dict[str, torch.Tensor]]]:
+def watched_values(model, scheduler, samples: int, steps: int = STEPS, seed: int = SEED) -> list[list[dict[str, torch.Tensor]]]:
     """Values of all sites by sample and step, from forward hooks."""
     blocks = model.transformer_blocks
     seen: dict[str, torch.Tensor] = {}
@@ -37,20 +37,20 @@ def watched_values(model, scheduler, samples: int) -> list[list[dict[str, torch.
         for name, module in ((f"{path}.attn1", block.attn1), (f"{path}.ff", block.ff), (path, block)):
             hooks.append(module.register_forward_hook(keep(name), with_kwargs=True))
     hooks.append(model.register_forward_hook(keep("output"), with_kwargs=True))
-    generator, runs = torch.Generator().manual_seed(SEED), []
+    generator, runs = torch.Generator().manual_seed(seed), []
     for sample in range(samples):
-        steps: list[dict[str, torch.Tensor]] = []
+        taken: list[dict[str, torch.Tensor]] = []
 
-        def predict(steps=steps, **given):
+        def predict(taken=taken, **given):
             out = model(**given)
             seen["hidden"] = seen[f"transformer_blocks.{len(blocks) - 1}"]
             seen["stack_residual"] = seen["hidden"] - seen["tokens_in"]
-            steps.append(dict(seen))
+            taken.append(dict(seen))
             return out
 
         noise = torch.randn(1, 4, 8, 8, generator=generator)
-        run_loop(predict, scheduler, noise, STEPS, 1.0, {"class_labels": torch.tensor([sample])})
-        runs.append(steps)
+        run_loop(predict, scheduler, noise, steps, 1.0, {"class_labels": torch.tensor([sample])})
+        runs.append(taken)
     for hook in hooks:
         hook.remove()
     return runs

@@ -65,6 +65,18 @@ def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
 
 
+def test_calibrate_feeds_a_policy(tmp_path: Path):
+    stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    facts = json.loads(invoke("calibrate", "glyph-dit", "--steps", 5, "--samples", 1, "-o", stats, "--json"))
+    assert 0 < facts["mean_relative_change"]["attn"] < 2
+    invoke("plan", "make", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
+    made = CachePlan.load(plan)
+    assert made.steps == 5
+    assert made.header.samples == 1
+    assert sum(row[made.index("hidden")] == "R" for row in made.rows) > 0
+    assert "needs calibration" in error_of("plan", "make", "smoothcache", "-o", tmp_path / "other.json")
+
+
 def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
     facts = json.loads(
         invoke("compile", "glyph-dit", "--plan", plan, "--backend", "eager", "--dump", tmp_path / "graphs", "--json")
@@ -113,7 +125,7 @@ def test_doctor_lists_versions_and_advice():
     ("arguments", "said"),
     [
         (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
-        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: full, interval, manual"),
+        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: full, interval, invardiff"),
         (["plan", "make", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
         (["plan", "make", "manual"], "needs the argument 'actions'"),
         (["plan", "make", "interval", "-a", "every"], "expected name=value"),

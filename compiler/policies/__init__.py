@@ -2,7 +2,17 @@
 
 from stepgraph.compiler.policies.full import FULL
 from stepgraph.compiler.policies.interval import INTERVAL
+from stepgraph.compiler.policies.invardiff import INVARDIFF
+from stepgraph.compiler.policies.magcache import MAGCACHE
 from stepgraph.compiler.policies.manual import MANUAL
 from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.policies.smoothcache import SMOOTHCACHE
 
-POLICIES: dict[str, Policy] = {"full": FULL, "interval": INTERVAL, "manual": MANUAL}
+POLICIES: dict[str, Policy] = {
+    "full": FULL,
+    "interval": INTERVAL,
+    "invardiff": INVARDIFF,
+    "magcache": MAGCACHE,
+    "manual": MANUAL,
+    "smoothcache": SMOOTHCACHE,
+}

@@ -1,0 +1,64 @@
+"""MagCache: reuse the whole stack's residual while its magnitude is expected to stay the same (arXiv 2506.09045)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepgraph.compiler.policies.policy import Policy
+from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+
+
+def magcache(
+    sites: Sequence[Site],
+    steps: int,
+    stats: Any = None,
+    *,
+    threshold: float = 0.06,
+    max_skip: int = 3,
+    retention: float = 0.2,
+    ratios: Sequence[float] | None = None,
+    exclude: Sequence[int] = (),
+) -> Mapping[str, str]:
+    """Skip a step while the accumulated deviation of the residual's magnitude stays within `threshold`.
+
+    With m_s = ||r_s|| / ||r_(s-1)||: the product R of the ratios since the last computed step predicts the magnitude that a
+    reused residual misses, and the sum of |1 - R| over the skipped steps is what `threshold` bounds. It looks adaptive, but it
+    depends on the calibrated ratios only.
+
+    Args:
+        sites: The model's sites.
+        steps: T.
+        stats: Calibration; not needed where `ratios` are given.
+        threshold: Largest accumulated deviation.
+        max_skip: Most steps skipped in a row.
+        retention: Share of the first steps that are always computed: int(retention * T + 0.5) of them, and at least one.
+        ratios: T magnitude ratios of `stack_residual`, such as published ones.
+        exclude: Steps that are always computed.
+
+    Raises:
+        PlanError: Neither stats nor ratios, another number of ratios, or an argument out of range.
+    """
+    if ratios is None:
+        if stats is None:
+            raise PlanError("the policy 'magcache' needs calibration (stats=stepgraph.calibrate(...)) or ratios")
+        ratios = stats.ratio[:, [site.kind for site in sites].index("stack_residual")].tolist()
+    if len(ratios) != steps:
+        raise PlanError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
+    if not 0 <= retention <= 1 or not threshold >= 0 or max_skip < 0:
+        raise PlanError(
+            f"threshold is {threshold}, max_skip {max_skip}, retention {retention}; expected at least 0, at least 0, and 0..1"
+        )
+    letters = []
+    product, deviation, skipped = 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        skip = False
+        if step >= int(retention * steps + 0.5):
+            product, skipped = product * float(ratio), skipped + 1
+            deviation += abs(1 - product)
+            skip = step > 0 and deviation <= threshold and skipped <= max_skip and step not in exclude
+            if not skip:
+                product, deviation, skipped = 1.0, 0.0, 0
+        letters.append(REUSE if skip else COMPUTE)
+    return {"stack_residual": "".join(letters)}
+
+
+MAGCACHE = Policy(magcache, source="MagCache, arXiv 2506.09045")
