@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from stepgraph.bench.record import write_record
-from stepgraph.compiler.describe import example_inputs, marked_graph, model_dtype
+from stepgraph.compiler.describe import example_inputs, marked_graph
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.compiler.models.load import load_model
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.trace import trace
 from stepgraph.config import CompileConfig
+from stepgraph.fingerprint import model_dtype
 from stepgraph.runtime.sampler import sample
 
 Result = TypeVar("Result")

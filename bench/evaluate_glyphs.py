@@ -5,14 +5,13 @@ Usage: python -m stepgraph.bench.evaluate_glyphs --samples 1000 --out out/evalua
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
-import diffusers
 import torch
 from rich.progress import Progress
 
 from stepgraph.bench.glyph_data import render
+from stepgraph.bench.record import write_record
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.files import whole_file
 from stepgraph.glyphs import CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
@@ -47,7 +46,7 @@ def main() -> None:
             images.append(sample(model, scheduler, noise, arguments.guidance, steps=arguments.steps, **conditioning).cpu())
     generated = torch.cat(images)
     real, real_labels = render(10_000, 24, seed=3)
-    report = {
+    results = {
         "model": "glyph-dit",
         "samples": arguments.samples,
         "scheduler": type(scheduler).__name__,
@@ -59,15 +58,11 @@ def main() -> None:
             name: accuracy(classifier, generated[labels == i], labels[labels == i]) for i, name in enumerate(CLASSES)
         },
         "accuracy_on_10000_fresh_real_images": accuracy(classifier, real.float() / 127.5 - 1, real_labels),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "machine": platform.machine(),
     }
-    with whole_file(arguments.out / "glyph-dit-evaluation.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
+    write_record(arguments.out / "glyph-dit-evaluation.json", arguments.device, results)
     with whole_file(arguments.out / "glyph-dit-samples.png") as partial:
         contact_sheet(generated[:100], columns=10).save(partial)
-    print(json.dumps(report, indent=2))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ trained on v-prediction with its embedder tied across blocks (it is stored once 
 """
 
 import argparse
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stepgraph.bench.glyph_data import Warp, render
+from stepgraph.bench.record import write_record
 from stepgraph.glyphs import NULL_CLASS, GlyphClassifier
 
 TRAIN_STEPS = 1000
@@ -182,12 +182,12 @@ def train_transformer(name: str, out: Path, device: torch.device, limit_s: float
     if step < recipe.steps:
         save_checkpoint()
         return False
-    finish(name, recipe, ema, losses, out)
+    finish(name, recipe, ema, losses, out, str(device))
     checkpoint.unlink(missing_ok=True)
     return True
 
 
-def finish(name: str, recipe: Recipe, ema: dict[str, torch.Tensor], losses: list[float], out: Path) -> None:
+def finish(name: str, recipe: Recipe, ema: dict[str, torch.Tensor], losses: list[float], out: Path, device: str) -> None:
     """Write the averaged weights in `save_pretrained` layout, the scheduler, the losses and their curve."""
     model = build(recipe)
     with torch.no_grad():
@@ -199,12 +199,8 @@ def finish(name: str, recipe: Recipe, ema: dict[str, torch.Tensor], losses: list
     untied.load_state_dict(state)
     untied.half().save_pretrained(out / name)
     scheduler().save_pretrained(out / name)
-    record = {
-        "recipe": asdict(recipe),
-        "torch": torch.__version__,
-        "losses": [round(value, 5) for value in losses[::10]],
-    }
-    (out / f"{name}-training.json").write_text(json.dumps(record))
+    results = {"recipe": asdict(recipe), "losses": [round(value, 5) for value in losses[::10]]}
+    write_record(out / f"{name}-training.json", device, results)
     plot_losses(name, losses, out / f"{name}-loss.png")
 
 

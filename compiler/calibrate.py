@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.describe import example_inputs, make_header, marked_graph, model_dtype
+from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
 from stepgraph.compiler.graphs import written_storages
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext
@@ -16,7 +16,7 @@ from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.compiler.stats import LAGS, CalibrationStats, table_shapes
-from stepgraph.fingerprint import config_of
+from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import COMPUTE, PlanError
 from stepgraph.runtime.sampler import sample
 
@@ -116,8 +116,8 @@ def calibrate(
     Raises:
         PlanError: No samples, `provisional` of another shape, or NaN in what was measured.
     """
-    if samples < 1:
-        raise PlanError(f"samples is {samples}; expected at least 1")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise PlanError(f"samples is {samples!r}; expected a whole number of at least 1")
     inputs = example_inputs(model)
     marked = marked_graph(model, inputs)
     header = make_header(model, scheduler, steps, marked, guidance="none")

@@ -9,19 +9,9 @@ from torch import nn
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.sites import MarkedGraph, mark_sites, same_sites
 from stepgraph.compiler.trace import trace
-from stepgraph.fingerprint import config_of, fingerprint
+from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
 from stepgraph.plan import CachePlan, PlanError, PlanHeader
 from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's floating-point parameters."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
@@ -66,31 +56,6 @@ def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGrap
     )
 
 
-def refuse_other_model(plan: CachePlan, model: nn.Module) -> None:
-    """Compare a model with the one a plan was made for.
-
-    Raises:
-        PlanError: Class, dtype, structure or weights differ; the message says both sides.
-    """
-    header = plan.header
-    if type(model).__name__ != header.model:
-        raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
-    given = dtype_name(model_dtype(model))
-    if given != header.dtype:
-        raise PlanError(f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it")
-    planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
-    if planned[0] != own[0]:
-        raise PlanError(
-            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
-            f"{planned[0]}, this model's {own[0]}"
-        )
-    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
-        raise PlanError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a "
-            f"plan for these weights"
-        )
-
-
 def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
     """Compare inputs with those a plan was made for; only the batch may differ.
 
@@ -109,6 +74,13 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
     latents = next(name for name in given)
     if dtype_name(inputs[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(inputs[latents].dtype)}")
+    empty = [
+        name for name, value in inputs.items() if isinstance(value, torch.Tensor) and (not value.ndim or not value.shape[0])
+    ]
+    if empty:
+        raise PlanError(
+            f"the input {empty[0]} has no samples: its shape is {list(inputs[empty[0]].shape)}, expected [batch, ...]"
+        )
     if len({value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim}) != 1:
         sizes = {name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
         raise PlanError(f"the inputs disagree on the batch size: {sizes}")

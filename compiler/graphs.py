@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
-from stepgraph.compiler.trace import storage_key
+from stepgraph.compiler.tracer import storage_key
 
 
 def storages_of(node: fx.Node) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """From a policy's name to a plan."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,10 @@ def make_plan(
             model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
         )
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
-    return CachePlan.build(replace(header, policy=policy, arguments=arguments), sites, actions)
+    defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}
+    # As JSON keeps them, so that a plan read back is equal.
+    recorded = json.loads(json.dumps(defaults | arguments, default=str))
+    return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
 
 
 def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_model, refuse_other_sites
+from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.specialize import specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
+from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, parameter_identities, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, Program, Variant, module_identities, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 
 
@@ -28,7 +30,7 @@ def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str,
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(inputs)
-    return Executable(model, plan, config, build, program, parameter_identities(model), {signature(inputs): program})
+    return Executable(model, plan, config, build, program, module_identities(model), {signature(inputs): program})
 
 
 def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig) -> Program:
@@ -40,6 +42,8 @@ def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], 
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
     marked = marked_graph(model, inputs)
     refuse_other_sites(plan, marked)
+    # Sizes are measured on this model; a plan file only reports them.
+    plan = replace(plan, sites=marked.sites)
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.

@@ -73,6 +73,8 @@ class CalibrationStats:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise PlanError(f"{path}: not a complete statistics file ({error})") from error
+        if not isinstance(described, dict):
+            raise PlanError(f"{path}: its metadata is not an object")
         if described.get("format") != FORMAT or described.get("version") != VERSION:
             raise PlanError(
                 f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}"

@@ -29,6 +29,7 @@ from stepgraph.compiler.trace import TraceError
 from stepgraph.config import BACKENDS, CompileConfig, CompileError
 from stepgraph.demo import Demo, run_demo
 from stepgraph.doctor import examine
+from stepgraph.env import read_env
 from stepgraph.files import whole_file
 from stepgraph.fingerprint import config_of
 from stepgraph.metrics import psnr, relative_l2
@@ -80,6 +81,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            # A misspelt variable is an error before any work.
+            read_env()
             command(*args, **kwargs)
         except EXPECTED as error:
             fail(str(error), bool(kwargs.get("as_json")))
@@ -263,8 +266,9 @@ def run(
 ) -> None:
     """Sample with a compiled plan; write the latents, and a contact sheet where they are images."""
     out = folder(out)
-    loaded = load_model(model, parse_device(device), parse_dtype(dtype))
     cache_plan = CachePlan.load(plan)
+    with progress_bar("loading", as_json):
+        loaded = load_model(model, parse_device(device), parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
     guided = guidance > 1
     inputs = example_inputs(loaded, images * (2 if guided and cache_plan.header.guidance != "separate" else 1))
@@ -360,11 +364,12 @@ def plan_make(
     as_json: Json = False,
 ) -> None:
     """Make a plan with a policy."""
-    loaded = load_model(model, "cpu", parse_dtype(dtype))
     arguments = parse_arguments(arg)
-    chosen = load_scheduler(model, scheduler)
     measured = CalibrationStats.load(stats) if stats is not None else None
-    made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
+    with progress_bar("loading and planning", as_json):
+        loaded = load_model(model, "cpu", parse_dtype(dtype))
+        chosen = load_scheduler(model, scheduler)
+        made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
 

@@ -210,7 +210,7 @@ def _draw_difference(out: Path, results: Mapping[str, torch.Tensor], gain: float
     panels = {
         f"{name}: {gain:g} x |difference|": contact_sheet((gain * (images - reference).abs()).clamp(0, 2) - 1)
         for name, images in results.items()
-        if name != "eager diffusers"
+        if name not in ("eager diffusers", "full")
     }
     return _draw_panels(out / "demo-difference.png", panels)
 

@@ -14,8 +14,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from stepgraph.env import VARIABLES
 from stepgraph.glyphs import ASSETS
 
-PACKAGES = ("stepgraph", "torch", "triton", "diffusers", "safetensors", "numpy", "transformers", "accelerate")
-NEEDED = ("torch", "diffusers", "safetensors", "numpy")
+NEEDED = ("torch", "diffusers", "safetensors", "numpy", "typer", "rich", "matplotlib", "pillow")
+PACKAGES = ("stepgraph", *NEEDED, "triton", "transformers", "accelerate")
 
 
 def examine() -> dict[str, Any]:
@@ -23,6 +23,8 @@ def examine() -> dict[str, Any]:
     advice: list[str] = []
     versions = {name: _version(name) for name in PACKAGES}
     advice += [f"{name} is not installed: pip install {name}" for name in NEEDED if versions[name] == "not installed"]
+    if torch.cuda.is_available() and versions["triton"] == "not installed":
+        advice.append("there is a CUDA device, but triton is not installed: backend='inductor' cannot compile for it")
     return {
         "versions": {"python": platform.python_version(), **versions},
         "devices": _devices(advice),

@@ -10,13 +10,25 @@ from pathlib import Path
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if it fails.
 
+    A link stays a link to the file that is replaced, which keeps its permissions; a device or pipe is written to directly.
+
     Raises:
         OSError: The folder is missing, read-only or full; what stood at `path` is untouched.
     """
-    path = Path(path)
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
     try:
         yield partial
-        partial.replace(path)
+        if target.exists():
+            partial.chmod(target.stat().st_mode)
+        partial.replace(target)
+    except OSError as error:
+        # The caller knows the file by its own name.
+        if error.filename == str(partial):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)

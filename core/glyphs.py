@@ -63,6 +63,7 @@ def contact_sheet(images: torch.Tensor, columns: int = 8, zoom: int = 3) -> "Ima
     from PIL import Image
 
     count, channels, height, width = images.shape
+    columns = min(columns, count)
     rows = -(-count // columns)
     sheet = torch.zeros(rows * columns, channels, height, width)
     sheet[:count] = (images.detach().float().cpu() / 2 + 0.5).clamp(0, 1)

@@ -43,8 +43,18 @@ READS_STORED = frozenset((REUSE, LOWRANK, FORECAST))
 MODULE_KINDS = ("attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out")
 STREAM_KINDS = ("block", "stack_residual", "hidden", "output")
 KINDS = MODULE_KINDS + STREAM_KINDS
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+BRANCHES = {"batched": ("all",), "separate": ("cond", "uncond"), "none": ("all",)}
+# Counts above this are not real, and would not survive as floating-point numbers.
+LARGEST = 2**63 - 1
 # A stream value holds everything before it; only module sites consist of linear maps that can be corrected one by one.
 POSSIBLE = {kind: frozenset("CRLF.") for kind in MODULE_KINDS} | {kind: frozenset("CRF.") for kind in STREAM_KINDS}
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is not a whole number in least..LARGEST."""
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise PlanError(f"{name} is {value!r}; expected a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanError(f"site {self.path!r} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}")
+        for name in ("call", "output", "macs", "bytes"):
+            _whole(f"site {self.path or self.kind!r}: {name}", getattr(self, name), 0)
 
     @property
     def name(self) -> str:
@@ -128,12 +140,24 @@ class PlanHeader:
             raise PlanError("a plan needs at least one timestep; its header has none")
         if not all(map(math.isfinite, self.timesteps)):
             raise PlanError(f"the timesteps must be finite numbers; got {list(self.timesteps)}")
-        if not all(isinstance(size, int) for shape in self.shapes.values() for size in shape):
-            raise PlanError(f"the input shapes must be whole numbers; got {dict(self.shapes)}")
-        if self.guidance not in ("batched", "separate", "none"):
-            raise PlanError(f"guidance is {self.guidance!r}; expected 'batched', 'separate' or 'none'")
-        if len(self.branches) != (2 if self.guidance == "separate" else 1):
-            raise PlanError(f"guidance {self.guidance!r} does not have the branches {list(self.branches)}")
+        _whole("steps", self.steps, 1)
+        _whole("macs", self.macs, 0)
+        for size in (size for shape in self.shapes.values() for size in shape):
+            _whole(f"a size in the input shapes {dict(self.shapes)}", size, 1)
+        for name in ("model", "fingerprint", "scheduler", "scheduler_hash", "policy"):
+            if not getattr(self, name):
+                raise PlanError(f"the header's {name} is empty")
+        if self.dtype not in DTYPES:
+            raise PlanError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.guidance not in BRANCHES:
+            raise PlanError(f"guidance is {self.guidance!r}; expected one of {', '.join(BRANCHES)}")
+        if self.branches != BRANCHES[self.guidance]:
+            raise PlanError(
+                f"guidance {self.guidance!r} has the branches {list(BRANCHES[self.guidance])}; got {list(self.branches)}"
+            )
+        for name in ("seed", "samples"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0)
 
 
 def first_live(sites: Sequence[Site], row: str) -> int:
@@ -176,6 +200,8 @@ class CachePlan:
 
     def _check_shape(self) -> None:
         names = [site.name for site in self.sites]
+        if not names:
+            raise PlanError("a plan needs at least one site; this one has none")
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise PlanError(f"site {twice[0]} is listed more than once")
@@ -216,11 +242,17 @@ class CachePlan:
         for name, letters in actions.items():
             if name not in known:
                 raise PlanError(f"unknown site or kind {name!r}; this model has {', '.join(sorted(known))}")
+            if not isinstance(letters, Sequence) or not all(isinstance(letter, str) for letter in letters):
+                raise PlanError(f"{name!r} has the actions {letters!r}; expected one letter per step, such as 'CRCR'")
             if len(letters) != len(header.timesteps):
                 raise PlanError(f"{name!r} has {len(letters)} actions for {len(header.timesteps)} steps")
         everywhere = COMPUTE * len(header.timesteps)
         columns = [actions.get(site.name, actions.get(site.kind, everywhere)) for site in sites]
-        rows = ["".join(str(column[step]) for column in columns) for step in range(len(header.timesteps))]
+        # An Action is a string too, and its value the letter.
+        rows = [
+            "".join(str(getattr(column[step], "value", column[step])) for column in columns)
+            for step in range(len(header.timesteps))
+        ]
         return cls(header, tuple(sites), tuple(canonical(sites, row) for row in rows))
 
     @property
@@ -272,6 +304,8 @@ class CachePlan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise PlanError(f"no plan file at {path}; make one with `stepgraph plan make` or CachePlan.save") from error
+        except IsADirectoryError as error:
+            raise PlanError(f"{path} is a folder; expected a plan file") from error
         except (PlanError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: {error}") from error
 
@@ -279,12 +313,12 @@ class CachePlan:
     def from_json(cls, text: str) -> "CachePlan":
         """Parse and validate a plan's JSON."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f'not a plan: expected an object with "format": "{FORMAT}"')
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise PlanError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
         records = data.pop("sites", None)
         if not isinstance(records, list):
@@ -311,6 +345,15 @@ def canonical(sites: Sequence[Site], row: str) -> str:
     return DEAD * live + row[live:]
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it says two things under one name."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise PlanError(f"the key {twice[0]!r} appears more than once in one object")
+    return dict(pairs)
+
+
 # What the parsed JSON of a field must be (and each member of it); every field that is not listed is a string.
 WHOLE = (int, object)
 FIELD_TYPES: dict[str, tuple[Any, Any]] = {
@@ -318,6 +361,11 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
     "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
 }  # fmt: skip
+
+
+def _is(value: Any, expected: Any) -> bool:
+    """isinstance, where true and false are no numbers."""
+    return expected is object or (isinstance(value, expected) and not isinstance(value, bool))
 
 
 def parse_record(kind: Any, values: Any, what: str) -> Any:
@@ -331,7 +379,7 @@ def parse_record(kind: Any, values: Any, what: str) -> Any:
     for name, value in values.items():
         outer, inner = FIELD_TYPES.get(name, (str, object))
         members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if isinstance(value, bool) or not isinstance(value, outer) or not all(isinstance(m, inner) for m in members):
+        if isinstance(value, bool) or not isinstance(value, outer) or not all(_is(m, inner) for m in members):
             raise PlanError(f"{what}: {name} is {value!r}, which is not of the type this field has")
     try:
         return kind(**values)

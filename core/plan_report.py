@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepgraph.files import whole_file
-from stepgraph.liveness import peak_bytes
-from stepgraph.plan import COMPUTE, DEAD, KINDS, STREAM_KINDS, Action, CachePlan, first_live
+from stepgraph.liveness import peak_bytes, traffic
+from stepgraph.plan import COMPUTE, DEAD, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,12 +77,17 @@ class PlanSummary:
         return "\n".join(lines)
 
 
-def row_macs(plan: CachePlan, row: str) -> int:
-    """Multiply-accumulates per sample of one step: all of them less what each replaced site saves."""
+def row_macs(plan: CachePlan, row: str, stores: tuple[int, ...] = ()) -> int:
+    """Multiply-accumulates per sample of one step, which stores the values of the sites `stores`."""
     live = first_live(plan.sites, row)
-    saved = [site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action != COMPUTE]
-    # A replaced stream value already saves everything before it; a later stream site that is computed saves nothing.
-    return plan.header.macs - sum(saved)
+    # A replaced stream value saves everything before it, and a module site itself.
+    saved = sum(site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action != COMPUTE)
+    replaced = row[live] in (REUSE, FORECAST) and plan.sites[live].kind in STREAM_KINDS
+    if replaced and any(plan.sites[i].kind == "stack_residual" for i in stores):
+        # To store the stack's residual, the tokens that go into it are computed even where a block was replaced.
+        macs = {site.kind: site.macs for site in plan.sites}
+        saved -= macs["hidden"] - macs["stack_residual"]
+    return plan.header.macs - saved
 
 
 def summarize(plan: CachePlan) -> PlanSummary:
@@ -101,7 +106,7 @@ def summarize(plan: CachePlan) -> PlanSummary:
                 KindCount(kind, len(columns), tally[Action.COMPUTE], tally[Action.REUSE], corrected, tally[Action.DEAD])
             )
     branches = len(plan.header.branches)
-    macs = branches * sum(row_macs(plan, row) for row in plan.rows)
+    macs = branches * sum(row_macs(plan, row, step.stores) for row, step in zip(plan.rows, traffic(plan), strict=True))
     total = branches * plan.header.macs * plan.steps
     return PlanSummary(plan.header.policy, plan.steps, tuple(counts), macs, total, peak_bytes(plan))
 
@@ -111,6 +116,7 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     def shown(kind: str) -> bool:
         actions = {row[i] for row in plan.rows for i, site in enumerate(plan.sites) if site.kind == kind}
@@ -128,7 +134,16 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
         columns = [i for i, site in enumerate(plan.sites) if site.kind == kind]
         image = [[letters.index(row[i]) for row in plan.rows] for i in columns]
         colours = ListedColormap(list(COLOURS.values()))
-        axis.pcolormesh(image, cmap=colours, vmin=-0.5, vmax=len(letters) - 0.5, edgecolors="white", linewidth=0.4)
+        axis.pcolormesh(
+            [i - 0.5 for i in range(plan.steps + 1)],
+            range(len(columns) + 1),
+            image,
+            cmap=colours,
+            vmin=-0.5,
+            vmax=len(letters) - 0.5,
+            edgecolors="white",
+            linewidth=0.4,
+        )
         axis.invert_yaxis()
         axis.set_ylabel(kind, rotation=0, ha="right", va="center")
         axis.set_yticks(
@@ -136,18 +151,24 @@ def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
             ["0", str(len(columns) - 1)] if len(columns) > 1 else [],
         )
         axis.tick_params(length=0)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("step (0 is the noisiest)")
     used = {action for row in plan.rows for action in row}
     handles = [Patch(color=COLOURS[a.value], label=a.name.lower()) for a in Action if a.value in used]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
     summary = summarize(plan)
-    arguments = ", ".join(f"{name}={value}" for name, value in plan.header.arguments.items() if name != "actions")
+    arguments = ", ".join(f"{name}={value}" for name, value in plan.header.arguments.items() if _brief(value))
     title = f"{plan.header.policy}({arguments}): {summary.ideal_speedup:.2f}x fewer MACs"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if path is not None:
         with whole_file(path) as partial:
             figure.savefig(partial, dpi=120)
     return figure
+
+
+def _brief(value: Any) -> bool:
+    """Whether an argument is short enough for a title, and says something."""
+    return value is not None and len(str(value)) <= 24
 
 
 def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:

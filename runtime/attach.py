@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stepgraph.config import CompileError
-from stepgraph.fingerprint import fingerprint
+from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import PlanError
 from stepgraph.runtime.executable import Executable, Session
 from stepgraph.runtime.sampler import refuse_other_schedule
@@ -38,6 +38,10 @@ class Attachment:
     def __post_init__(self) -> None:
         self.session = self.executable.session()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refused: the copy's forward would run the original's weights."""
+        raise CompileError("an executable is attached to this model; detach it before copying the model")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's forward, answered by the executable."""
         inputs = dict(self.signature.bind(*args, **kwargs).arguments)
@@ -56,8 +60,7 @@ class Attachment:
         Raises:
             PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
         """
-        header, timestep = self.executable.plan.header, inputs["timestep"]
-        asked = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        header, asked = self.executable.plan.header, _timestep(inputs)
         step = self.session.step
         begun = step > 0 or self.session.branch > 0
         expected = None if self.session.finished else header.timesteps[step]
@@ -65,9 +68,10 @@ class Attachment:
         if begun and expected is not None and abs(asked - expected) <= 1e-3 and not (at_start and self._begins_again(inputs)):
             return
         if begun and expected is not None and not at_start:
+            calls = f"{len(header.branches)} calls ({', '.join(header.branches)})" if len(header.branches) > 1 else "one call"
             raise PlanError(
                 f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
-                f"the plan's timesteps must be visited in order"
+                f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
             )
         self.session = self.executable.session()
         refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
@@ -90,6 +94,24 @@ class Attachment:
         return self.session.step == 0 and not _equal(inputs[latents], self.first_latents)
 
 
+def _timestep(inputs: dict[str, Any]) -> float:
+    """The timestep that a call asks for; one for the whole batch.
+
+    Raises:
+        PlanError: There is none, or the samples of the batch have several.
+    """
+    given = inputs.get("timestep")
+    if not isinstance(given, (torch.Tensor, int, float)) or (isinstance(given, torch.Tensor) and not given.numel()):
+        raise PlanError(f"the call has the timestep {given!r}; expected a number or a tensor of one per sample")
+    if not isinstance(given, torch.Tensor):
+        return float(given)
+    flat = given.flatten()
+    # Samplers expand one number over the batch; then there is nothing to compare.
+    if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
+        raise PlanError(f"the call has several timesteps, {flat.tolist()}; a plan has one for all samples of a step")
+    return float(flat[0])
+
+
 def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
@@ -98,20 +120,15 @@ def attach(executable: Executable, pipe: Any) -> None:
     """Replace the forward of `pipe.transformer` by the executable.
 
     Raises:
-        CompileError: The pipeline has no transformer, has another model, or already has an executable attached.
+        CompileError: The pipeline has no transformer, or already has an executable attached.
+        PlanError: The transformer is another model, or has other weights, than the plan was made for.
     """
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
-    if transformer is not executable.model:
-        given, compiled = fingerprint(transformer), executable.plan.header.fingerprint
-        if given != compiled:
-            raise CompileError(
-                f"compiled for {type(executable.model).__name__} with fingerprint {compiled}, but the pipeline's "
-                f"transformer is {type(transformer).__name__} with {given}"
-            )
+    refuse_other_model(executable.plan, transformer)
     attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment

@@ -83,9 +83,21 @@ class Memory:
     weight_bytes: int
 
 
-def parameter_identities(model: nn.Module) -> frozenset[tuple[str, int]]:
-    """Which parameter objects a model has by which names; values written in place do not change it."""
-    return frozenset((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False))
+def module_identities(model: nn.Module) -> frozenset[tuple[str, int]]:
+    """What a model is made of: its modules, parameters, buffers, hooks and attention processors, by name and identity.
+
+    Values written in place do not change it; graphs use them.
+    """
+    parts: list[tuple[str, Any]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        parts += [(path or type(model).__name__, module)] + [(f"a forward hook of {path}", hook) for hook in hooks]
+        if "processor" in vars(module):
+            parts.append((f"{path}.processor", module.processor))
+    return frozenset((name, id(part)) for name, part in parts)
 
 
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -96,7 +108,7 @@ def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Executable:
     """A plan compiled for a model. Immutable: whatever changes while it runs lives in a `Session`.
 
@@ -106,7 +118,7 @@ class Executable:
         config: The compile options.
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
-        parameters: Names and identities of the model's parameters when it was compiled (`parameter_identities`).
+        parts: What the model was made of when it was compiled (`module_identities`).
     """
 
     model: nn.Module
@@ -114,21 +126,28 @@ class Executable:
     config: CompileConfig
     build: Callable[[Mapping[str, Any]], Program]
     default: Program
-    parameters: frozenset[tuple[str, int]]
+    parts: frozenset[tuple[str, int]]
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __repr__(self) -> str:
+        """Model, plan and backend in one line."""
+        header, variants = self.plan.header, len(self.default.variants)
+        plan = f"{header.policy} plan of {self.plan.steps} steps"
+        return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
     def session(self) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Raises:
-            CompileError: The model's parameters are other ones than when it was compiled; the graphs would run without them.
+            CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
+                was compiled; the graphs would run without them.
         """
-        changed = sorted(name for name, _ in self.parameters ^ parameter_identities(self.model))
+        changed = sorted(name for name, _ in self.parts ^ module_identities(self.model))
         if changed:
             raise CompileError(
-                f"{type(self.model).__name__} has other parameters than when it was compiled, such as {changed[0]!r} (a LoRA "
-                f"or another change of its modules?); detach, and compile again"
+                f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
+                f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
             )
         return Session(self)
 
@@ -231,6 +250,11 @@ class Session:
         if table is None:
             table = self._tables[self.branch] = SlotTable(program.slots.count)
         arguments = [inputs[name] for name in program.input_names]
+        if torch.is_autocast_enabled(arguments[0].device.type):
+            raise CompileError(
+                "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
+                "compile that"
+            )
         if self._check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         with torch.no_grad():

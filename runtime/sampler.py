@@ -75,7 +75,7 @@ def sample(
 
     Args:
         runner: The executable, or a model (then `steps` must be given).
-        scheduler: A deterministic diffusers scheduler; it is copied and not changed.
+        scheduler: A diffusers scheduler; it is copied and not changed. Noise that a stochastic one adds is not seeded.
         noise: Standard normal latents [B, C, ...] in the model's dtype and on its device; scaled by the scheduler's
             `init_noise_sigma`.
         guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
@@ -107,7 +107,8 @@ def sample(
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     stochastic = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
-    latents: torch.Tensor = noise * own.init_noise_sigma
+    # Flow-matching schedulers know neither of the two.
+    latents: torch.Tensor = noise * getattr(own, "init_noise_sigma", 1.0)
     # The class's own forward: the model's may be replaced by an attached executable.
     model = runner.model if isinstance(runner, Executable) else getattr(runner, "observed", runner)
     latents_name = list(inspect.signature(type(model).forward).parameters)[1]
@@ -120,7 +121,7 @@ def sample(
 
     timesteps = own.timesteps
     for number, t in enumerate(timesteps):
-        scaled = own.scale_model_input(latents, t)
+        scaled = own.scale_model_input(latents, t) if hasattr(own, "scale_model_input") else latents
         if uncond is None:
             output = call(scaled, t, cond)
         else:
@@ -146,6 +147,7 @@ def _split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[d
     stray = sorted(set(negative) - set(cond))
     if stray:
         raise PlanError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+    # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None
     missing = sorted(set(cond) - set(negative))

@@ -100,7 +100,7 @@ def test_heun_counts_every_evaluation():
 
 
 def test_no_samples_are_refused(dit, ddim):
-    with pytest.raises(PlanError, match="samples is 0; expected at least 1"):
+    with pytest.raises(PlanError, match="samples is 0; expected a whole number of at least 1"):
         sg.calibrate(dit, ddim, steps=2, samples=0)
 
 

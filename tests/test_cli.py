@@ -61,7 +61,8 @@ def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
     difference = json.loads(invoke("plan", "diff", plan, other, "--json"))
     assert difference["pairs_changed"] == 10 * 3  # ten attention sites, three reused steps each
-    assert difference["header"]["arguments"] == [{"every": 2}, {"every": 2, "kinds": ["ff"]}]
+    before, after = difference["header"]["arguments"]
+    assert (before["kinds"], after["kinds"]) == (None, ["ff"])
     assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
 
 
@@ -95,7 +96,7 @@ def test_run_writes_samples_that_match_the_library(plan: Path, tmp_path: Path):
     assert latents.shape == (2, 3, 24, 24)
     assert torch.isfinite(latents).all()
     assert 0 < facts["relative_l2"] < 1
-    assert Image.open(tmp_path / "samples.png").size == (8 * 24 * 3, 24 * 3)
+    assert Image.open(tmp_path / "samples.png").size == (2 * 24 * 3, 24 * 3)
 
 
 def test_demo_writes_its_table_and_pictures(tmp_path: Path):

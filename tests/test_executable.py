@@ -1,13 +1,16 @@
 """What an executable promises outside a run: immutability, refusals, and costs."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 
 import stepgraph as sg
 from stepgraph.config import CompileError
+from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 
 CONFIG = {
@@ -66,8 +69,71 @@ def test_weights_are_used_by_reference(model: DiTTransformer2DModel):
 def test_replaced_modules_are_refused_and_named(model: DiTTransformer2DModel):
     executable = compiled(model)
     model.transformer_blocks[0].ff = torch.nn.Sequential(model.transformer_blocks[0].ff, torch.nn.Linear(32, 32))
-    with pytest.raises(CompileError, match=r"other parameters than when it was compiled.*transformer_blocks\.0\.ff"):
+    with pytest.raises(CompileError, match=r"other parts than when it was compiled.*transformer_blocks\.0\.ff"):
         executable.session()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.register_forward_hook(lambda *_: None), "a forward hook of"),
+        (lambda m: m.pos_embed.register_buffer("pos_embed", m.pos_embed.pos_embed.clone()), r"pos_embed\.pos_embed"),
+        (lambda m: m.transformer_blocks[0].attn1.set_processor(AttnProcessor()), r"attn1\.processor"),
+    ],
+)
+def test_other_parts_are_refused_and_named(model: DiTTransformer2DModel, change, named: str):
+    executable = compiled(model)
+    change(model)
+    with pytest.raises(CompileError, match=named):
+        executable.session()
+
+
+def test_autocast_is_refused(model: DiTTransformer2DModel):
+    executable, inputs = compiled(model), sg.example_inputs(model, 2)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match="autocast is on"):
+        executable.session()(**inputs)
+
+
+def test_inference_mode_and_new_batch_sizes(model: DiTTransformer2DModel):
+    executable = compiled(model, exact=True)
+    for batch in (2, 3):
+        given = {**sg.example_inputs(model, batch), "hidden_states": torch.randn(batch, 4, 8, 8)}
+        with torch.no_grad():
+            wanted = model(**given).sample
+        with torch.inference_mode():
+            session = executable.session()
+            assert torch.equal(session(**given).sample, wanted)
+            session(**given)
+
+
+def test_sizes_come_from_the_model_and_not_from_the_plan_file(model: DiTTransformer2DModel):
+    executable = compiled(model)
+    plan = executable.plan
+    lying = CachePlan(plan.header, tuple(dataclasses.replace(site, bytes=10**9) for site in plan.sites), plan.rows)
+    again = sg.compile(model, lying, sg.example_inputs(model, 2), backend="eager")
+    assert again.memory() == executable.memory()
+
+
+def test_a_row_that_stores_the_residual_behind_a_reused_block_pays_for_its_tokens(model: DiTTransformer2DModel):
+    actions = {"transformer_blocks.0": "CRCC", "stack_residual": "CCRC"}
+    plan = sg.make_plan("manual", model=model, scheduler=DDIMScheduler(), steps=4, actions=actions)
+    executable = sg.compile(model, plan, sg.example_inputs(model), backend="eager")
+    assert plan.summary().macs == executable.macs().computed
+
+
+def test_a_model_with_an_executable_attached_is_not_copied(model: DiTTransformer2DModel):
+    class Pipe:
+        transformer, scheduler = model, DDIMScheduler()
+
+    executable = compiled(model).attach(Pipe())
+    with pytest.raises(CompileError, match="detach it before copying"):
+        copy.deepcopy(model)
+    executable.detach()
+    copy.deepcopy(model)
+
+
+def test_an_executable_shows_itself_in_one_line(model: DiTTransformer2DModel):
+    assert repr(compiled(model)) == "<Executable: DiTTransformer2DModel, interval plan of 4 steps, 2 variants, eager>"
 
 
 def test_a_tuple_is_returned_where_it_is_asked_for(model: DiTTransformer2DModel):

@@ -97,8 +97,27 @@ INVALID = {
     "wrong row length": (lambda: with_row(FULL + "C"), r"step 1 has 10 actions for 9 sites"),
     "no timesteps": (lambda: replace(HEADER, timesteps=()), r"at least one timestep"),
     "NaN timestep": (lambda: replace(HEADER, timesteps=(1, float("nan"))), r"timesteps must be finite"),
-    "guidance": (lambda: replace(HEADER, guidance="both"), r"guidance is 'both'; expected 'batched', 'separate' or 'none'"),
-    "branches": (lambda: replace(HEADER, guidance="separate"), r"guidance 'separate' does not have the branches \['all'\]"),
+    "no sites": (lambda: CachePlan(HEADER, (), ("",) * 3), r"at least one site"),
+    "no steps": (lambda: replace(HEADER, steps=0), r"steps is 0; expected a whole number of at least 1"),
+    "steps as truth": (lambda: replace(HEADER, steps=True), r"steps is True"),
+    "negative macs": (lambda: replace(HEADER, macs=-5), r"macs is -5; expected a whole number of at least 0"),
+    "huge macs": (lambda: replace(HEADER, macs=10**400), r"macs is 10+; expected a whole number"),
+    "empty shape": (lambda: replace(HEADER, shapes={"x": (0,)}), r"a size in the input shapes .* is 0"),
+    "dtype": (lambda: replace(HEADER, dtype="banana"), r"dtype is 'banana'; expected one of float64, float32"),
+    "no model": (lambda: replace(HEADER, model=""), r"the header's model is empty"),
+    "negative samples": (lambda: replace(HEADER, samples=-3), r"samples is -3"),
+    "negative bytes": (lambda: Site("x", "ff", bytes=-1), r"site 'x': bytes is -1"),
+    "negative call": (lambda: Site("x", "ff", call=-1), r"site 'x': call is -1"),
+    "actions that are none": (lambda: build({"ff": 5}), r"'ff' has the actions 5; expected one letter per step"),
+    "equal branches": (
+        lambda: replace(HEADER, guidance="separate", branches=("cond", "cond")),
+        r"guidance 'separate' has the branches \['cond', 'uncond'\]; got \['cond', 'cond'\]",
+    ),
+    "guidance": (lambda: replace(HEADER, guidance="both"), r"guidance is 'both'; expected one of batched, separate, none"),
+    "branches": (
+        lambda: replace(HEADER, guidance="separate"),
+        r"guidance 'separate' has the branches \['cond', 'uncond'\]; got \['all'\]",
+    ),
 }
 
 
@@ -125,6 +144,29 @@ def test_json_round_trip(tmp_path, dit):
 def test_random_plans_round_trip(rows):
     plan = CachePlan(HEADER, SITES, rows)
     assert CachePlan.from_json(plan.to_json()) == plan
+
+
+def test_actions_can_be_given_as_the_enumeration():
+    letters = [sg.Action.COMPUTE, sg.Action.REUSE, sg.Action.COMPUTE]
+    assert build({"ff": letters}) == build({"ff": "CRC"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEXT.replace('"version": 1', '"version": true'), "plan format version True"),
+        (TEXT.replace('"macs"', '"macs": 1, "macs"', 1), "the key 'macs' appears more than once"),
+    ],
+)
+def test_json_that_says_two_things_or_half_a_thing_is_refused(text, message):
+    assert text != TEXT
+    with pytest.raises(PlanError, match=message):
+        CachePlan.from_json(text)
+
+
+def test_a_folder_is_no_plan_file(tmp_path):
+    with pytest.raises(PlanError, match="is a folder; expected a plan file"):
+        CachePlan.load(tmp_path)
 
 
 def test_every_truncation_is_refused():
@@ -190,7 +232,7 @@ BAD_JSON = {
     "wrong type": (edited(macs="many"), "header: macs is 'many', which is not of the type"),
     "wrong member": (edited(timesteps=[1, "2", 3]), "header: timesteps is"),
     "wrong shapes": (edited(shapes=[1]), "header: shapes is"),
-    "shape of text": (edited(shapes={"x": ["a"]}), "the input shapes must be whole numbers"),
+    "shape of text": (edited(shapes={"x": ["a"]}), "a size in the input shapes .* is 'a'; expected a whole number"),
     "NaN": (edited(timesteps=[1, float("nan"), 2]), "the timesteps must be finite numbers"),
     "infinity": (edited(timesteps=[1, float("inf"), 2]), "the timesteps must be finite numbers"),
     "nesting": ("[" * 100_000, "not a complete JSON document"),

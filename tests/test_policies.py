@@ -47,7 +47,7 @@ def test_interval(dit, arguments, attn, ff, hidden):
     plan = make(dit, **arguments)
     assert (column(plan, "attn"), column(plan, "ff"), column(plan, "hidden")) == (attn, ff, hidden)
     assert column(plan, "transformer_blocks.1.ff") == ff
-    assert dict(plan.header.arguments) == arguments
+    assert dict(plan.header.arguments) == {"every": 2, "offset": 0, "kinds": None} | arguments
 
 
 @pytest.mark.parametrize(

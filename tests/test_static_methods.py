@@ -204,4 +204,7 @@ def test_every_policy_names_its_source_and_its_arguments_fit_into_a_plan(stats):
     for policy in POLICIES.values():
         assert policy.source
     plan = sg.make_plan("invardiff", stats, step=0.5, phase2=False)
-    assert json.loads(plan.to_json())["arguments"] == {"step": 0.5, "phase2": False}
+    recorded = json.loads(plan.to_json())["arguments"]
+    assert recorded == {
+        "step": 0.5, "attn": 0.2, "ff": 0.2, "nonskip": 0.0, "metric": "v1", "phase2": False,
+    }  # fmt: skip

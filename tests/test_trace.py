@@ -295,3 +295,41 @@ def test_another_thread_runs_the_model_while_it_is_traced():
     assert type(seen[0]) is torch.Tensor
     assert torch.equal(seen[0], wanted)
     assert torch.equal(traced.bind(model)(x)[0], wanted)
+
+
+def test_a_thread_that_runs_the_model_all_the_while_sees_nothing_of_a_trace():
+    model, given, failures, done = tiny_dit(), inputs(), [], threading.Event()
+    with torch.no_grad():
+        wanted = model(**given).sample
+
+    def serve():
+        with torch.no_grad():
+            while not done.is_set():
+                try:
+                    if not torch.equal(model(**given).sample, wanted):
+                        failures.append("another result")
+                except Exception as error:
+                    failures.append(repr(error))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(4):
+            traced = trace(model, given)
+    finally:
+        done.set()
+        thread.join()
+    assert failures == []
+    assert torch.equal(traced.bind(model)(**given)[0], wanted)
+
+
+@pytest.mark.parametrize("surroundings", [torch.inference_mode, functools.partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_a_trace_does_not_depend_on_where_it_is_made(surroundings):
+    model, plain = tiny_dit(), inputs()
+    expected = trace(model, plain)
+    with surroundings():
+        traced = trace(model, inputs())
+    dtypes = [[getattr(node.meta.get("val"), "dtype", None) for node in t.graph.nodes] for t in (expected, traced)]
+    assert dtypes[0] == dtypes[1]
+    with torch.no_grad():
+        assert torch.equal(traced.bind(model)(**plain)[0], model(**plain).sample)

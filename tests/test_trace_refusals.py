@@ -1,5 +1,6 @@
 """Refusals of the tracer: what a static graph cannot carry is named by file and line, and never baked in."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,50 @@ def test_a_failed_trace_leaves_nothing_behind(dit):
 def test_errors_of_the_model_itself_come_through():
     with pytest.raises(RuntimeError, match="must have same reduction dim"):
         trace(Small(lambda m, x: x @ x).eval(), {"x": torch.randn(4, 6)})
+
+
+COUNTS = {"class": 0}
+
+
+def count_globally(m, x):
+    COUNTS["class"] += 1
+    return x * COUNTS["class"]
+
+
+def draw_a_number(m, x):
+    return x * random.random()
+
+
+@pytest.mark.parametrize("forward", [count_globally, draw_a_number], ids=lambda f: f.__name__)
+def test_what_two_traces_do_differently_is_refused(forward):
+    with pytest.raises(TraceError, match=r"traced twice, the forward did .* neither an input nor a weight") as caught:
+        trace(Small(forward).eval(), {"x": torch.randn(4, 6)})
+    assert __file__ in str(caught.value)
+
+
+def switch_autocast_on(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.inner(x)
+
+
+def hand_a_generator(m, x):
+    return x + torch.randn(6, generator=torch.Generator().manual_seed(0))
+
+
+def raise_an_error(m, x):
+    return x + [1, 2][len(x)]
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (switch_autocast_on, "switches autocast on"),
+        (hand_a_generator, "a Generator cannot be an argument"),
+        (raise_an_error, "cannot be traced: IndexError"),
+    ],
+)
+def test_what_else_cannot_be_traced_is_named_by_file_and_line(forward, said):
+    with pytest.raises(TraceError, match=said) as caught:
+        trace(Small(forward).eval(), {"x": torch.randn(4, 6)})
+    first = forward.__code__.co_firstlineno
+    assert any(f"{__file__}:{line}" in str(caught.value) for line in range(first, first + 3))

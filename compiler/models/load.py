@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stepgraph.compiler.models import FAMILIES
@@ -46,10 +47,18 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
                 f"(owner/name), or one of {', '.join(_random_names())}"
             )
         return _hub_model(name, device, dtype)
-    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    try:
+        class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise CompileError(f"{folder / 'config.json'} is not a model's configuration ({error})") from error
     # Without accelerate diffusers cannot load leaf by leaf, and says so at length unless it is not asked to.
     lean = find_spec("accelerate") is not None
-    model = _model_class(class_name, str(folder)).from_pretrained(folder, low_cpu_mem_usage=lean)
+    kind = _model_class(class_name, str(folder))
+    try:
+        model = kind.from_pretrained(folder, low_cpu_mem_usage=lean, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CompileError(f"{folder}: no complete safetensors weights of a {class_name} ({first})") from error
     return _ready(model, device, dtype)
 
 

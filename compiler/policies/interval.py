@@ -32,6 +32,8 @@ def interval(
         PlanError: A period below 1, a negative offset, or a kind the model does not have.
     """
     present = present_kinds(sites)
+    if isinstance(kinds, str):
+        raise PlanError(f"kinds is {kinds!r}; expected a list, such as [{kinds!r}]")
     chosen = list(kinds) if kinds is not None else [kind for kind in present if kind in MODULE_KINDS]
     named = {*chosen, *(every if isinstance(every, Mapping) else ()), *(offset if isinstance(offset, Mapping) else ())}
     unknown = sorted(named - set(present))

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepgraph.compiler.policies.policy import Policy
-from stepgraph.plan import Site
+from stepgraph.plan import PlanError, Site
 
 
 def manual(sites: Sequence[Site], steps: int, stats: Any = None, *, actions: Mapping[str, str]) -> Mapping[str, str]:
     """The given actions over time by site or kind, such as {"ff": "CRCR", "hidden": "CCRC"}."""
+    if not isinstance(actions, Mapping):
+        raise PlanError(f"actions is {actions!r}; expected sites or kinds with one letter per step, such as {{'ff': 'CRCR'}}")
     return actions
 
 

@@ -31,7 +31,7 @@ def smoothcache(
     unknown = sorted(set(alpha) - set(present)) if isinstance(alpha, Mapping) else []
     if unknown:
         raise PlanError(f"alpha is given for {unknown[0]!r}; this model has the module kinds {', '.join(present)}")
-    actions = {}
+    actions: dict[str, str] = {}
     for kind in present:
         threshold = per_kind(alpha, kind, 0.0)
         if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not threshold >= 0:
