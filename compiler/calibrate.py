@@ -1,5 +1,6 @@
 """Calibration: watch a model's sites during real sampling runs."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,16 +63,16 @@ class _Observer(nn.Module):
         return (result,)
 
     def _add_means(self, i: int, value: torch.Tensor) -> None:
-        s, size = self.step, value.abs().mean(dtype=torch.float64)
-        self.tables["magnitude"][s, i] += size.cpu()
+        s, size = self.step, float(value.abs().mean(dtype=torch.float64))
+        self.tables["magnitude"][s, i] += size
         for lag, values in enumerate(self.past):
-            difference = (value - values[i]).abs().mean(dtype=torch.float64)
-            self.tables["relative"][lag, s, i] += (difference / size).cpu()
+            difference = float((value - values[i]).abs().mean(dtype=torch.float64))
+            self.tables["relative"][lag, s, i] += _over(difference, size)
             if lag == 0:
-                self.tables["change"][s, i] += difference.cpu()
-        before = self.past[0][i] if self.past else value
-        norms = value.double().norm(dim=-1) / before.double().norm(dim=-1)
-        self.tables["ratio"][s, i] += norms.mean().cpu()
+                self.tables["change"][s, i] += difference
+        now, before = (v.double().norm(dim=-1) for v in (value, self.past[0][i] if self.past else value))
+        # A token that is zero at both steps has not changed: ratio 1.
+        self.tables["ratio"][s, i] += torch.where((now == 0) & (before == 0), 1.0, now / before).mean().cpu()
 
     def _add_rate(self, i: int, value: torch.Tensor) -> None:
         s, reference = self.step, self.reference[i]
@@ -83,7 +84,7 @@ class _Observer(nn.Module):
         if s == 1:
             self.reference[i], self.distance[i] = value, distance
             return
-        self.tables["rate"][s - 1, i] += distance / self.distance[i] if self.distance[i] else float("inf")
+        self.tables["rate"][s - 1, i] += _over(distance, self.distance[i])
         hit = bool(self.hits[s - 1, i])
         if not (hit and self.held[i]):
             self.reference[i], self.distance[i] = value, distance
@@ -136,13 +137,16 @@ def calibrate(
         sample(observer, scheduler, noise, steps=steps, on_step=report, **chosen)
     tables = {name: table / samples for name, table in observer.tables.items()}
     tables["rate"][0] = tables["rate"][-1] = 1.0
-    for name, table in tables.items():
-        if table.isnan().any():
-            step, site = (int(where[0]) for where in torch.nonzero(table.isnan(), as_tuple=True)[-2:])
-            raise PlanError(
-                f"{name} of {marked.sites[site].name} is NaN at step {step}: the model's values are not finite there"
-            )
+    bad = torch.nonzero(~tables["magnitude"].isfinite())
+    if len(bad):
+        step, site = bad[0].tolist()
+        raise PlanError(f"{marked.sites[site].name} is not finite at step {step}: NaN or infinite values in the model's run")
     return CalibrationStats(replace(header, seed=seed, samples=samples), marked.sites, **tables)
+
+
+def _over(part: float, whole: float) -> float:
+    """Part / whole; nothing over nothing is no change, something over nothing has no bound."""
+    return part / whole if whole else (math.inf if part else 0.0)
 
 
 def _shifted(on_step: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:

@@ -1,13 +1,17 @@
 """Is a traced graph the whole truth? What a forward does besides computing its outputs from its inputs is looked for here."""
 
+import functools
+import gc
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
+from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from stepgraph.compiler.tracer import NO_PAST, TraceError
+from stepgraph.compiler.tracer import NO_PAST, TracedTensor, TraceError
 
 
 def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
@@ -28,40 +32,70 @@ def refuse_changed_state(model: nn.Module, before: Mapping[tuple[str, str], Any]
         if value == before.get((path, name)):
             continue
         module = model.get_submodule(path)
-        lines, start = inspect.getsourcelines(type(module).forward)
-        hits = [start + i for i, line in enumerate(lines) if f"self.{name}" in line]
-        where = f"{inspect.getsourcefile(type(module).forward)}:{hits[0] if hits else start}"
+        where = _line_of(type(module).forward, f"self.{name}")
         raise TraceError(f"{where}: the forward of {path or type(module).__name__} changes its own {name!r}; {NO_PAST}")
 
 
-def clear_memos(model: nn.Module) -> None:
-    """Empty the functools caches around the model: what they hold from before would be a constant of the graph, and what they
-    hold from the trace has no data.
+def _line_of(function: Any, text: str) -> str:
+    """ "file:line" of the first line of a function that contains a text."""
+    try:
+        lines, start = inspect.getsourcelines(function)
+    except OSError:
+        return function.__qualname__ + " (no source file)"
+    hits = [start + i for i, line in enumerate(lines) if text in line]
+    return f"{inspect.getsourcefile(function)}:{hits[0] if hits else start}"
+
+
+def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
+    """Empty the functools caches that kept a traced tensor; they are filled anew by the next call."""
+    left = {id(traced) for ref in made if (traced := ref()) is not None}
+    if left:
+        gc.collect()
+        for memo in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
+            if _holds(memo, left):
+                memo.cache_clear()
+
+
+def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
+    """Take the traced tensors that the forward left behind out of wherever it put them; they have no data to go on with.
+
+    Raises:
+        TraceError: The forward kept one elsewhere than in a functools cache: that is its own past.
     """
-    for memo in _memos(model):
-        memo.cache_clear()
+    forget_in_memos(made)
+    for ref in made:
+        traced = ref()
+        if traced is None:
+            continue
+        for holder in gc.get_referrers(traced):
+            if isinstance(holder, dict):
+                for key in [key for key, value in holder.items() if value is traced]:
+                    del holder[key]
+        raise TraceError(f"{traced.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
-def _memos(model: nn.Module) -> Iterator[Any]:
-    """Cached methods of the model's classes, and cached functions of the files they are written in."""
-    kinds = {type(module) for module in model.modules()}
-    files = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
-    owners = [vars(base) for kind in kinds for base in kind.__mro__] + [vars(sys.modules[name]) for name in files]
-    for owner in owners:
-        for value in list(owner.values()):
-            function = getattr(value, "__func__", value)
-            if inspect.isroutine(getattr(function, "cache_clear", None)):
-                yield function
+def _holds(thing: Any, wanted: set[int], depth: int = 5) -> bool:
+    """Whether something refers to one of the objects, within a few steps."""
+    if id(thing) in wanted:
+        return True
+    if depth == 0 or isinstance(thing, (type, ModuleType, FunctionType)):
+        return False
+    return any(_holds(part, wanted, depth - 1) for part in gc.get_referents(thing))
 
 
-def refuse_other_operations(first: fx.Graph, second: fx.Graph) -> None:
-    """Two traces of one forward do the same, unless it depends on something that is neither an input nor a weight."""
+def refuse_other_operations(
+    first: fx.Graph, second: fx.Graph, constants: Mapping[str, torch.Tensor], again: Mapping[str, torch.Tensor]
+) -> None:
+    """Two traces of one forward do the same on the same constants, unless it depends on something outside itself."""
+    for name, value in constants.items():
+        if name in again and not torch.equal(value, again[name]):
+            raise TraceError(f"traced twice, the forward came with other values of a {list(value.shape)} constant; {NO_PAST}")
     for one, other in zip(first.nodes, second.nodes, strict=False):
         if _spelled(one) != _spelled(other):
             source = (other.stack_trace or "").strip().removeprefix('File "').replace('", line ', ":").replace("\n", " ")
             raise TraceError(
                 f"{source or other.format_node()}: traced twice, the forward did {_spelled(one)} and then {_spelled(other)}; "
-                f"it depends on something that is neither an input nor a weight, such as a counter, a clock or a random number"
+                f"it depends on something that is neither an input nor a weight, such as a counter or a clock"
             )
     if len(first.nodes) != len(second.nodes):
         raise TraceError(

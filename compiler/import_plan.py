@@ -1,6 +1,7 @@
 """From a published plan file to a plan for a real model."""
 
 import argparse
+import inspect
 import json
 import pickle
 from collections.abc import Mapping
@@ -47,6 +48,10 @@ def import_plan(
         known = "; ".join(importer.source for importer in IMPORTERS.values())
         keys = f" with the keys {', '.join(map(str, list(data)[:4]))}" if isinstance(data, dict) else ""
         raise PlanError(f"{path}: {type(data).__name__}{keys} is no known plan format; known: {known}")
+    takes = [p.name for p in inspect.signature(IMPORTERS[name].actions).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(takes))
+    if unknown:
+        raise PlanError(f"{path}: the format {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
     marked = marked_graph(model, example_inputs)
     header = make_header(model, scheduler, steps, marked)
     try:
@@ -55,8 +60,6 @@ def import_plan(
         return CachePlan.build(replace(header, policy=f"import:{name}", arguments=arguments), marked.sites, actions)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
-    except TypeError as error:
-        raise PlanError(f"{path}: the format {name!r} does not take these options: {', '.join(options)} ({error})") from error
 
 
 def _read(path: Path) -> Any:

@@ -12,6 +12,7 @@ from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
 
@@ -47,6 +48,7 @@ def make_plan(
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
+        _refuse_other_circumstances(stats, model, scheduler, steps)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
     elif POLICIES[policy].needs_stats:
@@ -59,7 +61,6 @@ def make_plan(
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
     own = dict(arguments)
     if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
-        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the given scheduler")
         own["again"] = lambda reused: calibrate(
             model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
         )
@@ -68,6 +69,16 @@ def make_plan(
     # As JSON keeps them, so that a plan read back is equal.
     recorded = json.loads(json.dumps(defaults | arguments, default=str))
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
+
+
+def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:
+    """What is given beside statistics must be what they were measured on."""
+    if model is not None:
+        refuse_other_model(stats.header, model)
+    if steps is not None and steps != stats.header.steps:
+        raise PlanError(f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number")
+    if scheduler is not None:
+        refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
 
 
 def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:

@@ -15,13 +15,13 @@ from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, module_identities, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 
 
 def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`)."""
-    refuse_other_model(plan, model)
+    refuse_other_model(plan.header, model)
     if read_env().check:
         refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
 
@@ -30,7 +30,7 @@ def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str,
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(inputs)
-    return Executable(model, plan, config, build, program, module_identities(model), {signature(inputs): program})
+    return Executable(model, plan, config, build, program, parts_of(model), {signature(inputs): program})
 
 
 def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig) -> Program:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from stepgraph.files import whole_file
+from stepgraph.files import save_tensors
 from stepgraph.plan import PlanError, PlanHeader, Site, parse_record
 
 FORMAT = "stepgraph-stats"
@@ -54,9 +53,8 @@ class CalibrationStats:
             "header": asdict(self.header),
             "sites": list(map(asdict, self.sites)),
         }
-        with whole_file(path) as partial:
-            tensors = {name: getattr(self, name).contiguous() for name in table_shapes(0, 0)}
-            save_file(tensors, partial, metadata={"stepgraph": json.dumps(described)})
+        tensors = {name: getattr(self, name).contiguous() for name in table_shapes(0, 0)}
+        save_tensors(path, tensors, {"stepgraph": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":

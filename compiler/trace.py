@@ -12,6 +12,7 @@ of fake tensors traces like a real one, and `Trace.bind` puts the graph on any m
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +24,13 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from stepgraph.compiler.faithful import clear_memos, refuse_changed_state, refuse_other_operations, state_of
+from stepgraph.compiler.faithful import (
+    forget_in_memos,
+    refuse_changed_state,
+    refuse_other_operations,
+    refuse_survivors,
+    state_of,
+)
 from stepgraph.compiler.tracer import ModuleCall, TracedTensor, TraceError, Tracer, frame_location
 from stepgraph.runtime.attach import own_forward
 
@@ -86,16 +93,29 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     started = time.perf_counter()
     with TRACE_LOCK, torch.inference_mode(False), torch.no_grad():
         first, second = _record(model, inputs), _record(model, inputs)
-    refuse_other_operations(first.graph, second.graph)
+    refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
     return replace(first, seconds=time.perf_counter() - started)
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Run the forward once on traced tensors, and see to it that none of them stays behind."""
+    made: list[weakref.ref[TracedTensor]] = []
+    try:
+        recorded = _run(model, inputs, made)
+    except BaseException:
+        forget_in_memos(made)
+        raise
+    refuse_survivors(made)
+    return recorded
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"]) -> Trace:
     """Run the forward once on traced tensors."""
     tensors = [*model.parameters(), *model.buffers(), *(v for v in inputs.values() if isinstance(v, torch.Tensor))]
-    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
     tracer = Tracer(model, mode, device)
+    tracer.made = made
     before = state_of(model)
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     # Other threads may run this very model meanwhile; for them nothing changes.
@@ -110,8 +130,8 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         return tracer.get_attribute(value) if threading.get_ident() == own else value
 
     with ExitStack() as stack:
-        clear_memos(model)
-        stack.callback(clear_memos, model)
+        # A thread that is just reading an attribute may keep the tracer alive a little longer.
+        stack.callback(tracer.attribute_nodes.clear)
         # Under autocast a traced operation would have other dtypes than the graph's run has.
         for kind in tracer.devices:
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -4,6 +4,7 @@ import enum
 import linecache
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ class Tracer(TorchFunctionMode):
         self.kept_alive: list[torch.Tensor] = []
         self.stack: dict[str, tuple[str, type]] = {}
         self.inside = False
+        # Every traced tensor that was made, to see afterwards which of them something outside still holds.
+        self.made: list[weakref.ref[TracedTensor]] = []
         self.devices = {"cpu", self.device.type}
         # Attention on the CPU is one operator that torch's counter does not know by this name.
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -134,6 +137,10 @@ class Tracer(TorchFunctionMode):
 
     def call_torch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation on fake values; record it unless what it returns is plain Python, such as a shape."""
+        if getattr(func, "__name__", "") == "__set__" and func.__self__.__name__ == "data":
+            raise TraceError(
+                f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
+            )
         value, mutates, macs = self.run(func, args, kwargs)
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
@@ -153,7 +160,12 @@ class Tracer(TorchFunctionMode):
         self.stack[key] = (path, type(module))
         try:
             if is_leaf(module):
-                value, mutates, macs = self.run(self.twin(module), args, kwargs)
+                twin = self.twin(module)
+                held = {**vars(twin)}
+                value, mutates, macs = self.run(twin, args, kwargs)
+                changed = [name for name, part in vars(twin).items() if held.get(name, self) is not part]
+                if changed:
+                    raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
                 result = self.record("call_module", path, args, kwargs, value, mutates, macs)
             else:
                 result = original(module, *args, **kwargs)
@@ -259,7 +271,9 @@ class Tracer(TorchFunctionMode):
         """The traced counterpart of a node's value; tuples and lists are taken apart at once."""
         node.meta["val"] = value
         if isinstance(value, torch.Tensor):
-            return TracedTensor(value, node)  # type: ignore[arg-type]
+            traced = TracedTensor(value, node)
+            self.made.append(weakref.ref(traced))
+            return traced
         if isinstance(value, (tuple, list)):
             parts = [self.record("call_function", operator.getitem, (node, i), {}, v) for i, v in enumerate(value)]
             return type(value)(parts)

@@ -19,6 +19,7 @@ from rich.table import Table
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
+from stepgraph.compiler.importers import EXPORTERS
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.load import SCHEDULERS, load_model, load_scheduler
@@ -30,7 +31,7 @@ from stepgraph.config import BACKENDS, CompileConfig, CompileError
 from stepgraph.demo import Demo, run_demo
 from stepgraph.doctor import examine
 from stepgraph.env import read_env
-from stepgraph.files import whole_file
+from stepgraph.files import save_tensors, whole_file
 from stepgraph.fingerprint import config_of
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.plan import CachePlan, PlanError
@@ -301,13 +302,10 @@ def run(
 
 def write_samples(out: Path, latents: torch.Tensor) -> list[str]:
     """Latents as safetensors, and as a contact sheet where they have three channels."""
-    from safetensors.torch import save_file
-
     from stepgraph.glyphs import contact_sheet
 
     paths = [out / "samples.safetensors"]
-    with whole_file(paths[0]) as partial:
-        save_file({"latents": latents.cpu().contiguous()}, partial)
+    save_tensors(paths[0], {"latents": latents.cpu().contiguous()})
     if latents.ndim == 4 and latents.shape[1] == 3:
         paths.append(out / "samples.png")
         with whole_file(paths[1]) as partial:
@@ -329,6 +327,7 @@ def calibrate_command(
     as_json: Json = False,
 ) -> None:
     """Watch a model's sites during real sampling runs; the statistics are what `plan make --stats` needs."""
+    folder(out.resolve().parent)
     loaded = load_model(model, parse_device(device), parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
     with progress_bar("calibrating", as_json) as report:
@@ -355,7 +354,7 @@ def plan_make(
     policy: Annotated[str, typer.Argument(help=f"{', '.join(POLICIES)}")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "glyph-dit",
     stats: Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate`; they bring the steps")] = None,
-    steps: Annotated[int, typer.Option(help="number of inference steps, where there are no statistics")] = 50,
+    steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or what the statistics have")] = None,
     scheduler: SchedulerName = None,
     guidance: Annotated[str, typer.Option(help="batched, separate or none")] = "batched",
     dtype: Dtype = "float32",
@@ -369,6 +368,7 @@ def plan_make(
     with progress_bar("loading and planning", as_json):
         loaded = load_model(model, "cpu", parse_dtype(dtype))
         chosen = load_scheduler(model, scheduler)
+        steps = 50 if steps is None and measured is None else steps
         made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
@@ -392,6 +392,23 @@ def plan_import(
     made = import_plan(file, loaded, chosen, steps=steps, **parse_arguments(arg))
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
+
+
+@plan_app.command(name="export")
+@reports_errors
+def plan_export(
+    plan: PlanFile,
+    form: Annotated[str, typer.Option("--format", help=", ".join(EXPORTERS))],
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write it")],
+    as_json: Json = False,
+) -> None:
+    """Write a plan in a published format."""
+    if form not in EXPORTERS:
+        raise PlanError(f"unknown format {form!r}; known: {', '.join(EXPORTERS)}")
+    exported = EXPORTERS[form](CachePlan.load(plan))
+    with whole_file(out) as partial:
+        partial.write_text(json.dumps(exported), encoding="utf-8")
+    show({"written": str(out)}, as_json)
 
 
 @plan_app.command(name="show")
@@ -467,7 +484,7 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     for name, value in facts.items():
-        console.print(f"{name:<20}{_pretty(value)}", markup=False)
+        console.print(f"{name:<22}{_pretty(value)}", markup=False)
 
 
 def _pretty(value: Any) -> str:

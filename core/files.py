@@ -1,9 +1,15 @@
 """Writing files so that they appear whole or not at all."""
 
+import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 
 @contextmanager
@@ -19,7 +25,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         yield target
         return
-    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
+    partial = target.with_name(f".{os.getpid()}-{threading.get_ident()}.partial.{target.name}")
     try:
         yield partial
         if target.exists():
@@ -32,3 +38,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; it appears whole or not at all.
+
+    Raises:
+        OSError: The folder is missing, read-only or full.
+    """
+    if not Path(path).resolve().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with whole_file(path) as partial:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stepgraph.plan import CachePlan, PlanError
+from stepgraph.plan import PlanError, PlanHeader
 
 # Digest of a tensor's contents, kept while the tensor lives, with the version, address and probe it was taken at.
 _digests = WeakTensorKeyDictionary()
@@ -36,7 +36,7 @@ def hash_config(config: Mapping[str, Any]) -> str:
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's bytes, memoised until the tensor is written to.
 
-    Writes through `.data` move no version counter; a probe of 16 values notices those that change a tensor as a whole, as
+    Writes through `.data` move no version counter; a probe of some values notices those that change a tensor as a whole, as
     fusing a LoRA does.
     """
     flat = tensor.detach().flatten()
@@ -78,13 +78,12 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def refuse_other_model(plan: CachePlan, model: nn.Module) -> None:
+def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
     """Compare a model with the one a plan was made for.
 
     Raises:
         PlanError: Class, dtype, structure or weights differ; the message says both sides.
     """
-    header = plan.header
     if type(model).__name__ != header.model:
         raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
     given = dtype_name(model_dtype(model))

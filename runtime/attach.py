@@ -16,7 +16,8 @@ from stepgraph.plan import PlanError
 from stepgraph.runtime.executable import Executable, Session
 from stepgraph.runtime.sampler import refuse_other_schedule
 
-_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# By transformer; the attachment itself lives on it, as its forward.
+_attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -128,27 +129,29 @@ def attach(executable: Executable, pipe: Any) -> None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
-    refuse_other_model(executable.plan, transformer)
+    refuse_other_model(executable.plan.header, transformer)
     attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment
-    _attached.add(transformer)
+    _attached[transformer] = weakref.ref(attachment)
 
 
 def detach(executable: Executable) -> None:
     """Undo every `attach` of an executable."""
-    for transformer in list(_attached):
-        attachment = transformer.__dict__.get("forward")
-        if not isinstance(attachment, Attachment):
+    mine = [(t, made) for t, ref in list(_attached.items()) if (made := ref()) is None or made.executable is executable]
+    for transformer, attachment in mine:
+        found = transformer.__dict__.get("forward")
+        if attachment is not None and found is not attachment:
             raise CompileError(
-                f"the forward of {type(transformer).__name__} was replaced by {attachment!r} after the executable was "
+                f"the forward of {type(transformer).__name__} was replaced by {found!r} after the executable was "
                 f"attached; undo that first, then detach"
             )
-        if attachment.executable is executable:
+    for transformer, attachment in mine:
+        if attachment is not None:
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:
                 transformer.__dict__["forward"] = attachment.replaced
-            _attached.discard(transformer)
+        del _attached[transformer]
 
 
 def own_forward(model: nn.Module) -> Callable[..., Any] | None:

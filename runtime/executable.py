@@ -83,21 +83,26 @@ class Memory:
     weight_bytes: int
 
 
-def module_identities(model: nn.Module) -> frozenset[tuple[str, int]]:
-    """What a model is made of: its modules, parameters, buffers, hooks and attention processors, by name and identity.
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    """What a model is made of: modules, parameters, buffers, hooks, processors and replaced forwards of its parts, by name.
 
-    Values written in place do not change it; graphs use them.
+    Values written in place do not change it; graphs use them. Hooks and the forward of the model itself are not part of it:
+    they run around an executable as they run around the model.
     """
-    parts: list[tuple[str, Any]] = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    parts: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    parts |= dict(model.named_buffers(remove_duplicate=False))
     for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        parts += [(path or type(model).__name__, module)] + [(f"a forward hook of {path}", hook) for hook in hooks]
+        if module is model:
+            continue
+        parts[path] = module
+        for number, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
+            parts[f"{path} (forward hook {number})"] = hook
         if "processor" in vars(module):
-            parts.append((f"{path}.processor", module.processor))
-    return frozenset((name, id(part)) for name, part in parts)
+            parts[f"{path}.processor"] = module.processor
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            parts[f"{path}.forward"] = forward
+    return parts
 
 
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -118,7 +123,7 @@ class Executable:
         config: The compile options.
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
-        parts: What the model was made of when it was compiled (`module_identities`).
+        parts: What the model was made of when it was compiled (`parts_of`).
     """
 
     model: nn.Module
@@ -126,7 +131,7 @@ class Executable:
     config: CompileConfig
     build: Callable[[Mapping[str, Any]], Program]
     default: Program
-    parts: frozenset[tuple[str, int]]
+    parts: Mapping[str, Any]
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -143,7 +148,9 @@ class Executable:
             CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
                 was compiled; the graphs would run without them.
         """
-        changed = sorted(name for name, _ in self.parts ^ module_identities(self.model))
+        now, nothing = parts_of(self.model), object()
+        names = sorted({*now, *self.parts})
+        changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
         if changed:
             raise CompileError(
                 f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
@@ -155,7 +162,8 @@ class Executable:
         """The program for inputs of this signature; compiled when it is met for the first time.
 
         Raises:
-            CompileError: Shapes (apart from the batch), dtype or device differ from what the plan was made for.
+            PlanError: Shapes (apart from the batch) or dtype differ from what the plan was made for.
+            CompileError: The inputs are on another device than the model.
         """
         key = signature(inputs)
         with self._lock:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import stepgraph as sg
+from stepgraph.compiler.stats import table_shapes
 from stepgraph.plan import PlanError
 
 STEPS, SAMPLES, SEED = 3, 2, 4
@@ -77,7 +78,8 @@ def test_it_repeats_itself_and_leaves_the_model_alone(dit, stats):
     again = sg.calibrate(
         dit, tiny_scheduler("ddim"), steps=STEPS, samples=SAMPLES, seed=SEED, on_step=lambda *progress: seen.append(progress)
     )
-    assert torch.equal(again.magnitude, stats.magnitude)
+    for name in table_shapes(0, 0):
+        assert torch.equal(getattr(again, name), getattr(stats, name)), name
     assert torch.equal(again.change, stats.change)
     assert seen == [(n + 1, STEPS * SAMPLES) for n in range(STEPS * SAMPLES)]
     other = sg.calibrate(dit, tiny_scheduler("ddim"), steps=STEPS, samples=SAMPLES, seed=SEED + 1)
@@ -144,3 +146,24 @@ def test_altered_files_are_refused(stats, tmp_path, change, message):
     save_file(load_file(path), path, metadata={"stepgraph": json.dumps(described | change)})
     with pytest.raises(PlanError, match=message):
         sg.CalibrationStats.load(path)
+
+
+def test_values_that_stay_zero_have_not_changed():
+    # adaLN-zero initialisation: the gates are zero, so that the stack adds nothing at any step.
+    model = tiny_dit()
+    for block in model.transformer_blocks:
+        torch.nn.init.zeros_(block.norm1.linear.weight)
+        torch.nn.init.zeros_(block.norm1.linear.bias)
+    stats = sg.calibrate(model, tiny_scheduler("ddim"), steps=4, samples=1)
+    column = [site.name for site in stats.sites].index("stack_residual")
+    assert stats.magnitude[:, column].tolist() == [0.0] * 4
+    assert stats.relative[:, :, column].abs().max() == 0
+    assert stats.ratio[:, column].tolist() == [1.0] * 4
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = tiny_dit()
+    with torch.no_grad():
+        model.transformer_blocks[1].ff.net[2].bias[0] = float("nan")
+    with pytest.raises(PlanError, match=r"transformer_blocks\.1\.ff is not finite at step 0"):
+        sg.calibrate(model, tiny_scheduler("ddim"), steps=3, samples=1)

@@ -78,6 +78,14 @@ def test_calibrate_feeds_a_policy(tmp_path: Path):
     assert "needs calibration" in error_of("plan", "make", "smoothcache", "-o", tmp_path / "other.json")
 
 
+def test_an_exported_plan_imports_as_it_was(plan: Path, tmp_path: Path):
+    schedule, again = tmp_path / "schedule.json", tmp_path / "again.json"
+    invoke("plan", "export", plan, "--format", "smoothcache", "-o", schedule)
+    invoke("plan", "import", schedule, "--model", "glyph-dit", "--steps", 6, "-o", again)
+    assert CachePlan.load(again).rows == CachePlan.load(plan).rows
+    assert "unknown format 'onnx'" in error_of("plan", "export", plan, "--format", "onnx", "-o", again)
+
+
 def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
     facts = json.loads(
         invoke("compile", "glyph-dit", "--plan", plan, "--backend", "eager", "--dump", tmp_path / "graphs", "--json")

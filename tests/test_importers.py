@@ -103,10 +103,11 @@ class Evil:
         ("a.json", {"attn": [1, 0, 1, 0]}, {}, "expected attn and mlp"),
         ("a.json", {"attn-0": [1] * 4, "mlp-7": [1] * 4}, {}, "mlp-7 names block 7; this model has 2 blocks"),
         ("a.json", {"attn": [1, 2, 1, 0], "mlp": [1] * 4}, {}, r"attn\[1\] holds 2"),
-        ("a.json", book(), {"theta": 0.5}, "does not take these options: theta"),
+        ("a.json", book(), {"theta": 0.5}, "has no option 'theta'; it takes none"),
         ("a.pt", {"routers": [torch.zeros(4)] * 3}, {}, "routers holds 3 vectors; expected 4"),
         ("a.pt", {"routers": [torch.zeros(6)] * 4}, {}, r"routers\[3\] is \[6\]; expected \[4\]"),
         ("a.pt", {"routers": [torch.zeros(4)] * 4}, {"theta": 2.0}, "theta is 2.0"),
+        ("a.pt", {"routers": 5}, {}, "routers is int"),
         ("a.pt", {"routers": Evil()}, {}, "not a checkpoint that can be read safely"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.lower import lower
-from stepgraph.config import CompileConfig
+from stepgraph.config import CompileConfig, CompileError
 
 
 class Owner(nn.Module):
@@ -46,10 +46,37 @@ def test_many_variants_all_stay_compiled():
 
 
 @torch.no_grad()
-def test_compiling_again_at_run_time_is_an_error():
+def test_other_shapes_are_refused():
     compiled = lower(graph_number(0, Owner()), CompileConfig("inductor"))
-    with pytest.raises(RuntimeError, match="recompile"):
+    with pytest.raises(CompileError, match=r"compiled for arguments of the shapes \[\(2, 4\)\]; given are \[\(3, 4\)\]"):
         compiled(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("change", ["inference mode", "threads", "determinism", "precision", "gradients", "training"])
+def test_what_does_not_change_the_code_does_not_compile_it_again(change):
+    owner = Owner().eval()
+    gm, x = graph_number(0, owner), torch.randn(2, 4)
+    compiled = lower(gm, CompileConfig("inductor"))
+    with torch.no_grad():
+        wanted = gm(x)[0]
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        if change == "threads":
+            torch.set_num_threads(threads + 1)
+        if change == "determinism":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        if change == "precision":
+            torch.set_float32_matmul_precision("medium")
+        if change == "gradients":
+            owner.requires_grad_(False)
+        if change == "training":
+            owner.train()
+        with torch.inference_mode() if change == "inference mode" else torch.no_grad():
+            torch.testing.assert_close(compiled(torch.clone(x))[0], wanted, rtol=2e-2, atol=2e-2)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_eager_runs_the_graph_itself():

@@ -98,11 +98,25 @@ def test_invardiff_gives_the_booleans_of_the_method(model, stats, features, phas
     assert any(any(hits) for hits in wanted.values())
 
 
-def test_phase_2_moves_hits_and_keeps_their_number(features):
-    taus = {"hidden": 0.0, "attn": 0.6, "ff": 0.6}
-    first = invardiff_by_hand(features, 3, taus, 0.0, phase2=False)
-    second = invardiff_by_hand(features, 3, taus, 0.0, phase2=True)
-    assert sum(map(sum, first.values())) == sum(map(sum, second.values()))
+def test_phase_2_moves_hits_and_keeps_their_number(model, stats):
+    taus = {"step": 0.0, "attn": 0.6, "ff": 0.6}
+    plans = [
+        sg.make_plan("invardiff", stats, model=model, scheduler=tiny_scheduler("ddim"), phase2=phase2, **taus)
+        for phase2 in (False, True)
+    ]
+    reused = [sum(row.count("R") for row in plan.rows) for plan in plans]
+    assert reused[0] == reused[1] > 0
+    assert plans[0].rows != plans[1].rows
+
+
+def test_what_is_given_beside_statistics_must_fit_them(model, stats):
+    for given, said in [
+        ({"model": tiny_dit(seed=3, num_layers=3)}, "other weights"),
+        ({"steps": 50}, f"of {STEPS} steps, asked for are 50"),
+        ({"scheduler": tiny_scheduler("euler")}, "compiled for DDIMScheduler, but the given scheduler has Euler"),
+    ]:
+        with pytest.raises(PlanError, match=said):
+            sg.make_plan("interval", stats, **given)
 
 
 def test_a_lower_threshold_reuses_less(stats):
@@ -181,11 +195,14 @@ def test_a_calibrated_plan_runs_as_the_oracle_says(model, stats, policy):
     [
         ("invardiff", {"step": 1.5}, "step is 1.5; expected a number in 0..1"),
         ("invardiff", {"metric": "v9"}, "unknown metric 'v9'; known: v1, lagged"),
+        ("invardiff", {"metric": "lagged", "phase2": True}, "it is true or false, and measures v1"),
         ("invardiff", {}, "pass model= and scheduler=, or phase2=False"),
         ("invardiff", {"again": None}, "no argument 'again'"),
         ("smoothcache", {"alpha": -1}, "alpha is -1 for attn"),
         ("smoothcache", {"alpha": {"mlp": 0.1}}, "alpha is given for 'mlp'; this model has the module kinds attn, ff"),
         ("magcache", {"ratios": [1.0]}, f"ratios holds 1 numbers; expected {STEPS}"),
+        ("magcache", {"threshold": "abc"}, "threshold is 'abc'"),
+        ("magcache", {"exclude": 3}, "exclude 3; expected"),
         ("magcache", {"retention": 2}, "retention 2; expected"),
     ],
 )

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models.load import load_model
-from stepgraph.compiler.trace import trace
+from stepgraph.compiler.trace import TraceError, trace
 
 
 def run_traced(traced, model, given):
@@ -253,13 +253,44 @@ class Memo(nn.Module):
         return torch.arange(size, dtype=torch.float32)
 
 
-def test_memoised_tables_are_part_of_the_graph_and_survive_the_trace():
+@pytest.mark.parametrize("called_before", [False, True])
+def test_memoised_tables_survive_the_trace(called_before):
     model, x = Memo().eval(), torch.randn(2, 5)
-    wanted = model(x)
+    Memo.table.cache_clear()
+    wanted = model(x) if called_before else x * torch.arange(5.0)
     traced = trace(model, {"x": x})
-    assert traced.constants == {}
     assert torch.equal(traced.bind(model)(x)[0], wanted)
     assert torch.equal(model(x), wanted)
+
+
+LEFT_BEHIND = {}
+
+
+class Hoarder(nn.Module):
+    """Keeps a tensor in a dictionary of its file."""
+
+    def forward(self, x):
+        LEFT_BEHIND["table"] = x * 2
+        return LEFT_BEHIND["table"]
+
+
+def test_a_tensor_left_outside_the_module_is_refused_and_taken_back():
+    model, x = Hoarder().eval(), torch.randn(2, 5)
+    with pytest.raises(TraceError, match="keeps this tensor outside its module"):
+        trace(model, {"x": x})
+    assert LEFT_BEHIND == {}
+    assert torch.equal(model(x), x * 2)
+
+
+def test_a_leaf_with_a_forward_of_its_own_is_traced():
+    # Hooks of other libraries replace the forward of a layer by a function bound to the real layer.
+    model, given = tiny_dit(), inputs()
+    linear = model.transformer_blocks[0].ff.net[2]
+    own = linear.forward
+    linear.forward = lambda *args: own(*args) * 2
+    with torch.no_grad():
+        wanted = model(**given).sample
+    assert torch.equal(trace(model, given).bind(model)(**given)[0], wanted)
 
 
 def test_another_thread_runs_the_model_while_it_is_traced():

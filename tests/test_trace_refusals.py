@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import inputs, tiny_dit
@@ -188,9 +189,16 @@ def raise_an_error(m, x):
     return x + [1, 2][len(x)]
 
 
+def assign_data(m, x):
+    y = m.inner(x)
+    y.data = y * 2
+    return y
+
+
 @pytest.mark.parametrize(
     ("forward", "said"),
     [
+        (assign_data, "assigning to a tensor's .data"),
         (switch_autocast_on, "switches autocast on"),
         (hand_a_generator, "a Generator cannot be an argument"),
         (raise_an_error, "cannot be traced: IndexError"),
@@ -200,4 +208,21 @@ def test_what_else_cannot_be_traced_is_named_by_file_and_line(forward, said):
     with pytest.raises(TraceError, match=said) as caught:
         trace(Small(forward).eval(), {"x": torch.randn(4, 6)})
     first = forward.__code__.co_firstlineno
-    assert any(f"{__file__}:{line}" in str(caught.value) for line in range(first, first + 3))
+    assert any(f"{__file__}:{line}" in str(caught.value) for line in range(first, first + 4))
+
+
+def test_a_constant_that_changes_is_refused():
+    with pytest.raises(TraceError, match=r"other values of a .6. constant"):
+        trace(Small(lambda m, x: x * torch.from_numpy(np.random.rand(6))).eval(), {"x": torch.randn(4, 6)})
+
+
+def test_a_counting_hook_on_a_layer_is_refused():
+    model = Small(lambda m, x: m.inner(x)).eval()
+
+    def count(module, args, out):
+        module.seen = getattr(module, "seen", 0) + 1
+        return out * module.seen
+
+    model.inner.register_forward_hook(count)
+    with pytest.raises(TraceError, match="calling inner changes its own 'seen'"):
+        trace(model, {"x": torch.randn(4, 6)})

@@ -1,12 +1,22 @@
 """Published plan formats, one file each; recognised by content."""
 
+from collections.abc import Callable
+from typing import Any
+
+from stepgraph.compiler.importers import invardiff_book, smoothcache_schedule
 from stepgraph.compiler.importers.importer import Importer
 from stepgraph.compiler.importers.invardiff_book import INVARDIFF_BOOK
 from stepgraph.compiler.importers.l2c_router import L2C_ROUTER
 from stepgraph.compiler.importers.smoothcache_schedule import SMOOTHCACHE_SCHEDULE
+from stepgraph.plan import CachePlan
 
 IMPORTERS: dict[str, Importer] = {
     "invardiff": INVARDIFF_BOOK,
     "smoothcache": SMOOTHCACHE_SCHEDULE,
     "l2c": L2C_ROUTER,
+}
+
+EXPORTERS: dict[str, Callable[[CachePlan], dict[str, Any]]] = {
+    "invardiff": invardiff_book.export,
+    "smoothcache": smoothcache_schedule.export,
 }

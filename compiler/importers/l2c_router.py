@@ -21,9 +21,11 @@ def recognizes(data: Any) -> bool:
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta: float = 0.1) -> Mapping[str, str]:
     """The routers' reuses by site, for a threshold `theta` in 0..1."""
-    if not 0 <= theta <= 1:
-        raise PlanError(f"theta is {theta}; expected a probability in 0..1")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
+        raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
     routers = data["routers"]
+    if not isinstance(routers, (Mapping, Sequence)):
+        raise PlanError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
     routers = list(routers.values()) if isinstance(routers, Mapping) else list(routers)
     attn, ff = sites_of(sites, "attn"), sites_of(sites, "ff")
     if len(routers) != steps:

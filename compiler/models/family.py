@@ -16,7 +16,7 @@ class Family:
         stack: Path of the module list whose members are the transformer blocks, in order.
         kinds: Name of a block's child module -> the site kind of its output.
         example_inputs: (configuration, batch, dtype, device) -> keyword arguments of the forward, of the right shapes.
-        conditioning: (configuration, batch) -> (conditional, unconditional) example inputs, for sampling by name.
+        conditioning: (configuration, batch, device) -> (conditional, unconditional) example inputs, for sampling by name.
         random: Name -> configuration of published full-size models, built with random weights.
     """
 

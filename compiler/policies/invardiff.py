@@ -24,7 +24,7 @@ def invardiff(
     ff: float = 0.20,
     nonskip: float = 0.0,
     metric: str = "v1",
-    phase2: bool = True,
+    phase2: bool | None = None,
     again: Callable[[torch.Tensor], Any] | None = None,
 ) -> Mapping[str, str]:
     """Reuse where the rate of change lies below a quantile, as the method's DiT code does.
@@ -44,7 +44,7 @@ def invardiff(
         nonskip: Share of the first steps that are computed.
         metric: "v1", the paper's rate, or "lagged": the relative error that a reuse really makes.
         phase2: Measure the rates once more with the reference held over runs of hits, and apply the quantiles again. The
-            number of hits stays; they are spread differently. It does not run the cache.
+            number of hits stays; they are spread differently. It does not run the cache. On unless given, for metric "v1".
         again: Runs that measurement: provisional reuses [T, sites] bool -> stats. `make_plan` supplies it from the model.
 
     Raises:
@@ -54,12 +54,14 @@ def invardiff(
     for name, tau in {**taus, "nonskip": nonskip}.items():
         if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
             raise PlanError(f"{'step' if name == 'hidden' else name} is {tau!r}; expected a number in 0..1")
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise PlanError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     if steps < 3:
         raise PlanError(f"InvarDiff compares three steps in a row; this schedule has {steps}")
     reused = _below_quantiles(METRICS[metric](stats), sites, taus, nonskip)
-    if phase2 and metric == "v1":
+    if phase2 not in (None, True, False) or (phase2 and metric != "v1"):
+        raise PlanError(f"phase2 is {phase2!r} with metric {metric!r}; it is true or false, and measures v1")
+    if metric == "v1" and phase2 in (None, True):
         if again is None:
             raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         reused = _below_quantiles(METRICS[metric](again(reused)), sites, taus, nonskip)

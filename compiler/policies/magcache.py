@@ -41,6 +41,13 @@ def magcache(
         if stats is None:
             raise PlanError("the policy 'magcache' needs calibration (stats=stepgraph.calibrate(...)) or ratios")
         ratios = stats.ratio[:, [site.kind for site in sites].index("stack_residual")].tolist()
+    numbers = (int, float)
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers) or not isinstance(retention, numbers):
+        raise PlanError(f"threshold is {threshold!r}, retention {retention!r}; expected numbers")
+    if type(max_skip) is not int or not isinstance(exclude, Sequence) or not all(isinstance(r, numbers) for r in ratios):
+        raise PlanError(
+            f"max_skip is {max_skip!r}, exclude {exclude!r}; expected a whole number and a list, and ratios as numbers"
+        )
     if len(ratios) != steps:
         raise PlanError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
     if not 0 <= retention <= 1 or not threshold >= 0 or max_skip < 0:
