@@ -106,7 +106,7 @@ def main() -> None:
     model, scheduler = load_model("glyph-dit", device), load_scheduler("glyph-dit", arguments.scheduler)
     classifier = load_classifier()
     labels = torch.arange(count, device=device) % len(CLASSES)
-    conditioning = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
 
     def images(runner: Any, number: int, seed: int = 0) -> torch.Tensor:
         noise = torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device)

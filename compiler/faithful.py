@@ -41,7 +41,7 @@ def _line_of(function: Any, text: str) -> str:
     try:
         lines, start = inspect.getsourcelines(function)
     except OSError:
-        return function.__qualname__ + " (no source file)"
+        return f"{function.__qualname__} (no source file)"
     hits = [start + i for i, line in enumerate(lines) if text in line]
     return f"{inspect.getsourcefile(function)}:{hits[0] if hits else start}"
 

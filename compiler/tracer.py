@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
+DATA = vars(torch._C.TensorBase)["data"]
 NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
 
 
@@ -137,7 +138,7 @@ class Tracer(TorchFunctionMode):
 
     def call_torch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation on fake values; record it unless what it returns is plain Python, such as a shape."""
-        if getattr(func, "__name__", "") == "__set__" and func.__self__.__name__ == "data":
+        if getattr(func, "__name__", "") == "__set__" and getattr(func, "__self__", None) is DATA:
             raise TraceError(
                 f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
             )
@@ -271,7 +272,7 @@ class Tracer(TorchFunctionMode):
         """The traced counterpart of a node's value; tuples and lists are taken apart at once."""
         node.meta["val"] = value
         if isinstance(value, torch.Tensor):
-            traced = TracedTensor(value, node)
+            traced = TracedTensor(value, node)  # type: ignore[arg-type]
             self.made.append(weakref.ref(traced))
             return traced
         if isinstance(value, (tuple, list)):
