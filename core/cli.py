@@ -3,148 +3,51 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from stepgraph.cli_common import (
+    Backend,
+    Batch,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    SchedulerName,
+    Seed,
+    Steps,
+    messages,
+    parse_device,
+    parse_dtype,
+    progress_bar,
+    reports_errors,
+    show,
+)
+from stepgraph.cli_plan import plan_app
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
-from stepgraph.compiler.import_plan import import_plan
-from stepgraph.compiler.importers import EXPORTERS
-from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.models.load import SCHEDULERS, load_model, load_scheduler
+from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.compiler.trace import TraceError
-from stepgraph.config import BACKENDS, CompileConfig, CompileError
+from stepgraph.config import CompileConfig
 from stepgraph.demo import Demo, run_demo
 from stepgraph.doctor import examine
-from stepgraph.env import read_env
-from stepgraph.files import save_tensors, whole_file
+from stepgraph.files import save_tensors, whole_file, writable_folder
 from stepgraph.fingerprint import config_of
 from stepgraph.metrics import psnr, relative_l2
-from stepgraph.plan import CachePlan, PlanError
-from stepgraph.plan_report import diff_plans
+from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampler import sample
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.strip() if __doc__ else None, rich_markup_mode=None)
-plan_app = typer.Typer(no_args_is_help=True, help="Make, show and compare cache plans.")
 app.add_typer(plan_app, name="plan")
-
-messages = Console(stderr=True)
-MODEL_HELP = "glyph-dit, a diffusers folder or hub id, or NAME:random (dit-xl-2-256:random)"
-
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-PlanFile = Annotated[Path, typer.Argument(help="a plan file")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON on standard output, for machines")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
-Backend = Annotated[str, typer.Option(help=f"{' or '.join(BACKENDS)}")]
-SchedulerName = Annotated[
-    str | None, typer.Option("--scheduler", help=f"{', '.join(SCHEDULERS)}; by default the one beside the model, else ddim")
-]
-Steps = Annotated[int, typer.Option(help="number of inference steps")]
-Batch = Annotated[int, typer.Option(min=1, help="rows of the model's input: images, twice that with guidance")]
-Seed = Annotated[int, typer.Option(help="of the noise")]
-Out = Annotated[Path, typer.Option(help="folder for what is written")]
-Arguments = Annotated[
-    list[str] | None, typer.Option("--arg", "-a", help="an argument of the policy as name=value, the value as JSON: -a every=3")
-]
-
-EXPECTED = (PlanError, CompileError, TraceError, OSError, ValueError)
-
-
-def fail(message: str, as_json: bool) -> NoReturn:
-    """Report an error where the caller looks for it, and leave with status 1."""
-    if as_json:
-        print(json.dumps({"error": message}))
-    else:
-        messages.print("error:", style="bold red", end=" ")
-        messages.print(message, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What a user can have caused ends in one clear line; anything else keeps its traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            # A misspelt variable is an error before any work.
-            read_env()
-            command(*args, **kwargs)
-        except EXPECTED as error:
-            fail(str(error), bool(kwargs.get("as_json")))
-
-    return run
-
-
-@contextmanager
-def progress_bar(what: str, as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error; yields (description, done, total) -> None."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=messages, transient=True, disable=as_json or not messages.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
-
-
-def parse_device(device: str) -> str:
-    """A usable device, or an error that says what there is."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise CompileError(f"unknown device {device!r}; expected cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CompileError("no CUDA device is available here; use --device cpu, or see `stepgraph doctor`")
-    return device
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """A floating-point dtype by name."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise CompileError(f"unknown dtype {name!r}; expected {', '.join(known)}")
-    return known[name]
-
-
-def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
-    """Policy arguments from name=value; a value that is not JSON is taken as text."""
-    arguments: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise PlanError(f"{pair!r} is not an argument; expected name=value, such as every=3")
-        try:
-            arguments[name] = json.loads(text)
-        except json.JSONDecodeError:
-            arguments[name] = text
-    return arguments
-
-
-def folder(path: Path) -> Path:
-    """A folder that can be written; made if it does not exist."""
-    path.mkdir(parents=True, exist_ok=True)
-    with whole_file(path / ".writable") as probe:
-        probe.write_text("")
-    (path / ".writable").unlink()
-    return path
 
 
 @app.command()
@@ -233,7 +136,7 @@ def compile_command(
         "memory": asdict(executable.memory()),
     }
     if dump is not None:
-        facts["dumped"] = dump_variants(executable, folder(dump))
+        facts["dumped"] = dump_variants(executable, writable_folder(dump))
     show(facts, as_json)
 
 
@@ -266,7 +169,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Sample with a compiled plan; write the latents, and a contact sheet where they are images."""
-    out = folder(out)
+    out = writable_folder(out)
     cache_plan = CachePlan.load(plan)
     with progress_bar("loading", as_json):
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
@@ -329,7 +232,7 @@ def calibrate_command(
     as_json: Json = False,
 ) -> None:
     """Watch a model's sites during real sampling runs; the statistics are what `plan make --stats` needs."""
-    folder(out.resolve().parent)
+    writable_folder(out.resolve().parent)
     loaded = load_model(model, parse_device(device), parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
     with progress_bar("calibrating", as_json) as report:
@@ -348,114 +251,6 @@ def calibrate_command(
     show(
         {"written": str(out), "steps": len(stats.header.timesteps), "samples": samples, "mean_relative_change": change}, as_json
     )
-
-
-@plan_app.command(name="make")
-@reports_errors
-def plan_make(
-    policy: Annotated[str, typer.Argument(help=f"{', '.join(POLICIES)}")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "glyph-dit",
-    stats: Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate`; they bring the steps")] = None,
-    steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or what the statistics have")] = None,
-    scheduler: SchedulerName = None,
-    guidance: Annotated[str, typer.Option(help="batched, separate or none")] = "batched",
-    dtype: Dtype = "float32",
-    arg: Arguments = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
-    as_json: Json = False,
-) -> None:
-    """Make a plan with a policy."""
-    arguments = parse_arguments(arg)
-    measured = CalibrationStats.load(stats) if stats is not None else None
-    with progress_bar("loading and planning", as_json):
-        loaded = load_model(model, "cpu", parse_dtype(dtype))
-        chosen = load_scheduler(model, scheduler)
-        steps = 50 if steps is None and measured is None else steps
-        made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
-    made.save(out)
-    show_plan(made, as_json, f"wrote {out}")
-
-
-@plan_app.command(name="import")
-@reports_errors
-def plan_import(
-    file: Annotated[Path, typer.Argument(help="an InvarDiff cache book, a SmoothCache schedule or an L2C router checkpoint")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    steps: Steps = 50,
-    scheduler: SchedulerName = None,
-    dtype: Dtype = "float32",
-    arg: Arguments = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
-    as_json: Json = False,
-) -> None:
-    """Turn a published plan file, recognised by its content, into a plan for a model."""
-    loaded = load_model(model, "cpu", parse_dtype(dtype))
-    chosen = load_scheduler(model, scheduler)
-    made = import_plan(file, loaded, chosen, steps=steps, **parse_arguments(arg))
-    made.save(out)
-    show_plan(made, as_json, f"wrote {out}")
-
-
-@plan_app.command(name="export")
-@reports_errors
-def plan_export(
-    plan: PlanFile,
-    form: Annotated[str, typer.Option("--format", help=", ".join(EXPORTERS))],
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to write it")],
-    as_json: Json = False,
-) -> None:
-    """Write a plan in a published format."""
-    if form not in EXPORTERS:
-        raise PlanError(f"unknown format {form!r}; known: {', '.join(EXPORTERS)}")
-    exported = EXPORTERS[form](CachePlan.load(plan))
-    with whole_file(out) as partial:
-        partial.write_text(json.dumps(exported), encoding="utf-8")
-    show({"written": str(out)}, as_json)
-
-
-@plan_app.command(name="show")
-@reports_errors
-def plan_show(
-    plan: PlanFile,
-    plot: Annotated[Path | None, typer.Option(help="write the heat map to this PNG")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a plan does, and draw its heat map."""
-    loaded = CachePlan.load(plan)
-    if plot is not None:
-        loaded.plot(plot)
-    show_plan(loaded, as_json, f"wrote {plot}" if plot else None)
-
-
-def show_plan(plan: CachePlan, as_json: bool, note: str | None) -> None:
-    """A plan's summary."""
-    if as_json:
-        print(json.dumps(plan.summary().as_dict()))
-        return
-    header, console = plan.header, Console(highlight=False, soft_wrap=True)
-    console.print(f"{header.model} {header.fingerprint}, {header.dtype}, {header.scheduler} {header.steps} steps", markup=False)
-    console.print(str(plan.summary()), markup=False)
-    if note:
-        console.print(note, markup=False)
-
-
-@plan_app.command(name="diff")
-@reports_errors
-def plan_diff(first: PlanFile, second: PlanFile, as_json: Json = False) -> None:
-    """Compare two plans; the exit status is 0 either way."""
-    difference = diff_plans(CachePlan.load(first), CachePlan.load(second))
-    if as_json:
-        print(json.dumps(difference))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for name, (before, after) in difference["header"].items():
-        console.print(f"{name}: {before} -> {after}", markup=False)
-    for label in ("only_in_first", "only_in_second"):
-        for site in difference[label]:
-            console.print(f"{label.replace('_', ' ')}: {site}", markup=False)
-    for site, (before, after) in difference["sites"].items():
-        console.print(f"{site}\n  - {before}\n  + {after}", markup=False)
-    console.print(f"{difference['pairs_changed']} (step, site) pairs differ")
 
 
 @app.command()
@@ -477,26 +272,6 @@ def doctor(as_json: Json = False) -> None:
         console.print(f"! {line}", style="yellow", markup=False)
     if not report["advice"]:
         console.print("nothing is missing", style="green")
-
-
-def show(facts: dict[str, Any], as_json: bool) -> None:
-    """Facts as JSON or as lines."""
-    if as_json:
-        print(json.dumps(facts))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for name, value in facts.items():
-        console.print(f"{name:<22}{_pretty(value)}", markup=False)
-
-
-def _pretty(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_pretty(entry)}" for name, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_pretty, value))
-    return str(value)
 
 
 def main() -> None:

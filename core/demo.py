@@ -16,7 +16,7 @@ from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
-from stepgraph.files import whole_file
+from stepgraph.files import whole_file, writable_folder
 from stepgraph.glyphs import CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.runtime.executable import Executable
@@ -105,10 +105,7 @@ def run_demo(
     Raises:
         OSError: `out` cannot be written; found before anything is sampled.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / ".writable") as probe:
-        probe.write_text("")
-    (out / ".writable").unlink()
+    writable_folder(out)
     model, scheduler, classifier = load_model("glyph-dit", device, dtype), load_scheduler("glyph-dit"), load_classifier()
     plans = {
         name: make_plan(policy, model=model, scheduler=scheduler, steps=steps, **arguments)

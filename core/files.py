@@ -53,3 +53,12 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+
+
+def writable_folder(path: Path) -> Path:
+    """A folder that can be written; made if it does not exist."""
+    path.mkdir(parents=True, exist_ok=True)
+    with whole_file(path / ".writable") as probe:
+        probe.write_text("")
+    (path / ".writable").unlink()
+    return path
