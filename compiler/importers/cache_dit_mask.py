@@ -14,7 +14,7 @@ steps too and adds the residual of the others, while `stack_residual` runs none 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import Importer, check_table, letters
+from stepgraph.compiler.importers.importer import Importer, check_table, is_flag, letters
 from stepgraph.plan import PlanError, Site
 
 MASK, POLICY = "steps_computation_mask", "steps_computation_policy"
@@ -24,7 +24,7 @@ def recognizes(data: Any) -> bool:
     """A list of flags, or an object with one under cache-dit's name."""
     if isinstance(data, dict):
         return MASK in data
-    return isinstance(data, list) and bool(data) and all(flag in (0, 1) for flag in data)
+    return isinstance(data, list) and bool(data) and all(map(is_flag, data))
 
 
 def actions(data: Any, sites: Sequence[Site], steps: int) -> Mapping[str, str]:

@@ -24,6 +24,11 @@ class Importer:
     source: str
 
 
+def is_flag(value: Any) -> bool:
+    """Whether a value from a file is true, false, 0 or 1."""
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
 def check_table(name: str, table: Any, rows: int, columns: int | None = None) -> list[Any]:
     """A list of `rows` flags, or of `rows` lists of `columns` flags, as it came from a file.
 
@@ -39,7 +44,7 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
             found = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
             raise PlanError(f"{name}[{number}] is {found}; expected {expected} for this model and number of steps")
         flags = entry if isinstance(entry, list) else [entry]
-        bad = [flag for flag in flags if flag not in (0, 1)]
+        bad = [flag for flag in flags if not is_flag(flag)]
         if bad:
             raise PlanError(f"{name}[{number}] holds {bad[0]!r}; expected true/false or 0/1")
     return table
