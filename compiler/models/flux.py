@@ -46,8 +46,8 @@ def conditioning(config: Mapping[str, Any], batch: int, device: torch.device) ->
         CompileError: Always; the message says what to do instead.
     """
     raise CompileError(
-        "FLUX is conditioned on text embeddings and takes its timestep as t / 1000, which its pipeline sees to; attach a "
-        "compiled plan to a FluxPipeline, or call the executable's session with the pipeline's inputs"
+        "FLUX is conditioned on text embeddings and takes its timestep as t / 1000, so that there is no sampling it by name; "
+        "call the executable's session, step by step, with what a FLUX pipeline gives its transformer"
     )
 
 
