@@ -124,18 +124,22 @@ def _measured(trace: Trace, graph: fx.Graph) -> MarkedGraph:
     for node in graph.nodes:
         if "marker" in node.meta:
             value: torch.Tensor = node.meta["val"]
-            left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
             size = value.numel() * value.element_size() // batch
-            sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
+            sites.append(replace(node.meta["marker"], macs=macs_of(saved_by(node)) // batch, bytes=size))
             node.meta["marker"] = len(sites) - 1
     return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
 
 
-def _macs_without_stack(output: fx.Node, marker: fx.Node) -> int:
-    """What is left when a stack residual is reused: its input tokens are still computed."""
-    stack_input = marker.args[1]
-    assert isinstance(stack_input, fx.Node)
-    return macs_of(live_nodes([output], cut=[marker]) | live_nodes([stack_input]))
+def saved_by(marker: fx.Node) -> set[fx.Node]:
+    """The nodes that need not run where a marker's site, and no other, is reused."""
+    output = next(iter(reversed(marker.graph.nodes)))
+    left = live_nodes([output], cut=[marker])
+    if len(marker.args) > 1:
+        # A reused stack residual is added to the tokens that go into the stack.
+        stack_input = marker.args[1]
+        assert isinstance(stack_input, fx.Node)
+        left |= live_nodes([stack_input])
+    return live_nodes([output]) - left
 
 
 def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:

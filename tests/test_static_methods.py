@@ -194,8 +194,8 @@ def test_a_calibrated_plan_runs_as_the_oracle_says(model, stats, policy):
     ("policy", "arguments", "said"),
     [
         ("invardiff", {"step": 1.5}, "step is 1.5; expected a number in 0..1"),
-        ("invardiff", {"metric": "v9"}, "unknown metric 'v9'; known: v1, lagged"),
-        ("invardiff", {"metric": "lagged", "phase2": True}, "it is true or false, and measures v1"),
+        ("invardiff", {"metric": "v9"}, "unknown metric 'v9'; these statistics have v1, relative_l1, lagged"),
+        ("invardiff", {"metric": "lagged", "phase2": True}, "it is true or false, and holds references"),
         ("invardiff", {}, "pass model= and scheduler=, or phase2=False"),
         ("invardiff", {"again": None}, "no argument 'again'"),
         ("smoothcache", {"alpha": -1}, "alpha is -1 for attn"),
@@ -223,5 +223,6 @@ def test_every_policy_names_its_source_and_its_arguments_fit_into_a_plan(stats):
     plan = sg.make_plan("invardiff", stats, step=0.5, phase2=False)
     recorded = json.loads(plan.to_json())["arguments"]
     assert recorded == {
-        "step": 0.5, "attn": 0.2, "ff": 0.2, "nonskip": 0.0, "metric": "v1", "phase2": False,
+        "step": 0.5, "attn": 0.2, "ff": 0.2, "context_ff": None, "single_attn": None, "single_mlp": None, "nonskip": 0.0,
+        "protect": "both", "metric": "v1", "phase2": False, "variant": "auto",
     }  # fmt: skip

@@ -17,6 +17,7 @@ class Family:
         kinds: Name of a block's child module -> the site kind of its output.
         example_inputs: (configuration, batch, dtype, device) -> keyword arguments of the forward, of the right shapes.
         conditioning: (configuration, batch, device) -> (conditional, unconditional) example inputs, for sampling by name.
+        embedding: Path of a module whose output is an embedding of the timestep alone, [B, D].
         random: Name -> configuration of published full-size models, built with random weights.
     """
 
@@ -25,4 +26,5 @@ class Family:
     kinds: Mapping[str, str]
     example_inputs: Callable[[Mapping[str, Any], int, torch.dtype, torch.device], dict[str, torch.Tensor]]
     conditioning: Callable[[Mapping[str, Any], int, torch.device], tuple[dict[str, Any], dict[str, Any]]]
+    embedding: str | None = None
     random: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
