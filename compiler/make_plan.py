@@ -77,8 +77,8 @@ def make_plan(
         measured = stats
         own["again"] = lambda reused: calibrate(
             model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0,
-            guidance_scale=measured.guidance_scale, conditioning=conditioning, metrics=metrics, provisional=reused, channels=False,
-            allow_stochastic=allow_stochastic, on_step=on_step,
+            guidance_scale=measured.guidance_scale, conditioning=conditioning, metrics=metrics, provisional=reused,
+            channels=False, allow_stochastic=allow_stochastic, on_step=on_step,
         )  # fmt: skip
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}

@@ -121,7 +121,7 @@ class CalibrationStats:
         if metric == "lagged":
             return self.relative[0]
         if f"rate.{metric}" not in self.tables:
-            known = [name.removeprefix("rate.") for name in self.tables if name.startswith("rate.")] + ["lagged"]
+            known = ["lagged", *sorted(name.removeprefix("rate.") for name in self.tables if name.startswith("rate."))]
             raise PlanError(f"unknown metric {metric!r}; these statistics have {', '.join(known)}")
         return self.tables[f"rate.{metric}"].mean(0)
 
