@@ -60,8 +60,9 @@ def make_plan(
         _refuse_other_circumstances(stats, model, scheduler, steps)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
-    elif POLICIES[policy].needs_stats:
-        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...)")
+    elif POLICIES[policy].wants_stats(arguments):
+        instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...){instead}")
     elif model is None or scheduler is None or steps is None:
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
