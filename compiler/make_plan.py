@@ -2,19 +2,28 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.calibrate import calibrate, digest
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.rates import Metric
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
-from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
+from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule, refuse_stochastic
+
+# Parameters of policies that make_plan fills in with something that runs the model; users do not pass them.
+SERVICES = ("again",)
+
+
+def runs_model(policy: str) -> bool:
+    """Whether making a plan with a policy can run the model, so that it needs its weights and not its structure alone."""
+    return policy in POLICIES and any(name in SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
 
 
 def make_plan(
@@ -26,6 +35,10 @@ def make_plan(
     steps: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     guidance: str = "batched",
+    conditioning: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    allow_stochastic: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -39,6 +52,10 @@ def make_plan(
         steps: Number of inference steps.
         example_inputs: The forward's arguments, where the model's usual shapes are not meant.
         guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
+        conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
+        metrics: Rates of one's own that the calibration was given, likewise.
+        allow_stochastic: Make a plan although the sampler adds noise.
+        on_step: Called with (evaluations done, evaluations in all) where the policy measures.
         **arguments: The policy's own.
 
     Raises:
@@ -51,19 +68,27 @@ def make_plan(
         _refuse_other_circumstances(stats, model, scheduler, steps)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
-    elif POLICIES[policy].needs_stats:
-        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...)")
+    elif POLICIES[policy].wants_stats(arguments):
+        instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...){instead}")
     elif model is None or scheduler is None or steps is None:
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
+        if not allow_stochastic:
+            refuse_stochastic(scheduler, steps)
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
     own = dict(arguments)
     if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
+        if digest(conditioning) != stats.conditioning:
+            raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
+        measured = stats
         own["again"] = lambda reused: calibrate(
-            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
-        )
+            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0,
+            guidance_scale=measured.guidance_scale, conditioning=conditioning, metrics=metrics, provisional=reused,
+            channels=False, allow_stochastic=allow_stochastic, on_step=on_step,
+        )  # fmt: skip
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.

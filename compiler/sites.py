@@ -138,23 +138,28 @@ def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
     markers = [node for node in graph.nodes if "marker" in node.meta]
     for number, node in enumerate(markers):
         value: torch.Tensor = node.meta["val"]
-        left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
         size = value.numel() * value.element_size() // batch
-        sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
+        sites.append(replace(node.meta["marker"], macs=macs_of(saved_by(node)) // batch, bytes=size))
         node.meta["marker"] = number
     for members in joint_calls(sites):
         # Only all outputs together save the attention itself.
-        together = (total - macs_of(live_nodes([output], cut=[markers[i] for i in members]))) // batch
+        together = macs_of(saved_by(*(markers[i] for i in members))) // batch
         first, *rest = members
         sites[first] = replace(sites[first], macs=together - sum(sites[i].macs for i in rest))
     return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
 
 
-def _macs_without_stack(output: fx.Node, marker: fx.Node) -> int:
-    """What is left when a stack residual is reused: its input tokens are still computed."""
-    stack_input = marker.args[1]
-    assert isinstance(stack_input, fx.Node)
-    return macs_of(live_nodes([output], cut=[marker]) | live_nodes([stack_input]))
+def saved_by(*markers: fx.Node) -> set[fx.Node]:
+    """The nodes that need not run where the sites of some markers, and no others, are reused."""
+    output = next(iter(reversed(markers[0].graph.nodes)))
+    left = live_nodes([output], cut=markers)
+    for marker in markers:
+        if len(marker.args) > 1:
+            # A reused stack residual is added to the tokens that go into the stack.
+            stack_input = marker.args[1]
+            assert isinstance(stack_input, fx.Node)
+            left |= live_nodes([stack_input])
+    return live_nodes([output]) - left
 
 
 def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:

@@ -134,7 +134,7 @@ def test_doctor_lists_versions_and_advice():
     ("arguments", "said"),
     [
         (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
-        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: full, interval, invardiff"),
+        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: deepcache, full, interval, invardiff"),
         (["plan", "make", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
         (["plan", "make", "manual"], "needs the argument 'actions'"),
         (["plan", "make", "interval", "-a", "every"], "expected name=value"),

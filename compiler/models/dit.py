@@ -33,5 +33,6 @@ DIT = Family(
     stacks=(Stack("transformer_blocks.*", {"attn1": ("attn",), "ff": ("ff",)}, streams=True),),
     example_inputs=example_inputs,
     conditioning=conditioning,
+    embedding="transformer_blocks.0.norm1.emb.timestep_embedder",
     random={"dit-xl-2-256": {**XL_2, "sample_size": 32}, "dit-xl-2-512": {**XL_2, "sample_size": 64}},
 )
