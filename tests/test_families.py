@@ -1,5 +1,7 @@
 """FLUX and U-ViT: their sites, what these cost, and compiled plans against the oracle, bit for bit."""
 
+from itertools import count
+
 import diffusers
 import pytest
 import torch
@@ -12,6 +14,7 @@ import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models import FAMILIES, family_of
 from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
+from stepgraph.compiler.sites import saved_by
 from stepgraph.compiler.time_sites import time_sites
 from stepgraph.config import CompileError
 from stepgraph.plan import STREAM_KINDS, CachePlan, PlanError, canonical
@@ -267,11 +270,26 @@ def test_flux_is_not_sampled_by_name(flux, flow):
         family_of(flux).conditioning(FLUX, 1, torch.device("cpu"))
 
 
-def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux):
+def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkeypatch):
+    ticks = count()
+    # A clock that goes on by a second whenever it is looked at: every operation takes one.
+    monkeypatch.setattr("stepgraph.compiler.time_sites.time.perf_counter", lambda: float(next(ticks)))
     marked = marked_graph(flux, flux_inputs())
-    times = dict(zip((site.name for site in marked.sites), time_sites(flux, marked, flux_inputs()).tolist(), strict=True))
-    # Whoever is faster, the whole attention has more to do than one of its two output projections.
-    assert times["transformer_blocks.0.attn"] > times["transformer_blocks.0.attn:1"] > 0
+    ends = {node.meta["marker"]: node for node in marked.graph.nodes if "marker" in node.meta}
+    seconds = time_sites(flux, marked, flux_inputs()) / 1000
+    for image, text in ((0, 1), (4, 5)):
+        assert marked.sites[text].kind == "context_attn"
+        # Its own projection, the view it takes of the joint result, and its marker.
+        assert seconds[text] == len(saved_by(ends[text])) < 6
+        assert seconds[image] + seconds[text] == len(saved_by(ends[image], ends[text])) > 30
+
+
+def test_flux_runs_compiled_by_inductor(flux, flow):
+    plan = flux_plan(flux, flow, {"proj_out": "CR", "attn": "CR", "context_attn": "CR", "context_ff": "CR"}, steps=2)
+    exe = sg.compile(flux, plan, flux_inputs(2), backend="inductor")
+    wanted = run_flow(FluxOracle.of(flux, plan), flow, 2, flux_inputs(2))
+    for value, expected in zip(run_flow(exe.session(), flow, 2, flux_inputs(2)), wanted, strict=True):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
 
 
 # -- U-ViT ---------------------------------------------------------------------------------------------------------------
