@@ -284,7 +284,9 @@ def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkey
         assert seconds[image] + seconds[text] == len(saved_by(ends[image], ends[text])) > 30
 
 
-def test_flux_runs_compiled_by_inductor(flux, flow):
+def test_flux_runs_compiled_by_inductor(flow):
+    torch.manual_seed(0)
+    flux = diffusers.FluxTransformer2DModel(**(FLUX | {"num_layers": 1, "num_single_layers": 1})).eval()
     plan = flux_plan(flux, flow, {"proj_out": "CR", "attn": "CR", "context_attn": "CR", "context_ff": "CR"}, steps=2)
     exe = sg.compile(flux, plan, flux_inputs(2), backend="inductor")
     wanted = run_flow(FluxOracle.of(flux, plan), flow, 2, flux_inputs(2))
