@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.passes.context import markers
-from stepgraph.compiler.sites import MarkedGraph, saved_by
+from stepgraph.compiler.sites import MarkedGraph, savings
 
 
 def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch.Tensor], repeats: int = 3) -> torch.Tensor:
@@ -32,10 +32,9 @@ def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch
             clock.run(*ordered)
             if number:
                 best = {node: min(taken, best.get(node, taken)) for node, taken in clock.seconds.items()}
-    times = torch.zeros(len(marked.sites), dtype=torch.float64)
-    for index, marker in markers(marked.graph):
-        times[index] = 1e3 * sum(best.get(node, 0.0) for node in saved_by(marker))
-    return times
+    nodes = [marker for _, marker in markers(marked.graph)]
+    seconds = savings(nodes, marked.sites, lambda saved: sum(best.get(node, 0.0) for node in saved))
+    return 1e3 * torch.tensor(seconds, dtype=torch.float64)
 
 
 class _Clock(fx.Interpreter):
