@@ -78,7 +78,8 @@ def make_plan(
         measured = stats
         own["again"] = lambda reused: calibrate(
             model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0,
-            guidance_scale=measured.guidance_scale, conditioning=conditioning, metrics=metrics, provisional=reused,
+            guidance_scale=measured.guidance_scale, conditioning=conditioning, inputs=example_inputs, metrics=metrics,
+            provisional=reused,
             channels=False, allow_stochastic=allow_stochastic, on_step=on_step,
         )  # fmt: skip
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
