@@ -2,19 +2,26 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.router import Router
+from stepgraph.compiler.router_settings import settings_of
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.train_router import train_router
 from stepgraph.fingerprint import refuse_other_model
-from stepgraph.plan import CachePlan, PlanError
+from stepgraph.plan import CachePlan, PlanError, PlanHeader
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
+
+# Parameters of policies that make_plan fills in; users do not pass them.
+SERVICES = ("again", "train")
 
 
 def make_plan(
@@ -59,13 +66,9 @@ def make_plan(
     else:
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    own = dict(arguments)
-    if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
-        own["again"] = lambda reused: calibrate(
-            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
-        )
-    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
-    defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}
+    services = {name: s for name, s in _services(header, stats, model, scheduler).items() if name in _parameters_of(policy)}
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **services)
+    defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
     recorded = json.loads(json.dumps(defaults | arguments, default=str))
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
@@ -81,14 +84,44 @@ def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None
         refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
 
 
-def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
-    """A policy's own arguments by name."""
+def _services(
+    header: PlanHeader, stats: CalibrationStats | None, model: nn.Module | None, scheduler: Any
+) -> dict[str, Callable[..., Any]]:
+    """What a policy may ask for that runs the model, by the name of its parameter: policies themselves see no graphs."""
+
+    def train(file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
+        if file is not None:
+            router = Router.load(file)
+            router.refuse_other(header, str(file))
+            return router
+        if model is None or scheduler is None:
+            raise PlanError(
+                "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
+            )
+        return train_router(model, scheduler, steps=header.steps, settings=settings_of(preset, changes))
+
+    def again(reused: torch.Tensor) -> CalibrationStats:
+        assert model is not None
+        samples, seed = header.samples or 1, header.seed or 0
+        return calibrate(model, scheduler, steps=header.steps, samples=samples, seed=seed, provisional=reused)
+
+    measurable = stats is not None and model is not None and scheduler is not None
+    return {"train": train} | ({"again": again} if measurable else {})
+
+
+def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's keyword parameters: its arguments and the services it asks for."""
     parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's own arguments by name."""
+    return {name: p for name, p in _parameters_of(policy).items() if name not in SERVICES}
+
+
 def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
-    own = {name: p for name, p in _arguments_of(policy).items() if name != "again"}
+    own = _arguments_of(policy)
     takes = f"it takes {', '.join(own)}" if own else "it takes none"
     unknown = sorted(set(arguments) - set(own))
     if unknown:

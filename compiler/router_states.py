@@ -78,20 +78,27 @@ class Trajectories:
         chosen = torch.randint(self.latents.shape[1], first.shape, generator=generator).to(device)
         conditioning = {name: value[chosen] for name, value in self.conditioning.items()}
         inputs = [
-            named(self.names, self.latents[own.to(device), chosen], self.timesteps[own].to(device), conditioning) for own in steps
+            named(self.names, self.latents[own.to(device), chosen], self.timesteps[own].to(device), conditioning)
+            for own in steps
         ]
         return Window(inputs, [self.outputs[own.to(device), chosen] for own in steps[1:]], steps, valid)
 
 
 class NoisedLatents:
-    """States x_t made of clean latents by the scheduler's `add_noise`; the next ones follow by its own step from the full model.
+    """States x_t made of clean latents by the scheduler's `add_noise`; the next follow by its own step of the full model.
 
     Raises:
         PlanError: The scheduler has no `add_noise`, or its step needs the steps before it.
     """
 
     def __init__(
-        self, model: nn.Module, scheduler: Any, steps: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], dropout: float
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        steps: int,
+        clean: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        dropout: float,
     ) -> None:
         self.model, self.clean, self.conditioning, self.dropout = model, clean, conditioning, dropout
         self.names = input_names(model)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
-from stepgraph.compiler.router import Router, RouterSettings, full_steps, read_record, write_record
+from stepgraph.compiler.router import Router, read_record, write_record
+from stepgraph.compiler.router_settings import RouterSettings, full_steps
 from stepgraph.compiler.router_states import NoisedLatents, States, Trajectories, clean_latents
 from stepgraph.compiler.soft_model import SoftModel
 from stepgraph.fingerprint import tensor_digest
@@ -37,8 +38,8 @@ def train_router(
 
     A full step fills the stored values. At the routed steps behind it every module site is
     (1 - beta) * stored + beta * fresh with beta = sigmoid(logit), and the loss of a routed step is its squared distance from
-    the full model's prediction + lam * sum of betas, after the mean over the samples of that step. There is no guidance. In runs
-    longer than one step the mixtures are what the next step reads, and both sides see the full model's states.
+    the full model's prediction + lam * sum of betas, after the mean over the samples of that step. There is no guidance. In
+    runs longer than one step the mixtures are what the next step reads, and both sides see the full model's states.
 
     Args:
         model: In evaluation mode, on any device.
@@ -89,11 +90,6 @@ class _Training:
         self.starts = torch.tensor([s for s, whole in enumerate(full) if whole and s < last and not full[s + 1]])
         if not len(self.starts):
             raise PlanError(f"with run {settings.run} and shift {settings.shift} none of the {len(full)} steps is routed")
-        if settings.batch < len(self.starts):
-            raise PlanError(
-                f"batch is {settings.batch}, but {len(self.starts)} full steps are followed by routed ones and every batch must "
-                f"hold each; pass batch={len(self.starts)} or more"
-            )
         generator = torch.Generator().manual_seed(settings.seed)
         first = torch.randn(len(full), len(soft.sites), generator=generator) * settings.init
         limit = settings.clamp
