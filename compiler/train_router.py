@@ -110,7 +110,7 @@ class _Training:
             loss = error + self.settings.lam * computed
             if not torch.isfinite(loss):
                 raise PlanError(
-                    f"the loss is {float(loss)} at iteration {self.done + 1} (squared error {float(error)}); the model gives "
+                    f"the loss is {loss.item()} at iteration {self.done + 1} (squared error {error.item()}); the model gives "
                     f"NaN or infinite values, or lam {self.settings.lam} is too large"
                 )
             # One term per routed step, so that each logit's gradient is the one of its own step's loss.
