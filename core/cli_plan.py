@@ -23,7 +23,7 @@ from stepgraph.cli_common import (
 )
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
-from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.make_plan import make_plan, runs_model
 from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
@@ -52,8 +52,8 @@ def plan_make(
     arguments = parse_arguments(arg)
     measured = CalibrationStats.load(stats) if stats is not None else None
     with progress_bar("loading and planning", as_json):
-        # A policy with statistics may run the model once more.
-        loaded = load_to_plan(model, parse_dtype(dtype)) if measured is None else load_model(model, "cpu", parse_dtype(dtype))
+        kind = parse_dtype(dtype)
+        loaded = load_model(model, "cpu", kind) if runs_model(policy) else load_to_plan(model, kind)
         chosen = load_scheduler(model, scheduler)
         steps = 50 if steps is None and measured is None else steps
         made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)

@@ -12,6 +12,7 @@ import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models import FAMILIES, family_of
 from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
+from stepgraph.compiler.time_sites import time_sites
 from stepgraph.config import CompileError
 from stepgraph.plan import STREAM_KINDS, CachePlan, PlanError, canonical
 
@@ -264,6 +265,13 @@ def test_another_number_of_attention_outputs_is_refused(flux):
 def test_flux_is_not_sampled_by_name(flux, flow):
     with pytest.raises(CompileError, match="conditioned on text embeddings"):
         family_of(flux).conditioning(FLUX, 1, torch.device("cpu"))
+
+
+def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux):
+    marked = marked_graph(flux, flux_inputs())
+    times = dict(zip((site.name for site in marked.sites), time_sites(flux, marked, flux_inputs()).tolist(), strict=True))
+    # Whoever is faster, the whole attention has more to do than one of its two output projections.
+    assert times["transformer_blocks.0.attn"] > times["transformer_blocks.0.attn:1"] > 0
 
 
 # -- U-ViT ---------------------------------------------------------------------------------------------------------------
