@@ -116,9 +116,7 @@ def calibrate(
         if number not in own or own.index(number) < done:
             continue
         observer.begin()
-        chosen = {
-            name: value[number : number + 1] if isinstance(value, torch.Tensor) else value for name, value in given.items()
-        }
+        chosen = {name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()}
         report = None if on_step is None else _shifted(on_step, done * evaluations, len(own) * evaluations)
         sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
         observer.finish()

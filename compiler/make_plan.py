@@ -17,9 +17,6 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule, refuse_stochastic
 
-# Parameters of policies that make_plan fills in with something that runs the model; users do not pass them.
-SERVICES = ("again",)
-
 
 def runs_model(policy: str) -> bool:
     """Whether making a plan with a policy can run the model, so that it needs its weights and not its structure alone."""

@@ -1,4 +1,4 @@
-"""InvarDiff on FLUX: joint attention, single blocks and the step gate of phase 1, re-derived from saved features by a plain loop."""
+"""InvarDiff on FLUX (joint attention, single blocks, the step gate of phase 1), re-derived from saved features."""
 
 import diffusers
 import numpy as np
@@ -58,8 +58,7 @@ def features(model, scheduler) -> list[list[dict[str, np.ndarray]]]:
 
     places = [f"transformer_blocks.{i}.{m}" for i in range(2) for m in ("attn", "ff", "ff_context")]
     places += [f"single_transformer_blocks.{i}.{m}" for i in range(2) for m in ("attn", "act_mlp")]
-    for place in places:
-        hooks.append(model.get_submodule(place).register_forward_hook(keep(place)))
+    hooks += [model.get_submodule(place).register_forward_hook(keep(place)) for place in places]
     hooks.append(model.norm_out.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0].double().numpy())))
     generator, given = torch.Generator().manual_seed(SEED), conditioning()
     for sample in range(SAMPLES):
