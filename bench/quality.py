@@ -19,18 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stepgraph.bench.glyph_runs import GlyphRuns
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.calibrate import calibrate
-from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.make_plan import make_plan
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.config import CompileConfig
-from stepgraph.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
+from stepgraph.glyphs import accuracy, load_classifier
 from stepgraph.metrics import psnr
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.sampler import sample
 
 TARGETS = (2.0, 3.0)
 
@@ -103,20 +99,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
     device, steps, count = arguments.device, arguments.steps, arguments.samples
-    model, scheduler = load_model("glyph-dit", device), load_scheduler("glyph-dit", arguments.scheduler)
+    runs = GlyphRuns(arguments.scheduler, steps, count, arguments.guidance, device)
+    model, scheduler, labels, images, reference = runs.model, runs.scheduler, runs.labels, runs.images, runs.reference
     classifier = load_classifier()
-    labels = torch.arange(count, device=device) % len(CLASSES)
-    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
-
-    def images(runner: Any, number: int, seed: int = 0) -> torch.Tensor:
-        noise = torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device)
-        return sample(runner, scheduler, noise, arguments.guidance, steps=number, **conditioning).cpu()
-
-    reference = images(model, steps)
     features = classifier.features(reference.clamp(-1, 1))
 
     def row(name: str, macs: float, result: torch.Tensor, **extra: Any) -> dict[str, Any]:
-        errors = (result - reference).double().flatten(1).norm(dim=1) / reference.double().flatten(1).norm(dim=1)
+        errors = runs.errors(result)
         distance = (classifier.features(result.clamp(-1, 1)) - features).norm(dim=1).mean()
         return {
             "name": name,
@@ -144,7 +133,7 @@ def main() -> None:
                 if knob.phase2:
                     fixed = {**plan.header.arguments, "phase2": True}
                     plan = make_plan("invardiff", stats, model=model, scheduler=scheduler, **fixed)
-                executable = compile_plan(model, plan, example_inputs(model, 2 * count), CompileConfig("eager"))
+                executable = runs.compiled(plan)
                 rows.append(row(name, executable.macs().ideal_speedup, images(executable, steps), target=target, knob=value))
     table = Table(title=f"glyph-dit, {type(scheduler).__name__} {steps}, guidance {arguments.guidance:g}, N = {count}")
     columns = ("fewer_macs", "relative_l2", "standard_error", "psnr", "feature_distance", "accuracy", "knob")

@@ -100,11 +100,10 @@ def test_beta_zero_is_reuse_and_each_sample_has_its_own_weights(dit):
 
     # The same by hooks that replace what modules return.
     modules = [m for block in dit.transformer_blocks for m in (block.attn1, block.ff)]
+    weights = [beta[:, i].reshape(2, 1, 1) for i in range(4)]
     handles = [
-        module.register_forward_hook(
-            lambda _m, _i, fresh, w=beta[:, i].reshape(2, 1, 1), old=stored[i]: (1 - w) * old + w * fresh
-        )
-        for i, module in enumerate(modules)
+        module.register_forward_hook(lambda _m, _i, fresh, w=w, old=old: (1 - w) * old + w * fresh)
+        for module, w, old in zip(modules, weights, stored, strict=True)
     ]
     expected = dit(**values).sample
     for handle in handles:
