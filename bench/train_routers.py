@@ -87,7 +87,8 @@ def main() -> None:
     name = f"l2c-{arguments.scheduler}-{arguments.steps}"
     results = {
         "model": "glyph-dit", "scheduler": type(runs.scheduler).__name__, "steps": arguments.steps,
-        "samples": arguments.samples, "guidance_scale": arguments.guidance, "theta": arguments.theta, "random_plans": arguments.random,
+        "samples": arguments.samples, "guidance_scale": arguments.guidance, "theta": arguments.theta,
+        "random_plans": arguments.random,
         "settings": asdict(next(iter(routers.values())).settings), "rows": rows, "references": references,
     }  # fmt: skip
     write_record(arguments.out / f"{name}.json", arguments.device, results)
