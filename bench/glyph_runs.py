@@ -68,5 +68,5 @@ class GlyphRuns:
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from full compute's, [N] float64."""
-        distance = (images - self.reference).double().flatten(1).norm(dim=1)
+        distance: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
         return distance / self.reference.double().flatten(1).norm(dim=1)

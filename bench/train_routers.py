@@ -117,7 +117,7 @@ def measured(runs: GlyphRuns, base: CachePlan, router: Router, arguments: Any, p
     errors = runs.errors(runs.images(runs.compiled(plan)))
     progress.advance(bar)
     undecided = (torch.sigmoid(router.logits)[~torch.tensor(router.full)] - 0.5).abs() < 0.4
-    row = {
+    row: dict[str, Any] = {
         "run": router.settings.run, "lambda": router.settings.lam, "reused_calls": int(reused.sum()),
         "reused_share_of_routed": float(reused[~torch.tensor(router.full)].double().mean()),
         "reused_by_step": reused.sum(dim=1).tolist(), "fewer_macs": plan.summary().ideal_speedup,
