@@ -21,9 +21,12 @@ from rich.table import Table
 
 from stepgraph.bench.glyph_runs import GlyphRuns
 from stepgraph.bench.record import write_record
+from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.router import Router
 from stepgraph.compiler.router_settings import settings_of
+from stepgraph.compiler.router_states import Trajectories
+from stepgraph.compiler.soft_model import SoftModel
 from stepgraph.compiler.train_router import train_router
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 
@@ -67,7 +70,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 3], help="routed steps after each full one")
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--theta", type=float, default=0.5)
-    parser.add_argument("--random", type=int, default=20, help="random plans for each trained one of pairs")
+    parser.add_argument("--run-lambdas", type=float, nargs="+", default=[1e-4], help="lambdas of the runs longer than pairs")
+    parser.add_argument("--random", type=int, default=20, help="random plans for each trained one of pairs, drawn freely")
+    parser.add_argument("--per-step", type=int, default=5, help="the same with each step's number of reuses kept")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/l2c"))
     arguments = parser.parse_args()
@@ -77,19 +82,21 @@ def main() -> None:
     rows, routers = [], {}
     with Progress() as progress:
         for run in arguments.runs:
-            for lam in arguments.lambdas:
+            for lam in arguments.lambdas if run == 1 else arguments.run_lambdas:
                 router = trained(runs, arguments, run, lam, progress)
                 routers[run, lam] = router
                 with torch.no_grad():
                     rows.append(measured(runs, base, router, arguments, progress))
         with torch.no_grad():
             references = [reference_row(runs, every, progress) for every in (2, 3, 4)]
+            pairs = next((router for (run, _), router in routers.items() if run == 1), None)
+            ranking = loss_against_image(runs, base, pairs, progress) if pairs is not None else None
     name = f"l2c-{arguments.scheduler}-{arguments.steps}"
     results = {
         "model": "glyph-dit", "scheduler": type(runs.scheduler).__name__, "steps": arguments.steps,
         "samples": arguments.samples, "guidance_scale": arguments.guidance, "theta": arguments.theta,
-        "random_plans": arguments.random,
         "settings": asdict(next(iter(routers.values())).settings), "rows": rows, "references": references,
+        "loss_against_image": ranking,
     }  # fmt: skip
     write_record(arguments.out / f"{name}.json", arguments.device, results)
     picture(rows, references, routers).savefig(arguments.out / f"{name}.png", dpi=120)
@@ -110,9 +117,9 @@ def trained(runs: GlyphRuns, arguments: Any, run: int, lam: float, progress: Pro
 def measured(runs: GlyphRuns, base: CachePlan, router: Router, arguments: Any, progress: Progress) -> dict[str, Any]:
     """One row: the trained plan, and for pairs the random plans of equal sparsity."""
     reused = router.reused(arguments.theta)
-    number = arguments.random if router.settings.run == 1 else 0
+    numbers = {"random_free": arguments.random, "random_per_step": arguments.per_step} if router.settings.run == 1 else {}
     what = f"run {router.settings.run}, lambda {router.settings.lam:g}: sampling"
-    bar = progress.add_task(what, total=1 + 2 * number)
+    bar = progress.add_task(what, total=1 + sum(numbers.values()))
     plan = plan_of(base, router, reused)
     errors = runs.errors(runs.images(runs.compiled(plan)))
     progress.advance(bar)
@@ -125,13 +132,14 @@ def measured(runs: GlyphRuns, base: CachePlan, router: Router, arguments: Any, p
         "undecided_share": float(undecided.double().mean()),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    for name in ("random_free", "random_per_step") if number else ():
+    for name, number in numbers.items():
         found = []
         for _ in range(number):
             other = plan_of(base, router, random_reuse(router, reused, name == "random_per_step", generator))
             found.append(float(runs.errors(runs.images(runs.compiled(other))).mean()))
             progress.advance(bar)
-        row[name] = spread(found) | {"ratio": row["relative_l2"] / median(found)}
+        if found:
+            row[name] = spread(found) | {"plans": number, "ratio": row["relative_l2"] / median(found)}
     return row
 
 
@@ -147,6 +155,35 @@ def reference_row(runs: GlyphRuns, every: int, progress: Progress) -> dict[str, 
         "fora_every": every, "fora_fewer_macs": plan.summary().ideal_speedup, "fora_relative_l2": float(fora.mean()),
         "fewer_steps": round(runs.steps / every), "fewer_steps_relative_l2": float(fewer.mean()),
     }  # fmt: skip
+
+
+def loss_against_image(runs: GlyphRuns, base: CachePlan, router: Router, progress: Progress) -> dict[str, Any]:
+    """Does the training's loss (the next output's error) rank reuses as the final image's error does?
+
+    Every kind of module is reused at one routed step at a time. `output_error` is the mean squared error of the prediction of
+    that step, without guidance, as the training sees it; `image_error` the relative L2 of the final image.
+    """
+    steps = [step for step, full in enumerate(router.full) if not full]
+    kinds = list(dict.fromkeys(site.kind for site in router.sites))
+    bar = progress.add_task("loss against image", total=len(steps) * len(kinds))
+    states = Trajectories(runs.model, runs.scheduler, runs.steps, 64, 64, 0.0, seed=7)
+    generator = torch.Generator().manual_seed(0)
+    soft: SoftModel | None = None
+    rows = []
+    for step in steps:
+        window = states.window(torch.full((64,), step - 1), 1, generator)
+        soft = soft or SoftModel(runs.model, marked_graph(runs.model, window.inputs[0]))
+        _, stored = soft.fill(window.inputs[0])
+        for kind in kinds:
+            reused = torch.zeros(len(router.full), len(router.sites), dtype=torch.bool)
+            reused[step] = torch.tensor([site.kind == kind for site in router.sites])
+            output, _ = soft.mix(window.inputs[1], stored, (~reused[step]).float().expand(64, -1).to(runs.device))
+            image = runs.errors(runs.images(runs.compiled(plan_of(base, router, reused)))).mean()
+            error = (output - window.targets[0]).square().mean()
+            rows.append({"step": step, "kind": kind, "output_error": float(error), "image_error": float(image)})
+            progress.advance(bar)
+    ranks = torch.tensor([[row["output_error"], row["image_error"]] for row in rows]).argsort(dim=0).argsort(dim=0)
+    return {"rank_correlation": float(torch.corrcoef(ranks.T.double())[0, 1]), "rows": rows}
 
 
 def picture(rows: list[dict[str, Any]], references: list[dict[str, Any]], routers: dict[tuple[int, float], Router]) -> "Figure":
