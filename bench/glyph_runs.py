@@ -68,5 +68,6 @@ class GlyphRuns:
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from full compute's, [N] float64."""
-        distance: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
-        return distance / self.reference.double().flatten(1).norm(dim=1)
+        relative: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
+        relative = relative / self.reference.double().flatten(1).norm(dim=1)
+        return relative
