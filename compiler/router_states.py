@@ -1,7 +1,6 @@
 """The states that routers are trained on: windows of one full step and the routed steps behind it."""
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.models import family_of
+from stepgraph.compiler.scheduler_steps import by_step, remembers, step_alone
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanError
 from stepgraph.runtime.sampler import prepare_scheduler, sample
@@ -106,7 +106,7 @@ class NoisedLatents:
         name = type(scheduler).__name__
         if not hasattr(scheduler, "add_noise"):
             raise PlanError(f"{name} has no add_noise, so states cannot be made of clean latents; pass states='trajectory'")
-        if _remembers(scheduler, steps, clean[:1]):
+        if remembers(scheduler, steps, clean[:1]):
             raise PlanError(
                 f"a step of {name} needs the steps before it, so it cannot start from a noised latent; pass states='trajectory'"
             )
@@ -122,11 +122,12 @@ class NoisedLatents:
         clean = self.clean[chosen]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         latents = self.scheduler.add_noise(clean, noise, timesteps[first.to(timesteps.device)])
-        inputs, outputs = [], []
+        inputs: list[dict[str, torch.Tensor]] = []
+        outputs: list[torch.Tensor] = []
         for own in steps:
             if outputs:
                 latents = self._stepped(outputs[-1], latents, steps[len(outputs) - 1])
-            scaled = _by_step(own, latents, lambda t, x: _fresh(self.scheduler).scale_model_input(x, t), timesteps)
+            scaled = by_step(own, latents, lambda t, x: copy.deepcopy(self.scheduler).scale_model_input(x, t), timesteps)
             inputs.append(named(self.names, scaled, timesteps[own.to(timesteps.device)], conditioning))
             outputs.append(self.model(**inputs[-1], return_dict=False)[0])
         return Window(inputs, outputs[1:], steps, valid)
@@ -134,7 +135,9 @@ class NoisedLatents:
     def _stepped(self, output: torch.Tensor, latents: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         prediction = output.chunk(2, dim=1)[0] if output.shape[1] == 2 * latents.shape[1] else output
         both = torch.stack([prediction, latents], dim=1)
-        return _by_step(own, both, lambda t, x: _step(_fresh(self.scheduler), x[:, 0], t, x[:, 1]), self.scheduler.timesteps)
+        return by_step(
+            own, both, lambda t, x: step_alone(copy.deepcopy(self.scheduler), x[:, 0], t, x[:, 1]), self.scheduler.timesteps
+        )
 
 
 def clean_latents(
@@ -201,35 +204,3 @@ def input_names(model: nn.Module) -> tuple[str, str]:
 def _example(model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     return family_of(model).example_inputs(config_of(model), 1, model_dtype(model), device)
-
-
-def _by_step(own: torch.Tensor, value: torch.Tensor, apply: Any, timesteps: torch.Tensor) -> torch.Tensor:
-    """Apply (timestep, samples) -> samples to the samples of each step together."""
-    parts = [(own == step).nonzero().flatten().to(value.device) for step in own.unique()]
-    done = [apply(timesteps[step], value[part]) for step, part in zip(own.unique(), parts, strict=True)]
-    result = torch.empty_like(torch.cat(done))
-    result[torch.cat(parts)] = torch.cat(done)
-    return result
-
-
-def _fresh(scheduler: Any) -> Any:
-    """A copy without a past: a scheduler keeps what it has seen."""
-    return copy.deepcopy(scheduler)
-
-
-def _step(scheduler: Any, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    stochastic = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    moved: torch.Tensor = scheduler.step(output, timestep, latents, **stochastic, return_dict=False)[0]
-    return moved
-
-
-def _remembers(scheduler: Any, steps: int, latents: torch.Tensor) -> bool:
-    """Whether a step in the middle of a run is another one than the same step on its own."""
-    own = prepare_scheduler(scheduler, steps, latents.device)
-    output = torch.full_like(latents, 0.3)
-    for number, t in enumerate(own.timesteps):
-        moved = _step(own, output * (number + 1), t, latents)
-        alone = _step(prepare_scheduler(scheduler, steps, latents.device), output * (number + 1), t, latents)
-        if not torch.allclose(moved, alone, rtol=1e-5, atol=1e-6):
-            return True
-    return False

@@ -13,6 +13,7 @@ from stepgraph.compiler.describe import example_inputs, make_header, marked_grap
 from stepgraph.compiler.router import Router, read_record, write_record
 from stepgraph.compiler.router_settings import RouterSettings, full_steps
 from stepgraph.compiler.router_states import NoisedLatents, States, Trajectories, clean_latents
+from stepgraph.compiler.scheduler_steps import refuse_random
 from stepgraph.compiler.soft_model import SoftModel
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanError, PlanHeader
@@ -55,11 +56,13 @@ def train_router(
         on_step: Called with (iterations done, iterations in all).
 
     Raises:
-        PlanError: The settings, data or checkpoint do not fit, no step would be routed, or the loss is not finite.
+        PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
+            is not finite.
     """
     chosen = settings or RouterSettings()
     own = prepare_scheduler(scheduler, steps)
     example = example_inputs(model, chosen.batch)
+    refuse_random(scheduler, steps, next(iter(example.values()))[:1])
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
     example["timestep"] = own.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
     marked = marked_graph(model, example)

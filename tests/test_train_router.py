@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import labels, noise, tiny_dit, tiny_scheduler
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 import stepgraph as sg
 from stepgraph.compiler.router import Router
@@ -103,6 +103,19 @@ def test_solvers_with_a_history_take_real_runs(model, name):
         train(model, tiny_scheduler(name), settings=replace(SMALL, states="q_sample"))
     trained = train(model, tiny_scheduler(name), settings=replace(SMALL, iterations=1))
     assert trained.logits.shape == (len(trained.header.timesteps), 4)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim"])
+def test_single_step_solvers_start_from_noised_latents(model, name):
+    trained = train(model, tiny_scheduler(name), settings=replace(SMALL, states="q_sample", iterations=1))
+    assert (trained.logits[1::2] != 0).all()
+
+
+def test_schedulers_that_draw_noise_are_refused(model):
+    before = torch.get_rng_state()
+    with pytest.raises(PlanError, match="EulerAncestralDiscreteScheduler draws noise in its steps"):
+        train(model, EulerAncestralDiscreteScheduler())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_label_dropout_takes_the_null_class(model):
