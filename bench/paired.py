@@ -75,13 +75,17 @@ class Host:
         rows = 2 * min(BATCH, self.per_seed)
         return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"))
 
+    def errors(self, images: torch.Tensor) -> torch.Tensor:
+        """Relative L2 distance of each image from that of the full run, [count] float64."""
+        difference: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
+        return difference / self.reference.double().flatten(1).norm(dim=1)
+
     def compare(self, images: torch.Tensor) -> dict[str, Any]:
         """Errors of images against the full runs from the same noise.
 
         `standard_error` is that of the mean over images; `seed_spread` the standard deviation of the seeds' means.
         """
-        difference = (images - self.reference).double().flatten(1).norm(dim=1)
-        errors = difference / self.reference.double().flatten(1).norm(dim=1)
+        errors = self.errors(images)
         by_seed = errors.view(len(self.seeds), self.per_seed).mean(1)
         return {
             "relative_l2": float(errors.mean()),

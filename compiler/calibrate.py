@@ -34,7 +34,8 @@ def calibrate(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, Any] | None = None,
+    conditioning: Mapping[str, torch.Tensor] | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
     provisional: torch.Tensor | None = None,
     metrics: Mapping[str, Metric] | None = None,
     channels: bool = True,
@@ -58,6 +59,7 @@ def calibrate(
             conditional sampling, as InvarDiff calibrates.
         conditioning: As for `stepgraph.sample`, `samples` rows each, `negative_<name>` too with guidance. The example
             conditioning of the model's family unless given (classes in turn for DiT).
+        inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
         provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does.
         metrics: Rates to measure beside those of `stepgraph.compiler.rates`, by name.
         channels: Whether to keep per-channel means of all linear maps, which needs the memory of one step's activations.
@@ -84,7 +86,7 @@ def calibrate(
         refuse_stochastic(scheduler, steps)
     step_arguments(prepare_scheduler(scheduler, steps), eta)
     guided = _check_guidance(guidance_scale)
-    inputs = example_inputs(model, 2 if guided else 1)
+    inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
     marked = marked_graph(model, inputs)
     header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
     header = replace(header, seed=seed, samples=samples)
@@ -94,8 +96,9 @@ def calibrate(
     family = family_of(model)
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
-        model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding
-    )
+        model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
+        timestep=family.timestep,
+    )  # fmt: skip
     latents = next(iter(inputs.values()))
     given = _conditioning(model, conditioning, samples, guided, latents.device)
     used = digest(conditioning)
@@ -113,9 +116,7 @@ def calibrate(
         if number not in own or own.index(number) < done:
             continue
         observer.begin()
-        chosen = {
-            name: value[number : number + 1] if isinstance(value, torch.Tensor) else value for name, value in given.items()
-        }
+        chosen = {name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()}
         report = None if on_step is None else _shifted(on_step, done * evaluations, len(own) * evaluations)
         sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
         observer.finish()
@@ -183,17 +184,19 @@ def _check_guidance(scale: Any) -> bool:
 
 
 def _conditioning(
-    model: nn.Module, given: Mapping[str, Any] | None, samples: int, guided: bool, device: torch.device
-) -> dict[str, Any]:
+    model: nn.Module, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
     """What the sampling loop gets, `samples` rows each."""
-    # Asked for in any case: a family that the sampling loop cannot run says so here.
-    cond, uncond = family_of(model).conditioning(config_of(model), samples, device)
+    family = family_of(model)
     if given is None:
+        cond, uncond = family.conditioning(config_of(model), samples, device)
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
     for name, value in given.items():
-        if isinstance(value, torch.Tensor) and (not value.ndim or len(value) != samples):
-            raise PlanError(f"conditioning {name} is {list(value.shape)}; expected {samples} rows, one per sample")
-    return dict(given)
+        rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
+        if rows is None or (rows != samples and name not in family.unbatched):
+            found = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise PlanError(f"conditioning {name} is {found}; expected {samples} rows, one per sample")
+    return {name: value.to(device) for name, value in given.items()}
 
 
 def digest(values: Mapping[str, Any] | None) -> str:

@@ -8,17 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from stepgraph.compiler.calibrate import calibrate, digest
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.rates import Metric
+from stepgraph.compiler.services import SERVICES, Services
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule, refuse_stochastic
-
-# Parameters of policies that make_plan fills in with something that runs the model; users do not pass them.
-SERVICES = ("again",)
 
 
 def runs_model(policy: str) -> bool:
@@ -79,18 +76,10 @@ def make_plan(
             refuse_stochastic(scheduler, steps)
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    own = dict(arguments)
-    if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
-        if digest(conditioning) != stats.conditioning:
-            raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
-        measured = stats
-        own["again"] = lambda reused: calibrate(
-            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0,
-            guidance_scale=measured.guidance_scale, conditioning=conditioning, metrics=metrics, provisional=reused,
-            channels=False, allow_stochastic=allow_stochastic, on_step=on_step,
-        )  # fmt: skip
-    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
-    defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}
+    services = Services(header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, on_step)
+    offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
+    defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
     recorded = json.loads(json.dumps(defaults | arguments, default=str))
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
@@ -106,14 +95,19 @@ def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None
         refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
 
 
-def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
-    """A policy's own arguments by name."""
+def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's keyword parameters: its arguments and the services it asks for."""
     parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's own arguments by name."""
+    return {name: p for name, p in _parameters_of(policy).items() if name not in SERVICES}
+
+
 def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
-    own = {name: p for name, p in _arguments_of(policy).items() if name != "again"}
+    own = _arguments_of(policy)
     takes = f"it takes {', '.join(own)}" if own else "it takes none"
     unknown = sorted(set(arguments) - set(own))
     if unknown:

@@ -28,7 +28,8 @@ CHANNEL_NAMES = tuple(
 class Observer(nn.Module):
     """Runs the traced model and hands every site's value, and where asked every linear map's, to the running sums.
 
-    Called like the model; `observed` is the model, for whoever needs its signature.
+    Called like the model, but with the scheduler's own timesteps, which are scaled by `timestep`; `observed` is the model, for
+    whoever needs its signature.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Observer(nn.Module):
         provisional: torch.Tensor | None = None,
         channels: bool = False,
         embedding: str | None = None,
+        timestep: float = 1.0,
     ) -> None:
         super().__init__()
-        self.observed = model
+        self.observed, self.timestep = model, timestep
         self.names = tuple(marked.trace.inputs)
         self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional)
         every = tuple(range(len(marked.sites)))
@@ -83,6 +85,8 @@ class Observer(nn.Module):
 
     def forward(self, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One evaluation; the sums grow by this step's values."""
+        if self.timestep != 1:
+            inputs["timestep"] = inputs["timestep"] * self.timestep
         outputs = self.graph(*(inputs[name] for name in self.names))
         count = self.sites.count
         results, values, rest = outputs[: self.results], outputs[self.results :][:count], outputs[self.results + count :]

@@ -4,7 +4,7 @@ A marker is an identity node behind the value of a site; everything that used th
 markers and never have to look for a site again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,23 +134,31 @@ def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
     output = next(iter(reversed(graph.nodes)))
     batch = next(value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched)
     total = macs_of(live_nodes([output]))
-    sites = []
     markers = [node for node in graph.nodes if "marker" in node.meta]
-    for number, node in enumerate(markers):
+    found: list[Site] = [node.meta["marker"] for node in markers]
+    saved = savings(markers, found, macs_of)
+    sites = []
+    for number, (node, site, macs) in enumerate(zip(markers, found, saved, strict=True)):
         value: torch.Tensor = node.meta["val"]
-        size = value.numel() * value.element_size() // batch
-        sites.append(replace(node.meta["marker"], macs=macs_of(saved_by(node)) // batch, bytes=size))
+        sites.append(replace(site, macs=int(macs) // batch, bytes=value.numel() * value.element_size() // batch))
         node.meta["marker"] = number
-    for members in joint_calls(sites):
-        # Only all outputs together save the attention itself.
-        together = macs_of(saved_by(*(markers[i] for i in members))) // batch
-        first, *rest = members
-        sites[first] = replace(sites[first], macs=together - sum(sites[i].macs for i in rest))
     return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
 
 
-def saved_by(*markers: fx.Node) -> set[fx.Node]:
-    """The nodes that need not run where the sites of some markers, and no others, are reused."""
+def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable[[set[fx.Node]], float]) -> list[float]:
+    """What a reuse of each marked site saves, by a measure of sets of nodes.
+
+    Only all outputs of a joint call together save the call itself: their figures add up to that.
+    """
+    saved = [measure(_saved_by([marker])) for marker in markers]
+    for members in joint_calls(sites):
+        first, *rest = members
+        saved[first] = measure(_saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
+    return saved
+
+
+def _saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that need not run where these markers' sites, and no others, are reused."""
     output = next(iter(reversed(markers[0].graph.nodes)))
     left = live_nodes([output], cut=markers)
     for marker in markers:

@@ -8,8 +8,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.passes.context import markers
-from stepgraph.compiler.sites import MarkedGraph, saved_by
-from stepgraph.plan import joint_calls
+from stepgraph.compiler.sites import MarkedGraph, savings
 
 
 def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch.Tensor], repeats: int = 3) -> torch.Tensor:
@@ -33,15 +32,9 @@ def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch
             clock.run(*ordered)
             if number:
                 best = {node: min(taken, best.get(node, taken)) for node, taken in clock.seconds.items()}
-    times = torch.zeros(len(marked.sites), dtype=torch.float64)
-    ends = dict(markers(marked.graph))
-    for index, marker in ends.items():
-        times[index] = 1e3 * sum(best.get(node, 0.0) for node in saved_by(marker))
-    for first, *rest in joint_calls(marked.sites):
-        # As with MACs, what only all outputs of a call save together stands with the first.
-        together = saved_by(*(ends[i] for i in (first, *rest)))
-        times[first] = 1e3 * sum(best.get(node, 0.0) for node in together) - times[rest].sum()
-    return times
+    nodes = [marker for _, marker in markers(marked.graph)]
+    seconds = savings(nodes, marked.sites, lambda saved: sum(best.get(node, 0.0) for node in saved))
+    return 1e3 * torch.tensor(seconds, dtype=torch.float64)
 
 
 class _Clock(fx.Interpreter):

@@ -20,8 +20,11 @@ from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.router import Router
+from stepgraph.compiler.router_settings import RouterSettings
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.compiler.trace import TraceError
+from stepgraph.compiler.train_router import train_router
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site
 from stepgraph.runtime.executable import Executable, Session
@@ -52,6 +55,6 @@ def compile(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
-    "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "import_plan", "make_plan",
-    "sample",
+    "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs",
+    "import_plan", "make_plan", "sample", "train_router",
 ]  # fmt: skip

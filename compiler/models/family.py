@@ -40,6 +40,7 @@ class Family:
         example_inputs: (configuration, batch, dtype, device) -> keyword arguments of the forward, of the right shapes.
         conditioning: (configuration, batch, device) -> (conditional, unconditional) example inputs, for sampling by name.
         embedding: Path of a module whose output is an embedding of the timestep alone, [B, D].
+        timestep: What the forward takes the scheduler's timestep times.
         random: Name -> configuration of published full-size models, built with random weights.
         tokens: Which output of the last block are the (image) tokens that the output head takes.
         unbatched: Names of the inputs whose first dimension is not the batch.
@@ -52,6 +53,7 @@ class Family:
     example_inputs: Callable[[Mapping[str, Any], int, torch.dtype, torch.device], dict[str, torch.Tensor]]
     conditioning: Callable[[Mapping[str, Any], int, torch.device], tuple[dict[str, Any], dict[str, Any]]]
     embedding: str | None = None
+    timestep: float = 1.0
     random: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens: int = 0
     unbatched: frozenset[str] = frozenset()

@@ -46,8 +46,8 @@ def conditioning(config: Mapping[str, Any], batch: int, device: torch.device) ->
         CompileError: Always; the message says what to do instead.
     """
     raise CompileError(
-        "FLUX is conditioned on text embeddings and takes its timestep as t / 1000, so that there is no sampling it by name; "
-        "call the executable's session, step by step, with what a FLUX pipeline gives its transformer"
+        "FLUX is conditioned on text embeddings, so that there is no sampling it by name; calibrate with conditioning= of your "
+        "own, and run executables attached to a pipeline, or step by step with what one gives its transformer"
     )
 
 
@@ -62,6 +62,8 @@ FLUX = Family(
     ),
     example_inputs=example_inputs,
     conditioning=conditioning,
+    embedding="time_text_embed.timestep_embedder",
+    timestep=1e-3,
     random={"flux-dev": {**DEV, "guidance_embeds": True}, "flux-schnell": {**DEV, "guidance_embeds": False}},
     tokens=1,
     unbatched=frozenset(("img_ids", "txt_ids")),

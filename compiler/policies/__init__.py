@@ -4,6 +4,7 @@ from stepgraph.compiler.policies.deepcache import DEEPCACHE
 from stepgraph.compiler.policies.full import FULL
 from stepgraph.compiler.policies.interval import INTERVAL
 from stepgraph.compiler.policies.invardiff import INVARDIFF
+from stepgraph.compiler.policies.l2c import L2C
 from stepgraph.compiler.policies.magcache import MAGCACHE
 from stepgraph.compiler.policies.manual import MANUAL
 from stepgraph.compiler.policies.policy import Policy
@@ -16,6 +17,7 @@ POLICIES: dict[str, Policy] = {
     "full": FULL,
     "interval": INTERVAL,
     "invardiff": INVARDIFF,
+    "l2c": L2C,
     "magcache": MAGCACHE,
     "manual": MANUAL,
     "procache": PROCACHE,

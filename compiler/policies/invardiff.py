@@ -56,7 +56,7 @@ def invardiff(
             number of hits stays; they are spread differently. It does not run the cache. On unless given, but not for "lagged".
         variant: "dit" corrects the step gate in phase 2 too; "flux" keeps that of phase 1, and phase 2 starts from a plan that
             protects step 0 and the last step only; "auto" is "flux" for models with a joint attention.
-        again: Runs that measurement: provisional reuses [T, sites] bool -> stats. `make_plan` supplies it from the model.
+        again: Runs that measurement: provisional reuses [T, sites] bool -> stats. `make_plan` supplies it.
 
     Raises:
         PlanError: A quantile outside 0..1, an unknown metric or alternative, or phase 2 without a model.
@@ -79,8 +79,7 @@ def invardiff(
     rate = stats.rate(metric)
     reused = _below_quantiles(rate, groups, taus, first, last)
     if phase2 or (phase2 is None and metric != "lagged"):
-        if again is None:
-            raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
+        assert again is not None
         provisional = _below_quantiles(rate, groups, taus, 1, last) if flux else reused
         corrected = _below_quantiles(again(provisional).rate(metric), groups, taus, first, last)
         if flux:
