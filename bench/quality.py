@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,9 @@ from stepgraph.bench.quality_plot import plot_quality
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.router_settings import settings_of
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.train_router import train_router
 from stepgraph.plan import CachePlan, PlanError
 
 TARGETS = (2.0, 3.0)
@@ -99,6 +102,18 @@ KNOBS: dict[str, Knob] = {
 }
 
 
+def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
+    """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
+    bar = progress.add_task(f"training routers, runs of {run}", total=settings_of("quick", {}).iterations)
+    settings = settings_of("quick", {"run": run})
+    router = train_router(
+        host.model, host.scheduler, steps=host.steps, settings=settings, on_step=lambda d, _: progress.update(bar, completed=d)
+    )
+    path = folder / f"router-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
+    router.save(path)
+    return Knob(lambda s, x: make_plan("l2c", s, theta=x, router=str(path)), 0, 1)
+
+
 def tuned(knob: Knob, stats: CalibrationStats, target: float) -> tuple[float, CachePlan]:
     """The knob's value whose plan comes nearest to `target` times fewer MACs."""
     if knob.whole:
@@ -137,15 +152,15 @@ class Baseline:
 
 
 def fewer_steps(steps: int) -> list[int]:
-    """The step counts to measure: every one from a quarter to two thirds of the steps, or every second of many."""
-    low, high = max(2, round(steps / 4.4)), round(steps / 1.5)
+    """The step counts to measure: every one from a quarter to three quarters of the steps, or every second of many."""
+    low, high = max(2, round(steps / 4.4)), round(steps / 1.3)
     return sorted({*range(low, high + 1, 1 if steps <= 25 else 3), round(steps / 2), round(steps / 3)})
 
 
-def measure(host: Host, stats: CalibrationStats, progress: Progress, only: list[str]) -> list[dict[str, Any]]:
+def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict[str, Knob]) -> list[dict[str, Any]]:
     """All rows."""
     counts = fewer_steps(host.steps)
-    bar = progress.add_task("", total=len(counts) + 1 + len(TARGETS) * len(only))
+    bar = progress.add_task("", total=len(counts) + 1 + len(TARGETS) * len(knobs))
     other = Host(host.scheduler_name, host.steps, host.guidance, [1000 + s for s in host.seeds], host.per_seed, host.device)
     rows = [{"name": "other seed", "fewer_macs": 1.0, **host.compare(other.reference)}]
     progress.advance(bar)
@@ -155,14 +170,14 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, only: list[
         rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
     baseline = Baseline(host.steps, rows[1:])
     for target in TARGETS:
-        for name in only:
+        for name, knob in knobs.items():
             progress.update(bar, description=f"{name} {target:g}x", advance=1)
             try:
-                value, plan = tuned(KNOBS[name], stats, target)
+                value, plan = tuned(knob, stats, target)
             except PlanError as error:
                 rows.append({"name": name, "target": target, "impossible": str(error)})
                 continue
-            plan = corrected(host, stats, plan) if KNOBS[name].phase2 else plan
+            plan = corrected(host, stats, plan) if knob.phase2 else plan
             fewer = plan.summary().ideal_speedup
             row = {
                 "name": name,
@@ -217,7 +232,8 @@ def main() -> None:
     parser.add_argument("--finalists", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--calibration", type=int, default=16)
-    parser.add_argument("--only", nargs="*", default=list(KNOBS))
+    parser.add_argument("--only", nargs="*", default=list(KNOBS), help="names of policies, in this file")
+    parser.add_argument("--routers", nargs="*", type=int, default=[1, 2, 3], help="L2C: routed steps after each full one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
@@ -225,8 +241,12 @@ def main() -> None:
     stats = calibrate(
         host.model, host.scheduler, steps=arguments.steps, samples=arguments.calibration, seed=1000, channels=False
     )
-    with Progress() as progress:
-        rows = measure(host, stats, progress, arguments.only)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress, TemporaryDirectory() as folder:
+        knobs = {name: KNOBS[name] for name in arguments.only}
+        for run in arguments.routers:
+            knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
+        rows = measure(host, stats, progress, knobs)
         final = finalists(arguments, rows, stats, progress) if arguments.finalists else None
     name = f"{type(host.scheduler).__name__} {arguments.steps}, guidance {arguments.guidance:g}, N = {host.count}"
     columns = (

@@ -82,7 +82,7 @@ def test_every_knob_saves_more_as_it_grows(stats, name):
 def test_the_bench_runs_and_writes_its_record(tmp_path):
     command = [
         sys.executable, "-m", "stepgraph.bench.quality", "--steps", "8", "--samples", "8", "--finalists", "8",
-        "--calibration", "1", "--only", "FORA (interval)", "InvarDiff", "--out", str(tmp_path),
+        "--calibration", "1", "--routers", "--only", "FORA (interval)", "InvarDiff", "--out", str(tmp_path),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     record = json.loads((tmp_path / "quality-ddim-8.json").read_text())
