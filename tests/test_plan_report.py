@@ -11,7 +11,8 @@ from test_plan import HEADER, PLAN, SITES, build
 
 import stepgraph as sg
 from stepgraph.plan import KINDS, CachePlan
-from stepgraph.plan_report import COLOURS, diff_plans
+from stepgraph.plan_plot import COLOURS
+from stepgraph.plan_report import diff_plans
 
 
 def test_summary_counts_by_hand():
