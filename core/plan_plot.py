@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 # One colour per action, told apart without colour vision too.
 COLOURS = {"C": "#1b3a5c", "R": "#f2b134", "L": "#7fb069", "F": "#c8553d", ".": "#e6e6e6"}
 # What a (step, site) pair of two plans can be. DEAD counts as not computed.
-SAME, FIRST, SECOND, OTHERWISE = "same", "computed in the first only", "computed in the second only", "not computed, differently"
+SAME, FIRST, SECOND, OTHERWISE = (
+    "same",
+    "computed in the first only",
+    "computed in the second only",
+    "not computed, differently",
+)
 DIFFERENCES = {SAME: "#eeeeee", FIRST: "#2166ac", SECOND: "#d6604d", OTHERWISE: "#a9a9a9"}
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepgraph.liveness import peak_bytes, traffic
-from stepgraph.plan import COMPUTE, DEAD, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
+from stepgraph.plan import COMPUTE, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
 from stepgraph.plan_warnings import plan_warnings
 
 

@@ -2,9 +2,9 @@
 
 from stepgraph.plan import COMPUTE, DEAD, REUSE, CachePlan
 
-# Scheduler class -> the predictions under which its step is a straight line in the model's output: then two steps with one output
-# are one longer step. DDIM in x / sqrt(alpha) over sqrt(1 - alpha) / sqrt(alpha) (epsilon) or in x / sqrt(1 - alpha) over the
-# inverse (sample); Euler and flow matching in x over sigma. Not so for v-prediction, which means another direction at every step.
+# Scheduler class -> the predictions under which its step is a straight line in the model's output, so that two steps with one
+# output are one longer step. DDIM: x / sqrt(alpha) over sqrt(1 - alpha) / sqrt(alpha) for epsilon, x / sqrt(1 - alpha) over the
+# inverse for sample; Euler and flow matching: x over sigma. A reused v-prediction means another direction at every step.
 STRAIGHT = {
     "DDIMScheduler": ("epsilon", "sample"),
     "DDIMParallelScheduler": ("epsilon", "sample"),
@@ -32,8 +32,8 @@ def _shorter_schedule(plan: CachePlan) -> str:
         f"`output` is reused at {plan.steps - len(computed)} of {plan.steps} steps. Under {header.scheduler} with {prediction} "
         f"prediction, eta 0 and nothing clipped, that IS a shorter schedule: the same sampler on the {len(computed)} computed "
         f"timesteps ({_listed(plan, computed)}){'; what those steps reuse comes on top' if elsewhere else ''}. Compare it with "
-        f"{header.scheduler} in {len(computed)} step{'s' if len(computed) > 1 else ''}, which costs the same, and not only with "
-        f"all {plan.steps}."
+        f"{header.scheduler} in {len(computed)} step{'s' if len(computed) > 1 else ''}, which costs the same, and not only "
+        f"with all {plan.steps}."
     )
 
 

@@ -18,10 +18,10 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
     Sites are taken from the last to the first, since a reused stream value (`output`, `hidden`, a block) makes what lies before
     it DEAD and so decides which rows count for it. A site that computes K of the plan's T rows computes
     S = max(1, floor(K T' / T + 1/2)) of the new T'. Its q-th computed row lies at the same relative position among the rows
-    in which it is live as the old plan's (q K / S)-th, linearly interpolated between computed rows; so a period stays a period in
-    steps, and dense and sparse stretches stay where they were in the run. The first live row computes, and the last one does
-    where it did before. A row that does not compute takes the letter of the nearest old row that does not. Sites with equal
-    columns (the outputs of a joint attention) keep equal columns, and the same number of steps gives the same rows.
+    in which it is live as the old plan's (q K / S)-th, linearly interpolated between computed rows; so a period stays a
+    period in steps, and dense and sparse stretches stay where they were in the run. The first live row computes, and the last
+    one does where it did before. A row that does not compute takes the letter of the nearest old row that does not. Sites
+    with equal columns (the outputs of a joint attention) keep equal columns, and the same number of steps gives the same rows.
 
     What a policy made sure of between rows of different sites is not known here: where InvarDiff refreshes every module right
     after a reused step, the resampled plan may refresh one of them a row later.
@@ -38,8 +38,8 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
         nothing changes.
 
     Raises:
-        PlanError: `steps` is no whole number of at least 1; another scheduler than the plan's; or no scheduler for one with more
-            evaluations than steps (Heun), whose number of evaluations only it knows.
+        PlanError: `steps` is no whole number of at least 1; another scheduler than the plan's; or no scheduler where there are
+            more evaluations than steps (Heun), whose number only the scheduler knows.
 
     Warns:
         UserWarning: What comes out was not calibrated for the new schedule.

@@ -43,10 +43,6 @@ def plans(draw) -> CachePlan:
         letters = "CR" if site.kind in ("block", "stack_residual", "hidden", "output") else "CRLF"
         if draw(st.booleans()):
             actions[site.name] = "C" + "".join(draw(st.lists(st.sampled_from(letters), min_size=steps - 1, max_size=steps - 1)))
-    return plan_of_names(steps, actions)
-
-
-def plan_of_names(steps: int, actions: dict[str, str]) -> CachePlan:
     return plan_of(steps, **actions)
 
 
@@ -84,7 +80,7 @@ def test_sites_with_equal_columns_keep_equal_columns_and_no_action_is_new(plan, 
 @settings(max_examples=100)
 @given(data=st.data(), length=st.integers(1, 80))
 def test_computed_rows_stay_where_they_were_in_the_run(data, length):
-    """Up to any point of the run, the share computed differs from the old plan's by less than two rows of either."""
+    """The q-th computed row lies between the old plan's two that it stands for, to within two rows."""
     old = "C" + "".join(data.draw(st.lists(st.sampled_from("CR"), max_size=40)))
     computed = max(1, round(old.count("C") / len(old) * length))
     new = resampled_letters(old, length, computed)

@@ -38,10 +38,10 @@ def invardiff(
         sites: The model's sites.
         steps: T.
         stats: Calibration.
-        step: Quantile tau of the step gate, 0..1.
-        attn: Quantile tau of all attention modules together, 0..1.
-        ff: Quantile tau of all feed-forward modules together, 0..1.
-        nonskip: Share of the first steps that are computed.
+        step (quantile, 0..1): Tau of the step gate.
+        attn (quantile, 0..1): Tau of all attention modules together.
+        ff (quantile, 0..1): Tau of all feed-forward modules together.
+        nonskip (share of the steps, 0..1): The first steps that are computed.
         metric: "v1", the paper's rate, or "lagged": the relative error that a reuse really makes.
         phase2: Measure the rates once more with the reference held over runs of hits, and apply the quantiles again. The
             number of hits stays; they are spread differently. It does not run the cache. On unless given, for metric "v1".
