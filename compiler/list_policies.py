@@ -78,10 +78,10 @@ class PolicyRecord:
         """What it needs, in words."""
         needed = ["calibration (--stats)"] if "stats" in self.needs else []
         if not needed and self.stats and not self.stats.startswith("Not used"):
-            needed = [f"calibration (--stats) at times: {self.stats[0].lower()}{self.stats[1:].rstrip('.')}"]
+            needed = [f"--stats or what stands in for it: {self.stats[0].lower()}{self.stats[1:].rstrip('.')}"]
         if "model" in self.needs:
             needed.append(f"the model's weights, where it runs the model ({', '.join(self.services)})")
-        return "; ".join(needed) or "the number of steps alone"
+        return "; ".join(needed) or "nothing but the number of steps"
 
 
 def policies() -> dict[str, PolicyRecord]:
@@ -140,7 +140,7 @@ def type_name(annotation: Any) -> str:
 
 
 def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    return textwrap.wrap(text, 92, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
 def _is_service(annotation: Any) -> bool:

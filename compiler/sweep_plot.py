@@ -59,8 +59,11 @@ def _labels(points: Sequence["SweepPoint"]) -> Iterator[tuple["SweepPoint", str]
         first = rest[0]
         here = [point for point in rest if point.macs == first.macs and 0.95 < point.error / first.error < 1.05]
         rest = [point for point in rest if point not in here]
-        texts = [f"{point.value:.3g}" if isinstance(point.value, float) else str(point.value) for point in here]
-        yield first, ", ".join(texts)
+        yield first, ", ".join(_text(point.value) for point in here)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _annotate(axis: "Axes", point: Any, text: str, colour: str, offset: tuple[int, int]) -> None:
@@ -73,7 +76,7 @@ def _mark_knee(axis: "Axes", sweep: "Sweep") -> None:
     knee = sweep.knee
     if knee is not None:
         ring = {"markersize": 15, "markerfacecolor": "none", "markeredgecolor": KNEE, "markeredgewidth": 2.0}
-        axis.plot([knee.macs / 1e9], [knee.error], "o", label=f"knee: {knee.value:.4g}", **ring)
+        axis.plot([knee.macs / 1e9], [knee.error], "o", label=f"knee: {_text(knee.value)}", **ring)
     else:
         axis.plot([], [], " ", label="no knee")
 

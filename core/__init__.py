@@ -18,9 +18,11 @@ from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
+from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.sweep import sweep
 from stepgraph.compiler.trace import TraceError
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site
@@ -53,5 +55,5 @@ def compile(
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
     "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "import_plan", "make_plan",
-    "sample",
+    "policies", "sample", "sweep",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Pictures of plans: the heat map of one, and two side by side with what differs."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,8 @@ if TYPE_CHECKING:
 
 # One colour per action, told apart without colour vision too.
 COLOURS = {"C": "#1b3a5c", "R": "#f2b134", "L": "#7fb069", "F": "#c8553d", ".": "#e6e6e6"}
-# What a (step, site) pair of two plans can be. DEAD counts as not computed.
-SAME, FIRST, SECOND, OTHERWISE = (
-    "same",
-    "computed in the first only",
-    "computed in the second only",
-    "not computed, differently",
-)
+# What a (step, site) pair of two plans A and B can be. DEAD counts as not computed.
+SAME, FIRST, SECOND, OTHERWISE = "same", "computed in A only", "computed in B only", "computed in neither, other action"
 DIFFERENCES = {SAME: "#eeeeee", FIRST: "#2166ac", SECOND: "#d6604d", OTHERWISE: "#a9a9a9"}
 
 
@@ -58,11 +54,12 @@ def plot_diff(first: CachePlan, second: CachePlan, path: str | Path | None = Non
             _draw(axes[kind][2], compared, first.steps, DIFFERENCES)
     _label(axes, depths)
     for plan, axis, letter in zip(plans, axes[kinds[0]], "AB", strict=False):
-        axis.set_title(f"{letter}  {title_of(plan)}", fontsize=10, loc="left")
+        # About 13 characters of this size take an inch.
+        lines = textwrap.wrap(f"{letter}: {title_of(plan)}", int(13 * _width(plan.steps)))
+        axis.set_title("\n".join(lines), fontsize=9, loc="left")
     if comparable:
-        axes[kinds[0]][2].set_title("where they differ", fontsize=10, loc="left")
-        patches = _patches({name.replace("first", "A").replace("second", "B"): c for name, c in DIFFERENCES.items()})
-        figure.legend(handles=patches, loc="outside lower right", ncols=4, frameon=False, fontsize=9)
+        axes[kinds[0]][2].set_title("where they differ", fontsize=9, loc="left")
+        figure.legend(handles=_patches(DIFFERENCES), loc="outside lower right", ncols=4, frameon=False, fontsize=9)
     else:
         figure.suptitle(
             f"{first.steps} and {second.steps} evaluations: no step by step difference", x=0.01, ha="left", fontsize=11
@@ -111,13 +108,17 @@ def _grid(depths: Mapping[str, int], widths: Sequence[int]) -> tuple["Figure", d
     from matplotlib.figure import Figure
 
     ratios = [max(depth, 1.6) for depth in depths.values()]
-    # A column beside others is narrower, but wide enough for its title.
-    each = [max(6.0, 0.16 * width + 2.2) if len(widths) == 1 else max(4.6, 0.105 * width + 0.6) for width in widths]
+    each = [max(6.0, 0.16 * width + 2.2) if len(widths) == 1 else _width(width) for width in widths]
     figure = Figure(figsize=(sum(each), 0.13 * sum(ratios) + 0.55 * len(depths) + 1.3), layout="constrained")
     axes = figure.subplots(
         len(depths), len(widths), sharex="col", squeeze=False, gridspec_kw={"height_ratios": ratios, "width_ratios": each}
     )
     return figure, {kind: list(row) for kind, row in zip(depths, axes, strict=True)}
+
+
+def _width(steps: int) -> float:
+    """Inches of a column beside others."""
+    return max(4.6, 0.105 * steps + 0.6)
 
 
 def _draw(axis: "Axes", table: Sequence[Sequence[str] | None], steps: int, colours: Mapping[str, str]) -> None:

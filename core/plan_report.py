@@ -108,13 +108,18 @@ def summarize(plan: CachePlan) -> PlanSummary:
 
 
 def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
-    """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ."""
+    """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ.
+
+    Plans of different T have no steps in common: `pairs_changed` is None then.
+    """
     before, after = asdict(old.header), asdict(new.header)
     header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
     shared = [name for name in columns[0] if name in columns[1]]
     changed = {name: [columns[0][name], columns[1][name]] for name in shared if columns[0][name] != columns[1][name]}
-    pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=False))
+    pairs = None
+    if old.steps == new.steps:
+        pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=True))
     return {
         "header": header,
         "only_in_first": [name for name in columns[0] if name not in columns[1]],

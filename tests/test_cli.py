@@ -36,7 +36,7 @@ def error_of(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-o", path)
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-o", path)
     return path
 
 
@@ -58,7 +58,7 @@ def test_plan_show_prints_the_summary_and_draws(plan: Path, tmp_path: Path):
 
 def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     other = tmp_path / "other.json"
-    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
     difference = json.loads(invoke("plan", "diff", plan, other, "--json"))
     assert difference["pairs_changed"] == 10 * 3  # ten attention sites, three reused steps each
     before, after = difference["header"]["arguments"]
@@ -70,12 +70,12 @@ def test_calibrate_feeds_a_policy(tmp_path: Path):
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     facts = json.loads(invoke("calibrate", "glyph-dit", "--steps", 5, "--samples", 1, "-o", stats, "--json"))
     assert 0 < facts["mean_relative_change"]["attn"] < 2
-    invoke("plan", "make", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
+    invoke("plan", "make", "--policy", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
     made = CachePlan.load(plan)
     assert made.steps == 5
     assert made.header.samples == 1
     assert sum(row[made.index("hidden")] == "R" for row in made.rows) > 0
-    assert "needs calibration" in error_of("plan", "make", "smoothcache", "-o", tmp_path / "other.json")
+    assert "needs calibration" in error_of("plan", "make", "--policy", "smoothcache", "-o", tmp_path / "other.json")
 
 
 def test_an_exported_plan_imports_as_it_was(plan: Path, tmp_path: Path):
@@ -134,16 +134,16 @@ def test_doctor_lists_versions_and_advice():
     ("arguments", "said"),
     [
         (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
-        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: full, interval, invardiff"),
-        (["plan", "make", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
-        (["plan", "make", "manual"], "needs the argument 'actions'"),
-        (["plan", "make", "interval", "-a", "every"], "expected name=value"),
-        (["plan", "make", "interval", "-a", "every=0"], "every is 0 for attn"),
-        (["plan", "make", "interval", "--steps", "0"], "steps is 0"),
-        (["plan", "make", "interval", "--model", "./nowhere"], "no model at './nowhere'"),
-        (["plan", "make", "interval", "--model", "dit-s-8:random"], "known: dit-xl-2-256:random"),
-        (["plan", "make", "interval", "--scheduler", "ddpm"], "unknown scheduler 'ddpm'; known: ddim"),
-        (["plan", "make", "interval", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["plan", "make", "--policy", "nonsense"], "unknown policy 'nonsense'; known: full, interval, invardiff"),
+        (["plan", "make", "--policy", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
+        (["plan", "make", "--policy", "manual"], "needs the argument 'actions'"),
+        (["plan", "make", "--policy", "interval", "-a", "every"], "expected name=value"),
+        (["plan", "make", "--policy", "interval", "-a", "every=0"], "every is 0 for attn"),
+        (["plan", "make", "--policy", "interval", "--steps", "0"], "steps is 0"),
+        (["plan", "make", "--policy", "interval", "--model", "./nowhere"], "no model at './nowhere'"),
+        (["plan", "make", "--policy", "interval", "--model", "dit-s-8:random"], "known: dit-xl-2-256:random"),
+        (["plan", "make", "--policy", "interval", "--scheduler", "ddpm"], "unknown scheduler 'ddpm'; known: ddim"),
+        (["plan", "make", "--policy", "interval", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["demo", "--device", "abacus"], "unknown device 'abacus'"),
     ],
 )
@@ -166,7 +166,9 @@ def test_a_plan_for_another_scheduler_dtype_or_backend_is_refused(plan: Path, tm
 
 def test_a_class_without_adapter_is_refused_by_name(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    assert "'UNet2DModel' has no adapter" in error_of("plan", "make", "full", "--model", tmp_path, "-o", tmp_path / "p.json")
+    assert "'UNet2DModel' has no adapter" in error_of(
+        "plan", "make", "--policy", "full", "--model", tmp_path, "-o", tmp_path / "p.json"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").is_dir(), reason="needs a place that nobody can write to")
