@@ -204,7 +204,7 @@ def sweep(
     knobs = (knob,) if isinstance(knob, str) else tuple(knob)
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]
-    _refuse_nothing_to_sweep(knobs, values, fixed, samples)
+    _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
     steps = stats.header.steps if steps is None and stats is not None else steps
     guided = guidance_scale > 1
     plans = [
@@ -218,7 +218,8 @@ def sweep(
     evaluation = header.macs * (2 if guided else 1)
     run = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
     shorter = _neighbours(plans, scheduler)
-    distinct = {plan.rows: plan for plan in plans}
+    # Values that make the same plan are run once, under the first one's name.
+    distinct = {plan.rows: i for i, plan in reversed(list(enumerate(plans)))}
     total = header.steps + sum(shorter) + header.steps * len(distinct)
     report = on_step or (lambda name, done, total: None)
     done = 0
@@ -235,10 +236,10 @@ def sweep(
         found = _error(measured(f"fewer steps: {number}", model, number), reference)
         baseline.append(FewerSteps(macs, *found, number))
     errors = {}
-    for rows, plan in distinct.items():
-        executable = compile_plan(model, plan, example_inputs(model, run.rows(min(batch, samples))), CompileConfig("eager"))
-        name = f"{', '.join(knobs)} = {values[plans.index(plan)]}"
-        errors[rows] = _error(measured(name, executable, header.steps), reference)
+    for rows, i in sorted(distinct.items(), key=lambda entry: entry[1]):
+        inputs = example_inputs(model, run.rows(min(batch, samples)))
+        executable = compile_plan(model, plans[i], inputs, CompileConfig("eager"))
+        errors[rows] = _error(measured(f"{', '.join(knobs)} = {values[i]}", executable, header.steps), reference)
     points = tuple(
         SweepPoint(plan.summary().macs * (2 if guided else 1), *errors[plan.rows], value, plan)
         for value, plan in zip(values, plans, strict=True)
@@ -249,14 +250,17 @@ def sweep(
     )  # fmt: skip
 
 
-def _refuse_nothing_to_sweep(knobs: Sequence[str], values: Sequence[Any], fixed: Mapping[str, Any], samples: int) -> None:
+def _refuse_nothing_to_sweep(
+    knobs: Sequence[str], values: Sequence[Any], fixed: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
     if not knobs or not values:
         raise PlanError(f"nothing to sweep: {len(knobs)} knobs and {len(values)} values; expected at least one of each")
     twice = sorted(set(knobs) & set(fixed))
     if twice:
         raise PlanError(f"{twice[0]!r} is swept and given as {fixed[twice[0]]!r} as well; leave one of them out")
-    if type(samples) is not int or samples < 1:
-        raise PlanError(f"samples is {samples!r}; expected a whole number of at least 1")
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise PlanError(f"{name} is {size!r}; expected a whole number of at least 1")
 
 
 def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from stepgraph.cli import app
+from stepgraph.cli_sweep import parse_values
+from stepgraph.compiler.policies import POLICIES
 from stepgraph.plan import CachePlan
 
 runner = CliRunner()
@@ -64,6 +66,80 @@ def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     before, after = difference["header"]["arguments"]
     assert (before["kinds"], after["kinds"]) == (None, ["ff"])
     assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
+
+
+def test_plan_diff_draws_both_plans(plan: Path, tmp_path: Path):
+    other, longer = tmp_path / "other.json", tmp_path / "longer.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=3", "-o", other)
+    invoke("plan", "make", "--policy", "full", "--steps", 9, "-o", longer)
+    assert f"wrote {tmp_path / 'diff.png'}" in invoke("plan", "diff", plan, other, "--plot", tmp_path / "diff.png")
+    assert Image.open(tmp_path / "diff.png").size[0] > 1000
+    text = invoke("plan", "diff", plan, longer)
+    assert "6 and 9 evaluations: steps are not compared" in text
+    assert "(9 in all)" in text
+
+
+def test_plan_resample_takes_the_models_scheduler(plan: Path, tmp_path: Path):
+    out, guessed = tmp_path / "out.json", tmp_path / "guessed.json"
+    facts = json.loads(invoke("plan", "resample", plan, "--steps", 10, "--model", "glyph-dit", "-o", out, "--json"))
+    assert [w.split(":")[0] for w in facts["warnings"]] == ["the plan was made for 6 steps and is resampled to 10"]
+    direct = tmp_path / "direct.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 10, "-a", "every=2", "-o", direct)
+    assert CachePlan.load(out).header.timesteps == CachePlan.load(direct).header.timesteps
+    assert CachePlan.load(out).rows == CachePlan.load(direct).rows
+    assert "sampling refuses it unless the scheduler's agree" in invoke("plan", "resample", plan, "--steps", 4, "-o", guessed)
+    assert "steps is 0" in error_of("plan", "resample", plan, "--steps", 0, "-o", guessed)
+    assert "needs --model" in error_of("plan", "resample", plan, "--steps", 4, "--scheduler", "ddim", "-o", guessed)
+    assert "the plan is for DDIMScheduler" in error_of(
+        "plan", "resample", plan, "--steps", 4, "--model", "glyph-dit", "--scheduler", "euler", "-o", guessed
+    )
+
+
+def test_plan_show_warns_of_a_shorter_schedule(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", 'kinds=["output"]', "-o", path)
+    # glyph-dit predicts v, for which it is none.
+    assert CachePlan.load(path).header.prediction == "v_prediction"
+    assert json.loads(invoke("plan", "show", path, "--json"))["warnings"] == []
+    CachePlan.load(path).with_header(prediction="epsilon").save(path)
+    assert len(json.loads(invoke("plan", "show", path, "--json"))["warnings"]) == 1
+    assert "warning: `output` is reused at 3 of 6 steps." in invoke("plan", "show", path)
+
+
+def test_policies_are_listed_and_make_help_explains_them():
+    text, shown = invoke("plan", "policies"), invoke("plan", "make", "--help")
+    records = json.loads(invoke("plan", "policies", "--json"))
+    assert list(records) == list(POLICIES)
+    for name, record in records.items():
+        assert f"{name}: {record['source']}" in text
+        assert f"  {name}: {record['source']}\n" in shown
+        for argument in record["arguments"]:
+            # Lines are kept as they are, not joined to a paragraph.
+            assert f"\n      -a {argument['name']}: {argument['type']}" in shown
+
+
+def test_plan_sweep_measures_draws_and_saves_the_knee(tmp_path: Path):
+    picture, knee = tmp_path / "sweep.png", tmp_path / "knee.json"
+    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 6, "--samples", 2, "--plot", picture]
+    facts = json.loads(invoke(*command, "--values", "1,2,3,6", "--json"))
+    assert [point["value"] for point in facts["points"]] == [1, 2, 3, 6]
+    errors = [point["error"] for point in facts["points"]]
+    assert errors[0] < 1e-6 < errors[1] < errors[3] < 1
+    assert Image.open(picture).size[0] > 500
+    shown = invoke(*command, "--from", 1, "--to", 2, "--points", 2)
+    assert "1.00x" in shown
+    assert "no knee" in shown
+    assert "no knee" in error_of(*command, "--values", "1,2", "--save", knee)
+    assert not knee.exists()
+
+
+def test_a_sweep_needs_to_know_what_to_try(tmp_path: Path):
+    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 4, "--plot", tmp_path / "sweep.png"]
+    assert "say what to try, either --values" in error_of(*command)
+    assert "say what to try, either --values" in error_of(*command, "--values", "2", "--from", 1, "--to", 2)
+    assert "--log needs a range above 0; got 0 to 2" in error_of(*command, "--from", 0, "--to", 2, "--log")
+    assert parse_values("smoothcache", ("alpha",), None, 0.1, 0.8, 4, True) == [0.1, 0.2, 0.4, 0.8]
+    assert parse_values("interval", ("every",), None, 1, 4, 4, False) == [1, 2, 3, 4]
 
 
 def test_calibrate_feeds_a_policy(tmp_path: Path):
