@@ -1,10 +1,7 @@
 """A policy's knob swept: what each value costs in MACs and in error, measured by running the plans."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,153 +11,12 @@ from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.sweep_result import FewerSteps, Sweep, SweepPoint
 from stepgraph.config import CompileConfig
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.metrics import relative_errors
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.sampler import prepare_scheduler, sample
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one way of sampling costs.
-
-    Attributes:
-        macs: Multiply-accumulates per image over the whole run, both halves of the guidance included.
-        error: Mean over the samples of the relative L2 of the final latents against full compute of the same sampler.
-        standard_error: Of that mean.
-    """
-
-    macs: int
-    error: float
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class SweepPoint(Measured):
-    """One value of the knob, and the plan it makes."""
-
-    value: Any
-    plan: CachePlan
-
-
-@dataclass(frozen=True)
-class FewerSteps(Measured):
-    """The same sampler at full compute in fewer steps: what a cache has to beat."""
-
-    steps: int
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A swept knob (`stepgraph.sweep`).
-
-    Attributes:
-        policy: The policy.
-        knobs: The arguments that took the values.
-        model: Class name of the model.
-        scheduler: Class name of the scheduler.
-        steps: Number of inference steps.
-        samples: Samples behind every error.
-        guidance_scale: Classifier-free guidance; 1 for none.
-        seed: Of the noise.
-        macs_full: Multiply-accumulates per image of full compute.
-        points: In the order of the values.
-        baseline: Fewer steps at about the MACs of the points, most steps first.
-    """
-
-    policy: str
-    knobs: tuple[str, ...]
-    model: str
-    scheduler: str
-    steps: int
-    samples: int
-    guidance_scale: float
-    seed: int
-    macs_full: int
-    points: tuple[SweepPoint, ...]
-    baseline: tuple[FewerSteps, ...]
-
-    @property
-    def front(self) -> list[SweepPoint]:
-        """The points that no other one equals or beats in MACs and in error, fewest MACs first."""
-        return [self.points[i] for i in pareto_front([(point.macs, point.error) for point in self.points])]
-
-    @property
-    def knee(self) -> SweepPoint | None:
-        """Where saving more MACs begins to cost more than it did (`find_knee`), if there is such a point."""
-        index = find_knee([(point.macs, point.error) for point in self.points])
-        return None if index is None else self.points[index]
-
-    def fewer_steps_error(self, macs: float) -> float | None:
-        """The error of fewer steps at these MACs, linear between whole numbers of steps; None below the fewest measured."""
-        known = sorted([(float(b.macs), b.error) for b in self.baseline] + [(float(self.macs_full), 0.0)])
-        for (low, high_error), (high, low_error) in zip(known, known[1:], strict=False):
-            if low <= macs <= high:
-                return high_error + (low_error - high_error) * (macs - low) / (high - low)
-        return known[0][1] if macs == known[0][0] else None
-
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Error against MACs with the knee and the baseline; written to `path` where given."""
-        from stepgraph.compiler.sweep_plot import plot_sweep
-
-        return plot_sweep(self, path)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without the plans."""
-        facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("points", "baseline")}
-        knee = self.knee
-        points = [
-            {
-                "value": point.value,
-                "macs": point.macs,
-                "fewer_macs": self.macs_full / point.macs if point.macs else None,
-                "error": point.error,
-                "standard_error": point.standard_error,
-                "fewer_steps_error": self.fewer_steps_error(point.macs),
-            }
-            for point in self.points
-        ]
-        return facts | {
-            "points": points,
-            "baseline": [asdict(point) for point in self.baseline],
-            "knee": None if knee is None else knee.value,
-        }
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (MACs, error) that no other point equals or beats in both, fewest MACs first; of equal ones the first.
-
-    Points without error, whose logarithm has no place on the axis, and those that are not finite are left out.
-    """
-    found: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: (*points[i], i)):
-        if 0 < points[i][1] < math.inf and (not found or points[i][1] < points[found[-1]][1]):
-            found.append(i)
-    return found
-
-
-def find_knee(points: Sequence[tuple[float, float]]) -> int | None:
-    """Index of the knee among (MACs, error): the point of the front that lies farthest below its chord.
-
-    MACs and log error are scaled to 0..1 over the front; the chord joins the front's two ends. There is no knee where the front
-    has fewer than three points, or none of them lies below the chord by more than rounding.
-    """
-    front = pareto_front(points)
-    if len(front) < 3:
-        return None
-    (left, highest), (right, lowest) = points[front[0]], points[front[-1]]
-
-    def depth(i: int) -> float:
-        # In the scaled plane the chord is x + y = 1, and the distance from it (1 - x - y) / sqrt(2).
-        x = (points[i][0] - left) / (right - left)
-        return 1 - x - math.log(points[i][1] / lowest) / math.log(highest / lowest)
-
-    deepest = max(front, key=depth)
-    return deepest if depth(deepest) > 1e-9 else None
 
 
 def sweep(
@@ -196,7 +52,7 @@ def sweep(
         seed: Of the noise.
         batch: Most samples that are run at once.
         arguments: The policy's other arguments.
-        on_step: Called with (what is running, evaluations done, evaluations in all).
+        on_step: Called with (what is running, steps done, steps in all).
 
     Raises:
         PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
@@ -205,48 +61,35 @@ def sweep(
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]
     _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
-    steps = stats.header.steps if steps is None and stats is not None else steps
-    guided = guidance_scale > 1
-    plans = [
-        make_plan(
-            policy, stats, model=model, scheduler=scheduler, steps=steps, guidance="batched" if guided else "none",
-            **fixed, **dict.fromkeys(knobs, value),
-        )
-        for value in values
-    ]  # fmt: skip
-    header = plans[0].header
-    evaluation = header.macs * (2 if guided else 1)
-    run = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
+    guidance = "batched" if guidance_scale > 1 else "none"
+    base = {"model": model, "scheduler": scheduler, "steps": stats.header.steps if steps is None and stats else steps}
+    plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
     shorter = _neighbours(plans, scheduler)
     # Values that make the same plan are run once, under the first one's name.
-    distinct = {plan.rows: i for i, plan in reversed(list(enumerate(plans)))}
-    total = header.steps + sum(shorter) + header.steps * len(distinct)
-    report = on_step or (lambda name, done, total: None)
-    done = 0
-
-    def measured(name: str, runner: Any, number: int) -> torch.Tensor:
-        nonlocal done
-        before, done = done, done + number
-        return run.latents(runner, number, lambda d: report(name, before + round(d * number), total))
-
-    reference = measured("full compute", model, header.steps)
-    baseline = []
-    for number in shorter:
-        macs = evaluation * len(prepare_scheduler(scheduler, number).timesteps)
-        found = _error(measured(f"fewer steps: {number}", model, number), reference)
-        baseline.append(FewerSteps(macs, *found, number))
+    distinct = sorted({plan.rows: i for i, plan in reversed(list(enumerate(plans)))}.values())
+    header = plans[0].header
+    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
+    runs.begin(header.steps, header.steps * (1 + len(distinct)) + sum(shorter), on_step)
+    branches = 2 if guidance == "batched" else 1
+    baseline = tuple(
+        FewerSteps(
+            branches * header.macs * len(prepare_scheduler(scheduler, number).timesteps),
+            *runs.error(f"fewer steps: {number}", model, number),
+            number,
+        )
+        for number in shorter
+    )
     errors = {}
-    for rows, i in sorted(distinct.items(), key=lambda entry: entry[1]):
-        inputs = example_inputs(model, run.rows(min(batch, samples)))
-        executable = compile_plan(model, plans[i], inputs, CompileConfig("eager"))
-        errors[rows] = _error(measured(f"{', '.join(knobs)} = {values[i]}", executable, header.steps), reference)
+    for i in distinct:
+        executable = compile_plan(model, plans[i], example_inputs(model, runs.rows), CompileConfig("eager"))
+        errors[plans[i].rows] = runs.error(f"{', '.join(knobs)} = {values[i]}", executable, header.steps)
     points = tuple(
-        SweepPoint(plan.summary().macs * (2 if guided else 1), *errors[plan.rows], value, plan)
+        SweepPoint(branches * plan.summary().macs, *errors[plan.rows], value, plan)
         for value, plan in zip(values, plans, strict=True)
     )
     return Sweep(
         policy, knobs, header.model, header.scheduler, header.steps, samples, guidance_scale, seed,
-        evaluation * plans[0].steps, points, tuple(baseline),
+        branches * header.macs * plans[0].steps, points, baseline,
     )  # fmt: skip
 
 
@@ -278,15 +121,8 @@ def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def _error(latents: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """Mean relative L2 over the samples, and its standard error."""
-    errors = relative_errors(latents, reference)
-    spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
-    return float(errors.mean()), spread
-
-
 class _Runs:
-    """Sampling from one fixed noise and conditioning."""
+    """Sampling from one fixed noise and conditioning, compared with full compute; `rows` of the model's input at once."""
 
     def __init__(self, model: nn.Module, scheduler: Any, samples: int, guidance_scale: float, seed: int, batch: int) -> None:
         latents = next(iter(example_inputs(model).values()))
@@ -295,21 +131,32 @@ class _Runs:
         guided = {f"negative_{name}": value for name, value in uncond.items()} if guidance_scale > 1 else {}
         self.noise = noise.to(latents.device, model_dtype(model)).split(batch)
         self.conditioning = {name: value.split(batch) for name, value in (cond | guided).items()}
-        self.scheduler, self.guidance_scale = scheduler, guidance_scale
+        self.model, self.scheduler, self.guidance_scale = model, scheduler, guidance_scale
+        self.rows = len(self.noise[0]) * (2 if guidance_scale > 1 else 1)
 
-    def rows(self, samples: int) -> int:
-        """Rows of the model's input for this many samples."""
-        return samples * (2 if self.guidance_scale > 1 else 1)
+    def begin(self, steps: int, total: int, on_step: Callable[[str, int, int], None] | None) -> None:
+        """Run full compute in `steps` steps; `total` steps follow in all, this run's included."""
+        self.done, self.total, self.on_step = 0, total, on_step
+        self.reference = self._latents("full compute", self.model, steps)
 
-    def latents(self, runner: Any, steps: int, on_share: Callable[[float], None]) -> torch.Tensor:
-        """Final latents [samples, ...] on the CPU; `on_share` is told the share done."""
+    def error(self, name: str, runner: Any, steps: int) -> tuple[float, float]:
+        """Mean relative L2 over the samples, and its standard error."""
+        errors = relative_errors(self._latents(name, runner, steps), self.reference)
+        spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
+        return float(errors.mean()), spread
+
+    def _latents(self, name: str, runner: Any, steps: int) -> torch.Tensor:
+        """Final latents [samples, ...] on the CPU."""
         results = []
         for number, noise in enumerate(self.noise):
-            chosen = {name: parts[number] for name, parts in self.conditioning.items()}
+            chosen = {key: parts[number] for key, parts in self.conditioning.items()}
 
             def advance(step: int, all_steps: int, part: int = number) -> None:
-                on_share((part + step / all_steps) / len(self.noise))
+                share = (part + step / all_steps) / len(self.noise)
+                if self.on_step is not None:
+                    self.on_step(name, self.done + round(share * steps), self.total)
 
             result = sample(runner, self.scheduler, noise, self.guidance_scale, steps=steps, on_step=advance, **chosen)
             results.append(result.cpu())
+        self.done += steps
         return torch.cat(results)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stepgraph.compiler.sweep import Sweep, SweepPoint
+    from stepgraph.compiler.sweep_result import Sweep, SweepPoint
 
 CACHED, FEWER, KNEE = "#1b3a5c", "#8c8c8c", "#c8553d"
 
@@ -29,8 +29,9 @@ def plot_sweep(sweep: "Sweep", path: str | Path | None = None) -> "Figure":
     _series(axis, shorter, FEWER, "s--", f"{sweep.scheduler} in fewer steps")
     for fewer in shorter:
         _annotate(axis, fewer, str(fewer.steps), FEWER, (-5, -12))
+    best = {(point.macs, point.error) for point in sweep.front}
     _series(axis, sweep.front, CACHED, "o-", f"{sweep.policy}, {', '.join(sweep.knobs)}")
-    _series(axis, [point for point in shown if point not in sweep.front], CACHED, "o", None)
+    _series(axis, [point for point in shown if (point.macs, point.error) not in best], CACHED, "o", None)
     for point, text in _labels(shown):
         _annotate(axis, point, text, CACHED, (7, 5))
     _mark_knee(axis, sweep)
@@ -75,7 +76,7 @@ def _annotate(axis: "Axes", point: Any, text: str, colour: str, offset: tuple[in
 def _mark_knee(axis: "Axes", sweep: "Sweep") -> None:
     knee = sweep.knee
     if knee is not None:
-        ring = {"markersize": 15, "markerfacecolor": "none", "markeredgecolor": KNEE, "markeredgewidth": 2.0}
+        ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgecolor": KNEE, "markeredgewidth": 2.0}
         axis.plot([knee.macs / 1e9], [knee.error], "o", label=f"knee: {_text(knee.value)}", **ring)
     else:
         axis.plot([], [], " ", label="no knee")

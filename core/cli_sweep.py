@@ -27,7 +27,8 @@ from stepgraph.cli_common import (
 from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.compiler.sweep import Sweep, sweep
+from stepgraph.compiler.sweep import sweep
+from stepgraph.compiler.sweep_result import Sweep
 from stepgraph.plan import PlanError
 
 
@@ -96,7 +97,7 @@ def parse_values(
         raise PlanError(f"--log needs a range above 0; got {start:g} to {stop:g}")
     spaced = (np.geomspace if log else np.linspace)(start, stop, points)
     # Rounded to what a person would have typed.
-    numbers = [float(f"{number:.6g}") for number in spaced.tolist()]
+    numbers = [float(f"{number:.4g}") for number in spaced.tolist()]
     record = policies().get(policy)
     types = {argument.name: argument.type for argument in record.arguments} if record is not None else {}
     whole = all(types.get(name, "").startswith("int") for name in knobs)

@@ -8,7 +8,8 @@ import torch
 def relative_errors(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """||value - reference|| / ||reference|| of each sample, [B] float64; both [B, ...]."""
     value, reference = value.double().flatten(1), reference.double().flatten(1)
-    return (value - reference).norm(dim=1) / reference.norm(dim=1)
+    errors: torch.Tensor = (value - reference).norm(dim=1) / reference.norm(dim=1)
+    return errors
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from oracle import run_loop
 from PIL import Image
 
 import stepgraph as sg
-from stepgraph.compiler.sweep import find_knee, pareto_front
+from stepgraph.compiler.sweep_result import find_knee, pareto_front
 from stepgraph.plan import PlanError
 
 STEPS, SAMPLES = 6, 3
