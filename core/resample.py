@@ -23,8 +23,8 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
     one does where it did before. A row that does not compute takes the letter of the nearest old row that does not. Sites
     with equal columns (the outputs of a joint attention) keep equal columns, and the same number of steps gives the same rows.
 
-    What a policy made sure of between rows of different sites is not known here: where InvarDiff refreshes every module right
-    after a reused step, the resampled plan may refresh one of them a row later.
+    A site that the old plan refreshes right after every reused step that it is DEAD in, as InvarDiff does, keeps that: where a
+    refresh is missing, the nearest other computed row moves there, as far as there are any.
 
     Args:
         plan: The plan.
@@ -96,10 +96,13 @@ def _resampled_rows(plan: CachePlan, steps: int) -> tuple[str, ...]:
     # What is decided so far of every new row: the letters of the sites from the one at hand to the last.
     rows = [""] * steps
     for i in reversed(range(len(plan.sites))):
-        old = "".join(row[i] for row in plan.rows if row[i] != DEAD)
+        was_live = [step for step, row in enumerate(plan.rows) if row[i] != DEAD]
+        old = "".join(plan.rows[step][i] for step in was_live)
         live = [step for step in range(steps) if is_live(rows[step])]
         computed = min(len(live), max(1, _rounded(Fraction(old.count(COMPUTE) * steps, plan.steps))))
-        letters = dict(zip(live, resampled_letters(old, len(live), computed), strict=True))
+        refreshed = all(old[place] == COMPUTE for place in _after_gaps(was_live))
+        stretched = resampled_letters(old, len(live), computed, _after_gaps(live) if refreshed else ())
+        letters = dict(zip(live, stretched, strict=True))
         rows = [letters.get(step, DEAD) + row for step, row in enumerate(rows)]
     return tuple(rows)
 
@@ -115,15 +118,25 @@ def _liveness(sites: Sequence[Site]) -> Callable[[str], bool]:
     return is_live
 
 
-def resampled_letters(old: str, length: int, computed: int) -> str:
+def _after_gaps(live: Sequence[int]) -> list[int]:
+    """Places in `live`, a site's live rows, that a row in which it is DEAD lies right before."""
+    return [place for place in range(1, len(live)) if live[place] != live[place - 1] + 1]
+
+
+def resampled_letters(old: str, length: int, computed: int, refreshes: Sequence[int] = ()) -> str:
     """One site's letters over its live rows, stretched to `length` rows of which `computed` compute.
 
     Args:
         old: The letters of the old plan's live rows, at least one of them; the first is COMPUTE.
         length: Number of live rows in the new plan.
         computed: How many of them compute, 1..length.
+        refreshes: Rows, besides the first, that are to be among the computed ones.
     """
     places = _stretched([s for s, letter in enumerate(old) if letter == COMPUTE], len(old), length, computed)
+    for row in refreshes:
+        spare = places - {0, *refreshes}
+        if row not in places and spare:
+            places = places - {min(spare, key=lambda place: (abs(place - row), place))} | {row}
     others = [s for s, letter in enumerate(old) if letter != COMPUTE]
     scale = Fraction(len(old), length)
 

@@ -123,6 +123,17 @@ def test_a_whole_step_pattern_resamples_with_everything_inside_it():
     assert column(found, "output") == "C" * 6
 
 
+@pytest.mark.parametrize("steps", [15, 17, 30, 47, 90])
+def test_modules_are_refreshed_after_a_reused_step_where_they_were(steps):
+    hidden, attn = "CCRRCRRRRCCCRRCCCRRCCCCC", "CCCCCCCCCCRRCCCRRCCCRCRC"
+    plan = plan_of(24, hidden=hidden, attn=attn, ff=attn.replace("CRR", "CCR"))
+    for name in ("blocks.0.attn", "blocks.1.ff:1"):
+        letters, before = column(resampled(plan, steps), name), column(plan, name)
+        assert ".R" not in letters
+        assert ".C" in letters
+        assert abs(letters.count("C") - before.count("C") * steps / 24) < 1
+
+
 def test_the_nearest_other_action_is_taken():
     plan = plan_of(8, ff="CLLLCFFF")
     assert column(resampled(plan, 16), "blocks.0.ff") == "CLLLCLLLCFFFCFFF"
