@@ -1,36 +1,38 @@
 """What the policies cost in quality on glyph-dit, against full compute and against fewer steps of the same sampler.
 
-    python -m stepgraph.bench.quality --scheduler ddim --steps 20 --samples 256 --out out/quality
+    python -m stepgraph.bench.quality --scheduler ddim --steps 20 --out bench/results
 
-Every plan's knob is set so that it computes about 1/2 or 1/3 of the MACs. All runs start from the same noise; the error is the
-relative L2 of the final image against full compute of the same sampler, with its standard error over the samples. `fewer steps`
-is the same sampler run in fewer steps at equal MACs: the baseline that a cache has to beat. `other seed` is full compute from
-other noise: how far apart unrelated images are.
+Every plan's knob is set so that it computes about 1/2 or 1/3 of the MACs. All runs start from the same noise, in groups of
+one seed each; the error is the relative L2 of the final image against full compute of the same sampler, with its standard error
+over the images and the spread of the seeds' means. `fewer steps` is the same sampler run in fewer steps: the baseline that a
+cache has to beat. `versus_fewer_steps` is a row's error over that of fewer steps at equal MACs (interpolated between the step
+counts measured): below 1 the cache pays. `other seed` is full compute from other noise: how far apart unrelated images are.
+
+With --finalists N, full compute, fewer steps and the best plans at the first target are sampled again, N images each, for
+classifier accuracy and Fréchet distance, which need thousands of images to mean anything.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stepgraph.bench.paired import BATCH, Host
+from stepgraph.bench.quality_plot import plot_quality
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.calibrate import calibrate
-from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.make_plan import make_plan
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.router_settings import settings_of
 from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.config import CompileConfig
-from stepgraph.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
-from stepgraph.metrics import psnr
-from stepgraph.plan import CachePlan
-from stepgraph.runtime.sampler import sample
+from stepgraph.compiler.train_router import train_router
+from stepgraph.plan import CachePlan, PlanError
 
 TARGETS = (2.0, 3.0)
 
@@ -54,24 +56,62 @@ class Knob:
     phase2: bool = False
 
 
-KNOBS = {
-    "interval (FORA)": Knob(lambda s, x: make_plan("interval", s, every=int(x)), 1, 8, whole=True),
-    "interval, hidden": Knob(lambda s, x: make_plan("interval", s, every=int(x), kinds=["hidden"]), 1, 8, whole=True),
-    "interval, output": Knob(lambda s, x: make_plan("interval", s, every=int(x), kinds=["output"]), 1, 8, whole=True),
-    "smoothcache": Knob(lambda s, x: make_plan("smoothcache", s, alpha=x), 0, 4),
-    "smoothcache, per layer": Knob(lambda s, x: make_plan("smoothcache", s, alpha=x, per_layer=True), 0, 4),
-    "magcache": Knob(lambda s, x: make_plan("magcache", s, threshold=x, max_skip=5, retention=0.1), 0, 4),
-    "invardiff, steps and modules": Knob(
-        lambda s, x: make_plan("invardiff", s, step=x, attn=x / 3, ff=x / 3, phase2=False), 0, 1
-    ),
-    "invardiff, steps and modules, phase 2": Knob(
-        lambda s, x: make_plan("invardiff", s, step=x, attn=x / 3, ff=x / 3, phase2=False), 0, 1, phase2=True
-    ),
-    "invardiff, modules": Knob(lambda s, x: make_plan("invardiff", s, step=0.0, attn=x, ff=x, phase2=False), 0, 1),
-    "invardiff, lagged metric": Knob(
-        lambda s, x: make_plan("invardiff", s, step=0.0, attn=x, ff=x, metric="lagged", phase2=False), 0, 1
-    ),
+def invardiff(modules_only: bool = False, phase2: bool = False, **arguments: Any) -> Knob:
+    """InvarDiff with one quantile for the steps and a third of it for the modules, or for the modules alone."""
+
+    def make(stats: CalibrationStats, x: float) -> CachePlan:
+        taus = {"step": 0.0, "attn": x, "ff": x} if modules_only else {"step": x, "attn": x / 3, "ff": x / 3}
+        return make_plan("invardiff", stats, phase2=False, **{**taus, **arguments})
+
+    return Knob(make, 0, 1, phase2=phase2)
+
+
+def whole(policy: str, name: str, low: int, high: int, **arguments: Any) -> Knob:
+    """A policy whose knob is a whole number."""
+    return Knob(lambda s, x: make_plan(policy, s, **{name: round(x)}, **arguments), low, high, whole=True)
+
+
+def smooth(policy: str, name: str, high: float, **arguments: Any) -> Knob:
+    """A policy whose knob is a threshold."""
+    return Knob(lambda s, x: make_plan(policy, s, **{name: x}, **arguments), 0, high)
+
+
+def by_budget(stats: CalibrationStats, x: float) -> CachePlan:
+    """ProCache with a full step for every x steps, in segments as long as its paper's and no shorter than needed."""
+    steps = len(stats.header.timesteps)
+    return make_plan("procache", stats, budget=max(math.ceil(steps / 5), round(steps / x)), shortest=1, longest=5, candidates=5)
+
+
+KNOBS: dict[str, Knob] = {
+    "FORA (interval)": whole("interval", "every", 1, 8),
+    "interval, hidden": whole("interval", "every", 1, 8, kinds=["hidden"]),
+    "interval, output": whole("interval", "every", 1, 8, kinds=["output"]),
+    "SmoothCache": smooth("smoothcache", "alpha", 4),
+    "SmoothCache, per layer": smooth("smoothcache", "alpha", 4, per_layer=True),
+    "MagCache": smooth("magcache", "threshold", 4, max_skip=5, retention=0.1),
+    "TeaCache": smooth("teacache", "threshold", 4),
+    "DeepCache, modules": whole("deepcache", "every", 1, 12),
+    "DeepCache, output": whole("deepcache", "every", 1, 12, first=0, last=8, reuse="output"),
+    "ProCache": Knob(by_budget, 1, 5),
+    "InvarDiff": invardiff(phase2=True),
+    "InvarDiff, no phase 2": invardiff(),
+    "InvarDiff, modules": invardiff(modules_only=True, phase2=True),
+    "InvarDiff, steps only": invardiff(attn=0.0, ff=0.0, phase2=True),
+    "InvarDiff, lagged": invardiff(metric="lagged"),
+    "InvarDiff, lagged, modules": invardiff(modules_only=True, metric="lagged"),
 }
+
+
+def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
+    """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
+    bar = progress.add_task(f"training routers, runs of {run}", total=settings_of("quick", {}).iterations)
+    settings = settings_of("quick", {"run": run})
+    router = train_router(
+        host.model, host.scheduler, steps=host.steps, settings=settings, on_step=lambda d, _: progress.update(bar, completed=d)
+    )
+    path = folder / f"router-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
+    router.save(path)
+    return Knob(lambda s, x: make_plan("l2c", s, theta=x, router=str(path)), 0, 1)
 
 
 def tuned(knob: Knob, stats: CalibrationStats, target: float) -> tuple[float, CachePlan]:
@@ -80,84 +120,156 @@ def tuned(knob: Knob, stats: CalibrationStats, target: float) -> tuple[float, Ca
         values = [float(x) for x in range(int(knob.low), int(knob.high) + 1)]
     else:
         values, low, high = [], knob.low, knob.high
-        for _ in range(24):
+        for _ in range(20):
             middle = (low + high) / 2
             values.append(middle)
             low, high = (middle, high) if knob.make(stats, middle).summary().ideal_speedup < target else (low, middle)
-    plans = [
-        (abs(plan.summary().ideal_speedup - target), value, plan) for value in values for plan in [knob.make(stats, value)]
-    ]
+    plans = [(abs(p.summary().ideal_speedup - target), value, p) for value in values for p in [knob.make(stats, value)]]
     nearest = min(plans, key=lambda entry: entry[0])
     return nearest[1], nearest[2]
 
 
+def corrected(host: Host, stats: CalibrationStats, plan: CachePlan) -> CachePlan:
+    """The plan with InvarDiff's phase 2."""
+    arguments = {**plan.header.arguments, "phase2": True}
+    return make_plan("invardiff", stats, model=host.model, scheduler=host.scheduler, **arguments)
+
+
+class Baseline:
+    """Fewer steps of the same sampler: errors by step count, and between them by interpolation."""
+
+    def __init__(self, steps: int, rows: list[dict[str, Any]]) -> None:
+        self.points = sorted((1 / row["fewer_macs"], math.log(row["relative_l2"])) for row in rows)
+        self.steps = steps
+
+    def error_at(self, fewer_macs: float) -> float | None:
+        """The error of fewer steps at these MACs, log-linear in them; None outside what was measured."""
+        share = 1 / fewer_macs
+        for (low, first), (high, second) in zip(self.points, self.points[1:], strict=False):
+            if low - 1e-9 <= share <= high + 1e-9:
+                return math.exp(first + (second - first) * (share - low) / (high - low))
+        return None
+
+
+def fewer_steps(steps: int) -> list[int]:
+    """The step counts to measure: every one from a quarter to three quarters of the steps, or every second of many."""
+    low, high = max(2, round(steps / 4.4)), round(steps / 1.3)
+    return sorted({*range(low, high + 1, 1 if steps <= 25 else 3), round(steps / 2), round(steps / 3)})
+
+
+def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict[str, Knob]) -> list[dict[str, Any]]:
+    """All rows."""
+    counts = fewer_steps(host.steps)
+    bar = progress.add_task("", total=len(counts) + 1 + len(TARGETS) * len(knobs))
+    other = Host(host.scheduler_name, host.steps, host.guidance, [1000 + s for s in host.seeds], host.per_seed, host.device)
+    rows = [{"name": "other seed", "fewer_macs": 1.0, **host.compare(other.reference)}]
+    progress.advance(bar)
+    for count in counts:
+        progress.update(bar, description=f"{count} steps", advance=1)
+        compared = host.compare(host.images(host.model, count))
+        rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
+    baseline = Baseline(host.steps, rows[1:])
+    for target in TARGETS:
+        for name, knob in knobs.items():
+            progress.update(bar, description=f"{name} {target:g}x", advance=1)
+            try:
+                value, plan = tuned(knob, stats, target)
+            except PlanError as error:
+                rows.append({"name": name, "target": target, "impossible": str(error)})
+                continue
+            plan = corrected(host, stats, plan) if knob.phase2 else plan
+            fewer = plan.summary().ideal_speedup
+            row = {
+                "name": name,
+                "target": target,
+                "fewer_macs": fewer,
+                "knob": value,
+                **host.compare(host.images(host.compiled(plan))),
+            }
+            equal = baseline.error_at(fewer)
+            row["versus_fewer_steps"] = row["relative_l2"] / equal if equal else None
+            rows.append({**row, "rows": list(plan.rows)})
+    return rows
+
+
+def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: CalibrationStats, progress: Progress) -> Any:
+    """Accuracy and Fréchet distances over many images: full compute, fewer steps, the best three plans of the first target."""
+    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, [7000], arguments.finalists, arguments.device)
+    real = host.real_features()
+    at_target = [row for row in rows if row.get("target") == TARGETS[0] and "relative_l2" in row]
+    # A plan that misses the target's MACs by far is no rival of the others.
+    near = [row for row in at_target if abs(row["fewer_macs"] / TARGETS[0] - 1) < 0.12]
+    best = sorted(near, key=lambda row: row["relative_l2"])[:3]
+    bar = progress.add_task("finalists", total=(1 + len(best)) * -(-host.count // BATCH))
+    found = [{"name": "full", "fewer_macs": 1.0, **host.compare(host.reference), **host.frechet(host.reference, real)}]
+    count = round(arguments.steps / TARGETS[0])
+    runs: list[tuple[str, float, Any, int]] = [("fewer steps", arguments.steps / count, host.model, count)]
+    for row in best:
+        plan = CachePlan(stats.header, stats.sites, tuple(row["rows"]))
+        runs.append((row["name"], row["fewer_macs"], host.compiled(plan), arguments.steps))
+    for name, fewer, runner, steps in runs:
+        images = host.images(runner, steps, on_batch=lambda: progress.advance(bar))
+        found.append({"name": name, "fewer_macs": fewer, **host.compare(images), **host.frechet(images, real)})
+    return {"images": host.count, "rows": found}
+
+
+def show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """A table on the terminal."""
+    table = Table(title=title)
+    for column in ("", *columns):
+        table.add_column(column.replace("_", " "), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(row["name"], *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+    Console(width=140).print(table)
+
+
 def main() -> None:
-    """Measure and write `quality-<scheduler>-<steps>.json`."""
+    """Measure and write `quality-<scheduler>-<steps>.json` and `.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=256, help="images, in four groups of one seed each")
+    parser.add_argument("--finalists", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--only", nargs="*", default=list(KNOBS), help="names of policies, in this file")
+    parser.add_argument("--routers", nargs="*", type=int, default=[1, 2, 3], help="L2C: routed steps after each full one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
-    device, steps, count = arguments.device, arguments.steps, arguments.samples
-    model, scheduler = load_model("glyph-dit", device), load_scheduler("glyph-dit", arguments.scheduler)
-    classifier = load_classifier()
-    labels = torch.arange(count, device=device) % len(CLASSES)
-    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
-
-    def images(runner: Any, number: int, seed: int = 0) -> torch.Tensor:
-        noise = torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device)
-        return sample(runner, scheduler, noise, arguments.guidance, steps=number, **conditioning).cpu()
-
-    reference = images(model, steps)
-    features = classifier.features(reference.clamp(-1, 1))
-
-    def row(name: str, macs: float, result: torch.Tensor, **extra: Any) -> dict[str, Any]:
-        errors = (result - reference).double().flatten(1).norm(dim=1) / reference.double().flatten(1).norm(dim=1)
-        distance = (classifier.features(result.clamp(-1, 1)) - features).norm(dim=1).mean()
-        return {
-            "name": name,
-            "fewer_macs": macs,
-            "relative_l2": float(errors.mean()),
-            "standard_error": float(errors.std() / count**0.5),
-            "psnr": psnr(result, reference),
-            "feature_distance": float(distance),
-            "accuracy": accuracy(classifier, result, labels),
-            **extra,
-        }
-
-    with torch.no_grad(), Progress() as progress:
-        bar = progress.add_task("calibrating", total=len(TARGETS) * (len(KNOBS) + 1) + 1)
-        stats = calibrate(model, scheduler, steps=steps, samples=arguments.calibration, seed=1000)
-        rows = [row("other seed", 1.0, images(model, steps, seed=1))]
-        progress.advance(bar)
-        for target in TARGETS:
-            fewer = round(steps / target)
-            progress.update(bar, description=f"fewer steps {target:g}x", advance=1)
-            rows.append(row("fewer steps", steps / fewer, images(model, fewer), target=target, knob=fewer))
-            for name, knob in KNOBS.items():
-                progress.update(bar, description=f"{name} {target:g}x", advance=1)
-                value, plan = tuned(knob, stats, target)
-                if knob.phase2:
-                    fixed = {**plan.header.arguments, "phase2": True}
-                    plan = make_plan("invardiff", stats, model=model, scheduler=scheduler, **fixed)
-                executable = compile_plan(model, plan, example_inputs(model, 2 * count), CompileConfig("eager"))
-                rows.append(row(name, executable.macs().ideal_speedup, images(executable, steps), target=target, knob=value))
-    table = Table(title=f"glyph-dit, {type(scheduler).__name__} {steps}, guidance {arguments.guidance:g}, N = {count}")
-    columns = ("fewer_macs", "relative_l2", "standard_error", "psnr", "feature_distance", "accuracy", "knob")
-    for column in ("", *columns):
-        table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    for entry in rows:
-        table.add_row(entry["name"], *(f"{entry[c]:.4g}" if c in entry else "" for c in columns))
-    Console(width=130).print(table)
+    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
+    stats = calibrate(
+        host.model, host.scheduler, steps=arguments.steps, samples=arguments.calibration, seed=1000, channels=False
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress, TemporaryDirectory() as folder:
+        knobs = {name: KNOBS[name] for name in arguments.only}
+        for run in arguments.routers:
+            knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
+        rows = measure(host, stats, progress, knobs)
+        final = finalists(arguments, rows, stats, progress) if arguments.finalists else None
+    name = f"{type(host.scheduler).__name__} {arguments.steps}, guidance {arguments.guidance:g}, N = {host.count}"
+    columns = (
+        "fewer_macs",
+        "relative_l2",
+        "standard_error",
+        "seed_spread",
+        "psnr",
+        "feature_distance",
+        "versus_fewer_steps",
+        "knob",
+    )
+    show(f"glyph-dit, {name}", rows, columns)
+    if final:
+        show(f"N = {final['images']}", final["rows"], ("fewer_macs", "relative_l2", "accuracy", "frechet_real", "frechet_full"))
     results = {
-        "model": "glyph-dit", "scheduler": type(scheduler).__name__, "steps": steps, "samples": count,
-        "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration, "rows": rows,
+        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": arguments.steps, "samples": host.count,
+        "seeds": list(host.seeds), "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration,
+        "rows": rows, "finalists": final,
     }  # fmt: skip
-    write_record(arguments.out / f"quality-{arguments.scheduler}-{steps}.json", device, results)
+    path = arguments.out / f"quality-{arguments.scheduler}-{arguments.steps}.json"
+    write_record(path, arguments.device, results)
+    plot_quality(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,27 @@
-"""The one-line use: plan, compile and attach."""
+"""The one-line use: calibrate, plan, compile and attach, with what is already on disk."""
 
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
-from stepgraph.compiler.describe import example_inputs
+from torch import nn
+
+from stepgraph.compiler.calibrate import calibrate, digest
+from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.config import CompileConfig, CompileError
+from stepgraph.env import get_logger, read_env
+from stepgraph.files import writable_folder
+from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.executable import Executable
+
+T = TypeVar("T", CachePlan, CalibrationStats)
 
 
 def accelerate(
@@ -14,29 +29,98 @@ def accelerate(
     steps: int = 50,
     policy: str = "interval",
     *,
+    samples: int = 16,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    conditioning: Mapping[str, Any] | None = None,
+    allow_stochastic: bool = False,
     batch: int = 2,
     backend: str = "inductor",
     exact: bool = False,
+    cache: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
 ) -> Executable:
-    """Make a plan for a pipeline's transformer and scheduler, compile it and attach it.
+    """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
+
+    Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
 
     Args:
         pipe: A diffusers pipeline with a transformer.
         steps: The `num_inference_steps` it will be called with.
-        policy: Name of a policy that needs no calibration.
+        policy: Name of a policy; the model is calibrated where the policy needs it.
+        samples: Sampling runs of the calibration.
+        seed: Of their noise.
+        guidance_scale: Of the calibration's runs; 1 for none.
+        conditioning: What they are conditioned on, as for `stepgraph.calibrate`.
+        allow_stochastic: Go on although the sampler adds noise.
         batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
             sizes compile when they are first met.
         backend: "inductor" or "eager".
         exact: As in `stepgraph.compile`.
+        cache: The folder; that of STEPGRAPH_CACHE unless given.
+        on_step: Called with (evaluations done, evaluations in all) of what is measured.
         **arguments: The policy's own.
 
     Returns:
         The attached executable; `detach()` undoes it.
+
+    Raises:
+        PlanError: The policy is unknown or refuses its arguments, or the model or sampler cannot be calibrated.
+        CompileError: The pipeline has no transformer, or it cannot be compiled.
     """
     transformer = getattr(pipe, "transformer", None)
     if transformer is None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
-    plan = make_plan(policy, model=transformer, scheduler=pipe.scheduler, steps=steps, **arguments)
+    if policy not in POLICIES:
+        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
+    runs = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale, "conditioning": digest(conditioning)}
+    circumstances = _circumstances(transformer, pipe.scheduler, steps)
+    measured = POLICIES[policy].wants_stats(arguments)
+
+    def measure() -> CalibrationStats:
+        return calibrate(
+            transformer, pipe.scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
+            conditioning=conditioning, allow_stochastic=allow_stochastic, checkpoint=stats_file.with_suffix(".unfinished"),
+            on_step=on_step,
+        )  # fmt: skip
+
+    def decide() -> CachePlan:
+        stats = _kept(stats_file, CalibrationStats.load, measure) if measured else None
+        stats_file.with_suffix(".unfinished").unlink(missing_ok=True)
+        return make_plan(
+            policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
+            allow_stochastic=allow_stochastic, on_step=on_step, **arguments,
+        )  # fmt: skip
+
+    stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
+    planned = {**circumstances, **(runs if measured else {}), "policy": policy, "arguments": arguments}
+    plan = _kept(folder / f"plan-{policy}-{_key(planned)}.json", CachePlan.load, decide)
     executable = compile_plan(transformer, plan, example_inputs(transformer, batch), CompileConfig(backend, exact))
     return executable.attach(pipe)
+
+
+def _circumstances(model: nn.Module, scheduler: Any, steps: int) -> dict[str, Any]:
+    """What statistics and plans depend on beside their own arguments."""
+    return asdict(make_header(model, scheduler, steps, marked_graph(model)))
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def _kept(path: Path, load: Callable[[Path], T], make: Callable[[], T]) -> T:
+    """What lies on disk, or is made and put there; a damaged file is made anew, and that is said."""
+    if path.is_file():
+        try:
+            found = load(path)
+            get_logger("accelerate").info("found %s", path)
+            return found
+        except PlanError as error:
+            get_logger("accelerate").warning("%s; it is made anew", error)
+    made = make()
+    made.save(path)
+    get_logger("accelerate").info("wrote %s", path)
+    return made

@@ -1,6 +1,6 @@
 """What a plan's header says of a model, and whether a plan fits a model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> M
     return mark_sites(trace(model, inputs or example_inputs(model)), family)
 
 
-def input_shapes(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensor inputs without the batch dimension."""
-    return {name: tuple(value.shape[1:]) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+def input_shapes(inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensor inputs without the batch dimension, which those named `unbatched` do not have."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return {name: tuple(value.shape[name not in unbatched :]) for name, value in tensors.items()}
 
 
 def branches_of(guidance: str) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGrap
         fingerprint=fingerprint(model),
         steps=steps,
         **scheduler_facts(prepare_scheduler(scheduler, steps)),
-        shapes=input_shapes(marked.trace.inputs),
+        shapes=input_shapes(marked.trace.inputs, family_of(model).unbatched),
         dtype=dtype_name(model_dtype(model)),
         macs=marked.macs,
         guidance=guidance,
@@ -56,34 +57,37 @@ def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGrap
     )
 
 
-def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any]) -> None:
+def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> None:
     """Compare inputs with those a plan was made for; only the batch may differ.
+
+    Args:
+        plan: The plan.
+        inputs: The forward's arguments.
+        unbatched: Names of those that have no batch dimension.
 
     Raises:
         PlanError: An input is missing or new, or its shape or the latents' dtype differs.
     """
-    planned, given = plan.header.shapes, input_shapes(inputs)
+    planned, given = plan.header.shapes, input_shapes(inputs, unbatched)
     if set(planned) != set(given):
         raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(given)}")
     for name, shape in given.items():
         if shape != planned[name]:
+            sizes = [", ".join([*([] if name in unbatched else ["batch"]), *map(str, s)]) for s in (planned[name], shape)]
             raise PlanError(
-                f"the plan is for {name} of shape [batch, {', '.join(map(str, planned[name]))}]; given is "
-                f"[batch, {', '.join(map(str, shape))}]; make a plan for this resolution"
+                f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this resolution"
             )
-    latents = next(name for name in given)
-    if dtype_name(inputs[latents].dtype) != plan.header.dtype:
-        raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(inputs[latents].dtype)}")
-    empty = [
-        name for name, value in inputs.items() if isinstance(value, torch.Tensor) and (not value.ndim or not value.shape[0])
-    ]
+    batched = {name: inputs[name] for name in given if name not in unbatched}
+    latents = next(iter(batched))
+    if dtype_name(batched[latents].dtype) != plan.header.dtype:
+        raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")
+    empty = [name for name, value in batched.items() if not value.ndim or not value.shape[0]]
     if empty:
         raise PlanError(
-            f"the input {empty[0]} has no samples: its shape is {list(inputs[empty[0]].shape)}, expected [batch, ...]"
+            f"the input {empty[0]} has no samples: its shape is {list(batched[empty[0]].shape)}, expected [batch, ...]"
         )
-    if len({value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim}) != 1:
-        sizes = {name: value.shape[0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
-        raise PlanError(f"the inputs disagree on the batch size: {sizes}")
+    if len({value.shape[0] for value in batched.values()}) != 1:
+        raise PlanError(f"the inputs disagree on the batch size: { {name: v.shape[0] for name, v in batched.items()} }")
 
 
 def refuse_other_sites(plan: CachePlan, marked: MarkedGraph) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from stepgraph.compiler.describe import make_header, marked_graph
 from stepgraph.compiler.importers import IMPORTERS
 from stepgraph.plan import FORMAT, CachePlan, PlanError
+from stepgraph.runtime.sampler import refuse_stochastic
 
 
 def import_plan(
@@ -24,6 +25,7 @@ def import_plan(
     *,
     steps: int,
     example_inputs: Mapping[str, Any] | None = None,
+    allow_stochastic: bool = False,
     **options: Any,
 ) -> CachePlan:
     """Read a plan file of any known format, for a model and its schedule.
@@ -34,6 +36,7 @@ def import_plan(
         scheduler: A diffusers scheduler.
         steps: Number of inference steps.
         example_inputs: The forward's arguments, where the model's usual shapes are not meant.
+        allow_stochastic: Take the plan although the sampler adds noise.
         **options: The format's own, such as `theta` of an L2C router.
 
     Raises:
@@ -52,6 +55,8 @@ def import_plan(
     unknown = sorted(set(options) - set(takes))
     if unknown:
         raise PlanError(f"{path}: the format {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
+    if not allow_stochastic:
+        refuse_stochastic(scheduler, steps)
     marked = marked_graph(model, example_inputs)
     header = make_header(model, scheduler, steps, marked)
     try:

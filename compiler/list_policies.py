@@ -49,6 +49,7 @@ class PolicyRecord:
         source: The paper or repository it comes from.
         needs: "stats" where it needs calibration; "model" where it can run the model, with what that does under `services`.
             A policy that needs neither decides from the number of steps and the model's sites.
+        unless: The argument that stands in for calibration, where there is one.
         stats: What it takes from calibration, in the policy's own words.
         services: What `make_plan` hands in where it has the model, and what for.
         arguments: Its own arguments.
@@ -58,6 +59,7 @@ class PolicyRecord:
     summary: str
     source: str
     needs: tuple[str, ...]
+    unless: str | None
     stats: str
     services: Mapping[str, str]
     arguments: tuple[PolicyArgument, ...]
@@ -76,9 +78,8 @@ class PolicyRecord:
 
     def _needed(self) -> str:
         """What it needs, in words."""
-        needed = ["calibration (--stats)"] if "stats" in self.needs else []
-        if not needed and self.stats and not self.stats.startswith("Not used"):
-            needed = [f"--stats or what stands in for it: {self.stats[0].lower()}{self.stats[1:].rstrip('.')}"]
+        instead = f", or -a {self.unless}" if self.unless else ""
+        needed = [f"calibration (--stats{instead})"] if "stats" in self.needs else []
         if "model" in self.needs:
             needed.append(f"the model's weights, where it runs the model ({', '.join(self.services)})")
         return "; ".join(needed) or "nothing but the number of steps"
@@ -105,7 +106,8 @@ def describe_policy(name: str, policy: Policy) -> PolicyRecord:
         own.append(PolicyArgument(parameter.name, type_name(parameter.annotation), required, default, unit, meaning))
     needs = ("stats",) * policy.needs_stats + ("model",) * bool(services)
     summary = (inspect.getdoc(policy.decide) or "").split("\n\n")[0].replace("\n", " ")
-    return PolicyRecord(name, summary, policy.source, needs, documented.get("stats", ("", ""))[1], services, tuple(own))
+    stats = documented.get("stats", ("", ""))[1]
+    return PolicyRecord(name, summary, policy.source, needs, policy.unless, stats, services, tuple(own))
 
 
 def documented_arguments(function: Callable[..., Any]) -> dict[str, tuple[str, str]]:

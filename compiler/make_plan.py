@@ -2,19 +2,25 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import branches_of, make_header, marked_graph
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.rates import Metric
+from stepgraph.compiler.services import SERVICES, Services
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
-from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
+from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule, refuse_stochastic
+
+
+def runs_model(policy: str) -> bool:
+    """Whether making a plan with a policy can run the model, so that it needs its weights and not its structure alone."""
+    return policy in POLICIES and any(name in SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
 
 
 def make_plan(
@@ -26,6 +32,10 @@ def make_plan(
     steps: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     guidance: str = "batched",
+    conditioning: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    allow_stochastic: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -39,6 +49,10 @@ def make_plan(
         steps: Number of inference steps.
         example_inputs: The forward's arguments, where the model's usual shapes are not meant.
         guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
+        conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
+        metrics: Rates of one's own that the calibration was given, likewise.
+        allow_stochastic: Make a plan although the sampler adds noise.
+        on_step: Called with (evaluations done, evaluations in all) where the policy measures.
         **arguments: The policy's own.
 
     Raises:
@@ -51,21 +65,21 @@ def make_plan(
         _refuse_other_circumstances(stats, model, scheduler, steps)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
-    elif POLICIES[policy].needs_stats:
-        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...)")
+    elif POLICIES[policy].wants_stats(arguments):
+        instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...){instead}")
     elif model is None or scheduler is None or steps is None:
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
+        if not allow_stochastic:
+            refuse_stochastic(scheduler, steps)
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    own = dict(arguments)
-    if stats is not None and model is not None and scheduler is not None and "again" in _arguments_of(policy):
-        own["again"] = lambda reused: calibrate(
-            model, scheduler, steps=header.steps, samples=header.samples or 1, seed=header.seed or 0, provisional=reused
-        )
-    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **own)
-    defaults = {name: p.default for name, p in _arguments_of(policy).items() if name != "again" and p.default is not p.empty}
+    services = Services(header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, on_step)
+    offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
+    defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
     recorded = json.loads(json.dumps(defaults | arguments, default=str))
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
@@ -81,14 +95,19 @@ def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None
         refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
 
 
-def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
-    """A policy's own arguments by name."""
+def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's keyword parameters: its arguments and the services it asks for."""
     parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's own arguments by name."""
+    return {name: p for name, p in _parameters_of(policy).items() if name not in SERVICES}
+
+
 def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
-    own = {name: p for name, p in _arguments_of(policy).items() if name != "again"}
+    own = _arguments_of(policy)
     takes = f"it takes {', '.join(own)}" if own else "it takes none"
     unknown = sorted(set(arguments) - set(own))
     if unknown:

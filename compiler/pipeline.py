@@ -10,6 +10,7 @@ from torch import nn
 
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.lower import lower
+from stepgraph.compiler.models import family_of
 from stepgraph.compiler.specialize import specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
@@ -36,7 +37,7 @@ def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str,
 def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig) -> Program:
     """All stages for inputs of one signature."""
     clock = _Clock()
-    refuse_other_inputs(plan, inputs)
+    refuse_other_inputs(plan, inputs, family_of(model).unbatched)
     _refuse_other_device(model, inputs)
 
     # One graph of the whole forward, with a marker on every value that a plan can speak of.

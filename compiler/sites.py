@@ -4,16 +4,17 @@ A marker is an identity node behind the value of a site; everything that used th
 markers and never have to look for a site again.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from stepgraph.compiler.graphs import live_nodes, macs_of, storages_of, written_storages
-from stepgraph.compiler.models.family import Family
+from stepgraph.compiler.models.family import Family, Stack
 from stepgraph.compiler.trace import Trace
 from stepgraph.config import CompileError
-from stepgraph.plan import Site
+from stepgraph.plan import Site, joint_calls
 
 
 def site_value(value: torch.Tensor, stack_input: torch.Tensor | None = None, *, site: str) -> torch.Tensor:
@@ -64,24 +65,26 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
         marker.meta |= value.meta | {"mutates": frozenset(), "macs": 0, "marker": site}
         current[original] = ends[last] = marker
 
-    for path in blocks:
-        for child, kind in family.kinds.items():
+    for path, stack in blocks.items():
+        for child, kinds in stack.values.items():
             for number in range(_calls(trace, f"{path}.{child}")):
                 call = trace.calls[f"{path}.{child}", number]
-                for position, node in enumerate(call.outputs):
+                _refuse_other_outputs(f"{path}.{child}", len(call.outputs), kinds)
+                for position, (node, kind) in enumerate(zip(call.outputs, kinds, strict=True)):
                     mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
         call = trace.calls[path, 0]
-        mark(call.outputs[0], call.last, Site(path, "block"))
-    first, last = trace.calls[blocks[0], 0], trace.calls[blocks[-1], 0]
+        if stack.streams:
+            mark(call.outputs[0], call.last, Site(path, "block"))
+    first, last = (trace.calls[list(blocks)[end], 0] for end in (0, -1))
     tokens_in = _kept(graph, copies[first.inputs[0]], copies[first.before])
-    mark(last.outputs[0], last.last, Site("", "stack_residual"), tokens_in)
-    mark(last.outputs[0], last.last, Site("", "hidden"))
+    mark(last.outputs[family.tokens], last.last, Site("", "stack_residual"), tokens_in)
+    mark(last.outputs[family.tokens], last.last, Site("", "hidden"))
     output = next(iter(reversed(trace.graph.nodes)))
     if len(output.all_input_nodes) == 1:
         mark(output.all_input_nodes[0], output.prev, Site("", "output"))
     graph.lint()
-    _name_members(graph, family, blocks)
-    return _measured(trace, graph)
+    _name_members(graph, blocks)
+    return _measured(trace, graph, family)
 
 
 def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -94,48 +97,77 @@ def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
     return copy
 
 
-def _blocks(trace: Trace, family: Family) -> list[str]:
-    """Paths of the transformer blocks, in call order."""
-    paths = [path for path, number in trace.calls if path.rpartition(".")[0] == family.stack and number == 0]
-    if not paths:
-        raise CompileError(f"the model ran no block of {family.stack!r}, where its family keeps its transformer blocks")
-    return paths
+def _blocks(trace: Trace, family: Family) -> dict[str, Stack]:
+    """Paths of the transformer blocks in call order, each with what it holds."""
+    paths = [path for path, number in trace.calls if number == 0]
+    found = {path: stack for path in paths for stack in family.stacks if stack.holds(path)}
+    if not found:
+        places = ", ".join(stack.blocks for stack in family.stacks)
+        raise CompileError(f"the model ran no block at {places}, where its family keeps its transformer blocks")
+    return found
+
+
+def _refuse_other_outputs(path: str, outputs: int, kinds: tuple[str, ...]) -> None:
+    if outputs != len(kinds):
+        raise CompileError(
+            f"{path} returned {outputs} tensors; expected {len(kinds)} ({', '.join(kinds)}). Another attention processor, such "
+            f"as an IP adapter's? Take it off, or teach it to the family in compiler/models"
+        )
 
 
 def _calls(trace: Trace, path: str) -> int:
     return sum(1 for known, _ in trace.calls if known == path)
 
 
-def _name_members(graph: fx.Graph, family: Family, blocks: list[str]) -> None:
+def _name_members(graph: fx.Graph, blocks: Mapping[str, Stack]) -> None:
     """Write into every node's meta the name of the innermost module site it belongs to."""
-    members = {f"{path}.{child}" for path in blocks for child in family.kinds} | set(blocks)
+    members = {f"{path}.{child}" for path, stack in blocks.items() for child in stack.values}
+    members |= {path for path, stack in blocks.items() if stack.streams}
     for node in graph.nodes:
         inside = [key for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in members]
         if inside:
             node.meta["site"] = inside[-1].replace("@", "#")
 
 
-def _measured(trace: Trace, graph: fx.Graph) -> MarkedGraph:
+def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
     """Number the markers in graph order and measure what a reuse of each saves and how large its value is."""
     output = next(iter(reversed(graph.nodes)))
-    batch = next(iter(trace.inputs.values())).shape[0]
+    batch = next(value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched)
     total = macs_of(live_nodes([output]))
+    markers = [node for node in graph.nodes if "marker" in node.meta]
+    found: list[Site] = [node.meta["marker"] for node in markers]
+    saved = savings(markers, found, macs_of)
     sites = []
-    for node in graph.nodes:
-        if "marker" in node.meta:
-            value: torch.Tensor = node.meta["val"]
-            left = macs_of(live_nodes([output], cut=[node])) if len(node.args) == 1 else _macs_without_stack(output, node)
-            size = value.numel() * value.element_size() // batch
-            sites.append(replace(node.meta["marker"], macs=(total - left) // batch, bytes=size))
-            node.meta["marker"] = len(sites) - 1
+    for number, (node, site, macs) in enumerate(zip(markers, found, saved, strict=True)):
+        value: torch.Tensor = node.meta["val"]
+        sites.append(replace(site, macs=int(macs) // batch, bytes=value.numel() * value.element_size() // batch))
+        node.meta["marker"] = number
     return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
 
 
-def _macs_without_stack(output: fx.Node, marker: fx.Node) -> int:
-    """What is left when a stack residual is reused: its input tokens are still computed."""
-    stack_input = marker.args[1]
-    assert isinstance(stack_input, fx.Node)
-    return macs_of(live_nodes([output], cut=[marker]) | live_nodes([stack_input]))
+def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable[[set[fx.Node]], float]) -> list[float]:
+    """What a reuse of each marked site saves, by a measure of sets of nodes.
+
+    Only all outputs of a joint call together save the call itself: their figures add up to that.
+    """
+    saved = [measure(_saved_by([marker])) for marker in markers]
+    for members in joint_calls(sites):
+        first, *rest = members
+        saved[first] = measure(_saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
+    return saved
+
+
+def _saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that need not run where these markers' sites, and no others, are reused."""
+    output = next(iter(reversed(markers[0].graph.nodes)))
+    left = live_nodes([output], cut=markers)
+    for marker in markers:
+        if len(marker.args) > 1:
+            # A reused stack residual is added to the tokens that go into the stack.
+            stack_input = marker.args[1]
+            assert isinstance(stack_input, fx.Node)
+            left |= live_nodes([stack_input])
+    return live_nodes([output]) - left
 
 
 def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:

@@ -1,8 +1,10 @@
 """What calibration measures, and its file."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,40 +12,136 @@ from safetensors import SafetensorError, safe_open
 from stepgraph.files import save_tensors
 from stepgraph.plan import PlanError, PlanHeader, Site, parse_record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FORMAT = "stepgraph-stats"
-VERSION = 1
+VERSION = 2
 LAGS = 3
+CHANNELS = "channels/"
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationStats:
     """Statistics of a model's sites over real sampling runs, averaged over the samples.
 
+    The properties average over the branches; `of_branch` gives the statistics of one.
+
     Attributes:
         header: Model, scheduler and steps they belong to, with seed and number of samples.
-        sites: The model's sites.
-        magnitude: Mean absolute value of each site at each step, [T, sites] float64.
-        change: Mean absolute difference from the step before, [T, sites] float64; row 0 is zero. This is the error that
-            reusing the last value would make.
-        rate: InvarDiff's rate of change, [T, sites] float64: how far the value moves in the next step over how far it moved
-            in this one, in L1 over the whole tensor (arXiv 2512.05134, metric v1); 1 in the first and the last row.
-        relative: ||Z_s - Z_(s-k)||_1 / ||Z_s||_1 at the lags k = 1..3, [3, T, sites] float64 (SmoothCache, arXiv 2411.10510);
-            zero where s < k.
-        ratio: Mean over tokens of ||Z_s||_2 / ||Z_(s-1)||_2, [T, sites] float64 (MagCache, arXiv 2506.09045); 1 in row 0.
+        sites: The model's sites, with the MACs of each.
+        branches: "cond", or "cond" and "uncond" where the runs were guided.
+        guidance_scale: Of the runs; 1 for none.
+        conditioning: Digest of the conditioning that was passed in; empty for the family's example conditioning.
+        tables: float64 tables by name: those of `table_shapes`, and `rate.<name>` for every rate metric.
+        channels: Per-channel means of every linear map inside module sites, [C] float64 by `<module path>/<name>` with the
+            names of `CHANNEL_NAMES`; empty where they were not asked for.
     """
 
     header: PlanHeader
     sites: tuple[Site, ...]
-    magnitude: torch.Tensor
-    change: torch.Tensor
-    rate: torch.Tensor
-    relative: torch.Tensor
-    ratio: torch.Tensor
+    branches: tuple[str, ...]
+    guidance_scale: float
+    conditioning: str
+    tables: Mapping[str, torch.Tensor]
+    channels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """Mean absolute value of each site at each step, [T, sites]."""
+        return self.tables["magnitude"].mean(0)
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """L2 norm of each site's whole value, [T, sites]."""
+        return self.tables["norm"].mean(0)
+
+    @property
+    def change(self) -> torch.Tensor:
+        """Mean absolute difference from k = 1..3 steps before, [3, T, sites]; zero where s < k.
+
+        This is the error that reusing a value over k steps would make.
+        """
+        return self.tables["change"].mean(0)
+
+    @property
+    def relative(self) -> torch.Tensor:
+        """||Z_s - Z_(s-k)||_1 / ||Z_s||_1 for k = 1..3, [3, T, sites]; zero where s < k (SmoothCache, arXiv 2411.10510)."""
+        return self.tables["relative"].mean(0)
 
     @property
     def relative_change(self) -> torch.Tensor:
-        """`change` over `magnitude`, [T, sites] float64."""
-        return self.change / self.magnitude.clamp_min(1e-300)
+        """Mean change over one step over mean magnitude, [T, sites]."""
+        return self.change[0] / self.magnitude.clamp_min(1e-300)
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        """Mean over tokens of ||Z_s||_2 / ||Z_(s-1)||_2, [T, sites]; 1 in row 0 (MagCache, arXiv 2506.09045)."""
+        return self.tables["ratio"].mean(0)
+
+    @property
+    def mse(self) -> torch.Tensor:
+        """Mean squared difference of each site between any two steps, [sites, T, T], from a fixed sample of its elements."""
+        return self.tables["mse"]
+
+    @property
+    def relative_mse(self) -> torch.Tensor:
+        """`mse` of two steps over the mean of their mean squares, [sites, T, T], so that sites can be compared."""
+        size = torch.finfo(getattr(torch, self.header.dtype)).bits // 8
+        elements = torch.tensor([site.bytes // size for site in self.sites], dtype=torch.float64)
+        squares = (self.norm**2 / elements).T  # [sites, T]
+        return 2 * self.mse / (squares[:, :, None] + squares[:, None, :]).clamp_min(1e-300)
+
+    @property
+    def cosine(self) -> torch.Tensor:
+        """Cosine similarity of each site between any two steps, [sites, T, T], from the same sample of its elements."""
+        return self.tables["cosine"]
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """||e_s - e_(s-1)||_1 / ||e_(s-1)||_1 of the timestep embedding, [T]; 0 in row 0; NaN where the family names none."""
+        return self.tables["embedding"]
+
+    @property
+    def ms(self) -> torch.Tensor:
+        """Milliseconds that a reuse of each site alone saves, [sites]: the operations it makes unnecessary, timed one by one.
+
+        Measured eagerly, in one evaluation's batch, on the machine that calibrated: for comparing sites with one another.
+        """
+        return self.tables["ms"]
+
+    def rate(self, metric: str = "v1") -> torch.Tensor:
+        """A rate of change, [T, sites] (`stepgraph.compiler.rates`); 1 in the first and last row, where there is none.
+
+        "lagged" is `relative` at lag 1: the error that a reuse really makes, in every row but the first.
+
+        Raises:
+            PlanError: These statistics have no such rate.
+        """
+        if metric == "lagged":
+            return self.relative[0]
+        if f"rate.{metric}" not in self.tables:
+            known = ["lagged", *sorted(name.removeprefix("rate.") for name in self.tables if name.startswith("rate."))]
+            raise PlanError(f"unknown metric {metric!r}; these statistics have {', '.join(known)}")
+        return self.tables[f"rate.{metric}"].mean(0)
+
+    def of_branch(self, name: str) -> "CalibrationStats":
+        """The statistics of one branch.
+
+        Raises:
+            PlanError: There is no such branch.
+        """
+        if name not in self.branches:
+            raise PlanError(f"unknown branch {name!r}; these statistics have {', '.join(self.branches)}")
+        at = self.branches.index(name)
+        own = {key: table if key in UNBRANCHED else table[at : at + 1] for key, table in self.tables.items()}
+        return replace(self, branches=(name,), tables=own)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """The invariance pictures of the papers; written to `path` where given (`stepgraph.compiler.stats_plot`)."""
+        from stepgraph.compiler.stats_plot import plot_stats
+
+        return plot_stats(self, path)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
@@ -52,9 +150,12 @@ class CalibrationStats:
             "version": VERSION,
             "header": asdict(self.header),
             "sites": list(map(asdict, self.sites)),
+            "branches": self.branches,
+            "guidance_scale": self.guidance_scale,
+            "conditioning": self.conditioning,
         }
-        tensors = {name: getattr(self, name).contiguous() for name in table_shapes(0, 0)}
-        save_tensors(path, tensors, {"stepgraph": json.dumps(described)})
+        tensors = dict(self.tables) | {CHANNELS + name: value for name, value in self.channels.items()}
+        save_tensors(path, {n: t.contiguous() for n, t in tensors.items()}, {"stepgraph": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
@@ -65,27 +166,51 @@ class CalibrationStats:
         """
         if not Path(path).is_file():
             raise PlanError(f"no statistics file at {path}; make one with `stepgraph calibrate`")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise PlanError(f"{path}: not a complete statistics file ({error})") from error
-        if not isinstance(described, dict):
-            raise PlanError(f"{path}: its metadata is not an object")
-        if described.get("format") != FORMAT or described.get("version") != VERSION:
-            raise PlanError(
-                f"{path}: expected {FORMAT} version {VERSION}; got {described.get('format')} {described.get('version')}"
-            )
+        described, tensors = read_described(path, FORMAT, VERSION)
         header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
         sites = tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(described.get("sites") or ()))
-        for name, shape in table_shapes(len(header.timesteps), len(sites)).items():
+        branches, guidance_scale = described.get("branches"), described.get("guidance_scale")
+        if branches not in (["cond"], ["cond", "uncond"]) or not isinstance(guidance_scale, (int, float)):
+            raise PlanError(f"{path}: branches are {branches!r} and guidance_scale {guidance_scale!r} in its metadata")
+        rates = [name.removeprefix("rate.") for name in tensors if name.startswith("rate.")]
+        shapes = table_shapes(len(branches), len(header.timesteps), len(sites), rates)
+        for name, shape in shapes.items():
             if name not in tensors or tuple(tensors[name].shape) != shape:
                 raise PlanError(f"{path}: {name} is not a table of shape {list(shape)}")
-        return cls(header, sites, **{name: tensors[name] for name in table_shapes(0, 0)})
+        channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
+        tables = {name: tensors[name] for name in shapes}
+        return cls(header, sites, tuple(branches), guidance_scale, str(described.get("conditioning", "")), tables, channels)
 
 
-def table_shapes(steps: int, sites: int) -> dict[str, tuple[int, ...]]:
+def read_described(path: str | Path, form: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The JSON metadata and the tensors of one of our safetensors files.
+
+    Raises:
+        PlanError: The file is cut short, or not of this format and version.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise PlanError(f"{path}: not a complete statistics file ({error})") from error
+    if not isinstance(described, dict):
+        raise PlanError(f"{path}: its metadata is not an object")
+    if described.get("format") != form or described.get("version") != version:
+        found = f"{described.get('format')} {described.get('version')}"
+        raise PlanError(f"{path}: expected {form} version {version}; got {found}")
+    return described, tensors
+
+
+UNBRANCHED = ("mse", "cosine", "embedding", "ms")
+
+
+def table_shapes(branches: int, steps: int, sites: int, rates: Any = ()) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tables."""
-    lags = {"relative": (LAGS, steps, sites)}
-    return {name: lags.get(name, (steps, sites)) for name in ("magnitude", "change", "rate", "relative", "ratio")}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("magnitude", "norm", "ratio", *(f"rate.{name}" for name in rates)), (branches, steps, sites)
+    )
+    shapes |= dict.fromkeys(("change", "relative"), (branches, LAGS, steps, sites))
+    return shapes | {
+        "mse": (sites, steps, steps), "cosine": (sites, steps, steps), "embedding": (steps,), "ms": (sites,),
+    }  # fmt: skip

@@ -21,9 +21,12 @@ from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.router import Router
+from stepgraph.compiler.router_settings import RouterSettings
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.compiler.sweep import sweep
 from stepgraph.compiler.trace import TraceError
+from stepgraph.compiler.train_router import train_router
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site
 from stepgraph.runtime.executable import Executable, Session
@@ -54,6 +57,6 @@ def compile(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
-    "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs", "import_plan", "make_plan",
-    "policies", "sample", "sweep",
+    "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs",
+    "import_plan", "make_plan", "policies", "sample", "sweep", "train_router",
 ]  # fmt: skip

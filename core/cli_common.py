@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed
 
 from stepgraph.compiler.models.load import SCHEDULERS
 from stepgraph.compiler.trace import TraceError
@@ -33,6 +34,7 @@ SchedulerName = Annotated[
 Steps = Annotated[int, typer.Option(help="number of inference steps")]
 Batch = Annotated[int, typer.Option(min=1, help="rows of the model's input: images, twice that with guidance")]
 Seed = Annotated[int, typer.Option(help="of the noise")]
+AllowStochastic = Annotated[bool, typer.Option("--allow-stochastic", help="take a sampler that adds noise at every step")]
 Out = Annotated[Path, typer.Option(help="folder for what is written")]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", "-a", help="an argument of the policy as name=value, the value as JSON: -a every=3")
@@ -78,6 +80,21 @@ def progress_bar(what: str, as_json: bool) -> Iterator[Callable[[str, int, int],
     with Progress(*columns, console=messages, transient=True, disable=as_json or not messages.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[tuple[str, bool]]:
+    """Under torchrun, its process group; yields this process's device and whether it is the first process."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        yield device, True
+        return
+    cuda = device.startswith("cuda")
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        number = distributed.get_rank()
+        yield (f"cuda:{number % torch.cuda.device_count()}" if cuda else device), number == 0
+    finally:
+        distributed.destroy_process_group()
 
 
 def parse_device(device: str) -> str:

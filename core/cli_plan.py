@@ -26,10 +26,10 @@ from stepgraph.cli_common import (
 )
 from stepgraph.cli_sweep import plan_sweep
 from stepgraph.compiler.import_plan import import_plan
-from stepgraph.compiler.importers import EXPORTERS
+from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
 from stepgraph.compiler.list_policies import policies
-from stepgraph.compiler.make_plan import make_plan
-from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.compiler.make_plan import make_plan, runs_model
+from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.files import whole_file
@@ -67,7 +67,8 @@ def plan_make(
     arguments = parse_arguments(arg)
     measured = CalibrationStats.load(stats) if stats is not None else None
     with progress_bar("loading and planning", as_json):
-        loaded = load_model(model, "cpu", parse_dtype(dtype))
+        kind = parse_dtype(dtype)
+        loaded = load_model(model, "cpu", kind) if runs_model(policy) else load_to_plan(model, kind)
         chosen = load_scheduler(model, scheduler)
         steps = 50 if steps is None and measured is None else steps
         made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
@@ -90,7 +91,7 @@ def plan_policies(as_json: Json = False) -> None:
 @plan_app.command(name="import")
 @reports_errors
 def plan_import(
-    file: Annotated[Path, typer.Argument(help="an InvarDiff cache book, a SmoothCache schedule or an L2C router checkpoint")],
+    file: Annotated[Path, typer.Argument(help="; ".join(importer.source for importer in IMPORTERS.values()))],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     steps: Steps = 50,
     scheduler: SchedulerName = None,
@@ -100,7 +101,7 @@ def plan_import(
     as_json: Json = False,
 ) -> None:
     """Turn a published plan file, recognised by its content, into a plan for a model."""
-    loaded = load_model(model, "cpu", parse_dtype(dtype))
+    loaded = load_to_plan(model, parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
     made = import_plan(file, loaded, chosen, steps=steps, **parse_arguments(arg))
     made.save(out)

@@ -9,6 +9,7 @@ VARIABLES = {
     "STEPGRAPH_DUMP": "folder for numbered graph dumps before and after each pass and row",
     "STEPGRAPH_DISABLE_PASS": "comma-separated names of optional passes to leave out",
     "STEPGRAPH_LOG": "level of the messages on standard error: debug, info, warning",
+    "STEPGRAPH_CACHE": "folder that `accelerate` keeps statistics and plans in; ~/.cache/stepgraph unless given",
     "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, and look for NaN in weights and latents",
 }
 
@@ -21,6 +22,7 @@ class Env:
     disabled_passes: frozenset[str]
     log: str
     check: bool
+    cache: Path
 
 
 def read_env() -> Env:
@@ -41,7 +43,8 @@ def read_env() -> Env:
         raise ValueError(f"STEPGRAPH_LOG is {level!r}; expected debug, info, warning or error")
     dump = given.get("STEPGRAPH_DUMP")
     disabled = frozenset(name.strip() for name in given.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
-    return Env(Path(dump) if dump else None, disabled, level, check == "1")
+    cache = Path(given.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
+    return Env(Path(dump) if dump else None, disabled, level, check == "1", cache)
 
 
 def get_logger(name: str) -> logging.Logger:

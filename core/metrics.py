@@ -22,3 +22,22 @@ def psnr(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = ((t.double() / 2 + 0.5).clamp(0, 1) for t in (value, reference))
     error = float((value - reference).square().mean())
     return -10 * math.log10(error) if error else math.inf
+
+
+def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Fréchet distance of two sets of features [N, F] as Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), in float64.
+
+    (Dowson and Landau, 1982; as FID takes it.)
+    """
+    means = [features.double().mean(0) for features in (first, second)]
+    one, two = (torch.cov(features.double().T) for features in (first, second))
+    # tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, whose argument is symmetric.
+    root = _square_root(one)
+    cross = torch.linalg.eigvalsh(root @ two @ root).clamp_min(0).sqrt().sum()
+    return float((means[0] - means[1]).square().sum() + one.trace() + two.trace() - 2 * cross)
+
+
+def _square_root(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a symmetric positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

@@ -39,6 +39,8 @@ class Action(str, Enum):
 
 COMPUTE, REUSE, LOWRANK, FORECAST, DEAD = (action.value for action in Action)
 READS_STORED = frozenset((REUSE, LOWRANK, FORECAST))
+# What is computed for such a value alone is not computed at all.
+REPLACED = frozenset((REUSE, FORECAST))
 
 MODULE_KINDS = ("attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out")
 STREAM_KINDS = ("block", "stack_residual", "hidden", "output")
@@ -67,7 +69,8 @@ class Site:
         kind: One of `KINDS`.
         call: Which call of that module within one evaluation, counted from 0.
         output: Which of the call's outputs, counted from 0.
-        macs: Multiply-accumulates per sample that a reuse of this site alone saves.
+        macs: Multiply-accumulates per sample that a reuse of this site saves. What several outputs of one call save only
+            together stands with the first of them, so that their sum is what reusing the call saves.
         bytes: Size of its stored value per sample, in the plan's dtype.
     """
 
@@ -165,8 +168,33 @@ class PlanHeader:
 
 def first_live(sites: Sequence[Site], row: str) -> int:
     """Index of the first site that is not DEAD: a replaced stream value makes every site listed before it dead."""
-    replaced = [i for i, site in enumerate(sites) if site.kind in STREAM_KINDS and row[i] in (REUSE, FORECAST)]
+    replaced = [i for i, site in enumerate(sites) if site.kind in STREAM_KINDS and row[i] in REPLACED]
     return replaced[-1] if replaced else 0
+
+
+def containers(sites: Sequence[Site], row: str) -> dict[int, int]:
+    """Index of every DEAD site -> index of the replaced site that it lies inside.
+
+    Inside a stream value is whatever is listed before it; inside a FLUX single block's `proj_out` are the `attn` and `mlp` of
+    that block, which nothing else reads.
+    """
+    live = first_live(sites, row)
+    inside = dict.fromkeys(range(live), live)
+    for i in range(live, len(sites)):
+        if sites[i].kind == "proj_out" and row[i] in REPLACED:
+            block = sites[i].path.rpartition(".")[0]
+            parts = (j for j in range(live, i) if sites[j].kind in ("attn", "mlp"))
+            inside |= {j: i for j in parts if sites[j].path.rpartition(".")[0] == block}
+    return inside
+
+
+def joint_calls(sites: Sequence[Site]) -> list[tuple[int, ...]]:
+    """Indices of the sites that are outputs of one and the same call, for every call with more than one."""
+    calls: dict[tuple[str, int], list[int]] = {}
+    for i, site in enumerate(sites):
+        if site.kind in MODULE_KINDS:
+            calls.setdefault((site.path, site.call), []).append(i)
+    return [tuple(members) for members in calls.values() if len(members) > 1]
 
 
 @dataclass(frozen=True)
@@ -176,7 +204,8 @@ class CachePlan:
     Attributes:
         header: What the plan was made for.
         sites: In the order in which one evaluation produces their values.
-        rows: T strings of one action letter per site, in canonical form: sites inside a reused site are DEAD.
+        rows: T strings of one action letter per site, in canonical form: sites inside a reused site are DEAD, and the
+            outputs of one call (a joint attention) are all computed or none is.
 
     Raises:
         PlanError: On construction, when something is wrong; the message names the step and the site.
@@ -190,9 +219,10 @@ class CachePlan:
         object.__setattr__(self, "sites", tuple(self.sites))
         object.__setattr__(self, "rows", tuple(self.rows))
         self._check_shape()
-        stored = [False] * len(self.sites)
+        stored, joint = [False] * len(self.sites), joint_calls(self.sites)
         for step, row in enumerate(self.rows):
             self._check_row(step, row)
+            self._check_joint(step, row, joint)
             for i, action in enumerate(row):
                 if action in READS_STORED and not stored[i]:
                     raise PlanError(
@@ -215,19 +245,31 @@ class CachePlan:
                 raise PlanError(f"step {step} has {len(row)} actions for {len(self.sites)} sites")
 
     def _check_row(self, step: int, row: str) -> None:
-        live = first_live(self.sites, row)
+        inside = containers(self.sites, row)
         for i, (site, action) in enumerate(zip(self.sites, row, strict=True)):
             where = f"step {step}, site {site.name}"
             if action not in POSSIBLE[site.kind]:
                 known = ", ".join(f"{a.value} ({a.name})" for a in Action if a.value in POSSIBLE[site.kind])
                 raise PlanError(f"{where}: action {action!r} is not possible for kind {site.kind}; possible: {known}")
-            if i < live and action != DEAD:
+            if i in inside and action != DEAD:
                 raise PlanError(
-                    f"{where}: {Action(action).name} inside the reused site {self.sites[live].name}; it must be DEAD "
+                    f"{where}: {Action(action).name} inside the reused site {self.sites[inside[i]].name}; it must be DEAD "
                     f"('.'), as CachePlan.build writes it"
                 )
-            if i >= live and action == DEAD:
+            if i not in inside and action == DEAD:
                 raise PlanError(f"{where}: DEAD, but no reused site contains it; write C or R")
+
+    def _check_joint(self, step: int, row: str, joint: Sequence[tuple[int, ...]]) -> None:
+        for members in joint:
+            fresh = [i for i in members if row[i] == COMPUTE]
+            other = [i for i in members if row[i] in READS_STORED]
+            if fresh and other:
+                site, action = self.sites[other[0]], Action(row[other[0]])
+                raise PlanError(
+                    f"step {step}, site {site.name}: {action.name}, but {self.sites[fresh[0]].name} of the same call is "
+                    f"computed; a joint attention is skipped only if all its outputs are reused: write one action for all of "
+                    f"them, as CachePlan.build does"
+                )
 
     @classmethod
     def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
@@ -353,9 +395,15 @@ class CachePlan:
 
 
 def canonical(sites: Sequence[Site], row: str) -> str:
-    """The row with every site inside a reused site marked DEAD."""
-    live = first_live(sites, row)
-    return DEAD * live + row[live:]
+    """The row with every site inside a reused site DEAD, and all outputs of a call computed where one of them is."""
+    letters = list(row)
+    for members in joint_calls(sites):
+        if any(letters[i] == COMPUTE for i in members):
+            for i in members:
+                letters[i] = COMPUTE if letters[i] in READS_STORED else letters[i]
+    for i in containers(sites, "".join(letters)):
+        letters[i] = DEAD
+    return "".join(letters)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

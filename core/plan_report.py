@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepgraph.liveness import peak_bytes, traffic
-from stepgraph.plan import COMPUTE, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
+from stepgraph.plan import COMPUTE, DEAD, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
 from stepgraph.plan_warnings import plan_warnings
 
 
@@ -76,8 +76,8 @@ class PlanSummary:
 def row_macs(plan: CachePlan, row: str, stores: tuple[int, ...] = ()) -> int:
     """Multiply-accumulates per sample of one step, which stores the values of the sites `stores`."""
     live = first_live(plan.sites, row)
-    # A replaced stream value saves everything before it, and a module site itself.
-    saved = sum(site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action != COMPUTE)
+    # A replaced stream value saves everything before it, and a module site itself with what is DEAD inside.
+    saved = sum(site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action not in (COMPUTE, DEAD))
     replaced = row[live] in (REUSE, FORECAST) and plan.sites[live].kind in STREAM_KINDS
     if replaced and any(plan.sites[i].kind == "stack_residual" for i in stores):
         # To store the stack's residual, the tokens that go into it are computed even where a block was replaced.

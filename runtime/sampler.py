@@ -26,6 +26,45 @@ def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | N
     return own
 
 
+def refuse_stochastic(scheduler: Any, steps: int) -> None:
+    """See whether a scheduler adds noise: its first steps are made twice, with different seeds.
+
+    Raises:
+        PlanError: They differ.
+    """
+    # Schedulers that predict a variance expect it behind the noise, in as many channels again.
+    learned = str(config_of(scheduler).get("variance_type", "")).startswith("learned")
+    generator = torch.Generator().manual_seed(0)
+    start, output = torch.randn(1, 4, 4, 4, generator=generator), torch.randn(1, 8 if learned else 4, 4, 4, generator=generator)
+    ends = []
+    for seed in (0, 1):
+        own, latents = prepare_scheduler(scheduler, steps), start
+        stochastic = step_arguments(own)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for t in own.timesteps[:3]:
+                latents = own.step(output, t, latents, **stochastic, return_dict=False)[0]
+        ends.append(latents)
+    if not torch.equal(*ends):
+        raise PlanError(
+            f"{type(scheduler).__name__} is stochastic: it adds noise at every step, so that what changes from step to step is "
+            f"that noise, not what a cache could keep; use a deterministic sampler such as DDIMScheduler, or pass "
+            f"allow_stochastic=True (--allow-stochastic) if that is what you want"
+        )
+
+
+def step_arguments(scheduler: Any, eta: float = 0.0) -> dict[str, float]:
+    """The arguments of a scheduler's step that say how much noise it adds.
+
+    Raises:
+        PlanError: `eta` is not in 0..1, or is asked of a scheduler without it.
+    """
+    takes = "eta" in inspect.signature(scheduler.step).parameters
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1 or (eta and not takes):
+        raise PlanError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0{'..1' if takes else ', as it has no eta'}")
+    return {"eta": float(eta)} if takes else {}
+
+
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """The header fields of a scheduler that has been set to its steps."""
     return {
@@ -78,6 +117,7 @@ def sample(
     guidance_scale: float = 1.0,
     *,
     steps: int | None = None,
+    eta: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
     **conditioning: Any,
 ) -> torch.Tensor:
@@ -90,6 +130,7 @@ def sample(
             `init_noise_sigma`.
         guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
         steps: Number of inference steps; an executable brings its own.
+        eta: Share of the noise that schedulers with such an argument (DDIM) put back; 0 is deterministic.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -116,7 +157,7 @@ def sample(
     cond, uncond = _split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
-    stochastic = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
+    stochastic = step_arguments(own, eta)
     # Flow-matching schedulers know neither of the two.
     latents: torch.Tensor = noise * getattr(own, "init_noise_sigma", 1.0)
     # The class's own forward: the model's may be replaced by an attached executable.

@@ -86,10 +86,11 @@ def _seeded(request):
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch):
-    """The settings of whoever runs the tests do not count."""
+def _no_settings(monkeypatch, tmp_path):
+    """The settings of whoever runs the tests do not count, and nothing is kept in their home folder."""
     import os
 
     for name in list(os.environ):
         if name.startswith("STEPGRAPH_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / "stepgraph-cache"))

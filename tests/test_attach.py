@@ -263,6 +263,47 @@ def test_accelerate(pipe):
     assert not torch.equal(fast, eager)
 
 
+def test_accelerate_calibrates_once_and_keeps_what_it_made(pipe, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / "kept"))
+    common = {"samples": 2, "seed": 3, "backend": "eager", "exact": True}
+    measured: list[int] = []
+
+    def run(policy="smoothcache", **arguments):
+        measured.clear()
+        exe = sg.accelerate(pipe, STEPS, policy, on_step=lambda done, total: measured.append(done), **common | arguments)
+        result = images(pipe)
+        exe.detach()
+        return exe.plan, result
+
+    plan, fast = run(alpha=0.4)
+    assert measured[-1] == 2 * STEPS
+    stats = sg.calibrate(pipe.transformer, pipe.scheduler, steps=STEPS, samples=2, seed=3)
+    assert plan.rows == sg.make_plan("smoothcache", stats, alpha=0.4).rows
+    assert torch.equal(oracle_images(pipe, plan), fast)
+    again, same = run(alpha=0.4)
+    assert (measured, again) == ([], plan)
+    assert torch.equal(same, fast)
+    # Another plan of the same statistics, and a second measurement for InvarDiff's phase 2.
+    other, _ = run(alpha=9.0)
+    assert measured == []
+    assert other.rows != plan.rows
+    run("invardiff", step=0.0, attn=0.9, ff=0.9)
+    assert measured[-1] == 2 * STEPS
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"stats", "plan"}
+    assert len(list((tmp_path / "kept").glob("stats-*"))) == 1
+    # Other circumstances are measured anew.
+    run(alpha=0.4, seed=4)
+    assert measured
+    for path in (tmp_path / "kept").glob("plan-smoothcache-*"):
+        path.write_text("{")
+    with caplog.at_level("WARNING", logger="stepgraph"):
+        healed, _ = run(alpha=0.4)
+    assert "it is made anew" in caplog.text
+    assert healed == plan
+    with pytest.raises(sg.PlanError, match="unknown policy 'nose'"):
+        run("nose")
+
+
 def test_an_attached_model_can_be_compiled_again(pipe):
     exe = compiled(pipe).attach(pipe)
     again = compiled(pipe, {})

@@ -4,17 +4,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from stepgraph.cli import app
 from stepgraph.cli_sweep import parse_values
+from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import CachePlan
 
 runner = CliRunner()
@@ -154,6 +159,54 @@ def test_calibrate_feeds_a_policy(tmp_path: Path):
     assert "needs calibration" in error_of("plan", "make", "--policy", "smoothcache", "-o", tmp_path / "other.json")
 
 
+def test_calibrate_with_guidance_draws_and_cleans_up(tmp_path: Path):
+    stats, picture = tmp_path / "stats.safetensors", tmp_path / "stats.png"
+    common = ("calibrate", "glyph-dit", "--steps", 4, "--samples", 1, "-o", stats)
+    facts = json.loads(invoke(*common, "--guidance", 1.5, "--no-channels", "--plot", picture, "--json"))
+    assert facts["branches"] == ["cond", "uncond"]
+    assert facts["written"] == [str(stats), str(picture)]
+    assert Image.open(picture).size[0] > 500
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.png", "stats.safetensors"]
+    loaded = CalibrationStats.load(stats)
+    assert (loaded.guidance_scale, dict(loaded.channels)) == (1.5, {})
+    assert "eta is 0.5: the sampler adds noise" in error_of(*common, "--eta", 0.5)
+    assert json.loads(invoke(*common, "--eta", 0.5, "--allow-stochastic", "--json"))["branches"] == ["cond"]
+
+
+def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
+    stats, left = tmp_path / "stats.safetensors", tmp_path / "stats.safetensors.unfinished"
+    command = [
+        sys.executable,
+        "-m",
+        "stepgraph.cli",
+        "calibrate",
+        "glyph-dit",
+        "--steps",
+        "20",
+        "--samples",
+        "12",
+        "-o",
+        str(stats),
+    ]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one)
+    for _ in range(3000):
+        if left.is_file() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert left.is_file()
+    assert not stats.exists()
+    done = json.loads(safe_open(str(left), framework="pt").metadata()["stepgraph"])["done"]
+    assert 1 <= done < 12
+    invoke("calibrate", "glyph-dit", "--steps", 20, "--samples", 12, "-o", stats)
+    assert not left.exists()
+    resumed = CalibrationStats.load(stats)
+    whole = calibrate(load_model("glyph-dit"), load_scheduler("glyph-dit"), steps=20, samples=12)
+    assert all(torch.equal(resumed.tables[name], table) for name, table in whole.tables.items() if name != "ms")
+
+
 def test_an_exported_plan_imports_as_it_was(plan: Path, tmp_path: Path):
     schedule, again = tmp_path / "schedule.json", tmp_path / "again.json"
     invoke("plan", "export", plan, "--format", "smoothcache", "-o", schedule)
@@ -210,7 +263,7 @@ def test_doctor_lists_versions_and_advice():
     ("arguments", "said"),
     [
         (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
-        (["plan", "make", "--policy", "nonsense"], "unknown policy 'nonsense'; known: full, interval, invardiff"),
+        (["plan", "make", "--policy", "nonsense"], "unknown policy 'nonsense'; known: deepcache, full, interval, invardiff"),
         (["plan", "make", "--policy", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
         (["plan", "make", "--policy", "manual"], "needs the argument 'actions'"),
         (["plan", "make", "--policy", "interval", "-a", "every"], "expected name=value"),

@@ -1,6 +1,7 @@
 """Environment variables: checked, and each does what it says."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ def build(model, plan) -> sg.Executable:
     return sg.compile(model, plan, inputs(), backend="eager", exact=True)
 
 
-def test_defaults():
+def test_defaults(monkeypatch):
+    monkeypatch.delenv("STEPGRAPH_CACHE")
     env = read_env()
+    assert env.cache == Path.home() / ".cache" / "stepgraph"
     assert (env.dump, env.disabled_passes, env.log, env.check) == (None, frozenset(), "warning", False)
     assert all(meaning for meaning in VARIABLES.values())
 

@@ -8,7 +8,7 @@ from oracle import Oracle
 from test_oracle import random_rows
 from torch import nn
 
-from stepgraph.compiler.models.family import Family
+from stepgraph.compiler.models.family import Family, Stack
 from stepgraph.compiler.sites import mark_sites
 from stepgraph.compiler.specialize import specialize
 from stepgraph.compiler.trace import trace
@@ -16,7 +16,7 @@ from stepgraph.liveness import traffic
 from stepgraph.plan import CachePlan, PlanHeader
 
 TOY = Family(
-    classes=("Toy",), stack="transformer_blocks", kinds={"attn1": "attn", "ff": "ff"},
+    classes=("Toy",), stacks=(Stack("transformer_blocks.*", {"attn1": ("attn",), "ff": ("ff",)}, streams=True),),
     example_inputs=lambda *_: {}, conditioning=lambda *_: ({}, {}),
 )  # fmt: skip
 

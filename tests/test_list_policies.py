@@ -10,6 +10,7 @@ import pytest
 
 import stepgraph as sg
 from stepgraph.compiler.list_policies import describe_policy, documented_arguments, type_name
+from stepgraph.compiler.make_plan import runs_model
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.policies.policy import Policy
 from stepgraph.plan import PlanError
@@ -48,7 +49,10 @@ def test_what_policies_need():
     assert records["smoothcache"].needs == ("stats",)
     assert records["invardiff"].needs == ("stats", "model")
     assert list(records["invardiff"].services) == ["again"]
-    assert "not needed where `ratios` are given" in str(records["magcache"])
+    assert (records["magcache"].needs, records["magcache"].unless) == (("stats",), "ratios")
+    assert "needs calibration (--stats, or -a ratios)" in str(records["magcache"])
+    for name, record in records.items():
+        assert ("model" in record.needs) == runs_model(name)
     assert json.loads(json.dumps(records["interval"].as_dict()))["arguments"][0]["unit"] == "steps, at least 1"
 
 

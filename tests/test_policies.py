@@ -100,7 +100,7 @@ def test_manual(dit):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"policy": "nose"}, "unknown policy 'nose'; known: full, interval, invardiff, magcache, manual"),
+        ({"policy": "nose"}, "unknown policy 'nose'; known: deepcache, full, interval, invardiff"),
         ({"policy": "interval"}, r"the policy 'interval' needs model, scheduler, steps \(or stats"),
         ({"policy": "full", "steps": 3}, "needs model, scheduler "),
     ],

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+import torch
+
+from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, CachePlan, PlanError, Site
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Importer:
     source: str
 
 
+def is_flag(value: Any) -> bool:
+    """Whether a value from a file is true, false, 0 or 1."""
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
 def check_table(name: str, table: Any, rows: int, columns: int | None = None) -> list[Any]:
     """A list of `rows` flags, or of `rows` lists of `columns` flags, as it came from a file.
 
@@ -37,7 +44,7 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
             found = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
             raise PlanError(f"{name}[{number}] is {found}; expected {expected} for this model and number of steps")
         flags = entry if isinstance(entry, list) else [entry]
-        bad = [flag for flag in flags if flag not in (0, 1)]
+        bad = [flag for flag in flags if not is_flag(flag)]
         if bad:
             raise PlanError(f"{name}[{number}] holds {bad[0]!r}; expected true/false or 0/1")
     return table
@@ -51,3 +58,55 @@ def letters(reused: Sequence[Any]) -> str:
 def sites_of(sites: Sequence[Site], kind: str) -> list[Site]:
     """The sites of a kind, in model order."""
     return [site for site in sites if site.kind == kind]
+
+
+def refuse_other_kinds(format_name: str, sites: Sequence[Site], kinds: set[str]) -> None:
+    """A format of certain module kinds fits models that have exactly these; `proj_out` may be there beside them.
+
+    Raises:
+        PlanError: The message names the kinds that the format speaks of and those that the model has.
+    """
+    present = {site.kind for site in sites if site.kind in MODULE_KINDS} - {"proj_out"}
+    if present != kinds:
+        raise PlanError(
+            f"{format_name} is for models with the module kinds {', '.join(sorted(kinds))}; this model has "
+            f"{', '.join(sorted(present))}"
+        )
+
+
+def refuse_more_than_reuse(format_name: str, plan: CachePlan, kinds: set[str]) -> None:
+    """A format that can say whether sites of some kinds are reused, and no more.
+
+    Raises:
+        PlanError: The plan has other actions, or reuses sites of other kinds; the message names the site.
+    """
+    for i, site in enumerate(plan.sites):
+        letters = {row[i] for row in plan.rows}
+        if letters & {"L", "F"} or (REUSE in letters and site.kind not in kinds):
+            raise PlanError(
+                f"{format_name} holds reuse of {', '.join(sorted(kinds))} only; this plan has "
+                f"{', '.join(sorted(letters - {COMPUTE}))} at {site.name}"
+            )
+
+
+def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
+    """Which modules a Learning-to-Cache router skips: those with sigmoid(logit) <= theta; [width] bool.
+
+    Raises:
+        PlanError: `logits` is no vector of `width` numbers, or `theta` is outside 0..1.
+    """
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
+        raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (width,):
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise PlanError(f"{name} is {shape}; expected [{width}], two logits per block")
+    if not logits.isfinite().all():
+        raise PlanError(f"{name} holds {int((~logits.isfinite()).sum())} logits that are NaN or infinite")
+    return torch.sigmoid(logits.float()) <= theta
+
+
+def router_letters(sites: Sequence[Site], reused: Sequence[torch.Tensor]) -> dict[str, str]:
+    """Actions by site from T masks [2 x blocks] in sampling order: entry 2l is block l's attention, 2l + 1 its feed-forward."""
+    table = torch.stack(list(reused))
+    own = {part: sites_of(sites, kind) for part, kind in enumerate(("attn", "ff"))}
+    return {site.name: letters(table[:, 2 * i + part].tolist()) for part in own for i, site in enumerate(own[part])}

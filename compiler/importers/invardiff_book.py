@@ -7,8 +7,15 @@ the last block from the cache and runs the output head on them with the current 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import Importer, check_table, letters, sites_of
-from stepgraph.plan import REUSE, CachePlan, PlanError, Site
+from stepgraph.compiler.importers.importer import (
+    Importer,
+    check_table,
+    letters,
+    refuse_more_than_reuse,
+    refuse_other_kinds,
+    sites_of,
+)
+from stepgraph.plan import REUSE, CachePlan, Site
 
 TABLES = {"msa_cache_book": "attn", "mlp_cache_book": "ff"}
 
@@ -20,6 +27,7 @@ def recognizes(data: Any) -> bool:
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The book's reuses by site."""
+    refuse_other_kinds("an InvarDiff cache book for DiT", sites, set(TABLES.values()))
     found = {"hidden": letters(check_table("step_cache_book", data["step_cache_book"], steps))}
     for key, kind in TABLES.items():
         own = sites_of(sites, kind)
@@ -34,14 +42,8 @@ def export(plan: CachePlan) -> dict[str, Any]:
     Raises:
         PlanError: The plan does something that a book cannot say.
     """
-    known = {"hidden", *TABLES.values()}
-    other = [
-        site.name for i, site in enumerate(plan.sites) if site.kind not in known and any(row[i] == REUSE for row in plan.rows)
-    ]
-    if other or any(letter in "LF" for row in plan.rows for letter in row):
-        raise PlanError(
-            f"a cache book holds reuse of attn, ff and hidden only; this plan has more ({(other or ['L or F'])[0]})"
-        )
+    refuse_other_kinds("a cache book for DiT", plan.sites, set(TABLES.values()))
+    refuse_more_than_reuse("a cache book", plan, {"hidden", *TABLES.values()})
     columns = {site.name: [row[i] for row in plan.rows] for i, site in enumerate(plan.sites)}
     book: dict[str, Any] = {"step_cache_book": [letter == REUSE for letter in columns["hidden"]]}
     for key, kind in TABLES.items():

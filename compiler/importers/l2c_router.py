@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.importers.importer import Importer, letters, sites_of
+from stepgraph.compiler.importers.importer import Importer, refuse_other_kinds, router_letters, sites_of, skipped
 from stepgraph.plan import PlanError, Site
 
 
@@ -21,28 +21,18 @@ def recognizes(data: Any) -> bool:
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta: float = 0.1) -> Mapping[str, str]:
     """The routers' reuses by site, for a threshold `theta` in 0..1."""
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
-        raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+    refuse_other_kinds("a Learning-to-Cache router", sites, {"attn", "ff"})
     routers = data["routers"]
     if not isinstance(routers, (Mapping, Sequence)):
         raise PlanError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
     routers = list(routers.values()) if isinstance(routers, Mapping) else list(routers)
-    attn, ff = sites_of(sites, "attn"), sites_of(sites, "ff")
     if len(routers) != steps:
         raise PlanError(f"routers holds {len(routers)} vectors; expected {steps}, one per step")
-    reused = []
-    for step in range(steps):
-        index = steps - 1 - step
-        logits = routers[index]
-        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(attn) + len(ff),):
-            shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise PlanError(f"routers[{index}] is {shape}; expected [{len(attn) + len(ff)}], two logits per block")
-        skipped = torch.sigmoid(logits.float()) <= theta
-        reused.append(torch.zeros_like(skipped) if index % 2 else skipped)
-    table = torch.stack(reused)
-    return {
-        site.name: letters(table[:, 2 * i + part].tolist()) for part, own in ((0, attn), (1, ff)) for i, site in enumerate(own)
-    }
+    width, reused = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff")), []
+    for index in reversed(range(steps)):
+        hits = skipped(f"routers[{index}]", routers[index], width, theta)
+        reused.append(torch.zeros_like(hits) if index % 2 else hits)
+    return router_letters(sites, reused)
 
 
 L2C_ROUTER = Importer(recognizes, actions, source="Learning-to-Cache router (DiT), arXiv 2406.01733")

@@ -4,7 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import Importer, check_table, letters, sites_of
+from stepgraph.compiler.importers.importer import (
+    Importer,
+    check_table,
+    letters,
+    refuse_more_than_reuse,
+    refuse_other_kinds,
+    sites_of,
+)
 from stepgraph.plan import COMPUTE, CachePlan, PlanError, Site
 
 KINDS = {"attn": "attn", "mlp": "ff"}
@@ -18,6 +25,7 @@ def recognizes(data: Any) -> bool:
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The schedule's reuses by kind or site."""
+    refuse_other_kinds("a SmoothCache schedule", sites, set(KINDS.values()))
     found = {}
     for key, flags in data.items():
         name, number = KEY.fullmatch(key).groups()  # type: ignore[union-attr]  # `recognizes` has matched every key
@@ -43,16 +51,15 @@ def export(plan: CachePlan) -> dict[str, list[int]]:
     Raises:
         PlanError: The plan does something that a schedule cannot say.
     """
+    refuse_other_kinds("a schedule", plan.sites, set(KINDS.values()))
+    refuse_more_than_reuse("a schedule", plan, set(KINDS.values()))
     schedule = {}
     rank = dict.fromkeys(KINDS.values(), 0)
     names = {kind: name for name, kind in KINDS.items()}
     for i, site in enumerate(plan.sites):
-        column = [row[i] for row in plan.rows]
         if site.kind in names:
-            schedule[f"{names[site.kind]}-{rank[site.kind]}"] = [int(letter == COMPUTE) for letter in column]
+            schedule[f"{names[site.kind]}-{rank[site.kind]}"] = [int(row[i] == COMPUTE) for row in plan.rows]
             rank[site.kind] += 1
-        if not set(column) <= ({"C", "R"} if site.kind in names else {"C"}):
-            raise PlanError(f"a schedule holds reuse of attn and ff only; this plan does more at {site.name}")
     return schedule
 
 

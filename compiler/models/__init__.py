@@ -4,9 +4,11 @@ from typing import Any
 
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.compiler.models.family import Family
+from stepgraph.compiler.models.flux import FLUX
+from stepgraph.compiler.models.uvit import UVIT
 from stepgraph.config import CompileError
 
-FAMILIES = (DIT,)
+FAMILIES = (DIT, FLUX, UVIT)
 
 
 def family_of(model: Any) -> Family:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.models.family import Family
+from stepgraph.compiler.models.family import Family, Stack
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
@@ -30,9 +30,9 @@ XL_2 = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "
 
 DIT = Family(
     classes=("DiTTransformer2DModel",),
-    stack="transformer_blocks",
-    kinds={"attn1": "attn", "ff": "ff"},
+    stacks=(Stack("transformer_blocks.*", {"attn1": ("attn",), "ff": ("ff",)}, streams=True),),
     example_inputs=example_inputs,
     conditioning=conditioning,
+    embedding="transformer_blocks.0.norm1.emb.timestep_embedder",
     random={"dit-xl-2-256": {**XL_2, "sample_size": 32}, "dit-xl-2-512": {**XL_2, "sample_size": 64}},
 )

@@ -2,9 +2,32 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer blocks of one make.
+
+    Attributes:
+        blocks: Path of the blocks, with `*` for any one part of it: "transformer_blocks.*".
+        values: Name of a block's child module -> the site kinds of what one call of it returns, in order. Several outputs are
+            those of a joint attention: reused all together or not at all.
+        streams: Whether a block's first output is all that later blocks read, so that it is a site of kind `block`. It is
+            not where two streams of tokens run side by side, or where later blocks read earlier ones past it.
+    """
+
+    blocks: str
+    values: Mapping[str, tuple[str, ...]]
+    streams: bool = False
+
+    def holds(self, path: str) -> bool:
+        """Whether a module path is that of one of its blocks."""
+        pattern, parts = self.blocks.split("."), path.split(".")
+        return len(pattern) == len(parts) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -13,16 +36,26 @@ class Family:
 
     Attributes:
         classes: Names of the diffusers classes it covers.
-        stack: Path of the module list whose members are the transformer blocks, in order.
-        kinds: Name of a block's child module -> the site kind of its output.
+        stacks: The transformer blocks. The first tensor that the first of them takes are the (image) tokens.
         example_inputs: (configuration, batch, dtype, device) -> keyword arguments of the forward, of the right shapes.
         conditioning: (configuration, batch, device) -> (conditional, unconditional) example inputs, for sampling by name.
+        embedding: Path of a module whose output is an embedding of the timestep alone, [B, D].
+        timestep: What the forward takes the scheduler's timestep times.
         random: Name -> configuration of published full-size models, built with random weights.
+        tokens: Which output of the last block are the (image) tokens that the output head takes.
+        unbatched: Names of the inputs whose first dimension is not the batch.
+        module: Where the classes are imported from.
+        scheduler: Class name and configuration of the scheduler that models with random weights come with.
     """
 
     classes: tuple[str, ...]
-    stack: str
-    kinds: Mapping[str, str]
+    stacks: tuple[Stack, ...]
     example_inputs: Callable[[Mapping[str, Any], int, torch.dtype, torch.device], dict[str, torch.Tensor]]
     conditioning: Callable[[Mapping[str, Any], int, torch.device], tuple[dict[str, Any], dict[str, Any]]]
+    embedding: str | None = None
+    timestep: float = 1.0
     random: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokens: int = 0
+    unbatched: frozenset[str] = frozenset()
+    module: str = "diffusers"
+    scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))

@@ -1,6 +1,7 @@
 """Models and schedulers by the names that the command line takes."""
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ SHIPPED = {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/confi
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "dpm-single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
 }
 
@@ -29,7 +32,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     Args:
         name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights (seed
             0).
-        device: Where its weights go.
+        device: Where its weights go; "meta" makes a model without any, to plan for.
         dtype: Of its weights.
 
     Raises:
@@ -62,8 +65,20 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     return _ready(model, device, dtype)
 
 
+def load_to_plan(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model to make a plan for, which needs its structure only.
+
+    `NAME:random` has no weights of its own, so that none are made: a plan for it fits any weights of that size. The contents of
+    real weights are part of a plan's fingerprint, so that other models are loaded as a whole.
+
+    Raises:
+        CompileError: As `load_model`.
+    """
+    return load_model(name, "meta" if name.endswith(":random") else "cpu", dtype)
+
+
 def load_scheduler(model_name: str, kind: str | None = None) -> Any:
-    """The scheduler that lies beside a model (else DDIM), or one of `SCHEDULERS` with its configuration.
+    """The scheduler that lies beside a model (else its family's, or DDIM), or one of `SCHEDULERS` with its configuration.
 
     Raises:
         CompileError: Unknown kind.
@@ -72,12 +87,12 @@ def load_scheduler(model_name: str, kind: str | None = None) -> Any:
         raise CompileError(f"unknown scheduler {kind!r}; known: {', '.join(SCHEDULERS)}")
     folder = SHIPPED.get(model_name, Path(model_name))
     places = [folder, folder / "scheduler"]
-    config: dict[str, Any] = {}
+    usual, config = _usual_scheduler(model_name)
     for place in places:
         if (place / "scheduler_config.json").is_file():
             config = json.loads((place / "scheduler_config.json").read_text(encoding="utf-8"))
             break
-    chosen = SCHEDULERS[kind] if kind is not None else config.get("_class_name", "DDIMScheduler")
+    chosen = SCHEDULERS[kind] if kind is not None else config.get("_class_name", usual)
     return getattr(diffusers, chosen).from_config(config)
 
 
@@ -85,11 +100,20 @@ def _random_names() -> list[str]:
     return [f"{name}:random" for family in FAMILIES for name in family.random]
 
 
+def _usual_scheduler(model_name: str) -> tuple[str, dict[str, Any]]:
+    """Class name and configuration of the scheduler for a model that has none lying beside it."""
+    for family in FAMILIES:
+        if model_name.removesuffix(":random") in family.random:
+            return family.scheduler[0], dict(family.scheduler[1])
+    return "DDIMScheduler", {}
+
+
 def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     for family in FAMILIES:
         if name in family.random:
             torch.manual_seed(0)
-            model = _model_class(family.classes[0], name).from_config(dict(family.random[name]))
+            with torch.device(device if str(device) == "meta" else "cpu"):
+                model = _model_class(family.classes[0], name).from_config(dict(family.random[name]))
             return _ready(model, device, dtype)
     raise CompileError(f"unknown size {name!r} for random weights; known: {', '.join(_random_names())}")
 
@@ -107,7 +131,8 @@ def _model_class(class_name: Any, where: str) -> Any:
     supported = [name for family in FAMILIES for name in family.classes]
     if class_name not in supported:
         raise CompileError(f"{where}: the model class {class_name!r} has no adapter; supported: {', '.join(supported)}")
-    return getattr(diffusers, class_name)
+    module = next(family.module for family in FAMILIES if class_name in family.classes)
+    return getattr(import_module(module), class_name)
 
 
 def _ready(model: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -8,10 +8,8 @@ import torch
 from stepgraph.compiler.policies.policy import Policy
 from stepgraph.plan import PlanError, Site
 
-METRICS: dict[str, Callable[[Any], torch.Tensor]] = {
-    "v1": lambda stats: stats.rate,
-    "lagged": lambda stats: stats.relative[0],
-}
+PROTECT = ("both", "first", "none")
+VARIANTS = ("auto", "dit", "flux")
 
 
 def invardiff(
@@ -22,80 +20,140 @@ def invardiff(
     step: float = 0.61,
     attn: float = 0.20,
     ff: float = 0.20,
+    context_ff: float | None = None,
+    single_attn: float | None = None,
+    single_mlp: float | None = None,
     nonskip: float = 0.0,
+    protect: str = "both",
     metric: str = "v1",
     phase2: bool | None = None,
+    variant: str = "auto",
     again: Callable[[torch.Tensor], Any] | None = None,
 ) -> Mapping[str, str]:
-    """Reuse where the rate of change lies below a quantile, as the method's DiT code does.
+    """Reuse where the rate of change lies below a quantile, as the method's code does.
 
     A value at step s is reused where rate[s] < quantile(rate[1 : T-1], tau): strictly below, with linear interpolation, over
     steps for the step gate (site `hidden`, fresh output head) and over steps and layers together for each module kind. So the
-    number of hits follows from tau, and a LOWER tau reuses LESS. The first max(1, int(nonskip * T)) steps and the last one are
-    computed. After a reused step all modules are computed once.
+    number of hits follows from tau, and a LOWER tau reuses LESS. After a reused step all modules are computed once. The single
+    blocks of FLUX have thresholds of their own; a joint attention is skipped only where both its outputs are hits.
 
     Args:
         sites: The model's sites.
         steps: T.
         stats: Calibration.
         step (quantile, 0..1): Tau of the step gate.
-        attn (quantile, 0..1): Tau of all attention modules together.
-        ff (quantile, 0..1): Tau of all feed-forward modules together.
-        nonskip (share of the steps, 0..1): The first steps that are computed.
-        metric: "v1", the paper's rate, or "lagged": the relative error that a reuse really makes.
+        attn (quantile, 0..1): Tau of the attention modules; of a joint attention's two outputs each has its own quantile.
+        ff (quantile, 0..1): Tau of the feed-forward modules.
+        context_ff (quantile, 0..1): Tau of the text stream's feed-forward modules; as `ff` unless given.
+        single_attn (quantile, 0..1): Tau of the single blocks' attention; as `attn` unless given.
+        single_mlp (quantile, 0..1): Tau of the single blocks' MLP; as `ff` unless given.
+        nonskip (share of the steps, 0..1): The first steps that are computed: max(1, int(nonskip * T)) of them.
+        protect: Which ends are computed whatever their rates: "both", "first" (the last step may be reused), or "none" (only
+            step 0, which has nothing to reuse).
+        metric: "v1", the paper's rate; "relative_l1", its later form; "lagged", the relative error that a reuse really makes;
+            or the name of a metric that the calibration was given.
         phase2: Measure the rates once more with the reference held over runs of hits, and apply the quantiles again. The
-            number of hits stays; they are spread differently. It does not run the cache. On unless given, for metric "v1".
-        again: Runs that measurement: provisional reuses [T, sites] bool -> stats. `make_plan` supplies it from the model.
+            number of hits stays; they are spread differently. It does not run the cache. On unless given, but not for "lagged".
+        variant: "dit" corrects the step gate in phase 2 too; "flux" keeps that of phase 1, and phase 2 starts from a plan that
+            protects step 0 and the last step only; "auto" is "flux" for models with a joint attention.
+        again: Runs that measurement: provisional reuses [T, sites] bool -> stats. `make_plan` supplies it.
 
     Raises:
-        PlanError: A quantile outside 0..1, an unknown metric, or phase 2 without a model.
+        PlanError: A quantile outside 0..1, an unknown metric or alternative, or phase 2 without a model.
     """
-    taus = {"hidden": step, "attn": attn, "ff": ff}
-    for name, tau in {**taus, "nonskip": nonskip}.items():
-        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
-            raise PlanError(f"{'step' if name == 'hidden' else name} is {tau!r}; expected a number in 0..1")
-    if not isinstance(metric, str) or metric not in METRICS:
-        raise PlanError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    groups = _groups(sites)
+    taus = _taus(groups, step, attn, ff, context_ff, single_attn, single_mlp)
+    _check_share("nonskip", nonskip)
+    for name, value, known in (("protect", protect, PROTECT), ("variant", variant, VARIANTS)):
+        if value not in known:
+            raise PlanError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     if steps < 3:
         raise PlanError(f"InvarDiff compares three steps in a row; this schedule has {steps}")
-    reused = _below_quantiles(METRICS[metric](stats), sites, taus, nonskip)
-    if phase2 not in (None, True, False) or (phase2 and metric != "v1"):
-        raise PlanError(f"phase2 is {phase2!r} with metric {metric!r}; it is true or false, and measures v1")
-    if metric == "v1" and phase2 in (None, True):
-        if again is None:
-            raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
-        reused = _below_quantiles(METRICS[metric](again(reused)), sites, taus, nonskip)
-    reused = _step_first(reused, sites)
+    if phase2 not in (None, True, False) or (phase2 and metric == "lagged"):
+        raise PlanError(
+            f"phase2 is {phase2!r} with metric {metric!r}; it is true or false, and holds references, which lag none"
+        )
+    flux = variant == "flux" or (variant == "auto" and any(site.kind == "context_attn" for site in sites))
+    first = 1 if protect == "none" else max(1, int(nonskip * steps))
+    last = protect == "both"
+    rate = stats.rate(metric)
+    reused = _below_quantiles(rate, groups, taus, first, last)
+    if phase2 or (phase2 is None and metric != "lagged"):
+        assert again is not None
+        provisional = _below_quantiles(rate, groups, taus, 1, last) if flux else reused
+        corrected = _below_quantiles(again(provisional).rate(metric), groups, taus, first, last)
+        if flux:
+            corrected[:, groups["hidden"]] = reused[:, groups["hidden"]]
+        reused = corrected
+    reused = _step_first(reused, groups)
     return {
-        site.name: "".join("CR"[hit] for hit in reused[:, i].int().tolist())
-        for i, site in enumerate(sites)
-        if site.kind in taus
+        sites[i].name: "".join("CR"[hit] for hit in reused[:, i].int().tolist()) for columns in groups.values() for i in columns
     }
 
 
-def _below_quantiles(rate: torch.Tensor, sites: Sequence[Site], taus: Mapping[str, float], nonskip: float) -> torch.Tensor:
-    """[T, sites] bool: where the rate lies strictly below its kind's quantile, ends protected."""
+def _groups(sites: Sequence[Site]) -> dict[str, list[int]]:
+    """Columns that share a quantile: by kind, those of single blocks on their own."""
+    found: dict[str, list[int]] = {}
+    for i, site in enumerate(sites):
+        if site.kind in ("hidden", "attn", "context_attn", "ff", "context_ff", "mlp"):
+            single = "single_" if site.path.startswith("single_") else ""
+            found.setdefault(single + site.kind, []).append(i)
+    return found
+
+
+def _taus(
+    groups: Mapping[str, list[int]],
+    step: float,
+    attn: float,
+    ff: float,
+    context_ff: float | None,
+    single_attn: float | None,
+    single_mlp: float | None,
+) -> dict[str, float]:
+    """The quantile of each group.
+
+    Raises:
+        PlanError: One is outside 0..1, or is given for modules that the model does not have.
+    """
+    own = {"context_ff": context_ff, "single_attn": single_attn, "single_mlp": single_mlp}
+    for name, value in own.items():
+        if value is not None and name not in groups:
+            raise PlanError(f"{name} is {value!r}, but this model has no such modules; it has {', '.join(groups)}")
+    given = {"step": step, "attn": attn, "ff": ff} | {name: value for name, value in own.items() if value is not None}
+    for name, value in given.items():
+        _check_share(name, value)
+    taus = {"hidden": step, "attn": attn, "context_attn": attn, "ff": ff, "mlp": ff}
+    taus |= {"context_ff": given.get("context_ff", ff), "single_attn": given.get("single_attn", attn)}
+    return taus | {"single_mlp": given.get("single_mlp", ff), "single_ff": ff}
+
+
+def _check_share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PlanError(f"{name} is {value!r}; expected a number in 0..1")
+
+
+def _below_quantiles(
+    rate: torch.Tensor, groups: Mapping[str, list[int]], taus: Mapping[str, float], first: int, last: bool
+) -> torch.Tensor:
+    """[T, sites] bool: where the rate lies strictly below its group's quantile; the first rows, and the last, protected."""
     reused = torch.zeros(rate.shape, dtype=torch.bool)
-    for kind, tau in taus.items():
-        columns = [i for i, site in enumerate(sites) if site.kind == kind]
-        if columns:
-            own = rate[:, columns]
-            reused[:, columns] = own < torch.quantile(own[1:-1].flatten(), tau)
-    reused[: max(1, int(nonskip * len(rate)))] = False
-    reused[-1] = False
+    for name, columns in groups.items():
+        own = rate[:, columns]
+        reused[:, columns] = own < torch.quantile(own[1:-1].flatten(), taus[name])
+    reused[:first] = False
+    if last:
+        reused[-1] = False
     return reused
 
 
-def _step_first(reused: torch.Tensor, sites: Sequence[Site]) -> torch.Tensor:
+def _step_first(reused: torch.Tensor, groups: Mapping[str, list[int]]) -> torch.Tensor:
     """A reused step reuses every module, and the step after it refreshes them all, unless it is reused itself."""
-    hidden = next(i for i, site in enumerate(sites) if site.kind == "hidden")
-    modules = [i for i, site in enumerate(sites) if site.kind in ("attn", "ff")]
+    modules = [i for name, columns in groups.items() if name != "hidden" for i in columns]
     result = reused.clone()
-    for step in range(len(reused)):
-        if reused[step, hidden]:
-            result[step, modules] = True
-            if step + 1 < len(reused):
-                result[step + 1, modules] = False
+    for step in torch.nonzero(reused[:, groups["hidden"][0]]).flatten().tolist():
+        result[step, modules] = True
+        if step + 1 < len(reused):
+            result[step + 1, modules] = False
     return result
 
 

@@ -36,11 +36,9 @@ def magcache(
         exclude (step numbers from 0): Steps that are always computed.
 
     Raises:
-        PlanError: Neither stats nor ratios, another number of ratios, or an argument out of range.
+        PlanError: Another number of ratios, or an argument out of range.
     """
     if ratios is None:
-        if stats is None:
-            raise PlanError("the policy 'magcache' needs calibration (stats=stepgraph.calibrate(...)) or ratios")
         ratios = stats.ratio[:, [site.kind for site in sites].index("stack_residual")].tolist()
     numbers = (int, float)
     if isinstance(threshold, bool) or not isinstance(threshold, numbers) or not isinstance(retention, numbers):
@@ -69,4 +67,4 @@ def magcache(
     return {"stack_residual": "".join(letters)}
 
 
-MAGCACHE = Policy(magcache, source="MagCache, arXiv 2506.09045")
+MAGCACHE = Policy(magcache, source="MagCache, arXiv 2506.09045", needs_stats=True, unless="ratios")

@@ -16,11 +16,17 @@ class Policy:
             them.
         source: Where the method comes from.
         needs_stats: Whether it needs calibration.
+        unless: The argument that stands in for calibration, where there is one.
     """
 
     decide: Callable[..., Mapping[str, str]]
     source: str
     needs_stats: bool = False
+    unless: str | None = None
+
+    def wants_stats(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it needs calibration, given these arguments."""
+        return self.needs_stats and (self.unless is None or arguments.get(self.unless) is None)
 
 
 def present_kinds(sites: Sequence[Site]) -> list[str]:

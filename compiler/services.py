@@ -1,0 +1,80 @@
+"""What a policy may ask of the model: policies themselves see no graphs, and get these as functions, by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.calibrate import calibrate, digest
+from stepgraph.compiler.rates import Metric
+from stepgraph.compiler.router import Router
+from stepgraph.compiler.router_settings import settings_of
+from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.train_router import train_router
+from stepgraph.plan import PlanError, PlanHeader
+
+# Parameters of policies that are filled in with the functions of these names; users do not pass them.
+SERVICES = ("again", "train")
+
+
+@dataclass(frozen=True)
+class Services:
+    """The model, and how it was or is to be measured.
+
+    Attributes:
+        header: What the plan is for.
+        stats: Its calibration, where there is one.
+        model: Where it was given.
+        scheduler: Likewise.
+        conditioning: What the calibration was given; so are the next three.
+        inputs: The forward's arguments, where the model's usual shapes are not meant.
+        metrics: Rates of one's own.
+        allow_stochastic: Whether the sampler may add noise.
+        on_step: Called with (done, in all).
+    """
+
+    header: PlanHeader
+    stats: CalibrationStats | None
+    model: nn.Module | None
+    scheduler: Any
+    conditioning: Mapping[str, torch.Tensor] | None = None
+    inputs: Mapping[str, torch.Tensor] | None = None
+    metrics: Mapping[str, Metric] | None = None
+    allow_stochastic: bool = False
+    on_step: Callable[[int, int], None] | None = None
+
+    def again(self, reused: torch.Tensor) -> CalibrationStats:
+        """The calibration once more, its rates measured under provisional reuses [T, sites] (InvarDiff's phase 2).
+
+        Raises:
+            PlanError: The model or scheduler is missing, or the conditioning is not that of the calibration.
+        """
+        if self.stats is None or self.model is None or self.scheduler is None:
+            raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
+        if digest(self.conditioning) != self.stats.conditioning:
+            raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
+        return calibrate(
+            self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
+            seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
+            inputs=self.inputs, provisional=reused, metrics=self.metrics, channels=False,
+            allow_stochastic=self.allow_stochastic, on_step=self.on_step,
+        )  # fmt: skip
+
+    def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
+        """Routers from a file, or trained on the model (Learning-to-Cache).
+
+        Raises:
+            PlanError: The file belongs to something else, or there is no model to train on.
+        """
+        if file is not None:
+            router = Router.load(file)
+            router.refuse_other(self.header, str(file))
+            return router
+        if self.model is None or self.scheduler is None:
+            raise PlanError(
+                "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
+            )
+        settings = settings_of(preset, changes)
+        return train_router(self.model, self.scheduler, steps=self.header.steps, settings=settings, on_step=self.on_step)
