@@ -18,11 +18,13 @@ from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.import_plan import import_plan
+from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.router import Router
 from stepgraph.compiler.router_settings import RouterSettings
 from stepgraph.compiler.stats import CalibrationStats
+from stepgraph.compiler.sweep import sweep
 from stepgraph.compiler.trace import TraceError
 from stepgraph.compiler.train_router import train_router
 from stepgraph.config import CompileConfig, CompileError
@@ -56,5 +58,5 @@ def compile(
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
     "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs",
-    "import_plan", "make_plan", "sample", "train_router",
+    "import_plan", "make_plan", "policies", "sample", "sweep", "train_router",
 ]  # fmt: skip

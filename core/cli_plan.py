@@ -1,6 +1,9 @@
-"""`stepgraph plan`: make, import, export, show and compare cache plans."""
+"""`stepgraph plan`: make, import, export, resample, show and compare cache plans, and sweep a policy's knob."""
 
 import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,23 +24,35 @@ from stepgraph.cli_common import (
     reports_errors,
     show,
 )
+from stepgraph.cli_sweep import plan_sweep
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
+from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan, runs_model
 from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.files import whole_file
 from stepgraph.plan import CachePlan, PlanError
+from stepgraph.plan_plot import plot_diff
 from stepgraph.plan_report import diff_plans
 
-plan_app = typer.Typer(no_args_is_help=True, help="Make, import, export, show and compare cache plans.")
+plan_app = typer.Typer(
+    no_args_is_help=True,
+    help="Make, import, export, resample, show and compare cache plans, and sweep a policy's knob.",
+    rich_markup_mode=None,
+)
+
+# Click keeps the lines of a paragraph that begins with \b as they are.
+MAKE_HELP = "\n\n".join(
+    ["Make a plan with a policy.", "The policies and their arguments:", *(f"\b\n{record}" for record in policies().values())]
+)
 
 
-@plan_app.command(name="make")
+@plan_app.command(name="make", help=MAKE_HELP)
 @reports_errors
 def plan_make(
-    policy: Annotated[str, typer.Argument(help=f"{', '.join(POLICIES)}")],
+    policy: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}; each is described above")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "glyph-dit",
     stats: Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate`; they bring the steps")] = None,
     steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or what the statistics have")] = None,
@@ -59,6 +74,18 @@ def plan_make(
         made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
+
+
+@plan_app.command(name="policies")
+@reports_errors
+def plan_policies(as_json: Json = False) -> None:
+    """List the policies: what each does, its paper, what it needs, and its arguments."""
+    records = policies()
+    if as_json:
+        print(json.dumps({name: record.as_dict() for name, record in records.items()}))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("\n\n".join(map(str, records.values())), markup=False)
 
 
 @plan_app.command(name="import")
@@ -98,6 +125,33 @@ def plan_export(
     show({"written": str(out)}, as_json)
 
 
+@plan_app.command(name="resample")
+@reports_errors
+def plan_resample(
+    plan: PlanFile,
+    steps: Annotated[int, typer.Option(help="the new number of inference steps")],
+    model: Annotated[
+        str | None, typer.Option(help="take the new timesteps from the scheduler beside this model; else they are interpolated")
+    ] = None,
+    scheduler: SchedulerName = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Stretch a plan's pattern to another number of steps."""
+    loaded = CachePlan.load(plan)
+    if model is None and scheduler is not None:
+        raise PlanError(f"--scheduler {scheduler} needs --model too, whose configuration of it is used")
+    chosen = load_scheduler(model, scheduler) if model is not None else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        made = loaded.resample(steps, chosen)
+    notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    if chosen is None and made is not loaded:
+        notes.append("its timesteps are interpolated, so sampling refuses it unless the scheduler's agree; pass --model")
+    made.save(out)
+    show_plan(made, as_json, f"wrote {out}", notes)
+
+
 @plan_app.command(name="show")
 @reports_errors
 def plan_show(
@@ -112,32 +166,56 @@ def plan_show(
     show_plan(loaded, as_json, f"wrote {plot}" if plot else None)
 
 
-def show_plan(plan: CachePlan, as_json: bool, note: str | None) -> None:
-    """A plan's summary."""
+def show_plan(plan: CachePlan, as_json: bool, note: str | None, more_warnings: Sequence[str] = ()) -> None:
+    """A plan's summary, with warnings of the plan and of the command."""
+    summary = plan.summary()
+    summary = replace(summary, warnings=(*summary.warnings, *more_warnings))
     if as_json:
-        print(json.dumps(plan.summary().as_dict()))
+        print(json.dumps(summary.as_dict()))
         return
     header, console = plan.header, Console(highlight=False, soft_wrap=True)
     console.print(f"{header.model} {header.fingerprint}, {header.dtype}, {header.scheduler} {header.steps} steps", markup=False)
-    console.print(str(plan.summary()), markup=False)
+    console.print(str(summary), markup=False)
     if note:
         console.print(note, markup=False)
 
 
 @plan_app.command(name="diff")
 @reports_errors
-def plan_diff(first: PlanFile, second: PlanFile, as_json: Json = False) -> None:
+def plan_diff(
+    first: PlanFile,
+    second: PlanFile,
+    plot: Annotated[Path | None, typer.Option(help="write both heat maps, and where they differ, to this PNG")] = None,
+    as_json: Json = False,
+) -> None:
     """Compare two plans; the exit status is 0 either way."""
-    difference = diff_plans(CachePlan.load(first), CachePlan.load(second))
+    plans = CachePlan.load(first), CachePlan.load(second)
+    difference = diff_plans(*plans)
+    if plot is not None:
+        plot_diff(*plans, plot)
     if as_json:
         print(json.dumps(difference))
         return
     console = Console(highlight=False, soft_wrap=True)
     for name, (before, after) in difference["header"].items():
-        console.print(f"{name}: {before} -> {after}", markup=False)
+        console.print(f"{name}: {_brief(before)} -> {_brief(after)}", markup=False)
     for label in ("only_in_first", "only_in_second"):
         for site in difference[label]:
             console.print(f"{label.replace('_', ' ')}: {site}", markup=False)
     for site, (before, after) in difference["sites"].items():
         console.print(f"{site}\n  - {before}\n  + {after}", markup=False)
-    console.print(f"{difference['pairs_changed']} (step, site) pairs differ")
+    steps = " and ".join(str(plan.steps) for plan in plans)
+    pairs = difference["pairs_changed"]
+    console.print(f"{pairs} (step, site) pairs differ" if pairs is not None else f"{steps} evaluations: steps are not compared")
+    if plot is not None:
+        console.print(f"wrote {plot}", markup=False)
+
+
+def _brief(value: object) -> str:
+    """A header field in one line."""
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"{value[0]}, {value[1]}, ..., {value[-1]} ({len(value)} in all)"
+    return str(value)
+
+
+plan_app.command(name="sweep")(plan_sweep)

@@ -5,10 +5,16 @@ import math
 import torch
 
 
+def relative_errors(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """||value - reference|| / ||reference|| of each sample, [B] float64; both [B, ...]."""
+    value, reference = value.double().flatten(1), reference.double().flatten(1)
+    errors: torch.Tensor = (value - reference).norm(dim=1) / reference.norm(dim=1)
+    return errors
+
+
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over samples of ||value - reference|| / ||reference||; both [B, ...], computed in float64."""
-    value, reference = value.double().flatten(1), reference.double().flatten(1)
-    return float(((value - reference).norm(dim=1) / reference.norm(dim=1)).mean())
+    return float(relative_errors(value, reference).mean())
 
 
 def psnr(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -114,6 +114,8 @@ class PlanHeader:
         arguments: The policy's arguments.
         seed: Seed of the calibration, where there was one.
         samples: Samples of the calibration, where there was one.
+        prediction: What the scheduler takes the model's output for: "epsilon", "sample", "v_prediction", "flow", or another
+            name of its own; empty where it is not known.
     """
 
     model: str
@@ -131,6 +133,7 @@ class PlanHeader:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     samples: int | None = None
+    prediction: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -321,9 +324,19 @@ class CachePlan:
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """The steps x sites heat map, one panel per kind; written to `path` where given."""
-        from stepgraph.plan_report import plot_plan
+        from stepgraph.plan_plot import plot_plan
 
         return plot_plan(self, path)
+
+    def resample(self, steps: int, scheduler: Any = None) -> "CachePlan":
+        """The plan's pattern at another number of steps, with a warning: it is stretched, not calibrated.
+
+        Every site computes the same share of the steps to within one row, densely and sparsely where it did in the run
+        (`stepgraph.resample` states the rule). Without `scheduler` the timesteps are interpolated.
+        """
+        from stepgraph.resample import resample_plan
+
+        return resample_plan(self, steps, scheduler)
 
     def to_json(self) -> str:
         """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""

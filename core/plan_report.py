@@ -1,18 +1,11 @@
-"""What a plan does, for people: counts per kind, the heat map, and the difference of two plans."""
+"""What a plan does, for people: counts per kind, costs, warnings, and the difference of two plans."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stepgraph.files import whole_file
 from stepgraph.liveness import peak_bytes, traffic
 from stepgraph.plan import COMPUTE, DEAD, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# One colour per action, told apart without colour vision too.
-COLOURS = {"C": "#1b3a5c", "R": "#f2b134", "L": "#7fb069", "F": "#c8553d", ".": "#e6e6e6"}
+from stepgraph.plan_warnings import plan_warnings
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class PlanSummary:
         macs: Multiply-accumulates that the whole run computes, over all branches.
         macs_total: The same with nothing reused.
         peak_slot_bytes: The most bytes of stored values held at once.
+        warnings: What the numbers do not show, such as that a plan is nothing but a shorter schedule.
     """
 
     policy: str
@@ -51,6 +45,7 @@ class PlanSummary:
     macs: int
     macs_total: int
     peak_slot_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def ideal_speedup(self) -> float:
@@ -74,6 +69,7 @@ class PlanSummary:
             f"  MACs {self.macs / 1e9:.3f} G of {self.macs_total / 1e9:.3f} G per sample, ideal {self.ideal_speedup:.2f}x"
         )
         lines.append(f"  peak stored values {self.peak_slot_bytes / 1e6:.3f} MB per sample")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -108,77 +104,22 @@ def summarize(plan: CachePlan) -> PlanSummary:
     branches = len(plan.header.branches)
     macs = branches * sum(row_macs(plan, row, step.stores) for row, step in zip(plan.rows, traffic(plan), strict=True))
     total = branches * plan.header.macs * plan.steps
-    return PlanSummary(plan.header.policy, plan.steps, tuple(counts), macs, total, peak_bytes(plan))
-
-
-def plot_plan(plan: CachePlan, path: str | Path | None = None) -> "Figure":
-    """Steps x sites heat map, one panel per module kind and per stream kind ever replaced (`CachePlan.plot`)."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-
-    def shown(kind: str) -> bool:
-        actions = {row[i] for row in plan.rows for i, site in enumerate(plan.sites) if site.kind == kind}
-        return bool(actions) if kind not in STREAM_KINDS else bool(actions - {COMPUTE, DEAD})
-
-    panels = [kind for kind in KINDS if shown(kind)] or ["output"]
-    letters = list(COLOURS)
-    depths = {kind: sum(site.kind == kind for site in plan.sites) for kind in panels}
-    ratios = [max(depth, 1.6) for depth in depths.values()]
-    figure = Figure(
-        figsize=(max(6.0, 0.16 * plan.steps + 2.2), 0.13 * sum(ratios) + 0.55 * len(panels) + 1.3), layout="constrained"
-    )
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
-    for axis, kind in zip(axes, panels, strict=True):
-        columns = [i for i, site in enumerate(plan.sites) if site.kind == kind]
-        image = [[letters.index(row[i]) for row in plan.rows] for i in columns]
-        colours = ListedColormap(list(COLOURS.values()))
-        axis.pcolormesh(
-            [i - 0.5 for i in range(plan.steps + 1)],
-            range(len(columns) + 1),
-            image,
-            cmap=colours,
-            vmin=-0.5,
-            vmax=len(letters) - 0.5,
-            edgecolors="white",
-            linewidth=0.4,
-        )
-        axis.invert_yaxis()
-        axis.set_ylabel(kind, rotation=0, ha="right", va="center")
-        axis.set_yticks(
-            [0.5, len(columns) - 0.5] if len(columns) > 1 else [],
-            ["0", str(len(columns) - 1)] if len(columns) > 1 else [],
-        )
-        axis.tick_params(length=0)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1].set_xlabel("step (0 is the noisiest)")
-    used = {action for row in plan.rows for action in row}
-    handles = [Patch(color=COLOURS[a.value], label=a.name.lower()) for a in Action if a.value in used]
-    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
-    summary = summarize(plan)
-    arguments = ", ".join(f"{name}={value}" for name, value in plan.header.arguments.items() if _brief(value))
-    title = f"{plan.header.policy}({arguments}): {summary.ideal_speedup:.2f}x fewer MACs"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    if path is not None:
-        with whole_file(path) as partial:
-            figure.savefig(partial, dpi=120)
-    return figure
-
-
-def _brief(value: Any) -> bool:
-    """Whether an argument is short enough for a title, and says something."""
-    return value is not None and len(str(value)) <= 24
+    return PlanSummary(plan.header.policy, plan.steps, tuple(counts), macs, total, peak_bytes(plan), plan_warnings(plan))
 
 
 def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
-    """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ."""
+    """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ.
+
+    Plans of different T have no steps in common: `pairs_changed` is None then.
+    """
     before, after = asdict(old.header), asdict(new.header)
     header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
     shared = [name for name in columns[0] if name in columns[1]]
     changed = {name: [columns[0][name], columns[1][name]] for name in shared if columns[0][name] != columns[1][name]}
-    pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=False))
+    pairs = None
+    if old.steps == new.steps:
+        pairs = sum(a != b for was, now in changed.values() for a, b in zip(was, now, strict=True))
     return {
         "header": header,
         "only_in_first": [name for name in columns[0] if name not in columns[1]],

@@ -71,7 +71,17 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
         "scheduler": type(scheduler).__name__,
         "scheduler_hash": hash_config(config_of(scheduler)),
         "timesteps": tuple(float(t) for t in scheduler.timesteps),
+        "prediction": _prediction(scheduler),
     }
+
+
+def _prediction(scheduler: Any) -> str:
+    """What a scheduler takes the model's output for, or nothing where it does not say."""
+    kind = str(config_of(scheduler).get("prediction_type") or "")
+    # Flow-matching schedulers have no such setting, and solvers that serve both call it by a longer name.
+    if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction":
+        return "flow"
+    return kind
 
 
 def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:

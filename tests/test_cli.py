@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from stepgraph.cli import app
+from stepgraph.cli_sweep import parse_values
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import CachePlan
 
@@ -41,7 +43,7 @@ def error_of(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-o", path)
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-o", path)
     return path
 
 
@@ -63,7 +65,7 @@ def test_plan_show_prints_the_summary_and_draws(plan: Path, tmp_path: Path):
 
 def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     other = tmp_path / "other.json"
-    invoke("plan", "make", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
     difference = json.loads(invoke("plan", "diff", plan, other, "--json"))
     assert difference["pairs_changed"] == 10 * 3  # ten attention sites, three reused steps each
     before, after = difference["header"]["arguments"]
@@ -71,16 +73,90 @@ def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
     assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
 
 
+def test_plan_diff_draws_both_plans(plan: Path, tmp_path: Path):
+    other, longer = tmp_path / "other.json", tmp_path / "longer.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=3", "-o", other)
+    invoke("plan", "make", "--policy", "full", "--steps", 9, "-o", longer)
+    assert f"wrote {tmp_path / 'diff.png'}" in invoke("plan", "diff", plan, other, "--plot", tmp_path / "diff.png")
+    assert Image.open(tmp_path / "diff.png").size[0] > 1000
+    text = invoke("plan", "diff", plan, longer)
+    assert "6 and 9 evaluations: steps are not compared" in text
+    assert "(9 in all)" in text
+
+
+def test_plan_resample_takes_the_models_scheduler(plan: Path, tmp_path: Path):
+    out, guessed = tmp_path / "out.json", tmp_path / "guessed.json"
+    facts = json.loads(invoke("plan", "resample", plan, "--steps", 10, "--model", "glyph-dit", "-o", out, "--json"))
+    assert [w.split(":")[0] for w in facts["warnings"]] == ["the plan was made for 6 steps and is resampled to 10"]
+    direct = tmp_path / "direct.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 10, "-a", "every=2", "-o", direct)
+    assert CachePlan.load(out).header.timesteps == CachePlan.load(direct).header.timesteps
+    assert CachePlan.load(out).rows == CachePlan.load(direct).rows
+    assert "sampling refuses it unless the scheduler's agree" in invoke("plan", "resample", plan, "--steps", 4, "-o", guessed)
+    assert "steps is 0" in error_of("plan", "resample", plan, "--steps", 0, "-o", guessed)
+    assert "needs --model" in error_of("plan", "resample", plan, "--steps", 4, "--scheduler", "ddim", "-o", guessed)
+    assert "the plan is for DDIMScheduler" in error_of(
+        "plan", "resample", plan, "--steps", 4, "--model", "glyph-dit", "--scheduler", "euler", "-o", guessed
+    )
+
+
+def test_plan_show_warns_of_a_shorter_schedule(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", 'kinds=["output"]', "-o", path)
+    # glyph-dit predicts v, for which it is none.
+    assert CachePlan.load(path).header.prediction == "v_prediction"
+    assert json.loads(invoke("plan", "show", path, "--json"))["warnings"] == []
+    CachePlan.load(path).with_header(prediction="epsilon").save(path)
+    assert len(json.loads(invoke("plan", "show", path, "--json"))["warnings"]) == 1
+    assert "warning: `output` is reused at 3 of 6 steps." in invoke("plan", "show", path)
+
+
+def test_policies_are_listed_and_make_help_explains_them():
+    text, shown = invoke("plan", "policies"), invoke("plan", "make", "--help")
+    records = json.loads(invoke("plan", "policies", "--json"))
+    assert list(records) == list(POLICIES)
+    for name, record in records.items():
+        assert f"{name}: {record['source']}" in text
+        assert f"  {name}: {record['source']}\n" in shown
+        for argument in record["arguments"]:
+            # Lines are kept as they are, not joined to a paragraph.
+            assert f"\n      -a {argument['name']}: {argument['type']}" in shown
+
+
+def test_plan_sweep_measures_draws_and_saves_the_knee(tmp_path: Path):
+    picture, knee = tmp_path / "sweep.png", tmp_path / "knee.json"
+    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 6, "--samples", 2, "--plot", picture]
+    facts = json.loads(invoke(*command, "--values", "1,2,3,6", "--json"))
+    assert [point["value"] for point in facts["points"]] == [1, 2, 3, 6]
+    errors = [point["error"] for point in facts["points"]]
+    assert errors[0] < 1e-6 < errors[1] < errors[3] < 1
+    assert Image.open(picture).size[0] > 500
+    shown = invoke(*command, "--from", 1, "--to", 2, "--points", 2)
+    assert "1.00x" in shown
+    assert "no knee" in shown
+    assert "no knee" in error_of(*command, "--values", "1,2", "--save", knee)
+    assert not knee.exists()
+
+
+def test_a_sweep_needs_to_know_what_to_try(tmp_path: Path):
+    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 4, "--plot", tmp_path / "sweep.png"]
+    assert "say what to try, either --values" in error_of(*command)
+    assert "say what to try, either --values" in error_of(*command, "--values", "2", "--from", 1, "--to", 2)
+    assert "--log needs a range above 0; got 0 to 2" in error_of(*command, "--from", 0, "--to", 2, "--log")
+    assert parse_values("smoothcache", ("alpha",), None, 0.1, 0.8, 4, True) == [0.1, 0.2, 0.4, 0.8]
+    assert parse_values("interval", ("every",), None, 1, 4, 4, False) == [1, 2, 3, 4]
+
+
 def test_calibrate_feeds_a_policy(tmp_path: Path):
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     facts = json.loads(invoke("calibrate", "glyph-dit", "--steps", 5, "--samples", 1, "-o", stats, "--json"))
     assert 0 < facts["mean_relative_change"]["attn"] < 2
-    invoke("plan", "make", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
+    invoke("plan", "make", "--policy", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
     made = CachePlan.load(plan)
     assert made.steps == 5
     assert made.header.samples == 1
     assert sum(row[made.index("hidden")] == "R" for row in made.rows) > 0
-    assert "needs calibration" in error_of("plan", "make", "smoothcache", "-o", tmp_path / "other.json")
+    assert "needs calibration" in error_of("plan", "make", "--policy", "smoothcache", "-o", tmp_path / "other.json")
 
 
 def test_calibrate_with_guidance_draws_and_cleans_up(tmp_path: Path):
@@ -187,16 +263,16 @@ def test_doctor_lists_versions_and_advice():
     ("arguments", "said"),
     [
         (["plan", "show", "nowhere.json"], "no plan file at nowhere.json"),
-        (["plan", "make", "nonsense"], "unknown policy 'nonsense'; known: deepcache, full, interval, invardiff"),
-        (["plan", "make", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
-        (["plan", "make", "manual"], "needs the argument 'actions'"),
-        (["plan", "make", "interval", "-a", "every"], "expected name=value"),
-        (["plan", "make", "interval", "-a", "every=0"], "every is 0 for attn"),
-        (["plan", "make", "interval", "--steps", "0"], "steps is 0"),
-        (["plan", "make", "interval", "--model", "./nowhere"], "no model at './nowhere'"),
-        (["plan", "make", "interval", "--model", "dit-s-8:random"], "known: dit-xl-2-256:random"),
-        (["plan", "make", "interval", "--scheduler", "ddpm"], "unknown scheduler 'ddpm'; known: ddim"),
-        (["plan", "make", "interval", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["plan", "make", "--policy", "nonsense"], "unknown policy 'nonsense'; known: deepcache, full, interval, invardiff"),
+        (["plan", "make", "--policy", "interval", "-a", "period=2"], "no argument 'period'; it takes every, offset, kinds"),
+        (["plan", "make", "--policy", "manual"], "needs the argument 'actions'"),
+        (["plan", "make", "--policy", "interval", "-a", "every"], "expected name=value"),
+        (["plan", "make", "--policy", "interval", "-a", "every=0"], "every is 0 for attn"),
+        (["plan", "make", "--policy", "interval", "--steps", "0"], "steps is 0"),
+        (["plan", "make", "--policy", "interval", "--model", "./nowhere"], "no model at './nowhere'"),
+        (["plan", "make", "--policy", "interval", "--model", "dit-s-8:random"], "known: dit-xl-2-256:random"),
+        (["plan", "make", "--policy", "interval", "--scheduler", "ddpm"], "unknown scheduler 'ddpm'; known: ddim"),
+        (["plan", "make", "--policy", "interval", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["demo", "--device", "abacus"], "unknown device 'abacus'"),
     ],
 )
@@ -219,7 +295,9 @@ def test_a_plan_for_another_scheduler_dtype_or_backend_is_refused(plan: Path, tm
 
 def test_a_class_without_adapter_is_refused_by_name(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    assert "'UNet2DModel' has no adapter" in error_of("plan", "make", "full", "--model", tmp_path, "-o", tmp_path / "p.json")
+    assert "'UNet2DModel' has no adapter" in error_of(
+        "plan", "make", "--policy", "full", "--model", tmp_path, "-o", tmp_path / "p.json"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").is_dir(), reason="needs a place that nobody can write to")

@@ -11,7 +11,8 @@ from test_plan import HEADER, PLAN, SITES, build
 
 import stepgraph as sg
 from stepgraph.plan import KINDS, CachePlan
-from stepgraph.plan_report import COLOURS, diff_plans
+from stepgraph.plan_plot import COLOURS, DIFFERENCES, FIRST, OTHERWISE, SAME, plot_diff
+from stepgraph.plan_report import diff_plans
 
 
 def test_summary_counts_by_hand():
@@ -88,6 +89,13 @@ def test_summary_agrees_with_the_compiled_graphs(dit, ddim, actions, guidance):
     assert exe.memory().peak_slot_bytes == 3 * summary.peak_slot_bytes
 
 
+def painted(path) -> dict[tuple[int, ...], int]:
+    """Colour -> number of pixels."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    return {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
+
+
 def rgb(colour: str) -> tuple[int, ...]:
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
 
@@ -106,13 +114,53 @@ def test_plot_paints_the_actions(tmp_path, actions, shown, absent):
     figure = build(actions).plot(tmp_path / "plan.png")
     assert figure.axes
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
-    pixels = np.asarray(Image.open(tmp_path / "plan.png").convert("RGB")).reshape(-1, 3)
-    colours, counts = np.unique(pixels, axis=0, return_counts=True)
-    area = {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
+    area = painted(tmp_path / "plan.png")
     for letter in shown:
         assert area.get(rgb(COLOURS[letter]), 0) > 100, letter
     for letter in absent:
         assert area.get(rgb(COLOURS[letter]), 0) < 100, letter
+
+
+def cells(axis) -> list[list[float | None]]:
+    """The numbers that a panel's colours stand for; None where nothing is drawn."""
+    return axis.collections[0].get_array().tolist()
+
+
+def test_two_plans_are_drawn_beside_what_differs(tmp_path):
+    first, second = build({"ff": "CRR"}), build({"ff": "CRC", "blocks.0.attn": "CRR", "hidden": "CCR"})
+    figure = plot_diff(first, second, tmp_path / "diff.png")
+    # attn, ff and hidden, each for A, B and the difference.
+    panels = [cells(axis) for axis in figure.axes]
+    compute, reuse, dead = 0, 1, 4
+    assert panels[0] == [[compute] * 3, [compute] * 3]
+    assert panels[1] == [[compute, reuse, dead], [compute, compute, dead]]
+    same, only_a, only_b, neither = range(4)
+    assert panels[2] == [[same, only_a, only_a], [same, same, only_a]]
+    # Reused in A and inside a reused site in B.
+    assert panels[5] == [[same, same, neither]] * 2
+    assert panels[8] == [[same, same, only_a]]
+    assert only_b not in np.array(panels[2] + panels[5] + panels[8])
+    assert "A: manual" in figure.axes[0].get_title(loc="left")
+    area = painted(tmp_path / "diff.png")
+    for name in (SAME, FIRST, OTHERWISE):
+        assert area.get(rgb(DIFFERENCES[name]), 0) > 100, name
+
+
+def test_a_site_that_one_plan_does_not_have_stays_blank():
+    other = CachePlan.build(HEADER, SITES[1:], {"ff": "CRR"})
+    panels = [cells(axis) for axis in plot_diff(PLAN, other).axes]
+    blank = [None] * 3
+    assert [panel[0] == blank for panel in panels[:3]] == [False, True, True]
+    assert blank not in (panels[0][1], panels[1][1], panels[2][1])
+
+
+def test_plans_of_different_lengths_are_drawn_without_a_difference(tmp_path):
+    longer = PLAN.header.__class__(**{**PLAN.header.__dict__, "steps": 4, "timesteps": (9, 6, 3, 0)})
+    figure = plot_diff(PLAN, CachePlan.build(longer, SITES, {"ff": "CRCR"}), tmp_path / "diff.png")
+    assert figure.get_suptitle() == "3 and 4 evaluations: no step by step difference"
+    assert len(figure.axes) == 3 * 2
+    assert [len(cells(axis)[0]) for axis in figure.axes[:2]] == [3, 4]
+    assert diff_plans(PLAN, CachePlan.build(longer, SITES, {}))["pairs_changed"] is None
 
 
 def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

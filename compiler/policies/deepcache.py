@@ -32,9 +32,9 @@ def deepcache(
         sites: The model's sites.
         steps: T.
         stats: Not used.
-        every: The period N, in steps, at least 1.
-        first: Index of the first block of the range.
-        last: Index of the block behind the range; without it all but the last block belong to it.
+        every (steps, at least 1): The period N.
+        first (block, from 0): Index of the first block of the range.
+        last (block): Index of the block behind the range; without it all but the last block belong to it.
         reuse: "modules" or "output"; the latter needs first=0 and a model with sites of kind `block`.
         power: Makes the full steps non-uniform: round(T / N) of them, dense around `center`, at int(x^power) + center for x
             evenly spaced from (-center)^(1/power) to (T - center)^(1/power), with the sign kept (the paper's quadratic

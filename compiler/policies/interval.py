@@ -22,9 +22,9 @@ def interval(
         sites: The model's sites.
         steps: T.
         stats: Not used.
-        every: The period N, for all kinds or by kind.
-        offset: Shifts the computed steps, for all kinds or by kind. FORA's own code counts steps down to 0 and computes
-            those divisible by N, which is `offset=(T - 1) % N`.
+        every (steps, at least 1): The period N, for all kinds or by kind.
+        offset (steps, at least 0): Shifts the computed steps, for all kinds or by kind. FORA's own code counts steps down to 0
+            and computes those divisible by N, which is `offset=(T - 1) % N`.
         kinds: The kinds to reuse; all module kinds of the model unless given. `hidden`, `stack_residual` and `output`
             reuse whole steps.
 

@@ -41,13 +41,13 @@ def invardiff(
         sites: The model's sites.
         steps: T.
         stats: Calibration.
-        step: Quantile tau of the step gate, 0..1.
-        attn: Quantile tau of the attention modules, 0..1; of a joint attention's two outputs each has its own quantile.
-        ff: Quantile tau of the feed-forward modules, 0..1.
-        context_ff: Quantile tau of the text stream's feed-forward modules, 0..1; as `ff` unless given.
-        single_attn: Quantile tau of the single blocks' attention, 0..1; as `attn` unless given.
-        single_mlp: Quantile tau of the single blocks' MLP, 0..1; as `ff` unless given.
-        nonskip: Share of the first steps that are computed, 0..1: max(1, int(nonskip * T)) of them.
+        step (quantile, 0..1): Tau of the step gate.
+        attn (quantile, 0..1): Tau of the attention modules; of a joint attention's two outputs each has its own quantile.
+        ff (quantile, 0..1): Tau of the feed-forward modules.
+        context_ff (quantile, 0..1): Tau of the text stream's feed-forward modules; as `ff` unless given.
+        single_attn (quantile, 0..1): Tau of the single blocks' attention; as `attn` unless given.
+        single_mlp (quantile, 0..1): Tau of the single blocks' MLP; as `ff` unless given.
+        nonskip (share of the steps, 0..1): The first steps that are computed: max(1, int(nonskip * T)) of them.
         protect: Which ends are computed whatever their rates: "both", "first" (the last step may be reused), or "none" (only
             step 0, which has nothing to reuse).
         metric: "v1", the paper's rate; "relative_l1", its later form; "lagged", the relative error that a reuse really makes;

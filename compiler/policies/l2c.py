@@ -36,8 +36,8 @@ def l2c(
         sites: The model's sites.
         steps: T.
         stats: Not used.
-        theta: Threshold in 0..1. Trained to the end, most weights lie near 0 or 1, and the paper takes 0.1 (DiT) or 0.9
-            (U-ViT, DiT at 512); after a short training 0.5 splits them best.
+        theta (0..1): Threshold on the sigmoid of a logit. Trained to the end, most weights lie near 0 or 1, and the paper takes
+            0.1 (DiT) or 0.9 (U-ViT, DiT at 512); after a short training 0.5 splits them best.
         router: A file written by `Router.save`; nothing is trained then, and no setting below may be given.
         preset: "quick" (minutes on a CPU), "dit" or "u-vit" (the paper's code).
         lam: Weight of the computed share in the loss; larger reuses more.

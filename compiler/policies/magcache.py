@@ -28,11 +28,12 @@ def magcache(
         sites: The model's sites.
         steps: T.
         stats: Calibration; not needed where `ratios` are given.
-        threshold: Largest accumulated deviation.
-        max_skip: Most steps skipped in a row.
-        retention: Share of the first steps that are always computed: int(retention * T + 0.5) of them, and at least one.
-        ratios: T magnitude ratios of `stack_residual`, such as published ones.
-        exclude: Steps that are always computed.
+        threshold (relative magnitude, at least 0): Largest accumulated deviation.
+        max_skip (steps, at least 0): Most steps skipped in a row.
+        retention (share of the steps, 0..1): The first steps that are always computed: int(retention * T + 0.5) of
+            them, and at least one.
+        ratios (one per step): T magnitude ratios of `stack_residual`, such as published ones.
+        exclude (step numbers from 0): Steps that are always computed.
 
     Raises:
         PlanError: Another number of ratios, or an argument out of range.

@@ -34,9 +34,9 @@ def procache(
         sites: The model's sites.
         steps: T.
         stats: Calibration.
-        budget: Number of full steps; a third of the steps unless given.
-        shortest: Steps in the shortest segment, at least 1.
-        longest: Steps in the longest segment.
+        budget (steps): Number of full steps; a third of the steps unless given.
+        shortest (steps, at least 1): Length of the shortest segment.
+        longest (steps): Length of the longest segment.
         candidates: Number of random schedules.
         seed: Of the random schedules.
         kinds: The kinds to reuse; all module kinds of the model unless given.

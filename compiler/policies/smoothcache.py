@@ -21,7 +21,7 @@ def smoothcache(
         sites: The model's sites.
         steps: T.
         stats: Calibration; its lags bound k.
-        alpha: Threshold on the relative L1 change, for all module kinds or by kind (then the others are computed).
+        alpha (relative L1 change, at least 0): Threshold for all module kinds, or by kind (then the others are computed).
         per_layer: One schedule for each module instead of one for all modules of a kind (their mean error).
 
     Raises:

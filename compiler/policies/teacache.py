@@ -30,12 +30,12 @@ def teacache(
         sites: The model's sites.
         steps: T.
         stats: Calibration, which has the embedding's changes.
-        threshold: Accumulated relative change of the output at which a step is computed, above 0.
+        threshold (relative change, above 0): Accumulated relative change of the output at which a step is computed.
         coefficients: Of the polynomial, highest power first, as the method publishes them; fitted to the calibrated output
             changes by least squares unless given.
-        degree: Of the fitted polynomial, 0..8.
-        first: Number of first steps that are always computed, at least 1.
-        last: Number of last steps that are always computed.
+        degree (0..8): Of the fitted polynomial.
+        first (steps, at least 1): Number of first steps that are always computed.
+        last (steps, at least 0): Number of last steps that are always computed.
 
     Raises:
         PlanError: An argument out of range, a model without a timestep embedding, or fewer steps than the fit needs.
