@@ -68,6 +68,5 @@ class GlyphRuns:
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from full compute's, [N] float64."""
-        relative: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
-        relative = relative / self.reference.double().flatten(1).norm(dim=1)
-        return relative
+        difference, reference = (t.double().flatten(1) for t in (images - self.reference, self.reference))
+        return torch.linalg.vector_norm(difference, dim=1) / torch.linalg.vector_norm(reference, dim=1)
