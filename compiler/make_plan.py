@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ def make_plan(
     conditioning: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     allow_stochastic: bool = False,
+    checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
 ) -> CachePlan:
@@ -52,6 +54,8 @@ def make_plan(
         conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
         metrics: Rates of one's own that the calibration was given, likewise.
         allow_stochastic: Make a plan although the sampler adds noise.
+        checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
+            delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
         **arguments: The policy's own.
 
@@ -76,7 +80,9 @@ def make_plan(
             refuse_stochastic(scheduler, steps)
         marked = marked_graph(model, example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    services = Services(header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, on_step)
+    services = Services(
+        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step
+    )
     offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}

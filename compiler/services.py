@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Services:
         inputs: The forward's arguments, where the model's usual shapes are not meant.
         metrics: Rates of one's own.
         allow_stochastic: Whether the sampler may add noise.
+        checkpoint: Where unfinished runs are kept.
         on_step: Called with (done, in all).
     """
 
@@ -43,6 +45,7 @@ class Services:
     inputs: Mapping[str, torch.Tensor] | None = None
     metrics: Mapping[str, Metric] | None = None
     allow_stochastic: bool = False
+    checkpoint: str | Path | None = None
     on_step: Callable[[int, int], None] | None = None
 
     def again(self, reused: torch.Tensor) -> CalibrationStats:
@@ -59,7 +62,7 @@ class Services:
             self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
             seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
             inputs=self.inputs, provisional=reused, metrics=self.metrics, channels=False,
-            allow_stochastic=self.allow_stochastic, on_step=self.on_step,
+            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
         )  # fmt: skip
 
     def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
@@ -77,4 +80,7 @@ class Services:
                 "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
             )
         settings = settings_of(preset, changes)
-        return train_router(self.model, self.scheduler, steps=self.header.steps, settings=settings, on_step=self.on_step)
+        return train_router(
+            self.model, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
+            on_step=self.on_step,
+        )  # fmt: skip

@@ -12,18 +12,22 @@ from rich.console import Console
 
 from stepgraph.cli_common import (
     MODEL_HELP,
+    AllowStochastic,
     Arguments,
+    Device,
     Dtype,
     Json,
     PlanFile,
     SchedulerName,
     Steps,
     parse_arguments,
+    parse_device,
     parse_dtype,
     progress_bar,
     reports_errors,
     show,
 )
+from stepgraph.cli_router import plan_train_router
 from stepgraph.cli_sweep import plan_sweep
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
@@ -58,21 +62,28 @@ def plan_make(
     steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or what the statistics have")] = None,
     scheduler: SchedulerName = None,
     guidance: Annotated[str, typer.Option(help="batched, separate or none")] = "batched",
+    device: Device = "cpu",
     dtype: Dtype = "float32",
+    allow_stochastic: AllowStochastic = False,
     arg: Arguments = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
     """Make a plan with a policy."""
-    arguments = parse_arguments(arg)
+    arguments, checkpoint = parse_arguments(arg), out.with_name(f"{out.name}.unfinished")
     measured = CalibrationStats.load(stats) if stats is not None else None
-    with progress_bar("loading and planning", as_json):
+    with progress_bar("loading and planning", as_json) as report:
         kind = parse_dtype(dtype)
-        loaded = load_model(model, "cpu", kind) if runs_model(policy) else load_to_plan(model, kind)
+        loaded = load_model(model, parse_device(device), kind) if runs_model(policy) else load_to_plan(model, kind)
         chosen = load_scheduler(model, scheduler)
         steps = 50 if steps is None and measured is None else steps
-        made = make_plan(policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance, **arguments)
+        made = make_plan(
+            policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,
+            allow_stochastic=allow_stochastic, checkpoint=checkpoint,
+            on_step=lambda d, t: report("running the model", d, t), **arguments,
+        )  # fmt: skip
     made.save(out)
+    checkpoint.unlink(missing_ok=True)
     show_plan(made, as_json, f"wrote {out}")
 
 
@@ -96,6 +107,7 @@ def plan_import(
     steps: Steps = 50,
     scheduler: SchedulerName = None,
     dtype: Dtype = "float32",
+    allow_stochastic: AllowStochastic = False,
     arg: Arguments = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     as_json: Json = False,
@@ -103,7 +115,7 @@ def plan_import(
     """Turn a published plan file, recognised by its content, into a plan for a model."""
     loaded = load_to_plan(model, parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
-    made = import_plan(file, loaded, chosen, steps=steps, **parse_arguments(arg))
+    made = import_plan(file, loaded, chosen, steps=steps, allow_stochastic=allow_stochastic, **parse_arguments(arg))
     made.save(out)
     show_plan(made, as_json, f"wrote {out}")
 
@@ -219,3 +231,4 @@ def _brief(value: object) -> str:
 
 
 plan_app.command(name="sweep")(plan_sweep)
+plan_app.command(name="train-router")(plan_train_router)

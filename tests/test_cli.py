@@ -207,6 +207,22 @@ def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
     assert all(torch.equal(resumed.tables[name], table) for name, table in whole.tables.items() if name != "ms")
 
 
+def test_routers_are_trained_kept_and_used(tmp_path: Path):
+    router, form, plan, again = (tmp_path / name for name in ("router.safetensors", "router.pt", "plan.json", "again.json"))
+    few = ("-a", "iterations=3", "-a", "pool=8", "-a", "batch=4")
+    common = ("plan", "train-router", "glyph-dit", "--steps", 4, *few, "-o", router)
+    facts = json.loads(invoke(*common, "--export", form, "--json"))
+    assert facts["written"] == [str(router), str(form)]
+    assert facts["reused_of_routed"]["theta 0.9"] >= facts["reused_of_routed"]["theta 0.1"]
+    assert not list(tmp_path.glob("*.unfinished"))
+    invoke("plan", "make", "--policy", "l2c", "--steps", 4, "-a", f"router={router}", "-a", "theta=0.9", "-o", plan)
+    invoke("plan", "import", form, "--model", "glyph-dit", "--steps", 4, "-a", "theta=0.9", "-o", again)
+    assert CachePlan.load(plan).rows == CachePlan.load(again).rows
+    assert any("R" in row for row in CachePlan.load(plan).rows)
+    assert "name it .pt or .pth" in error_of(*common, "--export", tmp_path / "router.json")
+    assert "unknown preset 'nose'" in error_of(*common, "--preset", "nose")
+
+
 def test_an_exported_plan_imports_as_it_was(plan: Path, tmp_path: Path):
     schedule, again = tmp_path / "schedule.json", tmp_path / "again.json"
     invoke("plan", "export", plan, "--format", "smoothcache", "-o", schedule)
