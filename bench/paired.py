@@ -64,7 +64,7 @@ class Host:
         for noise in self.noise:
             for first in range(0, self.per_seed, BATCH):
                 labels = self.labels[first : first + BATCH]
-                given = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+                given: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
                 part = noise[first : first + BATCH]
                 parts.append(sample(runner, self.scheduler, part, self.guidance, steps=steps or self.steps, **given).cpu())
                 on_batch()
@@ -77,8 +77,9 @@ class Host:
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from that of the full run, [count] float64."""
-        difference: torch.Tensor = (images - self.reference).double().flatten(1).norm(dim=1)
-        return difference / self.reference.double().flatten(1).norm(dim=1)
+        difference = (images - self.reference).double().flatten(1).norm(dim=1)
+        errors: torch.Tensor = difference / self.reference.double().flatten(1).norm(dim=1)
+        return errors
 
     def compare(self, images: torch.Tensor) -> dict[str, Any]:
         """Errors of images against the full runs from the same noise.

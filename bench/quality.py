@@ -68,12 +68,22 @@ def invardiff(modules_only: bool = False, phase2: bool = False, **arguments: Any
 
 def whole(policy: str, name: str, low: int, high: int, **arguments: Any) -> Knob:
     """A policy whose knob is a whole number."""
-    return Knob(lambda s, x: make_plan(policy, s, **{name: round(x)}, **arguments), low, high, whole=True)
+
+    def make(stats: CalibrationStats, x: float) -> CachePlan:
+        own: dict[str, Any] = {**arguments, name: round(x)}
+        return make_plan(policy, stats, **own)
+
+    return Knob(make, low, high, whole=True)
 
 
 def smooth(policy: str, name: str, high: float, **arguments: Any) -> Knob:
     """A policy whose knob is a threshold."""
-    return Knob(lambda s, x: make_plan(policy, s, **{name: x}, **arguments), 0, high)
+
+    def make(stats: CalibrationStats, x: float) -> CachePlan:
+        own: dict[str, Any] = {**arguments, name: x}
+        return make_plan(policy, stats, **own)
+
+    return Knob(make, 0, high)
 
 
 def by_budget(stats: CalibrationStats, x: float) -> CachePlan:

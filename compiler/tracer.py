@@ -364,7 +364,8 @@ def _spelling(func: Any, args: Any) -> tuple[str, Any, Any]:
         return "call_function", getattr, (args[0], func.__self__.__name__)
     if name in OPERATORS:
         return "call_function", OPERATORS[name], args
-    if torch.overrides.is_tensor_method_or_property(func):
+    # Methods that torch.Tensor writes in Python, such as unflatten, are none for torch; inductor takes them only as methods.
+    if torch.overrides.is_tensor_method_or_property(func) or vars(torch.Tensor).get(name) is func:
         return "call_method", name, args
     return "call_function", func, args
 

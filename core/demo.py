@@ -117,7 +117,7 @@ def run_demo(
         runners[name] = compile_plan(model, plan, inputs, CompileConfig(backend))
     noise = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     labels = torch.arange(images, device=device) % len(CLASSES)
-    conditioning = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     results: dict[str, torch.Tensor] = {}
     done, total = 0, (rounds * steps + 2) * len(runners)

@@ -40,4 +40,5 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 def _square_root(matrix: torch.Tensor) -> torch.Tensor:
     """Of a symmetric positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: torch.Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root

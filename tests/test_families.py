@@ -1,5 +1,7 @@
 """FLUX and U-ViT: their sites, what these cost, and compiled plans against the oracle, bit for bit."""
 
+from itertools import count
+
 import diffusers
 import pytest
 import torch
@@ -267,11 +269,39 @@ def test_flux_is_not_sampled_by_name(flux, flow):
         family_of(flux).conditioning(FLUX, 1, torch.device("cpu"))
 
 
-def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux):
+def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkeypatch):
+    ticks = count()
+    # A clock that goes on by a second whenever it is looked at: every operation takes one.
+    monkeypatch.setattr("stepgraph.compiler.time_sites.time.perf_counter", lambda: float(next(ticks)))
     marked = marked_graph(flux, flux_inputs())
-    times = dict(zip((site.name for site in marked.sites), time_sites(flux, marked, flux_inputs()).tolist(), strict=True))
-    # Whoever is faster, the whole attention has more to do than one of its two output projections.
-    assert times["transformer_blocks.0.attn"] > times["transformer_blocks.0.attn:1"] > 0
+    ends = {node.meta["marker"]: node for node in marked.graph.nodes if "marker" in node.meta}
+
+    def needed(*cut: int) -> int:
+        """How many nodes the output depends on where the values of some markers are given."""
+        pending, seen = [next(iter(reversed(marked.graph.nodes)))], set()
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                inner = node.args[:1] if "marker" in node.meta else node.all_input_nodes
+                pending += [] if node in [ends[i] for i in cut] else inner
+        return len(seen)
+
+    seconds = time_sites(flux, marked, flux_inputs()) / 1000
+    for image, text in ((0, 1), (4, 5)):
+        assert marked.sites[text].kind == "context_attn"
+        assert seconds[text] == needed() - needed(text)
+        assert seconds[image] + seconds[text] == needed() - needed(image, text) > 10 * seconds[text]
+
+
+def test_flux_runs_compiled_by_inductor(flow):
+    torch.manual_seed(0)
+    flux = diffusers.FluxTransformer2DModel(**(FLUX | {"num_layers": 1, "num_single_layers": 1})).eval()
+    plan = flux_plan(flux, flow, {"proj_out": "CR", "attn": "CR", "context_attn": "CR", "context_ff": "CR"}, steps=2)
+    exe = sg.compile(flux, plan, flux_inputs(2), backend="inductor")
+    wanted = run_flow(FluxOracle.of(flux, plan), flow, 2, flux_inputs(2))
+    for value, expected in zip(run_flow(exe.session(), flow, 2, flux_inputs(2)), wanted, strict=True):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
 
 
 # -- U-ViT ---------------------------------------------------------------------------------------------------------------

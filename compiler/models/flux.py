@@ -47,7 +47,7 @@ def conditioning(config: Mapping[str, Any], batch: int, device: torch.device) ->
     """
     raise CompileError(
         "FLUX is conditioned on text embeddings, so that there is no sampling it by name; calibrate with conditioning= of your "
-        "own, and run executables attached to a pipeline, or step by step with what one gives its transformer"
+        "own, and run an executable's session step by step with what a FLUX pipeline gives its transformer"
     )
 
 
