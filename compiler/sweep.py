@@ -56,11 +56,14 @@ def sweep(
 
     Raises:
         PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
+        CompileError: The model's family has no example conditioning (FLUX).
     """
     knobs = (knob,) if isinstance(knob, str) else tuple(knob)
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]
     _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
+    # A model that cannot be sampled by name is refused before any work.
+    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
     guidance = "batched" if guidance_scale > 1 else "none"
     base = {"model": model, "scheduler": scheduler, "steps": stats.header.steps if steps is None and stats else steps}
     plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
@@ -68,7 +71,6 @@ def sweep(
     # Values that make the same plan are run once, under the first one's name.
     distinct = sorted({plan.rows: i for i, plan in reversed(list(enumerate(plans)))}.values())
     header = plans[0].header
-    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
     runs.begin(header.steps, header.steps * (1 + len(distinct)) + sum(shorter), on_step)
     branches = 2 if guidance == "batched" else 1
     baseline = tuple(
