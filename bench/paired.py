@@ -12,7 +12,7 @@ from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
-from stepgraph.metrics import frechet_distance, psnr
+from stepgraph.metrics import frechet_distance, psnr, relative_errors
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampler import sample
@@ -77,9 +77,7 @@ class Host:
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from that of the full run, [count] float64."""
-        difference = (images - self.reference).double().flatten(1).norm(dim=1)
-        errors: torch.Tensor = difference / self.reference.double().flatten(1).norm(dim=1)
-        return errors
+        return relative_errors(images, self.reference)
 
     def compare(self, images: torch.Tensor) -> dict[str, Any]:
         """Errors of images against the full runs from the same noise.

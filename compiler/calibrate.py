@@ -14,10 +14,10 @@ from stepgraph.compiler.describe import example_inputs, make_header, marked_grap
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.observe import Observer
 from stepgraph.compiler.rates import METRICS, Metric
+from stepgraph.compiler.records import read_record, write_record
 from stepgraph.compiler.sites import MarkedGraph
-from stepgraph.compiler.stats import CHANNELS, CalibrationStats, read_described
+from stepgraph.compiler.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.time_sites import time_sites
-from stepgraph.files import save_tensors
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanError, PlanHeader
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_stochastic, sample, step_arguments
@@ -230,7 +230,7 @@ class _Progress:
         """
         if self.path is None or not self.path.is_file():
             return 0
-        described, tensors = read_described(self.path, UNFINISHED, VERSION)
+        described, tensors = read_record(self.path, UNFINISHED, VERSION)
         wanted = json.loads(json.dumps(self.identity))
         found = described.get("identity")
         if found != wanted:
@@ -249,9 +249,8 @@ class _Progress:
         """Write the sums of the samples done so far; the file appears whole or not at all."""
         if self.path is None:
             return
-        described = {"format": UNFINISHED, "version": VERSION, "identity": self.identity, "done": done}
         tensors = observer.sites.sums | {CHANNELS + name: table for name, table in observer.channels.sums.items()}
-        save_tensors(self.path, tensors, {"stepgraph": json.dumps(described)})
+        write_record(self.path, UNFINISHED, VERSION, {"identity": self.identity, "done": done}, tensors)
 
 
 def _shifted(on_step: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:

@@ -71,7 +71,7 @@ def make_plan(
         sites = stats.sites
     elif POLICIES[policy].wants_stats(arguments):
         instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
-        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...){instead}")
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}")
     elif model is None or scheduler is None or steps is None:
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")

@@ -1,18 +1,17 @@
 """Learning-to-Cache's trained routers and their files (arXiv 2406.01733)."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from stepgraph.compiler.records import described_sites, read_record, write_record
 from stepgraph.compiler.router_settings import RouterSettings, full_steps
-from stepgraph.files import save_tensors, whole_file
-from stepgraph.plan import PlanError, PlanHeader, Site, parse_record
+from stepgraph.files import whole_file
+from stepgraph.plan import PlanError, PlanHeader, Site
 
 FORMAT = "stepgraph-router"
 VERSION = 1
@@ -68,7 +67,7 @@ class Router:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
-        write_record(path, FORMAT, self.header, self.sites, self.settings, {"logits": self.logits, "history": self.history})
+        write_router(path, FORMAT, self.header, self.sites, self.settings, {"logits": self.logits, "history": self.history})
 
     @classmethod
     def load(cls, path: str | Path) -> "Router":
@@ -77,7 +76,7 @@ class Router:
         Raises:
             PlanError: There is no such file, or it is not a complete router file of this version.
         """
-        header, sites, settings, tensors, _ = read_record(path, FORMAT, ("logits", "history"))
+        header, sites, settings, tensors, _ = read_router(path, FORMAT, ("logits", "history"))
         try:
             return cls(header, sites, tensors["logits"], settings, tensors["history"])
         except PlanError as error:
@@ -109,7 +108,7 @@ class Router:
             torch.save({"routers": [row.clone() for row in self.logits.flip(0)], "args": arguments}, partial)
 
 
-def write_record(
+def write_router(
     path: str | Path,
     form: str,
     header: PlanHeader,
@@ -118,38 +117,24 @@ def write_record(
     tensors: Mapping[str, torch.Tensor],
     **extra: Any,
 ) -> None:
-    """Write tensors with what they belong to as JSON metadata; the file appears whole or not at all."""
-    described = {
-        "format": form, "version": VERSION, "header": asdict(header), "sites": list(map(asdict, sites)),
-        "settings": asdict(settings), **extra,
-    }  # fmt: skip
-    save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"stepgraph": json.dumps(described)})
+    """Write tensors with what they belong to; the file appears whole or not at all."""
+    described = {"header": asdict(header), "sites": list(map(asdict, sites)), "settings": asdict(settings), **extra}
+    write_record(path, form, VERSION, described, tensors)
 
 
-def read_record(
+def read_router(
     path: str | Path, form: str, names: tuple[str, ...]
 ) -> tuple[PlanHeader, tuple[Site, ...], RouterSettings, dict[str, torch.Tensor], dict[str, Any]]:
-    """Header, sites, settings, tensors and all metadata of a file written by `write_record`.
+    """Header, sites, settings, tensors and all metadata of a file written by `write_router`.
 
     Raises:
         PlanError: The file is missing, cut short, or of another format or version.
     """
-    if not Path(path).is_file():
-        raise PlanError(f"no router file at {path}; train one with stepgraph.train_router(...) and Router.save")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path}: not a complete router file ({error})") from error
-    found = (described.get("format"), described.get("version")) if isinstance(described, dict) else (None, None)
-    if found != (form, VERSION):
-        raise PlanError(f"{path}: expected {form} version {VERSION}; got {found[0]} {found[1]}")
+    described, tensors = read_record(path, form, VERSION, "train routers with `stepgraph plan train-router`")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise PlanError(f"{path}: the table {missing[0]!r} is missing")
-    header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
-    sites = tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(described.get("sites") or ()))
+    header, sites = described_sites(described, path)
     try:
         settings = RouterSettings(**described.get("settings", {}))
     except (TypeError, PlanError) as error:

@@ -1,16 +1,14 @@
 """What calibration measures, and its file."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from stepgraph.files import save_tensors
-from stepgraph.plan import PlanError, PlanHeader, Site, parse_record
+from stepgraph.compiler.records import described_sites, read_record, write_record
+from stepgraph.plan import PlanError, PlanHeader, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,8 +144,6 @@ class CalibrationStats:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
         described = {
-            "format": FORMAT,
-            "version": VERSION,
             "header": asdict(self.header),
             "sites": list(map(asdict, self.sites)),
             "branches": self.branches,
@@ -155,7 +151,7 @@ class CalibrationStats:
             "conditioning": self.conditioning,
         }
         tensors = dict(self.tables) | {CHANNELS + name: value for name, value in self.channels.items()}
-        save_tensors(path, {n: t.contiguous() for n, t in tensors.items()}, {"stepgraph": json.dumps(described)})
+        write_record(path, FORMAT, VERSION, described, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
@@ -164,11 +160,8 @@ class CalibrationStats:
         Raises:
             PlanError: The file is not a complete statistics file of this version.
         """
-        if not Path(path).is_file():
-            raise PlanError(f"no statistics file at {path}; make one with `stepgraph calibrate`")
-        described, tensors = read_described(path, FORMAT, VERSION)
-        header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
-        sites = tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(described.get("sites") or ()))
+        described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
+        header, sites = described_sites(described, path)
         branches, guidance_scale = described.get("branches"), described.get("guidance_scale")
         if branches not in (["cond"], ["cond", "uncond"]) or not isinstance(guidance_scale, (int, float)):
             raise PlanError(f"{path}: branches are {branches!r} and guidance_scale {guidance_scale!r} in its metadata")
@@ -180,26 +173,6 @@ class CalibrationStats:
         channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
         tables = {name: tensors[name] for name in shapes}
         return cls(header, sites, tuple(branches), guidance_scale, str(described.get("conditioning", "")), tables, channels)
-
-
-def read_described(path: str | Path, form: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The JSON metadata and the tensors of one of our safetensors files.
-
-    Raises:
-        PlanError: The file is cut short, or not of this format and version.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path}: not a complete statistics file ({error})") from error
-    if not isinstance(described, dict):
-        raise PlanError(f"{path}: its metadata is not an object")
-    if described.get("format") != form or described.get("version") != version:
-        found = f"{described.get('format')} {described.get('version')}"
-        raise PlanError(f"{path}: expected {form} version {version}; got {found}")
-    return described, tensors
 
 
 UNBRANCHED = ("mse", "cosine", "embedding", "ms")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
-from stepgraph.compiler.router import Router, read_record, write_record
+from stepgraph.compiler.router import Router, read_router, write_router
 from stepgraph.compiler.router_settings import RouterSettings, full_steps
 from stepgraph.compiler.router_states import NoisedLatents, States, Trajectories, clean_latents
 from stepgraph.compiler.scheduler_steps import refuse_random
@@ -157,7 +157,7 @@ class _Training:
             "logits": router.logits, "history": router.history, "exp_avg": state["exp_avg"],
             "exp_avg_sq": state["exp_avg_sq"], "generator": self.generator.get_state(),
         }  # fmt: skip
-        write_record(path, CHECKPOINT, self.header, self.soft.sites, self.settings, tensors, data=digest)
+        write_router(path, CHECKPOINT, self.header, self.soft.sites, self.settings, tensors, data=digest)
 
     def resume(self, path: str | Path, digest: str) -> None:
         """Go on from a checkpoint.
@@ -165,7 +165,7 @@ class _Training:
         Raises:
             PlanError: It is of another training; the message says what differs.
         """
-        header, sites, settings, tensors, described = read_record(path, CHECKPOINT, TABLES)
+        header, sites, settings, tensors, described = read_router(path, CHECKPOINT, TABLES)
         Router(header, sites, tensors["logits"], settings).refuse_other(self.header, str(path))
         for name in RouterSettings.__dataclass_fields__:
             before, now = getattr(settings, name), getattr(self.settings, name)

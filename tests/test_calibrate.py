@@ -372,7 +372,7 @@ def test_truncated_files_are_refused(stats, tmp_path):
     whole = path.read_bytes()
     for length in {0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 8, len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with pytest.raises(PlanError, match=r"stats\.safetensors: not a complete statistics file"):
+        with pytest.raises(PlanError, match=r"stats\.safetensors: not a complete stepgraph-stats file"):
             sg.CalibrationStats.load(path)
 
 

@@ -304,7 +304,7 @@ def test_a_router_file_is_read_back(router, tmp_path):
     assert torch.equal(again.history, router.history)
     assert (again.header, again.sites, again.settings) == (router.header, router.sites, router.settings)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(PlanError, match="not a complete router file"):
+    with pytest.raises(PlanError, match="not a complete stepgraph-router file"):
         Router.load(path)
 
 
@@ -366,7 +366,7 @@ def test_what_the_papers_form_cannot_say_is_not_written(model, tmp_path, steps, 
     [
         ({"theta": 1.5}, r"theta is 1\.5; expected a probability in 0\.\.1"),
         ({"preset": "nose"}, "unknown preset 'nose'; known: dit, u-vit, quick"),
-        ({"router": "none.safetensors"}, r"no router file at none\.safetensors"),
+        ({"router": "none.safetensors"}, r"no file at none\.safetensors; train routers with"),
         ({"router": "none.safetensors", "lam": 1.0}, "the setting 'lam' has no effect"),
         ({"batch": 0}, "batch is 0; expected a whole number of at least 1"),
         ({"lam": -1.0}, r"lam is -1\.0; expected a finite number from 0"),
