@@ -79,24 +79,28 @@ def accelerate(
     circumstances = _circumstances(transformer, pipe.scheduler, steps)
     measured = POLICIES[policy].wants_stats(arguments)
 
+    def unfinished(file: Path) -> Path:
+        return file.with_suffix(".unfinished")
+
     def measure() -> CalibrationStats:
         return calibrate(
             transformer, pipe.scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
-            conditioning=conditioning, allow_stochastic=allow_stochastic, checkpoint=stats_file.with_suffix(".unfinished"),
-            on_step=on_step,
+            conditioning=conditioning, allow_stochastic=allow_stochastic, checkpoint=unfinished(stats_file), on_step=on_step,
         )  # fmt: skip
 
     def decide() -> CachePlan:
         stats = _kept(stats_file, CalibrationStats.load, measure) if measured else None
-        stats_file.with_suffix(".unfinished").unlink(missing_ok=True)
+        unfinished(stats_file).unlink(missing_ok=True)
         return make_plan(
             policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, on_step=on_step, **arguments,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, **arguments,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
     planned = {**circumstances, **(runs if measured else {}), "policy": policy, "arguments": arguments}
-    plan = _kept(folder / f"plan-{policy}-{_key(planned)}.json", CachePlan.load, decide)
+    plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
+    plan = _kept(plan_file, CachePlan.load, decide)
+    unfinished(plan_file).unlink(missing_ok=True)
     executable = compile_plan(transformer, plan, example_inputs(transformer, batch), CompileConfig(backend, exact))
     return executable.attach(pipe)
 

@@ -69,7 +69,8 @@ def calibrate(
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
 
-    Memory holds the sites' values of five steps, whatever the number of steps and samples.
+    Memory holds the sites' values of five steps, whatever the number of steps and samples, and of the current run's other steps
+    at most 2048 elements of each value, for the similarities of any two steps.
 
     Raises:
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
