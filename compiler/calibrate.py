@@ -109,17 +109,19 @@ def calibrate(
     }  # fmt: skip
     own = range(rank, samples, world)
     progress = _Progress(None if checkpoint is None else _own_file(Path(checkpoint), rank, world), identity)
-    done = progress.resume(observer)
-    generator = torch.Generator().manual_seed(seed)
+    done, generator = progress.resume(observer), torch.Generator().manual_seed(seed)
     for number in range(samples):
         # Every sample's noise is drawn, so that it does not depend on which of them run here.
         noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
         if number not in own or own.index(number) < done:
             continue
-        observer.begin()
         chosen = {name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()}
         report = None if on_step is None else _shifted(on_step, done * evaluations, len(own) * evaluations)
-        sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
+        observer.begin()
+        # Noise that the sampler itself adds comes from torch's own generators.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1 + number)
+            sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
         observer.finish()
         done += 1
         progress.save(observer, done)

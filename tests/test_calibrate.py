@@ -287,6 +287,8 @@ def test_stochastic_samplers_are_taken_where_asked(dit, ddim):
     noisy = sg.calibrate(dit, ddim, steps=3, samples=1, eta=0.5, allow_stochastic=True)
     plain = sg.calibrate(dit, ddim, steps=3, samples=1)
     assert not torch.equal(noisy.change, plain.change)
+    # The sampler's own noise is seeded too.
+    same_tables(sg.calibrate(dit, ddim, steps=3, samples=1, eta=0.5, allow_stochastic=True), noisy)
     for eta, scheduler in ((2, ddim), (0.5, tiny_scheduler("euler")), (True, ddim)):
         with pytest.raises(PlanError, match=f"eta is {eta}"):
             sg.calibrate(dit, scheduler, steps=3, samples=1, eta=eta, allow_stochastic=True)
