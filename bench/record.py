@@ -15,12 +15,20 @@ from stepgraph.files import whole_file
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Device, versions, commit and command of this process."""
-    commit = subprocess.run(
+def _commit() -> str:
+    described = subprocess.run(
         ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    )  # fmt: skip
+    return described.stdout.strip()
+
+
+# Asked at the start of the process: by the time it writes its results, somebody may have committed.
+COMMIT = _commit()
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Device, versions, commit and command of this process."""
     on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else on_cpu,
@@ -28,7 +36,7 @@ def provenance(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),
-        "commit": commit or "unknown",
+        "commit": COMMIT or "unknown",
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
     }
 
