@@ -162,9 +162,9 @@ class Baseline:
 
 
 def fewer_steps(steps: int) -> list[int]:
-    """The step counts to measure: every one from a quarter to three quarters of the steps, or every second of many."""
+    """The step counts to measure: every one from a quarter to three quarters of the steps, or every fifth of many."""
     low, high = max(2, round(steps / 4.4)), round(steps / 1.3)
-    return sorted({*range(low, high + 1, 1 if steps <= 25 else 3), round(steps / 2), round(steps / 3)})
+    return sorted({*range(low, high + 1, 1 if steps <= 25 else 5), round(steps / 2), round(steps / 3)})
 
 
 def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict[str, Knob]) -> list[dict[str, Any]]:
@@ -252,34 +252,29 @@ def main() -> None:
         host.model, host.scheduler, steps=arguments.steps, samples=arguments.calibration, seed=1000, channels=False
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"quality-{arguments.scheduler}-{arguments.steps}.json"
+    results = {
+        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": arguments.steps, "samples": host.count,
+        "seeds": list(host.seeds), "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration,
+    }  # fmt: skip
     with Progress() as progress, TemporaryDirectory() as folder:
         knobs = {name: KNOBS[name] for name in arguments.only}
         for run in arguments.routers:
             knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
-        rows = measure(host, stats, progress, knobs)
-        final = finalists(arguments, rows, stats, progress) if arguments.finalists else None
-    name = f"{type(host.scheduler).__name__} {arguments.steps}, guidance {arguments.guidance:g}, N = {host.count}"
-    columns = (
-        "fewer_macs",
-        "relative_l2",
-        "standard_error",
-        "seed_spread",
-        "psnr",
-        "feature_distance",
-        "versus_fewer_steps",
-        "knob",
-    )
-    show(f"glyph-dit, {name}", rows, columns)
-    if final:
-        show(f"N = {final['images']}", final["rows"], ("fewer_macs", "relative_l2", "accuracy", "frechet_real", "frechet_full"))
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": arguments.steps, "samples": host.count,
-        "seeds": list(host.seeds), "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration,
-        "rows": rows, "finalists": final,
-    }  # fmt: skip
-    path = arguments.out / f"quality-{arguments.scheduler}-{arguments.steps}.json"
-    write_record(path, arguments.device, results)
-    plot_quality(results, path.with_suffix(".png"))
+        results["rows"] = measure(host, stats, progress, knobs)
+        # The finalists take as long again: what there is so far is kept.
+        write_record(path, arguments.device, results)
+        plot_quality(results, path.with_suffix(".png"))
+        if arguments.finalists:
+            results["finalists"] = finalists(arguments, results["rows"], stats, progress)
+            write_record(path, arguments.device, results)
+    name = f"{results['scheduler']} {arguments.steps}, guidance {arguments.guidance:g}, N = {host.count}"
+    columns = ("fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "feature_distance", "versus_fewer_steps")
+    show(f"glyph-dit, {name}", results["rows"], (*columns, "knob"))
+    if arguments.finalists:
+        final = results["finalists"]
+        columns = ("fewer_macs", "relative_l2", "accuracy", "frechet_real", "frechet_full")
+        show(f"N = {final['images']}", final["rows"], columns)
 
 
 if __name__ == "__main__":
