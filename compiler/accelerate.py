@@ -20,6 +20,7 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.files import writable_folder
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.sampler import refuse_stochastic
 
 T = TypeVar("T", CachePlan, CalibrationStats)
 
@@ -28,6 +29,7 @@ def accelerate(
     pipe: Any,
     steps: int = 50,
     policy: str = "interval",
+    arguments: Mapping[str, Any] | None = None,
     *,
     samples: int = 16,
     seed: int = 0,
@@ -39,7 +41,7 @@ def accelerate(
     exact: bool = False,
     cache: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    **arguments: Any,
+    **more: Any,
 ) -> Executable:
     """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
 
@@ -49,6 +51,7 @@ def accelerate(
         pipe: A diffusers pipeline with a transformer.
         steps: The `num_inference_steps` it will be called with.
         policy: Name of a policy; the model is calibrated where the policy needs it.
+        arguments: The policy's own.
         samples: Sampling runs of the calibration.
         seed: Of their noise.
         guidance_scale: Of the calibration's runs; 1 for none.
@@ -60,7 +63,7 @@ def accelerate(
         exact: As in `stepgraph.compile`.
         cache: The folder; that of STEPGRAPH_CACHE unless given.
         on_step: Called with (evaluations done, evaluations in all) of what is measured.
-        **arguments: The policy's own.
+        **more: The policy's arguments too, where they are not called like one of the above.
 
     Returns:
         The attached executable; `detach()` undoes it.
@@ -74,10 +77,13 @@ def accelerate(
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    own = _policy_arguments(arguments, more)
+    if not allow_stochastic:
+        refuse_stochastic(pipe.scheduler, steps)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
     runs = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale, "conditioning": digest(conditioning)}
     circumstances = _circumstances(transformer, pipe.scheduler, steps)
-    measured = POLICIES[policy].wants_stats(arguments)
+    measured = POLICIES[policy].wants_stats(own)
 
     def unfinished(file: Path) -> Path:
         return file.with_suffix(".unfinished")
@@ -93,16 +99,34 @@ def accelerate(
         unfinished(stats_file).unlink(missing_ok=True)
         return make_plan(
             policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, **arguments,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, **own,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
-    planned = {**circumstances, **(runs if measured else {}), "policy": policy, "arguments": arguments}
+    planned = {**circumstances, **(runs if measured else {}), "policy": policy, "arguments": own, "files": _contents(own)}
     plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
     plan = _kept(plan_file, CachePlan.load, decide)
     unfinished(plan_file).unlink(missing_ok=True)
     executable = compile_plan(transformer, plan, example_inputs(transformer, batch), CompileConfig(backend, exact))
     return executable.attach(pipe)
+
+
+def _policy_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's arguments from both places.
+
+    Raises:
+        PlanError: One is given twice.
+    """
+    twice = sorted(set(arguments or {}) & set(more))
+    if twice:
+        raise PlanError(f"the policy's argument {twice[0]!r} is given twice, in arguments and by name")
+    return {**(arguments or {}), **more}
+
+
+def _contents(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files that arguments name: what a file holds can change under its name."""
+    files = {name: Path(value) for name, value in arguments.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def _circumstances(model: nn.Module, scheduler: Any, steps: int) -> dict[str, Any]:

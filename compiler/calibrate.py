@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ def calibrate(
     provisional: torch.Tensor | None = None,
     metrics: Mapping[str, Metric] | None = None,
     channels: bool = True,
+    lags: int = 3,
     eta: float = 0.0,
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
@@ -63,14 +65,15 @@ def calibrate(
         provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does.
         metrics: Rates to measure beside those of `stepgraph.compiler.rates`, by name.
         channels: Whether to keep per-channel means of all linear maps, which needs the memory of one step's activations.
+        lags: Over how many steps changes are measured, K; at least 1.
         eta: Share of noise that DDIM puts back; above 0 the sampler is stochastic.
         allow_stochastic: Calibrate although the sampler adds noise.
         checkpoint: A file that the sums go to after every sample, and from which an interrupted call takes them up; with
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
 
-    Memory holds the sites' values of five steps, whatever the number of steps and samples, and of the current run's other steps
-    at most 2048 elements of each value, for the similarities of any two steps.
+    Memory holds the sites' values of `lags` + 2 steps, whatever the number of steps and samples, and of the current run's other
+    steps at most 2048 elements of each value, for the similarities of any two steps.
 
     Raises:
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
@@ -87,6 +90,8 @@ def calibrate(
         refuse_stochastic(scheduler, steps)
     step_arguments(prepare_scheduler(scheduler, steps), eta)
     guided = _check_guidance(guidance_scale)
+    if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
+        raise PlanError(f"lags is {lags!r}; expected a whole number of at least 1")
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
     marked = marked_graph(model, inputs)
     header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
@@ -98,13 +103,14 @@ def calibrate(
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
-        timestep=family.timestep,
+        timestep=family.timestep, lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
     given = _conditioning(model, conditioning, samples, guided, latents.device)
     used = digest(conditioning)
     identity = {
         "header": asdict(header), "guidance_scale": guidance_scale, "conditioning": used, "eta": eta, "channels": channels,
+        "lags": lags,
         "metrics": sorted(measured), "provisional": digest({"": provisional}), "process": [rank, world],
     }  # fmt: skip
     own = range(rank, samples, world)
@@ -131,7 +137,7 @@ def calibrate(
         tables["embedding"] = torch.full((evaluations,), torch.nan, dtype=torch.float64)
     kept = {name: tables.pop(name) for name in list(tables) if name in observer.channels.sums}
     branches = ("cond", "uncond") if guided else ("cond",)
-    return CalibrationStats(header, marked.sites, branches, float(guidance_scale), used, tables, kept)
+    return CalibrationStats(header, marked.sites, branches, float(guidance_scale), used, tables, kept, float(eta))
 
 
 def _finished(
@@ -212,6 +218,12 @@ def digest(values: Mapping[str, Any] | None) -> str:
         flat = value.detach().cpu().contiguous().flatten()
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def unfinished_files(checkpoint: Path) -> list[Path]:
+    """The files that a calibration with this checkpoint leaves behind."""
+    pattern = re.compile(re.escape(checkpoint.name) + r"(\.[0-9]+)?")
+    return [path for path in checkpoint.resolve().parent.iterdir() if pattern.fullmatch(path.name)]
 
 
 def _own_file(path: Path, rank: int, world: int) -> Path:

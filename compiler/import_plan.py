@@ -14,7 +14,7 @@ from torch import nn
 
 from stepgraph.compiler.describe import make_header, marked_graph
 from stepgraph.compiler.importers import IMPORTERS
-from stepgraph.plan import FORMAT, CachePlan, PlanError
+from stepgraph.plan import FORMAT, CachePlan, PlanError, without_duplicates
 from stepgraph.runtime.sampler import refuse_stochastic
 
 
@@ -78,6 +78,8 @@ def _read(path: Path) -> Any:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PlanError(f"{path}: not a checkpoint that can be read safely ({first})") from error
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a complete JSON document ({error})") from error

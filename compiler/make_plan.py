@@ -62,7 +62,7 @@ def make_plan(
     Raises:
         PlanError: Unknown policy or arguments, or something needed is missing.
     """
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:

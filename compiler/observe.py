@@ -13,7 +13,7 @@ from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.rates import Metric, over
 from stepgraph.compiler.sites import MarkedGraph
-from stepgraph.compiler.stats import LAGS, table_shapes
+from stepgraph.compiler.stats import table_shapes
 from stepgraph.plan import COMPUTE, MODULE_KINDS
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
@@ -43,11 +43,12 @@ class Observer(nn.Module):
         channels: bool = False,
         embedding: str | None = None,
         timestep: float = 1.0,
+        lags: int = 3,
     ) -> None:
         super().__init__()
         self.observed, self.timestep = model, timestep
         self.names = tuple(marked.trace.inputs)
-        self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional)
+        self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional, lags)
         every = tuple(range(len(marked.sites)))
         context = PassContext(marked.sites, COMPUTE * len(every), (), every, written_storages(marked.graph))
         graph = fx.Graph()
@@ -104,17 +105,17 @@ class Observer(nn.Module):
 
 
 class SiteSums:
-    """Running sums of the sites' tables; memory holds the values of five steps, and a sample of the others' elements.
+    """Running sums of the sites' tables; memory holds the values of `lags` + 2 steps, and a sample of the others' elements.
 
     A rate is measured against a reference that stands still from the second hit of a run of `provisional` hits on
     (InvarDiff's resampling correction, as its code does it); without hits the reference is always the step before.
     """
 
     def __init__(
-        self, branches: int, steps: int, count: int, metrics: Mapping[str, Metric], provisional: torch.Tensor | None
+        self, branches: int, steps: int, count: int, metrics: Mapping[str, Metric], provisional: torch.Tensor | None, lags: int
     ) -> None:
-        self.count, self.steps, self.metrics = count, steps, dict(metrics)
-        shapes = table_shapes(branches, steps, count, self.metrics)
+        self.count, self.steps, self.metrics, self.lags = count, steps, dict(metrics), lags
+        shapes = table_shapes(branches, steps, count, self.metrics, lags)
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         self.hits = provisional
         self.groups: list[_Group] = []
@@ -127,7 +128,7 @@ class SiteSums:
     def add(self, step: int, values: Sequence[torch.Tensor]) -> None:
         """The sites' values at a step, each [B, ...]."""
         if not self.groups:
-            self.groups = [_Group(columns, self.steps, values[columns[0]]) for columns in _stackable(values)]
+            self.groups = [_Group(columns, self.steps, self.lags, values[columns[0]]) for columns in _stackable(values)]
         for group in self.groups:
             stack = torch.stack([values[i] for i in group.columns])
             self._add_means(step, group, stack)
@@ -190,9 +191,9 @@ class SiteSums:
 class _Group:
     """Sites whose values have one shape, with what is remembered of the current run."""
 
-    def __init__(self, columns: list[int], steps: int, example: torch.Tensor) -> None:
+    def __init__(self, columns: list[int], steps: int, lags: int, example: torch.Tensor) -> None:
         self.columns = columns
-        self.past: deque[torch.Tensor] = deque(maxlen=LAGS)
+        self.past: deque[torch.Tensor] = deque(maxlen=lags)
         self.current: torch.Tensor | None = None
         self.previous: torch.Tensor | None = None
         self.held = torch.zeros(len(columns), dtype=torch.bool)

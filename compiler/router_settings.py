@@ -19,7 +19,7 @@ class RouterSettings:
         lam: Weight of the computed share: the loss of a routed step is its squared error + lam * sum of its betas.
         lr: Learning rate of AdamW with betas (0.9, 0.999) and no weight decay.
         iterations: Updates of every router. The paper's checkpoints count 11.3 to 11.5 thousand per router.
-        batch: Samples per iteration; every sample has a step of its own, in equal shares.
+        batch: Samples per iteration; the routed steps take turns among the samples.
         init: Standard deviation of the first logits.
         clamp: Logits are kept within -clamp..clamp; None leaves them free, as the U-ViT code does.
         label_dropout: Share of samples that are conditioned as the unconditional half is.
@@ -72,8 +72,9 @@ class RouterSettings:
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's DiT code.
     "dit": {},
-    # The paper's U-ViT code: the squared error is summed, the logits are free, and the rhythm starts at evaluation 1.
-    "u-vit": {"lam": 0.1, "loss": "sum", "clamp": None, "shift": 1, "iterations": 40_000},
+    # The paper's U-ViT code: the squared error is summed, the logits are free, and the rhythm starts at evaluation 1. Its
+    # states are noised images; a solver with a history needs those of real runs.
+    "u-vit": {"states": "trajectory", "lam": 0.1, "loss": "sum", "clamp": None, "shift": 1, "iterations": 40_000},
     # Minutes on a CPU: logits start undecided and move fast enough to leave the start behind.
     "quick": {"lam": 1e-4, "lr": 5e-2, "iterations": 300, "batch": 32, "init": 0.0, "states": "trajectory"},
 }

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.calibrate import calibrate, digest
+from stepgraph.compiler.describe import example_inputs, input_shapes
+from stepgraph.compiler.models import family_of
 from stepgraph.compiler.rates import Metric
 from stepgraph.compiler.router import Router
 from stepgraph.compiler.router_settings import settings_of
@@ -58,10 +60,16 @@ class Services:
             raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         if digest(self.conditioning) != self.stats.conditioning:
             raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
+        shapes = input_shapes(self.inputs or example_inputs(self.model), family_of(self.model).unbatched)
+        if shapes != self.header.shapes:
+            raise PlanError(
+                f"the statistics are of inputs {dict(self.header.shapes)}, phase 2 would measure {shapes}; pass example_inputs "
+                f"of these shapes to make_plan"
+            )
         return calibrate(
             self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
             seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
-            inputs=self.inputs, provisional=reused, metrics=self.metrics, channels=False,
+            inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
             allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
         )  # fmt: skip
 
@@ -72,6 +80,8 @@ class Services:
             PlanError: The file belongs to something else, or there is no model to train on.
         """
         if file is not None:
+            if not isinstance(file, (str, Path)):
+                raise PlanError(f"router is {file!r}; expected the name of a file of trained routers")
             router = Router.load(file)
             router.refuse_other(self.header, str(file))
             return router

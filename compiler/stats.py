@@ -1,9 +1,9 @@
 """What calibration measures, and its file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 FORMAT = "stepgraph-stats"
 VERSION = 2
-LAGS = 3
 CHANNELS = "channels/"
 
 
@@ -33,7 +32,8 @@ class CalibrationStats:
         conditioning: Digest of the conditioning that was passed in; empty for the family's example conditioning.
         tables: float64 tables by name: those of `table_shapes`, and `rate.<name>` for every rate metric.
         channels: Per-channel means of every linear map inside module sites, [C] float64 by `<module path>/<name>` with the
-            names of `CHANNEL_NAMES`; empty where they were not asked for.
+            names of `ChannelSums`; empty where they were not asked for.
+        eta: Share of noise that the sampler put back.
     """
 
     header: PlanHeader
@@ -43,6 +43,7 @@ class CalibrationStats:
     conditioning: str
     tables: Mapping[str, torch.Tensor]
     channels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    eta: float = 0.0
 
     @property
     def magnitude(self) -> torch.Tensor:
@@ -56,7 +57,7 @@ class CalibrationStats:
 
     @property
     def change(self) -> torch.Tensor:
-        """Mean absolute difference from k = 1..3 steps before, [3, T, sites]; zero where s < k.
+        """Mean absolute difference from k = 1..K steps before, [K, T, sites]; zero where s < k.
 
         This is the error that reusing a value over k steps would make.
         """
@@ -64,7 +65,7 @@ class CalibrationStats:
 
     @property
     def relative(self) -> torch.Tensor:
-        """||Z_s - Z_(s-k)||_1 / ||Z_s||_1 for k = 1..3, [3, T, sites]; zero where s < k (SmoothCache, arXiv 2411.10510)."""
+        """||Z_s - Z_(s-k)||_1 / ||Z_s||_1 for k = 1..K, [K, T, sites]; zero where s < k (SmoothCache, arXiv 2411.10510)."""
         return self.tables["relative"].mean(0)
 
     @property
@@ -149,6 +150,7 @@ class CalibrationStats:
             "branches": self.branches,
             "guidance_scale": self.guidance_scale,
             "conditioning": self.conditioning,
+            "eta": self.eta,
         }
         tensors = dict(self.tables) | {CHANNELS + name: value for name, value in self.channels.items()}
         write_record(path, FORMAT, VERSION, described, tensors)
@@ -162,28 +164,34 @@ class CalibrationStats:
         """
         described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
         header, sites = described_sites(described, path)
-        branches, guidance_scale = described.get("branches"), described.get("guidance_scale")
-        if branches not in (["cond"], ["cond", "uncond"]) or not isinstance(guidance_scale, (int, float)):
-            raise PlanError(f"{path}: branches are {branches!r} and guidance_scale {guidance_scale!r} in its metadata")
+        branches, guidance_scale, eta = (described.get(name) for name in ("branches", "guidance_scale", "eta"))
+        numbers = all(isinstance(value, (int, float)) for value in (guidance_scale, eta))
+        if branches not in (["cond"], ["cond", "uncond"]) or not numbers:
+            raise PlanError(
+                f"{path}: branches are {branches!r}, guidance_scale {guidance_scale!r}, eta {eta!r} in its metadata"
+            )
         rates = [name.removeprefix("rate.") for name in tensors if name.startswith("rate.")]
-        shapes = table_shapes(len(branches), len(header.timesteps), len(sites), rates)
+        lags = tensors["change"].shape[1] if "change" in tensors and tensors["change"].ndim == 4 else 1
+        shapes = table_shapes(len(branches), len(header.timesteps), len(sites), rates, lags)
         for name, shape in shapes.items():
             if name not in tensors or tuple(tensors[name].shape) != shape:
                 raise PlanError(f"{path}: {name} is not a table of shape {list(shape)}")
         channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
         tables = {name: tensors[name] for name in shapes}
-        return cls(header, sites, tuple(branches), guidance_scale, str(described.get("conditioning", "")), tables, channels)
+        return cls(
+            header, sites, tuple(branches), guidance_scale, str(described.get("conditioning", "")), tables, channels, eta
+        )
 
 
 UNBRANCHED = ("mse", "cosine", "embedding", "ms")
 
 
-def table_shapes(branches: int, steps: int, sites: int, rates: Any = ()) -> dict[str, tuple[int, ...]]:
+def table_shapes(branches: int, steps: int, sites: int, rates: Iterable[str], lags: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tables."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
         ("magnitude", "norm", "ratio", *(f"rate.{name}" for name in rates)), (branches, steps, sites)
     )
-    shapes |= dict.fromkeys(("change", "relative"), (branches, LAGS, steps, sites))
+    shapes |= dict.fromkeys(("change", "relative"), (branches, lags, steps, sites))
     return shapes | {
         "mse": (sites, steps, steps), "cosine": (sites, steps, steps), "embedding": (steps,), "ms": (sites,),
     }  # fmt: skip

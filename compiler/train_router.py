@@ -20,7 +20,7 @@ from stepgraph.plan import PlanError, PlanHeader
 from stepgraph.runtime.sampler import prepare_scheduler
 
 CHECKPOINT = "stepgraph-router-checkpoint"
-TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "generator")
+TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
 
 
 def train_router(
@@ -96,10 +96,17 @@ class _Training:
         generator = torch.Generator().manual_seed(settings.seed)
         first = torch.randn(len(full), len(soft.sites), generator=generator) * settings.init
         limit = settings.clamp
-        self.logits = (first if limit is None else first.clamp(-limit, limit)).requires_grad_()
-        self.optimizer = torch.optim.AdamW([self.logits], lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        first = first if limit is None else first.clamp(-limit, limit)
+        # Every router has moments of its own, which stand still while its step is not drawn.
+        self.rows = [row.clone().requires_grad_() for row in first]
+        self.optimizer = torch.optim.AdamW(self.rows, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(settings.seed + 1)
         self.history: list[tuple[float, float]] = []
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """All routers, [T, sites]."""
+        return torch.stack([row.detach() for row in self.rows])
 
     @property
     def done(self) -> int:
@@ -109,7 +116,7 @@ class _Training:
     def iterate(self) -> None:
         """One update of all logits from one batch."""
         with torch.enable_grad():
-            error, computed = self.losses()
+            error, computed, drawn = self.losses()
             loss = error + self.settings.lam * computed
             if not torch.isfinite(loss):
                 raise PlanError(
@@ -117,16 +124,21 @@ class _Training:
                     f"NaN or infinite values, or lam {self.settings.lam} is too large"
                 )
             # One term per routed step, so that each logit's gradient is the one of its own step's loss.
-            (gradient,) = torch.autograd.grad(loss * len(self.starts), [self.logits])
-        self.logits.grad = gradient
+            gradients = torch.autograd.grad(loss * len(self.starts), self.rows, allow_unused=True)
+        for step, (row, gradient) in enumerate(zip(self.rows, gradients, strict=True)):
+            row.grad = gradient if step in drawn else None
         self.optimizer.step()
         if self.settings.clamp is not None:
             with torch.no_grad():
-                self.logits.clamp_(-self.settings.clamp, self.settings.clamp)
+                for row in self.rows:
+                    row.clamp_(-self.settings.clamp, self.settings.clamp)
         self.history.append((float(error.detach()), float(computed.detach())))
 
-    def losses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error and sum of betas per window, averaged over one new batch; both sum over a window's routed steps."""
+    def losses(self) -> tuple[torch.Tensor, torch.Tensor, set[int]]:
+        """Squared error and sum of betas per window, averaged over one new batch, and the routed steps that it holds.
+
+        Both sum over a window's routed steps.
+        """
         settings = self.settings
         offset = int(torch.randint(len(self.starts), (1,), generator=self.generator))
         first = self.starts[(torch.arange(settings.batch) + offset) % len(self.starts)]
@@ -134,28 +146,36 @@ class _Training:
         with torch.no_grad():
             _, stored = self.soft.fill(window.inputs[0])
         error = computed = torch.zeros(())
+        logits, drawn = torch.stack(self.rows), set()
         for number, target in enumerate(window.targets, start=1):
-            beta = torch.sigmoid(self.logits[window.steps[number]])
+            beta = torch.sigmoid(logits[window.steps[number]])
+            drawn |= set(window.steps[number][window.valid[number]].tolist())
             output, stored = self.soft.mix(window.inputs[number], stored, beta.to(target.device))
             squares = (output.float() - target.float()).square().flatten(1)
             own = squares.mean(1) if settings.loss == "mean" else squares.sum(1)
             valid = window.valid[number].float()
             error = error + (own.cpu() * valid).mean()
             computed = computed + (beta.sum(1) * valid).mean()
-        return error, computed
+        return error, computed, drawn
 
     def router(self) -> Router:
         """What has been learnt so far."""
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, 2)
-        return Router(self.header, self.soft.sites, self.logits.detach().clone(), self.settings, history)
+        return Router(self.header, self.soft.sites, self.logits, self.settings, history)
 
     def save(self, path: str | Path, digest: str) -> None:
         """Write everything that training goes on from; the file appears whole or not at all."""
-        state = self.optimizer.state[self.logits]
         router = self.router()
+        states = [self.optimizer.state.get(row, {}) for row in self.rows]
+        moments = {
+            name: torch.stack(
+                [state.get(name, torch.zeros_like(row)) for state, row in zip(states, router.logits, strict=True)]
+            )
+            for name in ("exp_avg", "exp_avg_sq")
+        }
         tensors = {
-            "logits": router.logits, "history": router.history, "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"], "generator": self.generator.get_state(),
+            "logits": router.logits, "history": router.history, **moments, "generator": self.generator.get_state(),
+            "updates": torch.tensor([float(state.get("step", 0.0)) for state in states]),
         }  # fmt: skip
         write_router(path, CHECKPOINT, self.header, self.soft.sites, self.settings, tensors, data=digest)
 
@@ -176,10 +196,12 @@ class _Training:
         done = len(tensors["history"])
         if done > self.settings.iterations:
             raise PlanError(f"{path}: already at iteration {done}, asked for are {self.settings.iterations}")
-        with torch.no_grad():
-            self.logits.copy_(tensors["logits"])
-        moments = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
-        self.optimizer.state[self.logits] = {"step": torch.tensor(float(done)), **moments}
+        for step, row in enumerate(self.rows):
+            with torch.no_grad():
+                row.copy_(tensors["logits"][step])
+            if tensors["updates"][step]:
+                moments = {name: tensors[name][step].clone() for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[row] = {"step": tensors["updates"][step].clone(), **moments}
         self.generator.set_state(tensors["generator"])
         self.history = [(float(error), float(computed)) for error, computed in tensors["history"]]
 

@@ -33,7 +33,7 @@ from stepgraph.cli_common import (
     show,
 )
 from stepgraph.cli_plan import plan_app
-from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.calibrate import calibrate, unfinished_files
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.load import load_model, load_scheduler
@@ -256,8 +256,8 @@ def calibrate_command(
         if not first:
             return
         stats.save(out)
-    for left in out.parent.glob(f"{checkpoint.name}*"):
-        left.unlink()
+    for left in unfinished_files(checkpoint):
+        left.unlink(missing_ok=True)
     if plot is not None:
         stats.plot(plot)
     kinds = list(dict.fromkeys(site.kind for site in stats.sites))

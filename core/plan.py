@@ -368,7 +368,7 @@ class CachePlan:
     def from_json(cls, text: str) -> "CachePlan":
         """Parse and validate a plan's JSON."""
         try:
-            data = json.loads(text, object_pairs_hook=_without_duplicates)
+            data = json.loads(text, object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -406,7 +406,7 @@ def canonical(sites: Sequence[Site], row: str) -> str:
     return "".join(letters)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, unless it says two things under one name."""
     names = [name for name, _ in pairs]
     twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []

@@ -42,8 +42,14 @@ def refuse_stochastic(scheduler: Any, steps: int) -> None:
         stochastic = step_arguments(own)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for t in own.timesteps[:3]:
-                latents = own.step(output, t, latents, **stochastic, return_dict=False)[0]
+            try:
+                for t in own.timesteps[:3]:
+                    latents = own.step(output, t, latents, **stochastic, return_dict=False)[0]
+            except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+                raise PlanError(
+                    f"{type(scheduler).__name__} does not step from a prediction, a timestep and a sample alone "
+                    f"({type(error).__name__}: {error}); samplers that need more are not supported"
+                ) from error
         ends.append(latents)
     if not torch.equal(*ends):
         raise PlanError(

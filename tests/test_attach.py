@@ -304,6 +304,31 @@ def test_accelerate_calibrates_once_and_keeps_what_it_made(pipe, tmp_path, monke
         run("nose")
 
 
+def test_accelerate_looks_into_files_and_at_the_sampler(pipe, tmp_path):
+    def reused(logit: float) -> int:
+        header = sg.make_plan("full", model=pipe.transformer, scheduler=pipe.scheduler, steps=STEPS, guidance="none")
+        sites = tuple(site for site in header.sites if site.kind in ("attn", "ff"))
+        sg.Router(header.header, sites, torch.full((STEPS, len(sites)), logit)).save(tmp_path / "router.safetensors")
+        exe = sg.accelerate(pipe, STEPS, "l2c", router=str(tmp_path / "router.safetensors"), backend="eager")
+        exe.detach()
+        return sum(row.count("R") for row in exe.plan.rows)
+
+    assert reused(-4.0) > 0
+    assert reused(4.0) == 0
+    deterministic, pipe.scheduler = pipe.scheduler, diffusers.DDPMScheduler()
+    try:
+        sg.accelerate(pipe, STEPS, "interval", backend="eager", allow_stochastic=True).detach()
+        with pytest.raises(sg.PlanError, match="DDPMScheduler is stochastic"):
+            sg.accelerate(pipe, STEPS, "interval", backend="eager")
+    finally:
+        pipe.scheduler = deterministic
+    with pytest.raises(sg.PlanError, match="'every' is given twice"):
+        sg.accelerate(pipe, STEPS, "interval", {"every": 2}, every=3)
+    exe = sg.accelerate(pipe, STEPS, "interval", {"every": 3}, backend="eager")
+    exe.detach()
+    assert exe.plan.header.arguments["every"] == 3
+
+
 def test_an_attached_model_can_be_compiled_again(pipe):
     exe = compiled(pipe).attach(pipe)
     again = compiled(pipe, {})

@@ -295,6 +295,42 @@ def test_stochastic_samplers_are_taken_where_asked(dit, ddim):
     assert sg.calibrate(dit, diffusers.DDPMScheduler(), steps=3, samples=1, allow_stochastic=True).magnitude.isfinite().all()
 
 
+def test_phase_2_goes_by_the_eta_of_the_statistics(dit, ddim):
+    noisy = sg.calibrate(dit, ddim, steps=6, samples=1, eta=0.5, allow_stochastic=True)
+    assert noisy.eta == 0.5
+    with pytest.raises(PlanError, match=r"eta is 0\.5: the sampler adds noise"):
+        sg.make_plan("invardiff", noisy, model=dit, scheduler=ddim)
+    made = sg.make_plan("invardiff", noisy, model=dit, scheduler=ddim, allow_stochastic=True, step=0.0, attn=0.6, ff=0.6)
+    provisional = sg.make_plan("invardiff", noisy, step=0.0, attn=0.6, ff=0.6, phase2=False)
+    reused = torch.tensor([[letter == "R" for letter in row] for row in provisional.rows])
+    same = sg.calibrate(dit, ddim, steps=6, samples=1, eta=0.5, allow_stochastic=True, provisional=reused)
+    for kind in ("attn", "ff"):
+        own = [i for i, site in enumerate(noisy.sites) if site.kind == kind]
+        rate = same.rate("v1")[:, own]
+        hits = rate < torch.quantile(rate[1:-1].flatten(), 0.6)
+        hits[0] = hits[-1] = False
+        assert hits.tolist() == [[row[i] == "R" for i in own] for row in made.rows]
+
+
+def test_more_lags(dit, ddim):
+    stats = sg.calibrate(dit, ddim, steps=6, samples=1, lags=5)
+    few = sg.calibrate(dit, ddim, steps=6, samples=1)
+    assert stats.change.shape == (5, 6, len(stats.sites))
+    assert torch.equal(stats.change[:3], few.change)
+    assert stats.relative[4, 5].gt(0).all()
+    assert not stats.relative[4, :5].any()
+    long = sg.make_plan("smoothcache", stats, alpha=100.0)
+    assert long.rows[1:5] == (long.rows[1],) * 4
+    with pytest.raises(PlanError, match="lags is 0; expected a whole number of at least 1"):
+        sg.calibrate(dit, ddim, steps=6, samples=1, lags=0)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDPMScheduler", "RePaintScheduler", "DDPMWuerstchenScheduler"])
+def test_samplers_that_need_more_are_named(dit, name):
+    with pytest.raises(PlanError, match=f"{name} does not step from a prediction, a timestep and a sample alone"):
+        sg.calibrate(dit, getattr(diffusers, name)(), steps=3, samples=1)
+
+
 def test_conditioning_of_ones_own(dit, ddim):
     labels = torch.tensor([7, 2])
     own = sg.calibrate(dit, ddim, steps=3, samples=2, conditioning={"class_labels": labels})

@@ -448,3 +448,26 @@ def test_flux_dev_is_planned_for_on_the_command_line(tmp_path: Path):
     assert plan.header.macs - sum(
         s.macs for s in plan.sites if s.kind in ("attn", "context_attn", "ff", "context_ff", "mlp")
     ) == (pytest.approx(left, rel=0.01))
+
+
+def test_keys_of_published_files_are_read_as_they_stand(model, tmp_path: Path):
+    routers = [torch.full((4,), 5.0), torch.full((4,), -5.0), torch.full((4,), -5.0), torch.full((4,), -5.0)]
+    listed = imported({"routers": routers}, model, tmp_path / "list.pt")
+    shuffled = imported({"routers": {str(i): routers[i] for i in (2, 0, 3, 1)}}, model, tmp_path / "shuffled.pt")
+    assert shuffled.rows == listed.rows
+    whole = {i: torch.randn(4) for i in range(4)}
+    uvit = tmp_path / "whole-numbers.pth"
+    assert imported(whole, model, uvit).rows == imported({str(i): v for i, v in whole.items()}, model, uvit).rows
+    for data, said in [
+        ({"routers": [r.int() for r in routers]}, r"routers\[3\] is of dtype torch.int32; expected floating-point"),
+        ({"routers": [r.to(torch.complex64) for r in routers]}, "expected floating-point logits"),
+    ]:
+        with pytest.raises(PlanError, match=said):
+            imported(data, model, tmp_path / "dtype.pt")
+    one = [1, 0, 1, 0]
+    for key in ("attn-00", "attn-\u0661"):
+        with pytest.raises(PlanError, match="no known plan format"):
+            imported({"attn-0": one, key: one, "mlp-0": one, "mlp-1": one}, model, tmp_path / "a.json")
+    (tmp_path / "twice.json").write_text('{"attn": [1, 0, 1, 0], "attn": [1, 1, 1, 1], "mlp": [1, 1, 1, 1]}')
+    with pytest.raises(PlanError, match=r"twice\.json: .*'attn' appears more than once"):
+        sg.import_plan(tmp_path / "twice.json", model, DDIMScheduler(), steps=T)

@@ -123,9 +123,10 @@ def test_invardiff_with_other_boundaries_and_metrics(stats, features, protect, m
     # Among the tested values nothing vanishes, so that the later form of the rate is the paper's up to fp32 rounding.
     rate = lagged if metric == "lagged" else v1
     taus = {"hidden": 0.4, "attn": 0.85, "ff": 0.7}
-    wanted = invardiff_by_hand(features, 3, taus, nonskip=0.3, protect=protect, rate=rate)
+    nonskip = 0.0 if protect == "none" else 0.3
+    wanted = invardiff_by_hand(features, 3, taus, nonskip=nonskip, protect=protect, rate=rate)
     plan = sg.make_plan(
-        "invardiff", stats, step=0.4, attn=0.85, ff=0.7, nonskip=0.3, protect=protect, metric=metric, phase2=False
+        "invardiff", stats, step=0.4, attn=0.85, ff=0.7, nonskip=nonskip, protect=protect, metric=metric, phase2=False
     )
     assert_same_booleans(plan, wanted)
     first = [
@@ -360,21 +361,36 @@ def test_a_calibrated_plan_runs_as_the_oracle_says(model, stats, policy):
         ("teacache", {"degree": 9}, r"degree is 9; expected a whole number in 0\.\.8"),
         ("teacache", {"first": 0}, rf"first is 0; expected a whole number in 1\.\.{STEPS}"),
         ("deepcache", {"every": 0}, "every is 0; expected a whole number of at least 1"),
-        ("deepcache", {"first": 3}, r"first is 3; expected a whole number in 0\.\.2, a range of the 3 blocks"),
-        ("deepcache", {"first": 2, "last": 2}, r"last is 2; expected a whole number in 3\.\.3"),
+        ("deepcache", {"first": 3}, r"first is 3 of 3 blocks; expected a whole number in 0\.\.2"),
+        ("deepcache", {"first": 2, "last": 2}, r"last is 2 of 3 blocks; expected a whole number in 3\.\.3"),
         ("deepcache", {"reuse": "output"}, "reuse='output' needs first=0 and block sites; first is 1"),
         ("deepcache", {"reuse": "nose"}, "reuse is 'nose'; expected one of modules, output"),
         ("deepcache", {"power": 0.5}, "power is 0.5; expected a number of at least 1"),
         ("deepcache", {"center": 3}, "center is 3, but it shapes the non-uniform schedule only"),
         ("procache", {"budget": 1}, rf"1 segments of 1\.\.5 steps hold 1\.\.5 steps, and this schedule has {STEPS}"),
         ("procache", {"candidates": 0}, "candidates is 0; expected a whole number of at least 1"),
-        ("procache", {"kinds": ["nose"]}, r"kinds is \['nose'\]; expected a list of attn, ff"),
+        ("procache", {"kinds": ["nose"]}, "unknown kind 'nose'; this model has attn, ff"),
         ("smoothcache", {"alpha": -1}, "alpha is -1 for attn"),
         ("smoothcache", {"alpha": {"mlp": 0.1}}, "alpha is given for 'mlp'; this model has the module kinds attn, ff"),
         ("magcache", {"ratios": [1.0]}, f"ratios holds 1 numbers; expected {STEPS}"),
         ("magcache", {"threshold": "abc"}, "threshold is 'abc'"),
-        ("magcache", {"exclude": 3}, "exclude 3; expected"),
-        ("magcache", {"retention": 2}, "retention 2; expected"),
+        ("magcache", {"exclude": 3}, "exclude is 3; expected a list of steps"),
+        ("magcache", {"exclude": "3"}, "exclude is '3'; expected a list of steps"),
+        ("magcache", {"exclude": ["a"]}, r"exclude\[0\] is 'a'; expected a whole number in 0"),
+        ("magcache", {"exclude": [99]}, rf"exclude\[0\] is 99; expected a whole number in 0\.\.{STEPS - 1}"),
+        ("magcache", {"retention": 2}, r"retention is 2; expected a number in 0\.\.1"),
+        ("magcache", {"retention": True}, "retention is True; expected a number"),
+        ("magcache", {"max_skip": True}, "max_skip is True; expected a whole number of at least 0"),
+        ("magcache", {"ratios": 5}, "ratios is 5; expected a list of numbers"),
+        ("magcache", {"ratios": [float("nan")] * STEPS}, r"ratios\[0\] is nan; expected a number"),
+        ("invardiff", {"protect": "none", "nonskip": 0.5}, "nonskip is 0.5, but protect='none' computes step 0 only"),
+        ("teacache", {"coefficients": [float("nan")]}, r"coefficients\[0\] is nan; expected a number"),
+        ("interval", {"kinds": 5}, "kinds is 5; expected a list"),
+        ("procache", {"kinds": 5}, "kinds is 5; expected a list"),
+        ("procache", {"kinds": []}, r"kinds is \[\]; expected at least one kind"),
+        ("procache", {"seed": "x"}, "seed is 'x'; expected a whole number"),
+        ("smoothcache", {"per_layer": "no"}, "per_layer is 'no'; expected true or false"),
+        ("l2c", {"router": 5}, "router is 5; expected the name of a file"),
     ],
 )
 def test_arguments_out_of_range_are_refused(stats, policy, arguments, said):

@@ -1,5 +1,6 @@
 """What an importer of a published plan format is."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,8 @@ def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (width,):
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise PlanError(f"{name} is {shape}; expected [{width}], two logits per block")
+    if not logits.is_floating_point():
+        raise PlanError(f"{name} is of dtype {logits.dtype}; expected floating-point logits")
     if not logits.isfinite().all():
         raise PlanError(f"{name} holds {int((~logits.isfinite()).sum())} logits that are NaN or infinite")
     return torch.sigmoid(logits.float()) <= theta
@@ -110,3 +113,18 @@ def router_letters(sites: Sequence[Site], reused: Sequence[torch.Tensor]) -> dic
     table = torch.stack(list(reused))
     own = {part: sites_of(sites, kind) for part, kind in enumerate(("attn", "ff"))}
     return {site.name: letters(table[:, 2 * i + part].tolist()) for part in own for i, site in enumerate(own[part])}
+
+
+def keys_in_order(data: Mapping[Any, Any]) -> list[Any]:
+    """The keys by the number that each of them holds.
+
+    Raises:
+        PlanError: The numbers are not 0..N - 1.
+    """
+    numbers = {key: [int(digits) for digits in re.findall(r"\d+", str(key))] for key in data}
+    if sorted(n for found in numbers.values() for n in found) != list(range(len(data))):
+        raise PlanError(
+            f"the routers' keys are {', '.join(map(str, list(data)[:4]))}, ...; expected one number from 0 to {len(data) - 1} "
+            f"in each"
+        )
+    return sorted(data, key=lambda key: numbers[key][0])

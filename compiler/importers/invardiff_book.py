@@ -1,7 +1,8 @@
 """InvarDiff's cache books for DiT (arXiv 2512.05134, zihaowu25/InvarDiff).
 
 `step_cache_book` [T], `msa_cache_book` and `mlp_cache_book` [T][blocks]; true means reuse. A reused step takes the tokens after
-the last block from the cache and runs the output head on them with the current timestep: the site `hidden`.
+the last block from the cache and runs the output head on them with the current timestep: the site `hidden`. Other keys (the
+later versions of the format describe the calibration in some) are not read.
 """
 
 from collections.abc import Mapping, Sequence

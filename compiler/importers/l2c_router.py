@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.importers.importer import Importer, refuse_other_kinds, router_letters, sites_of, skipped
+from stepgraph.compiler.importers.importer import Importer, keys_in_order, refuse_other_kinds, router_letters, sites_of, skipped
 from stepgraph.plan import PlanError, Site
 
 
@@ -25,7 +25,7 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
     routers = data["routers"]
     if not isinstance(routers, (Mapping, Sequence)):
         raise PlanError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
-    routers = list(routers.values()) if isinstance(routers, Mapping) else list(routers)
+    routers = [routers[key] for key in keys_in_order(routers)] if isinstance(routers, Mapping) else list(routers)
     if len(routers) != steps:
         raise PlanError(f"routers holds {len(routers)} vectors; expected {steps}, one per step")
     width, reused = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff")), []

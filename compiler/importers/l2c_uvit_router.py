@@ -12,13 +12,12 @@ the next point of its own grid of N timesteps, and ends with two first-order upd
 from which. Conditional and unconditional calls share the plan and have stored values of their own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from stepgraph.compiler.importers.importer import Importer, refuse_other_kinds, router_letters, sites_of, skipped
+from stepgraph.compiler.importers.importer import Importer, keys_in_order, refuse_other_kinds, router_letters, sites_of, skipped
 from stepgraph.plan import PlanError, Site
 
 
@@ -39,27 +38,12 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
             f"the checkpoint holds {len(data)} routers for {steps} model evaluations; expected an even number of evaluations "
             f"and one router each"
         )
-    keys = _in_order(data)
+    keys = keys_in_order(data)
     width = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff"))
     reused = [torch.zeros(width, dtype=torch.bool)] * steps
     for number in range(1, steps // 2):
         reused[2 * number] = skipped(repr(keys[number]), data[keys[number]], width, theta)
     return router_letters(sites, reused)
-
-
-def _in_order(data: Mapping[str, Any]) -> list[str]:
-    """The keys by the number that each of them holds.
-
-    Raises:
-        PlanError: The numbers are not 0..N - 1.
-    """
-    numbers = {key: [int(digits) for digits in re.findall(r"\d+", str(key))] for key in data}
-    if sorted(n for found in numbers.values() for n in found) != list(range(len(data))):
-        raise PlanError(
-            f"the routers' keys are {', '.join(map(str, list(data)[:4]))}, ...; expected one number from 0 to {len(data) - 1} "
-            f"in each"
-        )
-    return sorted(data, key=lambda key: numbers[key][0])
 
 
 L2C_UVIT_ROUTER = Importer(recognizes, actions, source="Learning-to-Cache routers (U-ViT), arXiv 2406.01733")

@@ -15,12 +15,12 @@ from stepgraph.compiler.importers.importer import (
 from stepgraph.plan import COMPUTE, CachePlan, PlanError, Site
 
 KINDS = {"attn": "attn", "mlp": "ff"}
-KEY = re.compile(r"(attn|mlp)(?:-(\d+))?")
+KEY = re.compile(r"(attn|mlp)(?:-(0|[1-9][0-9]*))?")
 
 
 def recognizes(data: Any) -> bool:
     """An object all of whose keys are "attn", "mlp", "attn-<block>" or "mlp-<block>"."""
-    return isinstance(data, dict) and bool(data) and all(KEY.fullmatch(key) for key in data)
+    return isinstance(data, dict) and bool(data) and all(isinstance(key, str) and KEY.fullmatch(key) for key in data)
 
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:

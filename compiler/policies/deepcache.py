@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.policies.policy import Policy, check_number, check_whole
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
 
 REUSES = ("modules", "output")
@@ -36,9 +36,9 @@ def deepcache(
         first (block, from 0): Index of the first block of the range.
         last (block): Index of the block behind the range; without it all but the last block belong to it.
         reuse: "modules" or "output"; the latter needs first=0 and a model with sites of kind `block`.
-        power: Makes the full steps non-uniform: round(T / N) of them, dense around `center`, at int(x^power) + center for x
-            evenly spaced from (-center)^(1/power) to (T - center)^(1/power), with the sign kept (the paper's quadratic
-            schedule). Uniform unless given; at least 1.
+        power: Makes the full steps non-uniform: dense around `center`, at int(x^power) + center, with the sign kept, for
+            round(T / N) points x evenly spaced from (-center)^(1/power) to (T - center)^(1/power); points that meet on a step
+            make one full step (the paper's quadratic schedule). Uniform unless given; at least 1.
         center: Step around which the full steps are dense; T // 3 unless given.
 
     Raises:
@@ -48,13 +48,9 @@ def deepcache(
     last = len(blocks) - 1 if last is None else last
     least = 0
     for name, value, most in (("first", first, len(blocks) - 1), ("last", last, len(blocks))):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise PlanError(
-                f"{name} is {value!r}; expected a whole number in {least}..{most}, a range of the {len(blocks)} blocks"
-            )
+        check_whole(name, value, least, most, where=f" of {len(blocks)} blocks")
         least = value + 1
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise PlanError(f"every is {every!r}; expected a whole number of at least 1")
+    check_whole("every", every, 1)
     if reuse not in REUSES:
         raise PlanError(f"reuse is {reuse!r}; expected one of {', '.join(REUSES)}")
     full = _full_steps(steps, every, power, center)
@@ -88,10 +84,8 @@ def _full_steps(steps: int, every: int, power: float | None, center: int | None)
             raise PlanError(f"center is {center!r}, but it shapes the non-uniform schedule only; give power too")
         return set(range(0, steps, every))
     center = steps // 3 if center is None else center
-    if isinstance(power, bool) or not isinstance(power, (int, float)) or not power >= 1:
-        raise PlanError(f"power is {power!r}; expected a number of at least 1")
-    if isinstance(center, bool) or not isinstance(center, int) or not 0 <= center < steps:
-        raise PlanError(f"center is {center!r}; expected a step, 0..{steps - 1}")
+    check_number("power", power, 1)
+    check_whole("center", center, 0, steps - 1)
     count = max(1, round(steps / every))
     low, high = -(center ** (1 / power)), (steps - center) ** (1 / power)
     points = [low + (high - low) * i / count for i in range(count)]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy, per_kind, present_kinds
-from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
+from stepgraph.compiler.policies.policy import Policy, check_whole, chosen_kinds, per_kind, present_kinds
+from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
 
 
 def interval(
@@ -31,21 +31,15 @@ def interval(
     Raises:
         PlanError: A period below 1, a negative offset, or a kind the model does not have.
     """
-    present = present_kinds(sites)
-    if isinstance(kinds, str):
-        raise PlanError(f"kinds is {kinds!r}; expected a list, such as [{kinds!r}]")
-    chosen = list(kinds) if kinds is not None else [kind for kind in present if kind in MODULE_KINDS]
-    named = {*chosen, *(every if isinstance(every, Mapping) else ()), *(offset if isinstance(offset, Mapping) else ())}
-    unknown = sorted(named - set(present))
+    chosen, present = chosen_kinds(kinds, sites), present_kinds(sites)
+    unknown = sorted({kind for given in (every, offset) if isinstance(given, Mapping) for kind in given} - set(present))
     if unknown:
         raise PlanError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
     actions = {}
     for kind in chosen:
         period, shift = per_kind(every, kind, 1), per_kind(offset, kind, 0)
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise PlanError(f"every is {period!r} for {kind}; expected a whole number of at least 1")
-        if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
-            raise PlanError(f"offset is {shift!r} for {kind}; expected a whole number of at least 0")
+        check_whole("every", period, 1, where=f" for {kind}")
+        check_whole("offset", shift, 0, where=f" for {kind}")
         actions[kind] = "".join(COMPUTE if s == 0 or (s - shift) % period == 0 else REUSE for s in range(steps))
     return actions
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.policies.policy import Policy, check_number
 from stepgraph.plan import PlanError, Site
 
 PROTECT = ("both", "first", "none")
@@ -63,10 +63,12 @@ def invardiff(
     """
     groups = _groups(sites)
     taus = _taus(groups, step, attn, ff, context_ff, single_attn, single_mlp)
-    _check_share("nonskip", nonskip)
+    check_number("nonskip", nonskip, 0, 1)
     for name, value, known in (("protect", protect, PROTECT), ("variant", variant, VARIANTS)):
         if value not in known:
             raise PlanError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+    if protect == "none" and nonskip:
+        raise PlanError(f"nonskip is {nonskip}, but protect='none' computes step 0 only; leave one of them out")
     if steps < 3:
         raise PlanError(f"InvarDiff compares three steps in a row; this schedule has {steps}")
     if phase2 not in (None, True, False) or (phase2 and metric == "lagged"):
@@ -121,15 +123,10 @@ def _taus(
             raise PlanError(f"{name} is {value!r}, but this model has no such modules; it has {', '.join(groups)}")
     given = {"step": step, "attn": attn, "ff": ff} | {name: value for name, value in own.items() if value is not None}
     for name, value in given.items():
-        _check_share(name, value)
+        check_number(name, value, 0, 1)
     taus = {"hidden": step, "attn": attn, "context_attn": attn, "ff": ff, "mlp": ff}
     taus |= {"context_ff": given.get("context_ff", ff), "single_attn": given.get("single_attn", attn)}
     return taus | {"single_mlp": given.get("single_mlp", ff), "single_ff": ff}
-
-
-def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise PlanError(f"{name} is {value!r}; expected a number in 0..1")
 
 
 def _below_quantiles(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.policies.policy import Policy, check_number, check_numbers, check_whole
 from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
 
 
@@ -40,19 +40,16 @@ def magcache(
     """
     if ratios is None:
         ratios = stats.ratio[:, [site.kind for site in sites].index("stack_residual")].tolist()
-    numbers = (int, float)
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers) or not isinstance(retention, numbers):
-        raise PlanError(f"threshold is {threshold!r}, retention {retention!r}; expected numbers")
-    if type(max_skip) is not int or not isinstance(exclude, Sequence) or not all(isinstance(r, numbers) for r in ratios):
-        raise PlanError(
-            f"max_skip is {max_skip!r}, exclude {exclude!r}; expected a whole number and a list, and ratios as numbers"
-        )
+    ratios = check_numbers("ratios", ratios)
+    check_number("threshold", threshold)
+    check_whole("max_skip", max_skip)
+    check_number("retention", retention, 0, 1)
+    if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+        raise PlanError(f"exclude is {exclude!r}; expected a list of steps")
+    for i, step in enumerate(exclude):
+        check_whole(f"exclude[{i}]", step, 0, steps - 1)
     if len(ratios) != steps:
         raise PlanError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
-    if not 0 <= retention <= 1 or not threshold >= 0 or max_skip < 0:
-        raise PlanError(
-            f"threshold is {threshold}, max_skip {max_skip}, retention {retention}; expected at least 0, at least 0, and 0..1"
-        )
     letters = []
     product, deviation, skipped = 1.0, 0.0, 0
     for step, ratio in enumerate(ratios):

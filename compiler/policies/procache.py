@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, present_kinds
-from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
+from stepgraph.compiler.policies.policy import Policy, check_whole, chosen_kinds
+from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
 
 
 def procache(
@@ -44,16 +44,13 @@ def procache(
     Raises:
         PlanError: No schedule has such segments, or an argument is out of range.
     """
-    present = present_kinds(sites)
-    chosen = [kind for kind in present if kind in MODULE_KINDS] if kinds is None else list(kinds)
-    unknown = sorted(set(chosen) - set(present))
-    if unknown or isinstance(kinds, str):
-        raise PlanError(f"kinds is {kinds!r}; expected a list of {', '.join(present)}")
+    chosen = chosen_kinds(kinds, sites)
+    if not chosen:
+        raise PlanError("kinds is []; expected at least one kind to reuse")
     budget = max(1, round(steps / 3)) if budget is None else budget
-    numbers = {"budget": budget, "shortest": shortest, "longest": longest, "candidates": candidates}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PlanError(f"{name} is {value!r}; expected a whole number of at least 1")
+    for name, value in {"budget": budget, "shortest": shortest, "longest": longest, "candidates": candidates}.items():
+        check_whole(name, value, 1)
+    check_whole("seed", seed)
     if not budget * shortest <= steps <= budget * longest:
         raise PlanError(
             f"{budget} segments of {shortest}..{longest} steps hold {budget * shortest}..{budget * longest} steps, and this "

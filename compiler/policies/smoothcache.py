@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, per_kind, present_kinds
+from stepgraph.compiler.policies.policy import Policy, check_number, per_kind, present_kinds
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
 
 
@@ -31,11 +31,12 @@ def smoothcache(
     unknown = sorted(set(alpha) - set(present)) if isinstance(alpha, Mapping) else []
     if unknown:
         raise PlanError(f"alpha is given for {unknown[0]!r}; this model has the module kinds {', '.join(present)}")
+    if not isinstance(per_layer, bool):
+        raise PlanError(f"per_layer is {per_layer!r}; expected true or false")
     actions: dict[str, str] = {}
     for kind in present:
         threshold = per_kind(alpha, kind, 0.0)
-        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not threshold >= 0:
-            raise PlanError(f"alpha is {threshold!r} for {kind}; expected a number of at least 0")
+        check_number("alpha", threshold, where=f" for {kind}")
         columns = [i for i, site in enumerate(sites) if site.kind == kind]
         errors = stats.relative[:, :, columns]
         if per_layer:

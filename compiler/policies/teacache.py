@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.policies.policy import Policy, check_number, check_numbers, check_whole
 from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
 
 
@@ -40,15 +40,13 @@ def teacache(
     Raises:
         PlanError: An argument out of range, a model without a timestep embedding, or fewer steps than the fit needs.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
-        raise PlanError(f"threshold is {threshold!r}; expected a number of at least 0")
+    check_number("threshold", threshold)
     for name, value, least, most in (("first", first, 1, steps), ("last", last, 0, steps), ("degree", degree, 0, 8)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise PlanError(f"{name} is {value!r}; expected a whole number in {least}..{most}")
+        check_whole(name, value, least, most)
     change = stats.embedding
     if bool(change.isnan().any()):
         raise PlanError("this model's family names no timestep embedding, which TeaCache's static form goes by")
-    powers = _fitted(stats, sites, degree) if coefficients is None else _given(coefficients)
+    powers = _fitted(stats, sites, degree) if coefficients is None else check_numbers("coefficients", coefficients)
     letters, total = [], 0.0
     for step in range(steps):
         total += sum(c * float(change[step]) ** (len(powers) - 1 - i) for i, c in enumerate(powers))
@@ -58,13 +56,6 @@ def teacache(
         else:
             letters.append(REUSE)
     return {"stack_residual": "".join(letters)}
-
-
-def _given(coefficients: Any) -> list[float]:
-    numbers = isinstance(coefficients, Sequence) and not isinstance(coefficients, str) and len(coefficients) > 0
-    if not numbers or any(isinstance(c, bool) or not isinstance(c, (int, float)) for c in coefficients):
-        raise PlanError(f"coefficients is {coefficients!r}; expected a list of numbers, highest power first")
-    return [float(c) for c in coefficients]
 
 
 def _fitted(stats: Any, sites: Sequence[Site], degree: int) -> list[float]:
