@@ -165,7 +165,7 @@ class CalibrationStats:
         described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
         header, sites = described_sites(described, path)
         branches, guidance_scale, eta = (described.get(name) for name in ("branches", "guidance_scale", "eta"))
-        numbers = all(isinstance(value, (int, float)) for value in (guidance_scale, eta))
+        numbers = isinstance(guidance_scale, (int, float)) and isinstance(eta, (int, float))
         if branches not in (["cond"], ["cond", "uncond"]) or not numbers:
             raise PlanError(
                 f"{path}: branches are {branches!r}, guidance_scale {guidance_scale!r}, eta {eta!r} in its metadata"
@@ -179,7 +179,14 @@ class CalibrationStats:
         channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
         tables = {name: tensors[name] for name in shapes}
         return cls(
-            header, sites, tuple(branches), guidance_scale, str(described.get("conditioning", "")), tables, channels, eta
+            header,
+            sites,
+            tuple(branches),
+            float(guidance_scale or 0),
+            str(described.get("conditioning", "")),
+            tables,
+            channels,
+            eta,
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import labels, noise, tiny_dit, tiny_scheduler
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler, EulerAncestralDiscreteScheduler
 
 import stepgraph as sg
 from stepgraph.compiler.router import Router
@@ -421,3 +421,25 @@ def test_presets_are_the_papers_settings():
     assert all(settings_of(name) for name in PRESETS)
     with pytest.raises(PlanError, match="routers have no setting 'nose'"):
         settings_of("dit", {"nose": 1})
+
+
+def test_the_uvit_preset_trains_under_its_solver(dit):
+    scheduler = DPMSolverSinglestepScheduler(solver_order=2, lower_order_final=True)
+    settings = settings_of("u-vit", {"iterations": 2, "batch": 4, "pool": 4, "init": 0.0})
+    router = sg.train_router(dit, scheduler, steps=6, settings=settings)
+    assert router.full == (True, True, False, True, False, True)
+    moved = (router.logits != 0).any(dim=1).tolist()
+    assert moved == [not full for full in router.full]
+
+
+def test_a_router_whose_step_is_not_drawn_stands_still(dit):
+    def trained(iterations: int) -> torch.Tensor:
+        settings = RouterSettings(iterations=iterations, batch=1, pool=2, init=0.0, lr=0.1, states="trajectory")
+        return sg.train_router(dit, DDIMScheduler(), steps=8, settings=settings).logits
+
+    before = torch.zeros(8, trained(1).shape[1])
+    for iterations in (1, 2, 3, 4):
+        now = trained(iterations)
+        # One sample per iteration is one routed step: momentum moves no other.
+        assert int((now != before).any(dim=1).sum()) == 1
+        before = now
