@@ -1,5 +1,6 @@
 """Paired quality on glyph-dit: the same noise under full compute and under whatever is measured."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,11 +87,13 @@ class Host:
         """
         errors = self.errors(images)
         by_seed = errors.view(len(self.seeds), self.per_seed).mean(1)
+        ratio = psnr(images, self.reference)
         return {
             "relative_l2": float(errors.mean()),
             "standard_error": float(errors.std() / self.count**0.5),
             "seed_spread": float(by_seed.std()) if len(by_seed) > 1 else None,
-            "psnr": psnr(images, self.reference),
+            # JSON knows no infinity.
+            "psnr": ratio if math.isfinite(ratio) else None,
             "feature_distance": float((self._features(images) - self.features).norm(dim=1).mean()),
             "accuracy": accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
         }

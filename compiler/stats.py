@@ -164,12 +164,10 @@ class CalibrationStats:
         """
         described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
         header, sites = described_sites(described, path)
-        branches, guidance_scale, eta = (described.get(name) for name in ("branches", "guidance_scale", "eta"))
-        numbers = isinstance(guidance_scale, (int, float)) and isinstance(eta, (int, float))
-        if branches not in (["cond"], ["cond", "uncond"]) or not numbers:
-            raise PlanError(
-                f"{path}: branches are {branches!r}, guidance_scale {guidance_scale!r}, eta {eta!r} in its metadata"
-            )
+        branches, scale, eta = (described.get(name) for name in ("branches", "guidance_scale", "eta"))
+        known = branches == ["cond"] or branches == ["cond", "uncond"]
+        if not known or not isinstance(scale, (int, float)) or not isinstance(eta, (int, float)):
+            raise PlanError(f"{path}: branches are {branches!r}, guidance_scale {scale!r}, eta {eta!r} in its metadata")
         rates = [name.removeprefix("rate.") for name in tensors if name.startswith("rate.")]
         lags = tensors["change"].shape[1] if "change" in tensors and tensors["change"].ndim == 4 else 1
         shapes = table_shapes(len(branches), len(header.timesteps), len(sites), rates, lags)
@@ -178,16 +176,8 @@ class CalibrationStats:
                 raise PlanError(f"{path}: {name} is not a table of shape {list(shape)}")
         channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
         tables = {name: tensors[name] for name in shapes}
-        return cls(
-            header,
-            sites,
-            tuple(branches),
-            float(guidance_scale or 0),
-            str(described.get("conditioning", "")),
-            tables,
-            channels,
-            eta,
-        )
+        conditioning = str(described.get("conditioning", ""))
+        return cls(header, sites, tuple(branches), float(scale), conditioning, tables, channels, float(eta))
 
 
 UNBRANCHED = ("mse", "cosine", "embedding", "ms")
