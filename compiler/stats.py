@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -164,7 +164,8 @@ class CalibrationStats:
         """
         described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
         header, sites = described_sites(described, path)
-        branches, scale, eta = (described.get(name) for name in ("branches", "guidance_scale", "eta"))
+        branches: Any = described.get("branches")
+        scale, eta = described.get("guidance_scale"), described.get("eta")
         known = branches == ["cond"] or branches == ["cond", "uncond"]
         if not known or not isinstance(scale, (int, float)) or not isinstance(eta, (int, float)):
             raise PlanError(f"{path}: branches are {branches!r}, guidance_scale {scale!r}, eta {eta!r} in its metadata")
