@@ -6,7 +6,7 @@ Every plan's knob is set so that it computes about 1/2 or 1/3 of the MACs. All r
 one seed each; the error is the relative L2 of the final image against full compute of the same sampler, with its standard error
 over the images and the spread of the seeds' means. `fewer steps` is the same sampler run in fewer steps: the baseline that a
 cache has to beat. `versus_fewer_steps` is a row's error over that of fewer steps at equal MACs (interpolated between the step
-counts measured): below 1 the cache pays. `other seed` is full compute from other noise: how far apart unrelated images are.
+counts that no smaller one beats): below 1 the cache pays. `other seed` is full compute from other noise: how far apart unrelated images are.
 
 With --finalists N, full compute, fewer steps and the best plans at the first target are sampled again, N images each, for
 classifier accuracy and Fréchet distance, which need thousands of images to mean anything.
@@ -145,20 +145,38 @@ def corrected(host: Host, stats: CalibrationStats, plan: CachePlan) -> CachePlan
     return make_plan("invardiff", stats, model=host.model, scheduler=host.scheduler, **arguments)
 
 
-class Baseline:
-    """Fewer steps of the same sampler: errors by step count, and between them by interpolation."""
+def front(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(share of the MACs, error) of the step counts that no smaller count beats, from cheap to dear.
 
-    def __init__(self, steps: int, rows: list[dict[str, Any]]) -> None:
-        self.points = sorted((1 / row["fewer_macs"], math.log(row["relative_l2"])) for row in rows)
-        self.steps = steps
+    diffusers' DDIM steps by 1000 // steps, whatever its timesteps: counts that do not divide 1000 can be worse than smaller ones
+    that do, and nobody would choose them.
+    """
+    best: list[tuple[float, float]] = []
+    for share, error in sorted((1 / row["fewer_macs"], row["relative_l2"]) for row in rows if row["name"] == "fewer steps"):
+        if not best or error < best[-1][1]:
+            best.append((share, error))
+    return best
 
-    def error_at(self, fewer_macs: float) -> float | None:
-        """The error of fewer steps at these MACs, log-linear in them; None outside what was measured."""
-        share = 1 / fewer_macs
-        for (low, first), (high, second) in zip(self.points, self.points[1:], strict=False):
-            if low - 1e-9 <= share <= high + 1e-9:
-                return math.exp(first + (second - first) * (share - low) / (high - low))
+
+def error_of_fewer_steps(points: list[tuple[float, float]], fewer_macs: float) -> float | None:
+    """The error of fewer steps at these MACs, log-linear between the front's points; None where nothing was measured."""
+    share = 1 / fewer_macs
+    if share < points[0][0] - 1e-9:
         return None
+    for (low, first), (high, second) in zip(points, points[1:], strict=False):
+        if share <= high:
+            weight = max(0.0, (share - low) / (high - low))
+            return math.exp((1 - weight) * math.log(first) + weight * math.log(second))
+    return points[-1][1]
+
+
+def against_fewer_steps(rows: list[dict[str, Any]]) -> None:
+    """Write into every plan's row its error over that of fewer steps at equal MACs."""
+    points = front(rows)
+    for row in rows:
+        if "target" in row and "relative_l2" in row:
+            equal = error_of_fewer_steps(points, row["fewer_macs"])
+            row["versus_fewer_steps"] = row["relative_l2"] / equal if equal else None
 
 
 def fewer_steps(steps: int) -> list[int]:
@@ -178,7 +196,6 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
         progress.update(bar, description=f"{count} steps", advance=1)
         compared = host.compare(host.images(host.model, count))
         rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
-    baseline = Baseline(host.steps, rows[1:])
     for target in TARGETS:
         for name, knob in knobs.items():
             progress.update(bar, description=f"{name} {target:g}x", advance=1)
@@ -196,9 +213,8 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
                 "knob": value,
                 **host.compare(host.images(host.compiled(plan))),
             }
-            equal = baseline.error_at(fewer)
-            row["versus_fewer_steps"] = row["relative_l2"] / equal if equal else None
             rows.append({**row, "rows": list(plan.rows)})
+    against_fewer_steps(rows)
     return rows
 
 
@@ -264,7 +280,7 @@ def main() -> None:
         results["rows"] = measure(host, stats, progress, knobs)
         # The finalists take as long again: what there is so far is kept.
         write_record(path, arguments.device, results)
-        plot_quality(results, path.with_suffix(".png"))
+        plot_quality(results, front(results["rows"]), path.with_suffix(".png"))
         if arguments.finalists:
             results["finalists"] = finalists(arguments, results["rows"], stats, progress)
             write_record(path, arguments.device, results)

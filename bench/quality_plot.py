@@ -8,8 +8,8 @@ from stepgraph.files import whole_file
 MARKS = "osD^vP*Xph<>d8"
 
 
-def plot_quality(results: dict[str, Any], path: Path) -> None:
-    """Relative L2 against the share of MACs computed, on a logarithmic scale; fewer steps as a line."""
+def plot_quality(results: dict[str, Any], front: list[tuple[float, float]], path: Path) -> None:
+    """Relative L2 against the share of MACs computed, logarithmic; fewer steps as points, and a line through the best."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -17,8 +17,10 @@ def plot_quality(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "fewer steps"))
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axis = figure.subplots()
-    baseline = sorted((100 / row["fewer_macs"], row["relative_l2"]) for row in rows if row["name"] == "fewer steps")
-    axis.plot(*zip(*baseline, strict=True), color="black", linewidth=1.8, label="fewer steps", zorder=1)
+    counts = [(100 / row["fewer_macs"], row["relative_l2"]) for row in rows if row["name"] == "fewer steps"]
+    axis.plot(*zip(*counts, strict=True), ".", color="black", markersize=5, zorder=1)
+    best = [(100 * share, error) for share, error in front]
+    axis.plot(*zip(*best, strict=True), color="black", linewidth=1.8, label="fewer steps", zorder=1)
     for number, name in enumerate(names):
         points = [row for row in rows if row["name"] == name]
         axis.errorbar(

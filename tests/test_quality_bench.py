@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepgraph.bench.paired import Host
-from stepgraph.bench.quality import KNOBS, TARGETS, Baseline, fewer_steps, tuned
+from stepgraph.bench.quality import KNOBS, TARGETS, against_fewer_steps, error_of_fewer_steps, fewer_steps, front, tuned
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.metrics import frechet_distance
 from stepgraph.runtime.sampler import sample
@@ -32,12 +32,21 @@ def test_frechet_distance_against_its_formula():
     assert frechet_distance(first, second) == pytest.approx(means + np.trace(one) + np.trace(two) - 2 * root, rel=1e-9)
 
 
-def test_the_baseline_interpolates_the_logarithm():
-    baseline = Baseline(20, [{"fewer_macs": 2.0, "relative_l2": 0.04}, {"fewer_macs": 4.0, "relative_l2": 0.16}])
-    assert baseline.error_at(2.0) == pytest.approx(0.04)
-    assert baseline.error_at(1 / 0.375) == pytest.approx(0.08)
-    assert baseline.error_at(1.5) is None
-    assert baseline.error_at(5.0) is None
+def test_the_baseline_is_the_best_of_fewer_steps():
+    measured = [(2.0, 0.04), (4.0, 0.16), (1.6, 0.05), (3.0, 0.2), (1.25, 0.01)]
+    rows = [{"name": "fewer steps", "fewer_macs": fewer, "relative_l2": error} for fewer, error in measured]
+    # A third of the MACs is worse than a quarter, five eighths worse than half: nobody would take them.
+    points = front([*rows, {"name": "other", "fewer_macs": 9.0, "relative_l2": 0.0}])
+    assert points == [(0.25, 0.16), (0.5, 0.04), (0.8, 0.01)]
+    assert error_of_fewer_steps(points, 2.0) == pytest.approx(0.04)
+    assert error_of_fewer_steps(points, 1 / 0.375) == pytest.approx(0.08)
+    assert error_of_fewer_steps(points, 1 / 0.65) == pytest.approx(0.02)
+    assert error_of_fewer_steps(points, 1.1) == 0.01
+    assert error_of_fewer_steps(points, 5.0) is None
+    rows += [{"name": "plan", "target": 2.0, "fewer_macs": 2.0, "relative_l2": 0.02}, {"name": "none", "target": 2.0}]
+    against_fewer_steps(rows)
+    assert rows[-2]["versus_fewer_steps"] == pytest.approx(0.5)
+    assert "versus_fewer_steps" not in rows[-1]
     for steps in (20, 50):
         counts = fewer_steps(steps)
         # Every target lies between the step counts measured, with room for plans that miss it.
