@@ -6,8 +6,8 @@ Every plan's knob is set so that it computes about 1/2 or 1/3 of the MACs. All r
 one seed each; the error is the relative L2 of the final image against full compute of the same sampler, with its standard error
 over the images and the spread of the seeds' means. `fewer steps` is the same sampler run in fewer steps: the baseline that a
 cache has to beat. `versus_fewer_steps` is a row's error over that of fewer steps at equal MACs (interpolated between the step
-counts that no smaller one beats): below 1 the cache pays. `other seed` is full compute from other noise: how far apart unrelated
-images are.
+counts that no smaller one beats): below 1 the cache pays. `other seed` is full compute from other noise, which says how far
+apart unrelated images are.
 
 With --finalists N, full compute, fewer steps and the best plans at the first target are sampled again, N images each, for
 classifier accuracy and Fréchet distance, which need thousands of images to mean anything.
