@@ -10,10 +10,12 @@ counts that no smaller one beats): below 1 the cache pays. `other seed` is full 
 apart unrelated images are.
 
 With --finalists N, full compute, fewer steps and the best plans at the first target are sampled again, N images each, for
-classifier accuracy and Fréchet distance, which need thousands of images to mean anything.
+classifier accuracy and Fréchet distance, which need thousands of images to mean anything. A table with the same settings that
+lies in the output folder is not measured again.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,7 +228,8 @@ def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: 
     at_target = [row for row in rows if row.get("target") == TARGETS[0] and "relative_l2" in row]
     # A plan that misses the target's MACs by far is no rival of the others.
     near = [row for row in at_target if abs(row["fewer_macs"] / TARGETS[0] - 1) < 0.12]
-    best = sorted(near, key=lambda row: row["relative_l2"])[:3]
+    # Two policies can come to the same plan.
+    best = list({tuple(row["rows"]): row for row in sorted(near, key=lambda row: row["relative_l2"])}.values())[:3]
     bar = progress.add_task("finalists", total=(1 + len(best)) * -(-host.count // BATCH))
     found = [{"name": "full", "fewer_macs": 1.0, **host.compare(host.reference), **host.frechet(host.reference, real)}]
     count = round(arguments.steps / TARGETS[0])
@@ -238,6 +241,14 @@ def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: 
         images = host.images(runner, steps, on_batch=lambda: progress.advance(bar))
         found.append({"name": name, "fewer_macs": fewer, **host.compare(images), **host.frechet(images, real)})
     return {"images": host.count, "rows": found}
+
+
+def table_in(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a record that was made with the same settings; none where there is no such record."""
+    if not path.is_file():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return list(found["rows"]) if all(found.get(name) == value for name, value in settings.items()) else []
 
 
 def show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -275,13 +286,15 @@ def main() -> None:
         "seeds": list(host.seeds), "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration,
     }  # fmt: skip
     with Progress() as progress, TemporaryDirectory() as folder:
-        knobs = {name: KNOBS[name] for name in arguments.only}
-        for run in arguments.routers:
-            knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
-        results["rows"] = measure(host, stats, progress, knobs)
-        # The finalists take as long again: what there is so far is kept.
-        write_record(path, arguments.device, results)
-        plot_quality(results, front(results["rows"]), path.with_suffix(".png"))
+        # The finalists take as long again: the table is kept before them, and a second call goes on from it.
+        results["rows"] = table_in(path, results)
+        if not results["rows"]:
+            knobs = {name: KNOBS[name] for name in arguments.only}
+            for run in arguments.routers:
+                knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
+            results["rows"] = measure(host, stats, progress, knobs)
+            write_record(path, arguments.device, results)
+            plot_quality(results, front(results["rows"]), path.with_suffix(".png"))
         if arguments.finalists:
             results["finalists"] = finalists(arguments, results["rows"], stats, progress)
             write_record(path, arguments.device, results)
