@@ -222,14 +222,16 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
 
 
 def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: CalibrationStats, progress: Progress) -> Any:
-    """Accuracy and Fréchet distances over many images: full compute, fewer steps, the best three plans of the first target."""
+    """Accuracy and Fréchet distances over many images: full compute, fewer steps, the best plans of the first target."""
     host = Host(arguments.scheduler, arguments.steps, arguments.guidance, [7000], arguments.finalists, arguments.device)
     real = host.real_features()
     at_target = [row for row in rows if row.get("target") == TARGETS[0] and "relative_l2" in row]
     # A plan that misses the target's MACs by far is no rival of the others.
     near = [row for row in at_target if abs(row["fewer_macs"] / TARGETS[0] - 1) < 0.12]
     # Two policies can come to the same plan.
-    best = list({tuple(row["rows"]): row for row in sorted(near, key=lambda row: row["relative_l2"])}.values())[:3]
+    best = list({tuple(row["rows"]): row for row in sorted(near, key=lambda row: row["relative_l2"])}.values())[
+        : arguments.best
+    ]
     bar = progress.add_task("finalists", total=(1 + len(best)) * -(-host.count // BATCH))
     found = [{"name": "full", "fewer_macs": 1.0, **host.compare(host.reference), **host.frechet(host.reference, real)}]
     count = round(arguments.steps / TARGETS[0])
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=256, help="images, in four groups of one seed each")
     parser.add_argument("--finalists", type=int, default=0)
+    parser.add_argument("--best", type=int, default=3, help="how many plans are finalists")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=list(KNOBS), help="names of policies, in this file")
