@@ -245,12 +245,15 @@ def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: 
     return {"images": host.count, "rows": found}
 
 
-def table_in(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a record that was made with the same settings; none where there is no such record."""
-    if not path.is_file():
-        return []
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return list(found["rows"]) if all(found.get(name) == value for name, value in settings.items()) else []
+def table_in(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a record that was made with the same settings, and where they are from; no rows where there is none."""
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["results"]
+        if all(found.get(name) == value for name, value in settings.items()):
+            origin = {name: record[name] for name in ("commit", "command")}
+            return {"rows": found["rows"], "rows_from": found.get("rows_from", origin)}
+    return {"rows": []}
 
 
 def show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -290,7 +293,7 @@ def main() -> None:
     }  # fmt: skip
     with Progress() as progress, TemporaryDirectory() as folder:
         # The finalists take as long again: the table is kept before them, and a second call goes on from it.
-        results["rows"] = table_in(path, results)
+        results |= table_in(path, results)
         if not results["rows"]:
             knobs = {name: KNOBS[name] for name in arguments.only}
             for run in arguments.routers:
