@@ -10,8 +10,10 @@ VARIABLES = {
     "STEPGRAPH_DISABLE_PASS": "comma-separated names of optional passes to leave out",
     "STEPGRAPH_LOG": "level of the messages on standard error: debug, info, warning",
     "STEPGRAPH_CACHE": "folder that `accelerate` keeps statistics and plans in; ~/.cache/stepgraph unless given",
+    "STEPGRAPH_PROVIDERS": "comma-separated providers of fused operations, first choice first: triton, cpu, reference",
     "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, and look for NaN in weights and latents",
 }
+PROVIDERS = ("triton", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Env:
     log: str
     check: bool
     cache: Path
+    providers: tuple[str, ...]
 
 
 def read_env() -> Env:
@@ -44,7 +47,11 @@ def read_env() -> Env:
     dump = given.get("STEPGRAPH_DUMP")
     disabled = frozenset(name.strip() for name in given.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
     cache = Path(given.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
-    return Env(Path(dump) if dump else None, disabled, level, check == "1", cache)
+    providers = tuple(name.strip() for name in given.get("STEPGRAPH_PROVIDERS", "").split(",") if name.strip())
+    unknown = sorted(set(providers) - set(PROVIDERS))
+    if unknown:
+        raise ValueError(f"STEPGRAPH_PROVIDERS names {unknown[0]!r}; the providers are {', '.join(PROVIDERS)}")
+    return Env(Path(dump) if dump else None, disabled, level, check == "1", cache, providers)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -1,0 +1,255 @@
+"""The fused operations: each is first a short torch function, and providers do the same faster.
+
+The reference is an operation's meaning, its schema and its fallback. A provider (Triton on GPUs, C++ on CPUs) registers on it
+and says for which arguments it is there; the compiler asks once per graph node, for real shapes.
+
+B batch, N tokens, C channels, R rank. All references accumulate in at least float32. Tokens are the second dimension of what
+has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts against [B, N, C].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stepgraph.env import get_logger, read_env
+
+REFERENCE = "reference"
+# Who is asked on a device, in this order, where STEPGRAPH_PROVIDERS does not say.
+PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu": ("cpu", REFERENCE)}
+
+
+class OpError(RuntimeError):
+    """An operation that no provider took, or one that was asked for by name and cannot do it."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of an operation.
+
+    Attributes:
+        name: "reference", "triton", "cpu".
+        run: Called like the reference. Of providers other than the reference a torch operator, which torch.compile and
+            torch.export carry along as it is.
+        declines: Called like the reference, with real or fake tensors: why the provider does not take these arguments;
+            empty where it does. It looks at shapes, strides, dtypes and devices only.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    declines: Callable[..., str]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An operation and its providers.
+
+    Attributes:
+        name: Of the operation, and of its torch operators (`torch.ops.stepgraph.<name>_<provider>`).
+        reference: The torch function that defines it.
+        fake: Called like the reference: empty tensors of the results' shapes.
+        providers: By name; the reference is one of them.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    providers: dict[str, Provider] = field(default_factory=dict)
+
+    def register(self, name: str, run: Callable[..., Any], declines: Callable[..., str]) -> None:
+        """Add a provider; `run` becomes the torch operator `stepgraph::<op>_<provider>`.
+
+        Raises:
+            OpError: There is one of that name.
+        """
+        if name in self.providers:
+            raise OpError(f"{self.name} already has a provider {name!r}")
+        operator = f"{self.name}_{name}"
+        LIBRARY.define(operator + torch.library.infer_schema(self.reference, mutates_args=()))
+        LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"stepgraph::{operator}", self.fake, lib=LIBRARY)
+        self.providers[name] = Provider(name, getattr(torch.ops.stepgraph, operator).default, declines)
+
+    def choose(self, *args: Any, **kwargs: Any) -> Provider:
+        """The first provider in order of priority that takes these arguments.
+
+        Raises:
+            OpError: None does; the message gives each one's reason.
+        """
+        wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
+        log, reasons = get_logger("ops"), []
+        for name in wanted:
+            provider = self.providers.get(name)
+            reason = provider.declines(*args, **kwargs) if provider else f"{self.name} has no such provider"
+            if provider and not reason:
+                log.debug("%s: %s%s", self.name, name, "".join(f"; {r}" for r in reasons))
+                return provider
+            reasons.append(f"{name} declines ({reason})")
+        raise OpError(
+            f"no provider takes {self.name} on these arguments: {'; '.join(reasons)}. Providers asked: {', '.join(wanted)}; "
+            f"known: {', '.join(self.providers)}. Set STEPGRAPH_PROVIDERS to a list that ends in {REFERENCE!r}, or unset it"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it with whichever provider takes these arguments."""
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        """The operation's name with its providers."""
+        return f"<op {self.name}: {', '.join(self.providers)}>"
+
+
+LIBRARY = torch.library.Library("stepgraph", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Kind of the device of the first tensor."""
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, Tensor):
+            return first.device.type
+    return "cpu"
+
+
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+    """Make an operation of its reference."""
+
+    def made(reference: Callable[..., Any]) -> Op:
+        op = Op(reference.__name__, reference, fake)
+        op.providers[REFERENCE] = Provider(REFERENCE, reference, lambda *_, **__: "")
+        OPS[op.name] = op
+        return op
+
+    return made
+
+
+def rows(modulation: Tensor, x: Tensor) -> Tensor:
+    """A modulation [B, C] as it broadcasts over the tokens of `x` [B, N, C]; others as they are."""
+    return modulation.unsqueeze(1) if modulation.ndim == 2 and x.ndim == 3 else modulation
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that is accumulated in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _fake_input(x: Tensor, b: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@_op(_fake_input)
+def lowrank_input(x: Tensor, b: Tensor) -> Tensor:
+    """p = B x, the cached input of linear maps in rank space (DESIGN.md, decision 6).
+
+    Args:
+        x: [..., C_in].
+        b: [R, C_in], the B of all maps that read x, one below the other.
+
+    Returns:
+        [..., R] float32 whatever x's dtype (float64 for float64): rounded to x's dtype it would no longer cancel.
+    """
+    return F.linear(_wide(x), _wide(b))
+
+
+def _fake_delta(
+    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-6, gate: Tensor | None = None, residual: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(stored, memory_format=torch.contiguous_format) for stored in y]
+
+
+@_op(_fake_delta)
+def lowrank_delta(
+    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-6, gate: Tensor | None = None, residual: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """y_i + A_i (B_i x - p_i): the stored outputs of linear maps of one input, corrected for what the input changed by.
+
+    Increment-calibrated caching (arXiv 2505.05829) in rank space: p_i = B_i C(x) is stored instead of C(x), so that nothing
+    is subtracted that is not of rank r, and an unchanged x gives y to the last bit.
+
+    Args:
+        x: [..., C_in].
+        y: The stored outputs, [..., C_out_i] each.
+        p: [..., R] float32, what `lowrank_input` gave for the stored input.
+        a: [C_out_i, r_i] each; the r_i add up to R.
+        b: [R, C_in], the B_i one below the other: one matrix product for all maps.
+        scale: With `shift`: x is first normalised and modulated as by `modulated_norm`.
+        shift: See `scale`.
+        eps: Of that normalisation.
+        gate: With `residual`, and one map only: residual + gate * result, as by `gated_residual`.
+        residual: [..., C_out].
+
+    Returns:
+        One tensor per map, in the shape and dtype of its y.
+    """
+    if scale is not None and shift is not None:
+        x = modulated_norm.reference(x, scale, shift, eps)
+    t = lowrank_input.reference(x, b) - p
+    parts = t.split([map_a.shape[1] for map_a in a], dim=-1)
+    found = [stored + F.linear(part.to(stored.dtype), map_a) for stored, part, map_a in zip(y, parts, a, strict=True)]
+    if gate is not None and residual is not None:
+        found = [gated_residual.reference(residual, [gate], found)]
+    return found
+
+
+def _fake_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_op(_fake_norm)
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without affine parameters, then the adaLN modulation: norm(x) * (1 + scale) + shift.
+
+    Args:
+        x: [B, N, C].
+        scale: [B, C], or broadcasting against x.
+        shift: Likewise.
+        eps: Of the normalisation.
+    """
+    return F.layer_norm(x, (x.shape[-1],), None, None, eps) * (1 + rows(scale, x)) + rows(shift, x)
+
+
+def _fake_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_op(_fake_residual)
+def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
+    """x + sum_i gate_i * value_i, in this order: the residual updates of a run of sites in one pass.
+
+    Args:
+        x: [B, N, C].
+        gates: [B, C] each, or broadcasting against x.
+        values: [B, N, C] each.
+    """
+    for gate, value in zip(gates, values, strict=True):
+        x = x + rows(gate, x) * value
+    return x
+
+
+def _fake_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
+    return torch.empty_like(values[0], memory_format=torch.contiguous_format)
+
+
+@_op(_fake_combination)
+def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
+    """sum_i c_i * value_i, and a constant where there is one coefficient more than values: a forecast from stored values.
+
+    Args:
+        values: k tensors [..., C] of one shape and dtype.
+        coefficients: [k] or [k + 1], or one row per channel behind it: [k, C] or [k + 1, C]; float32 (float64 for float64).
+
+    Returns:
+        In the shape and dtype of the values.
+    """
+    total = coefficients[0] * _wide(values[0])
+    for coefficient, value in zip(coefficients[1:], values[1:], strict=False):
+        total = total + coefficient * _wide(value)
+    if len(coefficients) > len(values):
+        total = total + coefficients[-1]
+    return total.to(values[0].dtype)
