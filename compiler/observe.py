@@ -14,6 +14,7 @@ from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.rates import Metric, over
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.compiler.stats import table_shapes
+from stepgraph.liveness import VALUE
 from stepgraph.plan import COMPUTE, MODULE_KINDS
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
@@ -50,7 +51,8 @@ class Observer(nn.Module):
         self.names = tuple(marked.trace.inputs)
         self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional, lags)
         every = tuple(range(len(marked.sites)))
-        context = PassContext(marked.sites, COMPUTE * len(every), (), every, written_storages(marked.graph))
+        stores = tuple((i, VALUE) for i in every)
+        context = PassContext(marked.sites, COMPUTE * len(every), (), stores, written_storages(marked.graph))
         graph = fx.Graph()
         graph.output(graph.graph_copy(marked.graph, {}))
         self.graph = marked.trace.bind(model, graph)

@@ -1,40 +1,52 @@
 """The compiler, top to bottom: a model and a plan in, an executable out."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
+from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.linear_maps import bind_factors, group_maps
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.specialize import specialize
+from stepgraph.compiler.passes.add_slots import coefficient_dtype
+from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.specialize import numbered_forecasts, specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
+from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 
 
-def compile_plan(model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig) -> Executable:
+def compile_plan(
+    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
+) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`)."""
     refuse_other_model(plan.header, model)
     if read_env().check:
         refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
 
     def build(inputs: Mapping[str, Any]) -> Program:
-        return build_program(model, plan, inputs, config)
+        return build_program(model, plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(inputs)
+    if factors is not None:
+        plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     return Executable(model, plan, config, build, program, parts_of(model), {signature(inputs): program})
 
 
-def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig) -> Program:
+def build_program(
+    model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
+) -> Program:
     """All stages for inputs of one signature."""
     clock = _Clock()
     refuse_other_inputs(plan, inputs, family_of(model).unbatched)
@@ -44,32 +56,68 @@ def build_program(model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], 
     marked = marked_graph(model, inputs)
     refuse_other_sites(plan, marked)
     # Sizes are measured on this model; a plan file only reports them.
-    plan = replace(plan, sites=marked.sites)
+    plan = bind_factors(replace(plan, sites=marked.sites), marked, model, factors)
+    groups = {i: group_maps(marked, model, i, factors) for i in plan.increments} if factors is not None else {}
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
-    specialized = specialize(marked, model, plan, dict(inputs))
+    specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
     slots = assign_slots(plan)
+    constants = coefficients_of(plan, factors, next(model.parameters()))
     clock.stage("specialize")
 
     # Graphs become callables last, when nothing rewrites them any more.
     variants = tuple(
-        Variant(lower(gm, config), gm, context.row, specialized.macs(i))
+        Variant(lower(gm, config), gm, context.row, specialized.macs(i), stored_counts(context), providers_of(gm))
         for i, (gm, context) in enumerate(zip(specialized.graphs, specialized.contexts, strict=True))
     )
     clock.stage("lower")
     get_logger("pipeline").info("%d variants for %d steps: %s", len(variants), plan.steps, clock.seconds)
     return Program(
+        plan=plan,
         input_names=tuple(marked.trace.inputs),
         variants=variants,
         rows=specialized.rows,
         slots=slots,
+        constants=constants,
         results=marked.trace.output_spec.num_leaves,
         output_spec=marked.trace.output_spec,
         batch=marked.batch,
         macs_total=marked.macs * marked.batch,
         seconds=clock.seconds,
+        factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
+
+
+def coefficients_of(
+    plan: CachePlan, factors: Factors | None, weight: torch.Tensor
+) -> tuple[tuple[tuple[torch.Tensor, ...], ...], ...]:
+    """Per step and branch, the tensors of the forecasts' coefficients, on the weights' device."""
+    dtype, steps = coefficient_dtype(weight.dtype), []
+    for step in range(plan.steps):
+        used = {number: (i, forecast) for i, (forecast, number) in numbered_forecasts(plan, step).items()}
+        branches = []
+        for branch in range(len(plan.header.branches)):
+            tensors = []
+            for _, (i, forecast) in sorted(used.items()):
+                affine = factors.affine if factors is not None else {}
+                given = affine[f"{plan.sites[i].name}/{step}"] if forecast.per_channel else forecast.coefficients[branch]
+                tensors.append(torch.as_tensor(given, dtype=dtype, device=weight.device))
+            branches.append(tuple(tensors))
+        steps.append(tuple(branches))
+    return tuple(steps)
+
+
+def stored_counts(context: PassContext) -> tuple[int, ...]:
+    """How many tensors each stored value of a variant has."""
+    return tuple(
+        sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1 for site, part in context.stores
+    )
+
+
+def providers_of(gm: fx.GraphModule) -> dict[str, int]:
+    """The fused operations of a graph and who runs them, with the number of calls."""
+    return dict(Counter(node.meta["provider"] for node in gm.graph.nodes if "provider" in node.meta))
 
 
 def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:

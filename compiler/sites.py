@@ -150,14 +150,14 @@ def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable
 
     Only all outputs of a joint call together save the call itself: their figures add up to that.
     """
-    saved = [measure(_saved_by([marker])) for marker in markers]
+    saved = [measure(saved_by([marker])) for marker in markers]
     for members in joint_calls(sites):
         first, *rest = members
-        saved[first] = measure(_saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
+        saved[first] = measure(saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
     return saved
 
 
-def _saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
+def saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes that need not run where these markers' sites, and no others, are reused."""
     output = next(iter(reversed(markers[0].graph.nodes)))
     left = live_nodes([output], cut=markers)

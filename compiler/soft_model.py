@@ -14,6 +14,7 @@ from stepgraph.compiler.passes.soften_site import beta_name, soften_site
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.config import CompileError
+from stepgraph.liveness import VALUE, Read
 from stepgraph.plan import COMPUTE, MODULE_KINDS
 
 
@@ -38,8 +39,9 @@ class SoftModel:
         graph.output(graph.graph_copy(self._marked.graph, {}))
         gm = self._marked.trace.bind(self._model, graph)
         every = COMPUTE * len(self._marked.sites)
-        reads = self._modules if soft else ()
-        context = PassContext(self._marked.sites, every, reads, self._modules, written_storages(self._marked.graph))
+        reads = tuple(Read(i, VALUE, 1) for i in self._modules) if soft else ()
+        stores = tuple((i, VALUE) for i in self._modules)
+        context = PassContext(self._marked.sites, every, reads, stores, written_storages(self._marked.graph))
         # The mixture first: what a later step reads is the mixture.
         passes = (soften_site,) if soft else ()
         for rewrite in (*passes, store_site, erase_markers, eliminate_dead_code):

@@ -1,32 +1,42 @@
 """One static graph per distinct row of a plan."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from stepgraph.compiler.graphs import macs_of, written_storages
-from stepgraph.compiler.passes.context import PassContext, slot_name
+from stepgraph.compiler.passes.add_slots import add_slots
+from stepgraph.compiler.passes.choose_providers import choose_providers
+from stepgraph.compiler.passes.context import MapGroup, PassContext, slot_name
 from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
 from stepgraph.compiler.passes.erase_markers import erase_markers
+from stepgraph.compiler.passes.forecast_site import forecast_site
+from stepgraph.compiler.passes.lowrank_site import lowrank_site
 from stepgraph.compiler.passes.reuse_site import reuse_site
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.config import CompileError
+from stepgraph.corrections import Forecast
 from stepgraph.env import Env, get_logger, read_env
 from stepgraph.files import whole_file
-from stepgraph.liveness import traffic
-from stepgraph.plan import FORECAST, LOWRANK, Action, CachePlan
+from stepgraph.liveness import INPUT, VALUE, traffic
+from stepgraph.ops import lowrank_input
+from stepgraph.plan import FORECAST, CachePlan
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-# Values are replaced and returned first. Markers go before dead code does: a residual's marker reads the tokens that go into
-# the stack, which are dead where nobody stores the residual.
-PASSES: tuple[Pass, ...] = (reuse_site, store_site, erase_markers, eliminate_dead_code)
+# Inputs for stored values come first, in the order in which a session passes them. Values are replaced before any is returned.
+# Markers go before dead code does: a residual's marker reads the tokens that go into the stack, which are dead where nobody
+# stores the residual. Providers are chosen last, for what is left.
+PASSES: tuple[Pass, ...] = (
+    add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code, choose_providers,
+)  # fmt: skip
 OPTIONAL_PASSES = frozenset({"eliminate_dead_code"})
 
 
@@ -43,46 +53,71 @@ class Specialized:
         return macs_of(self.graphs[variant].graph.nodes)
 
 
-def specialize(marked: MarkedGraph, model: nn.Module, plan: CachePlan, example: dict[str, Any] | None = None) -> Specialized:
-    """Rewrite the marked graph once for every distinct (actions, stores) of the plan.
+def specialize(
+    marked: MarkedGraph,
+    model: nn.Module,
+    plan: CachePlan,
+    example: dict[str, Any] | None = None,
+    groups: Mapping[int, tuple[MapGroup, ...]] = MappingProxyType({}),
+    exact: bool = True,
+) -> Specialized:
+    """Rewrite the marked graph once for every distinct (actions, stores, forecasts' terms) of the plan.
 
     Args:
         marked: The traced graph with its sites.
         model: The model whose weights the graphs use.
         plan: A plan for exactly these sites.
         example: Real inputs, needed only under STEPGRAPH_CHECK=1.
+        groups: The linear maps of the sites that are LOWRANK anywhere, with their factors.
+        exact: Keep every operation, and run fused ones as their references.
 
     Raises:
-        CompileError: The plan has an action that this version does not compile.
+        CompileError: A FORECAST without coefficients.
     """
     for step, row in enumerate(plan.rows):
-        for site, action in zip(plan.sites, row, strict=True):
-            if action in (LOWRANK, FORECAST):
+        for i, (site, action) in enumerate(zip(plan.sites, row, strict=True)):
+            if action == FORECAST and (step, i) not in plan.forecasts:
                 raise CompileError(
-                    f"step {step}, site {site.name}: {Action(action).name} is part of the plan format, but this "
-                    f"version compiles COMPUTE and REUSE only"
+                    f"step {step}, site {site.name}: FORECAST without coefficients; give the plan some with "
+                    f"stepgraph.forecast(plan, ...) (`stepgraph plan correct --forecast`)"
                 )
     env = read_env()
     unknown = env.disabled_passes - OPTIONAL_PASSES
     if unknown:
         raise CompileError(
             f"STEPGRAPH_DISABLE_PASS names {sorted(unknown)[0]!r}; the passes that can be left out: "
-            f"{', '.join(OPTIONAL_PASSES)}"
+            f"{', '.join(sorted(OPTIONAL_PASSES))}"
         )
     written = written_storages(marked.graph)
-    index: dict[tuple[str, tuple[int, ...]], int] = {}
+    index: dict[tuple[Any, ...], int] = {}
     graphs: list[fx.GraphModule] = []
     contexts: list[PassContext] = []
     rows: list[int] = []
-    for row, moves in zip(plan.rows, traffic(plan), strict=True):
-        key = (row, moves.stores)
+    for step, (row, moves) in enumerate(zip(plan.rows, traffic(plan), strict=True)):
+        stores = tuple((stored.site, stored.part) for stored in moves.stores)
+        forecasts = numbered_forecasts(plan, step)
+        key = (row, stores, tuple((i, f.terms, f.per_channel, number) for i, (f, number) in sorted(forecasts.items())))
         if key not in index:
             index[key] = len(graphs)
-            context = PassContext(plan.sites, row, moves.reads, moves.stores, written)
+            context = PassContext(plan.sites, row, moves.reads, stores, written, forecasts, groups, exact)
             graphs.append(_rewrite(marked, model, context, len(graphs), env, example))
             contexts.append(context)
         rows.append(index[key])
     return Specialized(tuple(graphs), tuple(contexts), tuple(rows))
+
+
+def numbered_forecasts(plan: CachePlan, step: int) -> dict[int, tuple[Forecast, int]]:
+    """Site index -> its forecast at a step and the number of the constant with its coefficients, counted from 0.
+
+    Equal forecasts share a constant; those with coefficients per channel have one each.
+    """
+    numbers: dict[Any, int] = {}
+    found = {}
+    for i in range(len(plan.sites)):
+        forecast = plan.forecasts.get((step, i))
+        if forecast is not None:
+            found[i] = (forecast, numbers.setdefault(i if forecast.per_channel else forecast, len(numbers)))
+    return found
 
 
 def _rewrite(
@@ -121,22 +156,26 @@ def _dump(gm: fx.GraphModule, env: Env, variant: int, number: int, name: str) ->
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the unrewritten graph gives on real inputs: its results, and the value of every site."""
+    """What the unrewritten graph gives on real inputs: its results, the value of every site, and of every node by name."""
 
     results: tuple[torch.Tensor, ...]
     values: dict[int, torch.Tensor]
+    nodes: dict[str, torch.Tensor]
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a marked graph and keeps the value of every site."""
+    """Runs a marked graph and keeps the value of every site, and of the nodes `names`."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, names: frozenset[str]) -> None:
         super().__init__(gm)
         self.values: dict[int, torch.Tensor] = {}
+        self.names, self.nodes = names, dict[str, torch.Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
         result = super().run_node(n)
+        if n.name in self.names:
+            self.nodes[n.name] = result.clone()
         if "marker" in n.meta:
             arguments, _ = self.fetch_args_kwargs_from_env(n)
             value = arguments[0] - arguments[1] if len(arguments) == 2 else arguments[0]
@@ -145,21 +184,46 @@ class _Recorder(fx.Interpreter):
 
 
 def _run_marked(gm: fx.GraphModule, context: PassContext, example: dict[str, Any]) -> _Reference:
-    recorder = _Recorder(gm)
+    groups = [group for site in context.groups.values() for group in site]
+    recorder = _Recorder(gm, frozenset(name for group in groups for name in (group.input, *group.maps)))
     with torch.no_grad():
         results = recorder.run(*(value for value in example.values() if isinstance(value, torch.Tensor)))
-    return _Reference(tuple(results), recorder.values)
+    return _Reference(tuple(results), recorder.values, recorder.nodes)
+
+
+def _stored(context: PassContext, site: int, part: str, example: dict[str, Any], reference: _Reference) -> list[torch.Tensor]:
+    """The tensors of a stored value, as the unrewritten graph gives them."""
+    if part == VALUE:
+        return [reference.values[site]]
+    if part == INPUT:
+        return [next(value for value in example.values() if isinstance(value, torch.Tensor))]
+    tensors = []
+    for group in context.groups[site]:
+        tensors += [reference.nodes[name] for name in group.maps]
+        tensors.append(lowrank_input.reference(reference.nodes[group.input], group.b))
+    return tensors
 
 
 def _check(gm: fx.GraphModule, context: PassContext, example: dict[str, Any], reference: _Reference, name: str) -> None:
-    """STEPGRAPH_CHECK=1: fed values of the unrewritten graph, the rewritten one gives the same results and shapes."""
+    """STEPGRAPH_CHECK=1: fed values of the unrewritten graph, the rewritten one gives the same results and shapes.
+
+    Forecasts take their last stored value here, which is the value itself.
+    """
     gm.recompile()
-    present = {node.target for node in gm.graph.nodes if node.op == "placeholder"}
-    slots = {slot_name(context.sites[i]): reference.values[i].clone() for i in context.reads}
-    inputs = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    present = {node.target: node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"}
+    given = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    for read in context.reads:
+        for number, tensor in enumerate(_stored(context, read.site, read.part, example, reference)):
+            given[slot_name(context.sites[read.site], read.part, read.age, number)] = tensor.clone()
+    for name, value in present.items():
+        if str(name).startswith("coefficients_"):
+            given[name] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            given[name][0] = 1
     with torch.no_grad():
-        outputs = gm(**{k: v for k, v in (inputs | slots).items() if k in present})
-    wanted = list(reference.results) + [reference.values[i] for i in context.stores]
+        outputs = gm(**{k: v for k, v in given.items() if k in present})
+    wanted = list(reference.results)
+    for site, part in context.stores:
+        wanted += _stored(context, site, part, example, reference)
     for number, (value, expected) in enumerate(zip(outputs, wanted, strict=False)):
         error = torch.tensor(torch.inf)
         if value.shape == expected.shape:

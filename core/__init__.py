@@ -17,6 +17,7 @@ from torch import nn
 from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
@@ -36,7 +37,12 @@ __version__ = "0.1.0"
 
 
 def compile(
-    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], backend: str = "inductor", exact: bool = False
+    model: nn.Module,
+    plan: CachePlan,
+    example_inputs: Mapping[str, Any],
+    backend: str = "inductor",
+    exact: bool = False,
+    factors: Factors | None = None,
 ) -> Executable:
     """Compile a plan for a model.
 
@@ -46,13 +52,14 @@ def compile(
         example_inputs: The model's forward arguments. Other batch sizes compile when they are first met.
         backend: "inductor" or "eager".
         exact: Keep every operation, so that results are bit-equal to the eager model; needs backend="eager".
+        factors: What LOWRANK sites are corrected with (`stepgraph.factorize`).
 
     Raises:
         PlanError: The plan does not fit the model or the inputs.
         TraceError: The model's forward cannot be a static graph.
         CompileError: Something else stands in the way; the message says what.
     """
-    return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact))
+    return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact), factors)
 
 
 __all__ = [

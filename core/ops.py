@@ -97,6 +97,11 @@ class Op:
         """Run it with whichever provider takes these arguments."""
         return self.choose(*args, **kwargs).run(*args, **kwargs)
 
+    @property
+    def __name__(self) -> str:
+        """The operation's name: what torch.fx writes into a graph's source."""
+        return self.name
+
     def __repr__(self) -> str:
         """The operation's name with its providers."""
         return f"<op {self.name}: {', '.join(self.providers)}>"
@@ -143,7 +148,7 @@ def _fake_input(x: Tensor, b: Tensor) -> Tensor:
 
 @_op(_fake_input)
 def lowrank_input(x: Tensor, b: Tensor) -> Tensor:
-    """p = B x, the cached input of linear maps in rank space (DESIGN.md, decision 6).
+    """The input of linear maps in rank space, p = B x: what is cached in place of x of linear maps in rank space (DESIGN.md, decision 6).
 
     Args:
         x: [..., C_in].
@@ -220,7 +225,7 @@ def _fake_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tens
 
 @_op(_fake_residual)
 def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
-    """x + sum_i gate_i * value_i, in this order: the residual updates of a run of sites in one pass.
+    """Gated residual updates, x + sum_i gate_i * value_i, in this order: a run of sites in one pass.
 
     Args:
         x: [B, N, C].

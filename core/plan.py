@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.corrections import Forecast, Increment, PlanError
 from stepgraph.files import whole_file
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 FORMAT = "stepgraph-plan"
 VERSION = 1
-
-
-class PlanError(ValueError):
-    """A plan that is not valid, or does not fit what it is used with."""
 
 
 class Action(str, Enum):
@@ -116,6 +113,7 @@ class PlanHeader:
         samples: Samples of the calibration, where there was one.
         prediction: What the scheduler takes the model's output for: "epsilon", "sample", "v_prediction", "flow", or another
             name of its own; empty where it is not known.
+        factors: Digest of the low-rank factors that the plan is bound to; empty for none.
     """
 
     model: str
@@ -134,6 +132,7 @@ class PlanHeader:
     seed: int | None = None
     samples: int | None = None
     prediction: str = ""
+    factors: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -206,6 +205,9 @@ class CachePlan:
         sites: In the order in which one evaluation produces their values.
         rows: T strings of one action letter per site, in canonical form: sites inside a reused site are DEAD, and the
             outputs of one call (a joint attention) are all computed or none is.
+        forecasts: (step, site index) -> what a FORECAST is made of. A LOWRANK with an entry takes its increment around the
+            forecast of its stored values, one without around the last ones.
+        increments: Site index -> what a LOWRANK there costs, where the plan is bound to factors.
 
     Raises:
         PlanError: On construction, when something is wrong; the message names the step and the site.
@@ -214,12 +216,14 @@ class CachePlan:
     header: PlanHeader
     sites: tuple[Site, ...]
     rows: tuple[str, ...]
+    forecasts: Mapping[tuple[int, int], Forecast] = field(default_factory=dict)
+    increments: Mapping[int, Increment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         object.__setattr__(self, "rows", tuple(self.rows))
         self._check_shape()
-        stored, joint = [False] * len(self.sites), joint_calls(self.sites)
+        stored, joint = [0] * len(self.sites), joint_calls(self.sites)
         for step, row in enumerate(self.rows):
             self._check_row(step, row)
             self._check_joint(step, row, joint)
@@ -229,7 +233,15 @@ class CachePlan:
                         f"step {step}, site {self.sites[i].name}: {Action(action).name} before any COMPUTE, so nothing "
                         f"is stored to read; compute the site at an earlier step"
                     )
-                stored[i] |= action == COMPUTE
+                if (step, i) in self.forecasts:
+                    self._check_forecast(step, i, action, stored[i])
+                stored[i] += action == COMPUTE
+        for step, i in self.forecasts:
+            if not (0 <= step < self.steps and 0 <= i < len(self.sites)):
+                raise PlanError(
+                    f"a forecast is given for step {step}, site number {i}; the plan has {self.steps} steps and "
+                    f"{len(self.sites)} sites"
+                )
 
     def _check_shape(self) -> None:
         names = [site.name for site in self.sites]
@@ -261,6 +273,12 @@ class CachePlan:
 
     def _check_joint(self, step: int, row: str, joint: Sequence[tuple[int, ...]]) -> None:
         for members in joint:
+            corrected = [i for i in members if row[i] == LOWRANK]
+            if corrected and len(corrected) < len(members):
+                raise PlanError(
+                    f"step {step}, site {self.sites[corrected[0]].name}: LOWRANK, but not all outputs of the same call are; "
+                    f"the linear maps of a joint attention are corrected together"
+                )
             fresh = [i for i in members if row[i] == COMPUTE]
             other = [i for i in members if row[i] in READS_STORED]
             if fresh and other:
@@ -270,6 +288,29 @@ class CachePlan:
                     f"computed; a joint attention is skipped only if all its outputs are reused: write one action for all of "
                     f"them, as CachePlan.build does"
                 )
+
+    def _check_forecast(self, step: int, i: int, action: str, stored: int) -> None:
+        forecast, where = self.forecasts[step, i], f"step {step}, site {self.sites[i].name}"
+        if action not in (FORECAST, LOWRANK):
+            raise PlanError(
+                f"{where}: a forecast is given for the action {Action(action).name}; it belongs to FORECAST or LOWRANK"
+            )
+        oldest = max((*forecast.ages, *forecast.inputs))
+        if oldest > stored:
+            raise PlanError(
+                f"{where}: the forecast reads y{oldest}, but only {stored} values have been computed; use a lower order there"
+            )
+        if forecast.inputs and self.sites[i].kind != "output":
+            raise PlanError(
+                f"{where}: only a forecast of the model's output reads its input; the terms are {list(forecast.terms)}"
+            )
+        if forecast.per_channel and action == LOWRANK:
+            raise PlanError(f"{where}: the forecast around which an increment is taken has one coefficient per term")
+        if forecast.coefficients and len(forecast.coefficients) != len(self.header.branches):
+            raise PlanError(
+                f"{where}: the forecast has {len(forecast.coefficients)} rows of coefficients; expected one for each of the "
+                f"branches {list(self.header.branches)}"
+            )
 
     @classmethod
     def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
@@ -342,8 +383,17 @@ class CachePlan:
         """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""
         header = {"format": FORMAT, "version": VERSION, **asdict(self.header)}
         lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in header.items()]
-        columns = ["".join(row[i] for row in self.rows) for i in range(len(self.sites))]
-        records = [asdict(site) | {"actions": column} for site, column in zip(self.sites, columns, strict=True)]
+        # Most of a plan's forecasts are the same one.
+        distinct = list(dict.fromkeys(self.forecasts.values()))
+        if distinct:
+            lines.append('  "forecasts": [\n' + ",\n".join(f"    {json.dumps(asdict(f))}" for f in distinct) + "\n  ]")
+        records = []
+        for i, site in enumerate(self.sites):
+            record = asdict(site) | {"actions": "".join(row[i] for row in self.rows)}
+            used = {str(step): distinct.index(forecast) for (step, j), forecast in self.forecasts.items() if j == i}
+            record |= {"forecasts": used} if used else {}
+            record |= {"increment": asdict(self.increments[i])} if i in self.increments else {}
+            records.append(record)
         sites = ",\n".join(f"    {json.dumps(record)}" for record in records)
         return "{\n" + ",\n".join(lines) + ',\n  "sites": [\n' + sites + "\n  ]\n}\n"
 
@@ -378,8 +428,13 @@ class CachePlan:
         records = data.pop("sites", None)
         if not isinstance(records, list):
             raise PlanError('the plan has no list "sites"')
+        listed = data.pop("forecasts", [])
+        if not isinstance(listed, list):
+            raise PlanError(f"forecasts is {type(listed).__name__}; expected a list")
+        distinct = [parse_record(Forecast, record, f"forecast {number}") for number, record in enumerate(listed)]
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
         header = parse_record(PlanHeader, known, "header")
+        forecasts, increments = _corrections(records, distinct)
         columns: list[Any] = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
         sites = [parse_record(Site, record, f"site {number}") for number, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
@@ -387,11 +442,35 @@ class CachePlan:
                 given = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
                 raise PlanError(f"site {site.name} has {given}; expected a string of {len(header.timesteps)} letters")
         rows = tuple("".join(column[step] for column in columns) for step in range(len(header.timesteps)))
-        return cls(header, tuple(sites), rows)
+        return cls(header, tuple(sites), rows, forecasts, increments)
 
     def with_header(self, **changes: Any) -> "CachePlan":
         """The same actions under a header with some fields changed."""
-        return CachePlan(replace(self.header, **changes), self.sites, self.rows)
+        return replace(self, header=replace(self.header, **changes))
+
+
+def _corrections(
+    records: Sequence[Any], distinct: Sequence[Forecast]
+) -> tuple[dict[tuple[int, int], Forecast], dict[int, Increment]]:
+    """Take what the sites' parsed JSON says about corrections out of it."""
+    forecasts: dict[tuple[int, int], Forecast] = {}
+    increments: dict[int, Increment] = {}
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            continue
+        used = record.pop("forecasts", {})
+        if not isinstance(used, dict):
+            raise PlanError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
+        for step, number in used.items():
+            if not step.isascii() or not step.isdigit() or type(number) is not int or not 0 <= number < len(distinct):
+                raise PlanError(
+                    f"site {i}: forecasts has {step!r}: {number!r}; expected a step and the number of one of the "
+                    f"{len(distinct)} forecasts"
+                )
+            forecasts[int(step), i] = distinct[number]
+        if "increment" in record:
+            increments[i] = parse_record(Increment, record.pop("increment"), f"site {i}: increment")
+    return forecasts, increments
 
 
 def canonical(sites: Sequence[Site], row: str) -> str:
@@ -421,6 +500,7 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "steps": WHOLE, "macs": WHOLE, "call": WHOLE, "output": WHOLE, "bytes": WHOLE,
     "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
     "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
+    "terms": (list, str), "coefficients": (list, list), "ranks": (dict, int), "saved": WHOLE, "projection": WHOLE,
 }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stepgraph.liveness import peak_bytes, traffic
-from stepgraph.plan import COMPUTE, DEAD, FORECAST, KINDS, REUSE, STREAM_KINDS, Action, CachePlan, first_live
+from stepgraph.liveness import MAPS, Stored, peak_bytes, traffic
+from stepgraph.plan import KINDS, LOWRANK, REPLACED, STREAM_KINDS, Action, CachePlan, first_live
 from stepgraph.plan_warnings import plan_warnings
 
 
@@ -73,23 +73,30 @@ class PlanSummary:
         return "\n".join(lines)
 
 
-def row_macs(plan: CachePlan, row: str, stores: tuple[int, ...] = ()) -> int:
-    """Multiply-accumulates per sample of one step, which stores the values of the sites `stores`."""
+def row_macs(plan: CachePlan, row: str, stores: tuple[Stored, ...] = ()) -> int:
+    """Multiply-accumulates per sample of one step, which stores the values `stores`.
+
+    A LOWRANK counts as a reuse where the plan is not bound to factors.
+    """
     live = first_live(plan.sites, row)
     # A replaced stream value saves everything before it, and a module site itself with what is DEAD inside.
-    saved = sum(site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action not in (COMPUTE, DEAD))
-    replaced = row[live] in (REUSE, FORECAST) and plan.sites[live].kind in STREAM_KINDS
-    if replaced and any(plan.sites[i].kind == "stack_residual" for i in stores):
+    saved = sum(site.macs for site, action in zip(plan.sites[live:], row[live:], strict=True) if action in REPLACED)
+    for i, action in enumerate(row):
+        if action == LOWRANK and not plan.sites[i].output:
+            saved += plan.increments[i].saved if i in plan.increments else plan.sites[i].macs
+    replaced = row[live] in REPLACED and plan.sites[live].kind in STREAM_KINDS
+    if replaced and any(plan.sites[stored.site].kind == "stack_residual" for stored in stores):
         # To store the stack's residual, the tokens that go into it are computed even where a block was replaced.
         macs = {site.kind: site.macs for site in plan.sites}
         saved -= macs["hidden"] - macs["stack_residual"]
-    return plan.header.macs - saved
+    projected = (plan.increments[stored.site] for stored in stores if stored.part == MAPS and stored.site in plan.increments)
+    return plan.header.macs - saved + sum(increment.projection for increment in projected)
 
 
 def summarize(plan: CachePlan) -> PlanSummary:
     """Count a plan's actions, costs and stored bytes (`CachePlan.summary`).
 
-    The costs of LOWRANK and FORECAST depend on their factors and are not part of the plan; they count as reuse here.
+    The cost of LOWRANK depends on the factors; it counts as a reuse where the plan is not bound to any.
     """
     counts = []
     for kind in KINDS:

@@ -1,8 +1,10 @@
 """The compiled program of one sampling run, and the sessions that run it."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,16 +22,20 @@ class Variant:
     """The specialised graph of one distinct (actions, stores).
 
     Attributes:
-        call: (*inputs, *slots read) -> (*results, *values to store).
+        call: (*inputs, *tensors of the slots read, *constants) -> (*results, *tensors to store).
         graph: The same before lowering, for reading.
         row: One action letter per site.
         macs: Multiply-accumulates of one call, for the whole batch.
+        tensors: How many tensors each stored value has.
+        providers: "<op> by <provider>" -> number of calls, of the fused operations in the graph.
     """
 
     call: Callable[..., tuple[torch.Tensor, ...]]
     graph: fx.GraphModule
     row: str
     macs: int
+    tensors: tuple[int, ...] = ()
+    providers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,26 +43,32 @@ class Program:
     """All steps for inputs of one signature.
 
     Attributes:
+        plan: The plan, with sizes and costs measured on this model.
         input_names: Order of the variants' tensor inputs.
         variants: The distinct specialised graphs.
         rows: Which variant each step runs.
         slots: What each step reads, stores and frees.
+        constants: Per step and branch, the coefficients of its forecasts.
         results: How many of a variant's outputs are the model's.
         output_spec: Rebuilds the model's return value from them.
         batch: The batch size of the inputs.
         macs_total: Multiply-accumulates of one evaluation with nothing reused, for the whole batch.
         seconds: How long each stage of compilation took.
+        factor_bytes: Size of the low-rank factors.
     """
 
+    plan: CachePlan
     input_names: tuple[str, ...]
     variants: tuple[Variant, ...]
     rows: tuple[int, ...]
     slots: SlotPlan
+    constants: tuple[tuple[tuple[torch.Tensor, ...], ...], ...]
     results: int
     output_spec: pytree.TreeSpec
     batch: int
     macs_total: int
     seconds: Mapping[str, float]
+    factor_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,8 +205,15 @@ class Executable:
     def memory(self) -> Memory:
         """Bytes of stored values and weights of a run, known before it runs."""
         slots, branches = self.default.slots, len(self.plan.header.branches)
-        weights = sum(p.nbytes for p in self.model.parameters())
+        weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
         return Memory(slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights)
+
+    def providers(self) -> dict[str, int]:
+        """Calls of fused operations in one branch of a run: "<op> by <provider>" -> number of calls."""
+        calls: Counter[str] = Counter()
+        for variant in (self.default.variants[i] for i in self.default.rows):
+            calls.update(variant.providers)
+        return dict(sorted(calls.items()))
 
     def print_readable(self, step: int) -> str:
         """The Python source of the graph that a step runs, with shapes and dtypes."""
@@ -265,13 +284,16 @@ class Session:
             )
         if self._check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
+        variant = program.variants[program.rows[self.step]]
+        stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
         with torch.no_grad():
-            outputs = program.variants[program.rows[self.step]].call(*arguments, *(table.read(i) for i in slots.reads))
+            outputs = variant.call(*arguments, *stored, *program.constants[self.step][self.branch])
         results = list(outputs[: program.results])
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
-        for slot, value in zip(slots.stores, outputs[program.results :], strict=True):
-            table.store(slot, value)
+        rest = iter(outputs[program.results :])
+        for slot, count in zip(slots.stores, variant.tensors, strict=True):
+            table.store(slot, tuple(islice(rest, count)))
         self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in slots.frees:
             table.free(slot)

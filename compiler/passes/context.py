@@ -1,11 +1,31 @@
 """What a pass may see."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
+from stepgraph.corrections import Forecast
+from stepgraph.liveness import Read
 from stepgraph.plan import Site
+
+
+@dataclass(frozen=True)
+class MapGroup:
+    """Linear maps inside a site that read one and the same value, such as an attention's q, k and v.
+
+    Attributes:
+        input: Name of the node they read.
+        maps: Names of their nodes; of the site's own value where one map spans the whole site.
+        a: [C_out_i, r_i] each, in the model's dtype.
+        b: [R, C_in], the maps' B one below the other, in the model's dtype.
+    """
+
+    input: str
+    maps: tuple[str, ...]
+    a: tuple[torch.Tensor, ...]
+    b: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -15,16 +35,23 @@ class PassContext:
     Attributes:
         sites: All sites of the model.
         row: One action letter per site.
-        reads: Indices of the sites whose stored value is read.
-        stores: Indices of the sites whose value is returned to be stored.
+        reads: The stored values that the row reads.
+        stores: (site index, part) of what is returned to be stored.
         written: Keys of the storages that the unrewritten graph writes to in place.
+        forecasts: Site index -> its forecast in this row, and the number of the constant that holds its coefficients. All
+            forecasts with the same coefficients share one.
+        groups: Site index -> its linear maps, for the sites that are LOWRANK somewhere in the plan.
+        exact: Whether every operation stays what it is in the eager model.
     """
 
     sites: tuple[Site, ...]
     row: str
-    reads: tuple[int, ...]
-    stores: tuple[int, ...]
+    reads: tuple[Read, ...]
+    stores: tuple[tuple[int, str], ...]
     written: frozenset[int]
+    forecasts: Mapping[int, tuple[Forecast, int]] = field(default_factory=dict)
+    groups: Mapping[int, tuple[MapGroup, ...]] = field(default_factory=dict)
+    exact: bool = True
 
     @staticmethod
     def results(graph: fx.Graph) -> list[fx.Node]:
@@ -45,6 +72,13 @@ def markers(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
             yield node.meta["marker"], node
 
 
-def slot_name(site: Site) -> str:
-    """Name of the graph input that carries a site's stored value."""
-    return "slot_" + site.name.replace(".", "_").replace("#", "_call").replace(":", "_out")
+def slot_name(site: Site, part: str = "value", age: int = 1, tensor: int = 0) -> str:
+    """Name of the graph input that carries a site's stored value, or one tensor of it."""
+    name = "slot_" + site.name.replace(".", "_").replace("#", "_call").replace(":", "_out")
+    kept = "" if part == "value" else f"_{part}{tensor}"
+    return name + kept + (f"_age{age}" if age > 1 else "")
+
+
+def find_input(graph: fx.Graph, name: str) -> fx.Node:
+    """The graph input of a name."""
+    return next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)

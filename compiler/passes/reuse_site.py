@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext, markers, slot_name
+from stepgraph.compiler.passes.context import PassContext, find_input, markers, slot_name
 from stepgraph.plan import REUSE
 
 
@@ -20,35 +20,25 @@ def reuse_site(gm: fx.GraphModule, ctx: PassContext) -> int:
 
     After::
 
-        %slot_transformer_blocks_0_ff = placeholder
         %gated = mul(%gate, %slot_transformer_blocks_0_ff)
 
-    For `stack_residual` the slot holds the difference, and the value becomes `stack_input + slot`.
+    For `stack_residual` the slot holds the difference, and the value becomes `stack_input + slot`. A value that is a result or
+    is written to is copied, so that the slot stays.
     """
     count = 0
     shared = set(ctx.written).union(*(storages_of(node) for node in ctx.results(gm.graph)))
     for index, marker in markers(gm.graph):
         if ctx.row[index] != REUSE:
             continue
-        value = _slot(gm.graph, marker, slot_name(ctx.sites[index]), copied=bool(storages_of(marker) & shared))
-        if ctx.sites[index].kind == "stack_residual":
-            with gm.graph.inserting_before(marker):
-                value = gm.graph.call_function(operator.add, (marker.args[1], value))
+        slot = find_input(gm.graph, slot_name(ctx.sites[index]))
+        with gm.graph.inserting_before(marker):
+            if ctx.sites[index].kind == "stack_residual":
+                value = gm.graph.call_function(operator.add, (marker.args[1], slot))
+            else:
+                value = gm.graph.call_method("clone", (slot,)) if storages_of(marker) & shared else slot
+        if value is not slot:
             value.meta |= {"val": marker.meta["val"]}
         marker.replace_all_uses_with(value)
         gm.graph.erase_node(marker)
         count += 1
     return count
-
-
-def _slot(graph: fx.Graph, marker: fx.Node, name: str, copied: bool) -> fx.Node:
-    """A new input for a stored value; copied where the value is a result or is written to, so that the slot stays."""
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
-        slot = graph.placeholder(name)
-    slot.meta |= {"val": marker.meta["val"], "slot": marker.meta["marker"]}
-    if copied:
-        with graph.inserting_before(first):
-            slot = graph.call_method("clone", (slot,))
-        slot.meta |= {"val": marker.meta["val"]}
-    return slot

@@ -35,7 +35,7 @@ def soften_site(gm: fx.GraphModule, ctx: PassContext) -> int:
     """
     count = 0
     for index, marker in markers(gm.graph):
-        if index not in ctx.reads:
+        if index not in {read.site for read in ctx.reads}:
             continue
         site = ctx.sites[index]
         if site.kind not in MODULE_KINDS:

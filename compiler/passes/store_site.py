@@ -6,10 +6,11 @@ from torch import fx
 
 from stepgraph.compiler.graphs import storages_of
 from stepgraph.compiler.passes.context import PassContext, markers
+from stepgraph.liveness import INPUT, MAPS
 
 
 def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:
-    """Append the values of the row's stored sites to the graph's outputs, in site order.
+    """Append what the row stores to the graph's outputs, by site and part; returns the number of stored values.
 
     Before::
 
@@ -21,25 +22,49 @@ def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:
         %value = site_value(%ff, site=transformer_blocks.0.ff)
         return (%sample, %value)
 
-    For `stack_residual` the stored value is `value - stack_input`. A value that shares its memory with
-    an input, a result or another stored value, or that the graph writes to in place, is copied where it is made.
+    For `stack_residual` the stored value is `value - stack_input`. Of linear maps, every output is stored, then every group's
+    `lowrank_input`. A tensor that shares its memory with an input, a result or another stored tensor, or that the graph writes
+    to in place, is copied where it is made.
     """
-    output = next(iter(reversed(gm.graph.nodes)))
-    stored: list[fx.Node] = []
+    graph = gm.graph
+    output = next(iter(reversed(graph.nodes)))
     # A stored value must not change or be held twice: inputs and results belong to the caller.
-    shared = set(ctx.written).union(*(storages_of(node) for node in ctx.borders(gm.graph)))
-    for index, marker in markers(gm.graph):
-        if index not in ctx.stores:
-            continue
-        value = marker
-        with gm.graph.inserting_after(marker):
-            if ctx.sites[index].kind == "stack_residual":
-                value = gm.graph.call_function(operator.sub, marker.args[:2])
-            elif storages_of(marker) & shared:
-                value = gm.graph.call_method("clone", (marker,))
-        if value is not marker:
-            value.meta |= {"val": marker.meta["val"]}
-        shared |= storages_of(marker)
+    shared = set(ctx.written).union(*(storages_of(node) for node in ctx.borders(graph)))
+    at = dict(markers(graph))
+    stored: list[fx.Node] = []
+
+    def keep(node: fx.Node, behind: fx.Node) -> None:
+        value = node
+        if storages_of(node) & shared:
+            with graph.inserting_after(behind):
+                value = graph.call_method("clone", (node,))
+            value.meta |= {"val": node.meta["val"].clone()}
+        shared.update(storages_of(node))
         stored.append(value)
+
+    for index, part in ctx.stores:
+        if part == INPUT:
+            first = next(iter(graph.nodes))
+            keep(first, next(node for node in reversed(graph.nodes) if node.op == "placeholder"))
+        elif part == MAPS:
+            for node in _maps(graph, ctx, index):
+                keep(node, node)
+        elif ctx.sites[index].kind == "stack_residual":
+            with graph.inserting_after(at[index]):
+                value = graph.call_function(operator.sub, at[index].args[:2])
+            value.meta |= {"val": at[index].meta["val"].clone()}
+            stored.append(value)
+        else:
+            keep(at[index], at[index])
     output.args = ((*output.args[0], *stored),)
-    return len(stored)
+    return len(ctx.stores)
+
+
+def _maps(graph: fx.Graph, ctx: PassContext, index: int) -> list[fx.Node]:
+    """The tensors of a site's linear maps, in the order in which they are stored."""
+    nodes = {node.name: node for node in graph.nodes}
+    projections = {node.meta["projection"]: node for node in graph.nodes if "projection" in node.meta}
+    found = []
+    for number, group in enumerate(ctx.groups[index]):
+        found += [nodes[name] for name in group.maps] + [projections[index, number]]
+    return found

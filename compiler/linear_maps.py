@@ -1,0 +1,140 @@
+"""Which linear maps lie inside a site, and what their low-rank increments cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.graphs import live_nodes, macs_of
+from stepgraph.compiler.passes.add_slots import coefficient_dtype
+from stepgraph.compiler.passes.context import MapGroup
+from stepgraph.compiler.sites import MarkedGraph, saved_by
+from stepgraph.corrections import Increment
+from stepgraph.plan import LOWRANK, MODULE_KINDS, CachePlan, PlanError
+
+
+def maps_inside(marked: MarkedGraph, model: nn.Module, index: int) -> list[fx.Node]:
+    """The nn.Linear calls that belong to a module site, in graph order; empty for a site without any.
+
+    They are the ones inside its module; where that has none (FLUX's `mlp` is an activation), those that only it needs.
+    """
+    site = marked.sites[index]
+    if site.kind not in MODULE_KINDS or site.output:
+        return []
+    name = site.path + (f"#{site.call}" if site.call else "")
+    linears = [
+        node
+        for node in marked.graph.nodes
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Linear)
+    ]
+    inside = [node for node in linears if node.meta.get("site") == name]
+    if inside:
+        return inside
+    marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
+    only = saved_by([marker])
+    return [node for node in linears if node in only]
+
+
+def group_maps(marked: MarkedGraph, model: nn.Module, index: int, factors: Factors) -> tuple[MapGroup, ...]:
+    """The linear maps of a site by what they read, with their factors in the model's dtype and on its device.
+
+    Raises:
+        PlanError: The site has no linear map, or the factors have none of a rank that fits for one of them.
+    """
+    site = marked.sites[index]
+    weight = next(model.parameters())
+    if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
+        marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
+        call = marked.trace.calls[site.path, site.call]
+        groups = {call.inputs[0].name: [(marker, site.path)]}
+    else:
+        groups = {}
+        for node in maps_inside(marked, model, index):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            groups.setdefault(source.name, []).append((node, str(node.target)))
+    if not groups:
+        raise PlanError(
+            f"site {site.name} ({site.kind}) has no linear map inside, so that LOWRANK has nothing to correct; use REUSE or "
+            f"FORECAST"
+        )
+    found = []
+    for source, members in groups.items():
+        missing = [path for _, path in members if path not in factors.maps]
+        if missing:
+            raise PlanError(f"site {site.name}: the factors have none for {missing[0]}; they have {_some(factors.maps)}")
+        pairs = [tuple(t.to(weight.device, weight.dtype) for t in factors.maps[path]) for _, path in members]
+        for (node, path), (a, b) in zip(members, pairs, strict=True):
+            _refuse_other_shape(marked.graph, source, node, path, a, b)
+        stacked = torch.cat([b for _, b in pairs])
+        found.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
+    return tuple(found)
+
+
+def _some(maps: Mapping[str, object]) -> str:
+    names = list(maps)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none at all"
+
+
+def _refuse_other_shape(graph: fx.Graph, source: str, node: fx.Node, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    named = {n.name: n for n in graph.nodes}
+    wide, narrow = named[source].meta["val"].shape[-1], node.meta["val"].shape[-1]
+    if a.shape[0] != narrow or b.shape[1] != wide or a.shape[1] != b.shape[0] or a.shape[1] > min(wide, narrow):
+        raise PlanError(
+            f"the factors of {path} are A {list(a.shape)} and B {list(b.shape)}; expected [{narrow}, r] and [r, {wide}] with r "
+            f"at most {min(wide, narrow)}"
+        )
+
+
+def bind_factors(plan: CachePlan, marked: MarkedGraph, model: nn.Module, factors: Factors | None) -> CachePlan:
+    """The plan with the costs of its LOWRANK sites under some factors; as it is where it has none.
+
+    Raises:
+        PlanError: It has LOWRANK sites, and the factors are missing, of another model, or others than it was bound to.
+    """
+    corrected = sorted(
+        {i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK and not plan.sites[i].output}
+    )
+    tables = sorted({(step, i) for (step, i), forecast in plan.forecasts.items() if forecast.per_channel})
+    if not corrected and not tables:
+        return plan
+    if factors is None:
+        what = f"LOWRANK, first at site {plan.sites[corrected[0]].name}" if corrected else "forecasts per channel"
+        raise PlanError(
+            f"the plan has {what}, but no factors are given; pass factors=stepgraph.factorize(...) (--factors FILE)"
+        )
+    factors.refuse_other(model)
+    if plan.header.factors not in ("", factors.digest):
+        raise PlanError(f"the plan is bound to the factors {plan.header.factors}, but given are {factors.digest}")
+    for step, i in tables:
+        table = factors.affine.get(f"{plan.sites[i].name}/{step}")
+        if table is None or len(table) != len(plan.forecasts[step, i].terms):
+            raise PlanError(f"step {step}, site {plan.sites[i].name}: the factors have no coefficients per channel for it")
+    increments = {i: increment_of(marked, model, i, group_maps(marked, model, i, factors)) for i in corrected}
+    return replace(plan, increments=increments, header=replace(plan.header, factors=factors.digest))
+
+
+def increment_of(marked: MarkedGraph, model: nn.Module, index: int, groups: Sequence[MapGroup]) -> Increment:
+    """What a LOWRANK of a site costs, per sample."""
+    nodes = {node.name: node for node in marked.graph.nodes}
+    ranks, new, projection, size, maps = {}, 0, 0, 0, set()
+    for group in groups:
+        x = nodes[group.input].meta["val"]
+        tokens = x.numel() // x.shape[-1]
+        projection += tokens * group.b.numel()
+        size += tokens * group.b.shape[0] * (8 if coefficient_dtype(x.dtype) == torch.float64 else 4)
+        for name, a in zip(group.maps, group.a, strict=True):
+            node = nodes[name]
+            path = marked.sites[index].path if "marker" in node.meta else str(node.target)
+            ranks[path] = a.shape[1]
+            new += tokens * a.numel()
+            size += node.meta["val"].numel() * node.meta["val"].element_size()
+            maps.add(node)
+    # What is still needed once the maps' outputs come from elsewhere: their inputs, and what else the output depends on.
+    output = next(iter(reversed(marked.graph.nodes)))
+    left = live_nodes([output, *(nodes[group.input] for group in groups)], cut=maps) - maps
+    saved = macs_of(live_nodes([output]) - left) - new - projection
+    batch = marked.batch
+    return Increment(ranks, max(saved // batch, 0), projection // batch, size // batch)
