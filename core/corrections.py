@@ -12,7 +12,6 @@ class PlanError(ValueError):
 
 
 TERM = re.compile(r"y[1-9]|x[0-9]|1")
-CONSTANT = "1"
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Forecast:
             raise PlanError(f"{what}: a term is 'y1'..'y9' (stored values), 'x0'..'x9' (the model's input) or '1'")
         if len(set(self.terms)) < len(self.terms) or not self.ages:
             raise PlanError(f"{what}: every term stands once, and at least one is a stored value")
-        if CONSTANT in self.terms[:-1]:
-            raise PlanError(f"{what}: the constant '1' is the last term")
+        if list(self.terms) != sorted(self.terms, key=lambda term: "yx1".index(term[0])):
+            raise PlanError(f"{what}: stored values come first, then inputs of the model, then the constant")
         if not self.coefficients and self.inputs:
             raise PlanError(f"{what}: coefficients per channel are for stored values and a constant only")
         for row in self.coefficients:

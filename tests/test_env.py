@@ -109,7 +109,8 @@ def break_shape(gm: fx.GraphModule, ctx) -> int:
 
 @pytest.mark.parametrize("broken", [break_arithmetic, break_shape], ids=lambda f: f.__name__)
 def test_check_catches_a_broken_pass(monkeypatch, dit, plan, broken):
-    passes = (*specialize_module.PASSES[:1], broken, *specialize_module.PASSES[1:])
+    at = specialize_module.PASSES.index(specialize_module.reuse_site) + 1
+    passes = (*specialize_module.PASSES[:at], broken, *specialize_module.PASSES[at:])
     monkeypatch.setattr(specialize_module, "PASSES", passes)
     build(dit, plan)
     monkeypatch.setenv("STEPGRAPH_CHECK", "1")
@@ -134,7 +135,7 @@ def test_dump_writes_a_file_per_variant_and_pass(monkeypatch, dit, plan, tmp_pat
     assert all("def forward(self, hidden_states" in text for text in files.values())
     assert "site_value" in files["variant001-00-traced.py"]
     assert "slot_" not in files["variant001-00-traced.py"]
-    assert "slot_transformer_blocks_0_ff" in files["variant001-01-reuse_site.py"]
+    assert "slot_transformer_blocks_0_ff" in files["variant001-01-add_slots.py"]
     last = f"variant001-{len(names):02d}-{names[-1]}.py"
     assert "site_value" not in files[last]
 

@@ -108,7 +108,7 @@ def run_both(model, marked, plan: CachePlan):
     for step, moved in enumerate(traffic(plan)):
         x = torch.randn(2, 4, 8)
         with torch.no_grad():
-            out, *values = graphs.graphs[graphs.rows[step]](x.clone(), *(stored[i] for i in moved.reads))
+            out, *values = graphs.graphs[graphs.rows[step]](x.clone(), *(stored[value] for value in moved.sources))
         stored |= dict(zip(moved.stores, values, strict=True))
         results.append((out, oracle(hidden_states=x.clone(), return_dict=False)[0]))
     return graphs, results

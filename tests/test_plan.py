@@ -355,13 +355,6 @@ def test_a_plan_with_other_sites_is_refused(dit, dit_plan):
             compile_for(dit, plan)
 
 
-@pytest.mark.parametrize(("letter", "name"), [("L", "LOWRANK"), ("F", "FORECAST")])
-def test_actions_that_are_not_compiled_yet_are_refused(dit, letter, name):
-    plan = sg.make_plan("manual", model=dit, scheduler=tiny_scheduler("ddim"), steps=3, actions={"ff": f"CR{letter}"})
-    with pytest.raises(sg.CompileError, match=rf"step 2, site transformer_blocks\.0\.ff: {name} is part of the plan format"):
-        compile_for(dit, plan)
-
-
 SCHEDULES = {
     "class": (tiny_scheduler("euler"), None, "compiled for DDIMScheduler, but .* has EulerDiscreteScheduler"),
     "config": (type(tiny_scheduler("ddim"))(beta_end=0.03), None, "compiled for another configuration of DDIMScheduler"),

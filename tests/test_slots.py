@@ -60,11 +60,13 @@ def check_plan(plan: CachePlan) -> None:
     contents: dict[int, tuple[int, int]] = {}
     for step, (moved, numbers) in enumerate(zip(traffic(plan), slots.steps, strict=True)):
         # Reads come before stores: every read finds the value that was computed last.
-        for site, slot in zip(moved.reads, numbers.reads, strict=True):
+        for (site, part, age), slot in zip(moved.reads, numbers.reads, strict=True):
             born = max(s for s in range(step) if plan.rows[s][site] == "C")
+            assert (part, age) == ("value", 1)
             assert contents[slot] == (site, born)
-        for site, slot in zip(moved.stores, numbers.stores, strict=True):
+        for (site, part, made), slot in zip(moved.stores, numbers.stores, strict=True):
             assert slot not in contents
+            assert (part, made) == ("value", step)
             contents[slot] = (site, step)
         assert sorted(site for site, _ in contents.values()) == sorted(held[step])
         for slot in numbers.frees:
@@ -156,12 +158,12 @@ def test_known_plans(dit, ddim, actions, slots, stored, values_held):
 
 def test_table_keeps_whole_values_only():
     table, whole = SlotTable(2), torch.arange(8.0)
-    table.store(0, whole)
-    table.store(1, whole[:2])
-    assert table.read(0) is whole
+    table.store(0, [whole])
+    table.store(1, [whole[:2]])
+    assert table.read(0)[0] is whole
     assert table.bytes == 32 + 8
     whole.zero_()
-    assert table.read(1).tolist() == [0.0, 1.0]
+    assert table.read(1)[0].tolist() == [0.0, 1.0]
     table.free(0)
     assert (table.bytes, table.peak_bytes) == (8, 40)
     with pytest.raises(RuntimeError, match="slot 0 is empty"):

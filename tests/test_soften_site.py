@@ -10,6 +10,7 @@ from stepgraph.compiler.graphs import written_storages
 from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.passes.soften_site import beta_name, soften_site
 from stepgraph.compiler.soft_model import SoftModel
+from stepgraph.liveness import VALUE, Read
 
 MODULES = (0, 1, 3, 4)
 
@@ -19,7 +20,9 @@ def softened(model, reads=MODULES, batch: int = 1):
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(marked.graph, {}))
     gm = marked.trace.bind(model, graph)
-    context = PassContext(marked.sites, "C" * len(marked.sites), tuple(reads), (), written_storages(marked.graph))
+    context = PassContext(
+        marked.sites, "C" * len(marked.sites), tuple(Read(i, VALUE, 1) for i in reads), (), written_storages(marked.graph)
+    )
     return gm, context, marked
 
 

@@ -10,7 +10,7 @@ from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.graphs import written_storages
 from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.specialize import PASSES, specialize
-from stepgraph.liveness import traffic
+from stepgraph.liveness import VALUE, Read, traffic
 
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
 
@@ -96,8 +96,8 @@ COUNTS = [
 @pytest.mark.parametrize(("row", "stores", "counts"), COUNTS)
 def test_rewrite_counts(dit, row, stores, counts):
     marked = marked_graph(dit, inputs())
-    reads = tuple(i for i, letter in enumerate(row) if letter == "R")
-    context = PassContext(marked.sites, row, reads, stores, written_storages(marked.graph))
+    reads = tuple(Read(i, VALUE, 1) for i, letter in enumerate(row) if letter == "R")
+    context = PassContext(marked.sites, row, reads, tuple((i, VALUE) for i in stores), written_storages(marked.graph))
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(marked.graph, {}))
     gm = marked.trace.bind(dit, graph)
@@ -111,6 +111,8 @@ def test_rewrite_counts(dit, row, stores, counts):
             # A second time there is nothing left to do.
             assert rewrite(gm, context) == 0
     assert (found["reuse_site"], found["store_site"], found["erase_markers"]) == counts
+    assert found["add_slots"] == len(reads)
+    assert found["lowrank_site"] == found["forecast_site"] == found["choose_providers"] == 0
     assert (found["eliminate_dead_code"] > 0) == bool(reads) or row == "CCCCCCCCC"
     slots = [node.name for node in gm.graph.nodes if node.op == "placeholder" and node.name.startswith("slot_")]
     assert len(slots) == counts[0]
@@ -134,7 +136,7 @@ def test_equal_rows_share_a_variant(dit, ddim, actions, variants):
     assert len(exe.default.variants) == variants
     by_variant = {}
     for step, variant in enumerate(exe.default.rows):
-        key = (exe.plan.rows[step], traffic(exe.plan)[step].stores)
+        key = (exe.plan.rows[step], [stored.site for stored in traffic(exe.plan)[step].stores])
         assert by_variant.setdefault(variant, key) == key
 
 
@@ -155,7 +157,7 @@ def test_fed_stored_values_a_graph_is_exact(dit, ddim):
     graphs = specialize(marked_graph(dit, inputs()), dit, plan)
     oracle = Oracle.of(dit, plan)
     oracle(**inputs(seed=3, timestep=900))
-    slots = [oracle.stored[0][plan.sites[i].name] for i in traffic(plan)[1].reads]
+    slots = [oracle.stored[0][plan.sites[i].name] for i, _, _ in traffic(plan)[1].reads]
     given = inputs(seed=4, timestep=100)
     with torch.no_grad():
         got = graphs.graphs[graphs.rows[1]](*given.values(), *slots)[0]
@@ -182,7 +184,7 @@ def test_two_sites_of_one_tensor_are_stored_apart(dit, ddim):
     session = exe.session()
     session(**inputs())
     table = session._tables[0]
-    first, second = (value for value in table._values if value is not None)
+    (first,), (second,) = (value for value in table._values if value is not None)
     assert torch.equal(first, second)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
     assert session.slot_bytes == first.nbytes + second.nbytes == exe.memory().peak_slot_bytes

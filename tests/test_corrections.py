@@ -1,0 +1,314 @@
+"""LOWRANK and FORECAST, compiled: against the oracle, against their own limits, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Oracle, run_loop
+
+import stepgraph as sg
+from stepgraph.corrections import Forecast
+from stepgraph.liveness import traffic
+from stepgraph.plan import PlanError
+from stepgraph.plan_report import row_macs
+
+STEPS = 6
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+def maps_of(model, rank=4, whole: tuple[str, ...] = (), seed=0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Random factors of every linear map inside the module sites; one map across the sites that are named `whole`."""
+    torch.manual_seed(seed)
+    width, maps = 32, {}
+    for block in ("transformer_blocks.0", "transformer_blocks.1"):
+        for name in LINEARS:
+            linear = model.get_submodule(f"{block}.{name}")
+            maps[f"{block}.{name}"] = (torch.randn(linear.out_features, rank) / 8, torch.randn(rank, linear.in_features) / 8)
+        for name in whole:
+            maps[f"{block}.{name}"] = (torch.randn(width, rank) / 8, torch.randn(rank, width) / 8)
+    return maps
+
+
+def factors_of(model, maps, affine=None) -> sg.Factors:
+    header = sg.make_plan("full", model=model, scheduler=tiny_scheduler("ddim"), steps=1).header
+    return sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps, affine or {})
+
+
+def plan_of(model, actions, forecasts=None, scheduler=None, **options) -> sg.CachePlan:
+    """A plan with forecasts given as (step, site) -> (terms, coefficients)."""
+    steps = len(next(iter(actions.values())))
+    scheduler = scheduler or tiny_scheduler("ddim")
+    plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=steps, actions=actions, **options)
+    rows = {(s, plan.index(site)): Forecast(*f) for (s, site), f in (forecasts or {}).items()}
+    return replace(plan, forecasts=rows)
+
+
+def both(model, plan, maps=None, tables=None, scheduler=None, guidance_scale=1.0, **options):
+    """Final latents of the executable and of the oracle, and the executable."""
+    scheduler = scheduler or tiny_scheduler("ddim")
+    factors = factors_of(model, maps or {}, tables) if maps or tables else None
+    exe = sg.compile(model, plan, inputs(2), factors=factors, **({"backend": "eager", "exact": True} | options))
+    arguments = (scheduler, noise(2), plan.header.steps, guidance_scale, labels(1, 2), labels(NULL_CLASS, NULL_CLASS))
+    separate = {"separate": plan.header.guidance == "separate"}
+    wanted = run_loop(Oracle.of(model, plan, maps, tables), *arguments, **separate)[0]
+    return run_loop(exe.session(), *arguments, **separate)[0], wanted, exe
+
+
+def error(got, wanted) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+# -- LOWRANK -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        {"attn": "CLCLCL", "ff": "CLCLCL"},
+        {"attn": "CLLLCL", "ff": "CRLRCL"},
+        {"attn": "CLRCLL", "hidden": "CCCRCC", "ff": "CCLCRL"},
+    ],
+)
+@pytest.mark.parametrize("whole", [(), ("ff",), ("attn1", "ff")])
+def test_lowrank_plans_equal_the_oracle(dit, actions, whole):
+    maps = maps_of(dit, whole=whole)
+    got, wanted, exe = both(dit, plan_of(dit, actions), maps)
+    # The oracle takes B (x - C(x)), the graphs B x - B C(x).
+    assert error(got, wanted) < 1e-6
+    stale = both(dit, plan_of(dit, {kind: letters.replace("L", "R") for kind, letters in actions.items()}))[0]
+    assert error(stale, wanted) > 1e-4
+    assert set(exe.providers()) == {"lowrank_delta by reference", "lowrank_input by reference"}
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler", "heun"])
+@pytest.mark.parametrize("guidance", ["batched", "separate"])
+def test_lowrank_on_other_samplers(dit, name, guidance):
+    scheduler = tiny_scheduler(name)
+    steps = len(sg.make_plan("full", model=dit, scheduler=scheduler, steps=4).rows)
+    plan = sg.make_plan(
+        "manual", model=dit, scheduler=scheduler, steps=4, guidance=guidance, actions={"attn": ("CL" * steps)[:steps]}
+    )
+    got, wanted, _ = both(dit, plan, maps_of(dit), scheduler=scheduler, guidance_scale=3.0)
+    assert error(got, wanted) < 1e-6
+
+
+def test_an_unchanged_input_gives_the_stored_value(dit):
+    """Zero drift: at the second of two equal calls nothing is added, to the last bit."""
+    plan = plan_of(dit, {"attn": "CL", "ff": "CL"})
+    session = sg.compile(dit, plan, inputs(2), backend="eager", exact=True, factors=factors_of(dit, maps_of(dit))).session()
+    first, second = session(**inputs(2)), session(**inputs(2))
+    assert torch.equal(first.sample, second.sample)
+
+
+def test_full_rank_is_compute(dit):
+    """Factors whose product is the weight itself leave nothing out."""
+    maps = {}
+    for path in maps_of(dit):
+        weight = dit.get_submodule(path).weight.detach()
+        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        maps[path] = ((u * s).float(), v.float())
+    got = both(dit, plan_of(dit, {"attn": "CLLLCL", "ff": "CLLLLL"}), maps)[0]
+    eager = run_loop(dit, tiny_scheduler("ddim"), noise(2), 6, 1.0, labels(1, 2))[0]
+    assert error(got, eager) < 1e-5
+
+
+def test_lowrank_is_deterministic_under_inductor(dit):
+    plan, maps = (
+        plan_of(dit, {"attn": "CLCL", "ff": "CLLF"}, {(3, f"transformer_blocks.{b}.ff"): (("y1",), ((1.0,),)) for b in (0, 1)}),
+        maps_of(dit),
+    )
+    exact = both(dit, plan, maps)[0]
+    compiled, wanted, exe = both(dit, plan, maps, backend="inductor", exact=False)
+    assert error(compiled, exact) < 1e-5
+    assert error(compiled, wanted) < 1e-5
+    assert exe.default.variants
+
+
+def test_costs_are_the_formulas(dit):
+    """Increment-calibrated caching's own formulas: 2 r C per square map and token, softmax attention as ever."""
+    rank, width, tokens = 4, 32, 16
+    maps = maps_of(dit, rank)
+    plan = plan_of(dit, {"attn": "CLRC", "ff": "CCCL"})
+    exe = both(dit, plan, maps)[2]
+    whole = plan.header.macs
+    attention, square = 2 * tokens * tokens * width, tokens * width
+    linear = {"attn": 4 * square * width, "ff": 8 * square * width}
+    increment = {"attn": 4 * 2 * rank * square, "ff": 2 * rank * square * (1 + 4)}
+    projection = {"attn": 4 * rank * square, "ff": 5 * rank * square}
+    steps = [
+        whole + 2 * projection["attn"],
+        whole + 2 * (increment["attn"] - linear["attn"]),
+        whole - 2 * (linear["attn"] + attention) + 2 * projection["ff"],
+        whole + 2 * (increment["ff"] - linear["ff"]),
+    ]
+    assert list(exe.macs().per_step) == [2 * macs for macs in steps]
+    rows = [row_macs(exe.plan, row, moved.stores) for row, moved in zip(exe.plan.rows, traffic(exe.plan), strict=True)]
+    assert rows == steps
+    # float32 outputs of four maps of the attention, and its two inputs in rank space (3 r and r numbers a token).
+    assert exe.plan.increments[plan.index("transformer_blocks.0.attn1")].bytes == 4 * tokens * (4 * width + 4 * rank)
+
+
+def test_published_costs_of_dit_xl():
+    """Table of the method's repository: .0140, .0235, .0330, .0425 T multiply-accumulates at rank 64, 128, 192, 256.
+
+    Its figures are rounded, and diffusers embeds the timestep in every block, which is 5e-5 T.
+    """
+    from stepgraph.compiler.describe import marked_graph
+    from stepgraph.compiler.linear_maps import group_maps, increment_of
+    from stepgraph.compiler.models.load import load_model
+
+    model = load_model("dit-xl-2-256:random", "meta")
+    marked = marked_graph(model, None)
+    for rank, published in ((64, 0.0140), (128, 0.0235), (192, 0.0330), (256, 0.0425)):
+        maps = {}
+        for i in range(28):
+            for name in LINEARS:
+                linear = model.get_submodule(f"transformer_blocks.{i}.{name}")
+                maps[f"transformer_blocks.{i}.{name}"] = (
+                    torch.empty(linear.out_features, rank, device="meta"), torch.empty(rank, linear.in_features, device="meta"),
+                )  # fmt: skip
+        header = sg.make_plan("full", model=model, scheduler=tiny_scheduler("ddim"), steps=2).header
+        plan = sg.CachePlan.build(header, marked.sites, {"attn": "CL", "ff": "CL"})
+        factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps)
+        corrected = [i for i, site in enumerate(plan.sites) if site.kind in ("attn", "ff")]
+        increments = {i: increment_of(marked, model, i, group_maps(marked, model, i, factors)) for i in corrected}
+        bound = replace(plan, increments=increments)
+        assert row_macs(bound, bound.rows[1]) / 1e12 == pytest.approx(published, abs=1e-4)
+        assert row_macs(bound, bound.rows[0]) / 1e12 == pytest.approx(0.11862, abs=1e-4)
+
+
+# -- FORECAST ------------------------------------------------------------------------------------------------------------
+
+TWO = (("y1", "y2"), ((1.5, -0.5),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("attn", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]),
+        ("block", ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("stack_residual", ["stack_residual"]),
+        ("hidden", ["hidden"]),
+        ("output", ["output"]),
+    ],
+)
+def test_forecasts_equal_the_oracle(dit, kind, names):
+    forecasts = {(step, name): TWO for step in (3, 4) for name in names}
+    forecasts |= {(5, name): (("y2", "y1"), ((0.25, 0.5),)) for name in names} if kind != "block" else {}
+    actions = {kind: "CCRFFF"} if kind != "block" else {"transformer_blocks.1": "CCRFFC"}
+    if kind == "block":
+        forecasts = {key: value for key, value in forecasts.items() if key[1] == "transformer_blocks.1"}
+    got, wanted, exe = both(dit, plan_of(dit, actions, forecasts))
+    assert torch.equal(got, wanted)
+    assert exe.memory().peak_slot_bytes == 2 * exe.plan.summary().peak_slot_bytes
+
+
+@pytest.mark.parametrize("guidance", ["batched", "separate"])
+def test_an_output_is_forecast_from_the_models_input_too(dit, guidance):
+    branches = 2 if guidance == "separate" else 1
+    rows = tuple((1.5 + b, -0.5, 0.125, -0.25 + b) for b in range(branches))
+    forecasts = {(2, "output"): (("y1", "y2", "x0", "x1"), rows), (4, "output"): (("y1", "x0"), tuple(r[1:3] for r in rows))}
+    plan = plan_of(dit, {"output": "CCFCFC", "ff": "CRCRCC"}, forecasts, guidance=guidance)
+    # With the output forecast, what lies before it is dead.
+    got, wanted, _ = both(dit, sg.CachePlan.from_json(plan.to_json()), guidance_scale=3.0)
+    assert torch.equal(got, wanted)
+
+
+def test_coefficients_per_channel(dit):
+    tables = {f"stack_residual/{step}": torch.randn(2, 32, generator=torch.Generator().manual_seed(step)) for step in (1, 3)}
+    forecasts = {(step, "stack_residual"): (("y1", "1"), ()) for step in (1, 3)}
+    got, wanted, _ = both(dit, plan_of(dit, {"stack_residual": "CFCF"}, forecasts), tables=tables)
+    assert torch.equal(got, wanted)
+
+
+def test_an_increment_around_a_forecast(dit):
+    names = [f"transformer_blocks.{b}.{child}" for b in (0, 1) for child in ("attn1", "ff")]
+    forecasts = {(step, name): TWO for step in (3, 4) for name in names}
+    plan, maps = plan_of(dit, {"attn": "CCLLLC", "ff": "CCLLLC"}, forecasts), maps_of(dit)
+    got, wanted, exe = both(dit, plan, maps)
+    assert error(got, wanted) < 1e-6
+    assert error(both(dit, replace(plan, forecasts={}), maps)[0], wanted) > 1e-4
+    assert exe.memory().peak_slot_bytes == 2 * exe.plan.summary().peak_slot_bytes
+
+
+def test_steps_with_the_same_terms_share_a_graph(dit):
+    forecasts = {(step, "output"): (("y1", "y2"), ((1.0 + step, -float(step)),)) for step in (2, 4, 5)}
+    exe = both(dit, plan_of(dit, {"output": "CCFCFF"}, forecasts))[2]
+    # All computed steps but the first two overwrite the older value; the three forecasts differ in numbers only.
+    assert len({exe.default.rows[step] for step in (2, 4, 5)}) == 1
+
+
+@given(data=st.data())
+def test_random_plans_equal_the_oracle(data):
+    model = tiny_dit()
+    maps = maps_of(model, whole=("ff",) if data.draw(st.booleans()) else ())
+    actions = {kind: "C" + data.draw(st.text("CRLF", min_size=STEPS - 1, max_size=STEPS - 1)) for kind in ("attn", "ff")}
+    actions["output"] = "C" + data.draw(st.text("CCCF", min_size=STEPS - 1, max_size=STEPS - 1))
+    plan = plan_of(model, actions)
+    forecasts = {}
+    for i, site in enumerate(plan.sites):
+        for step, row in enumerate(plan.rows):
+            stored = sum(earlier[i] == "C" for earlier in plan.rows[:step])
+            if row[i] == "F" or (row[i] == "L" and data.draw(st.booleans())):
+                terms = tuple(f"y{age}" for age in range(1, data.draw(st.integers(1, min(stored, 3))) + 1))
+                forecasts[step, i] = Forecast(terms, (tuple(data.draw(st.sampled_from([-0.5, 0.25, 1.0])) for _ in terms),))
+    got, wanted, exe = both(model, replace(plan, forecasts=forecasts), maps)
+    assert error(got, wanted) < 2e-6
+    assert exe.memory().peak_slot_bytes == 2 * exe.plan.summary().peak_slot_bytes
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_forecasts_that_cannot_be(dit):
+    cases = {
+        "reads y2, but only 1 values have been computed": ({"ff": "CFCC"}, {(1, "transformer_blocks.0.ff"): TWO}),
+        "is given for the action REUSE": ({"ff": "CCRC"}, {(2, "transformer_blocks.0.ff"): TWO}),
+        "only a forecast of the model's output reads its input": (
+            {"ff": "CFCC"}, {(1, "transformer_blocks.0.ff"): (("y1", "x0"), ((1.0, 1.0),))},
+        ),
+        "has 2 rows of coefficients; expected one for each of the branches": (
+            {"output": "CFCC"}, {(1, "output"): (("y1",), ((1.0,), (1.0,)))},
+        ),
+        "has one coefficient per term": ({"ff": "CLCC"}, {(1, "transformer_blocks.0.ff"): (("y1", "1"), ())}),
+    }  # fmt: skip
+    for message, (actions, forecasts) in cases.items():
+        with pytest.raises(PlanError, match=message):
+            plan_of(dit, actions, forecasts)
+    for terms, rows in (
+        (("y1", "y1"), ()),
+        (("x0", "y1"), ((1.0, 1.0),)),
+        (("x0",), ((1.0,),)),
+        (("y1",), ((1.0, 2.0),)),
+        (("z",), ()),
+        (("y1",), ((float("nan"),),)),
+    ):
+        with pytest.raises(PlanError, match="the forecast of"):
+            Forecast(terms, rows)
+
+
+def test_a_forecast_without_coefficients_does_not_compile(dit):
+    with pytest.raises(sg.CompileError, match=r"step 1, site transformer_blocks\.0\.ff: FORECAST without coefficients"):
+        both(dit, plan_of(dit, {"ff": "CF"}))
+
+
+def test_factors_that_do_not_fit(dit):
+    plan, maps = plan_of(dit, {"ff": "CL"}), maps_of(dit)
+    compiled = lambda plan, factors: sg.compile(dit, plan, inputs(), backend="eager", factors=factors)  # noqa: E731
+    with pytest.raises(PlanError, match=r"LOWRANK, first at site transformer_blocks\.0\.ff, but no factors are given"):
+        compiled(plan, None)
+    with pytest.raises(PlanError, match="is bound to the factors 0123456789abcdef, but given are"):
+        compiled(plan.with_header(factors="0123456789abcdef"), factors_of(dit, maps))
+    with pytest.raises(PlanError, match=r"the factors have none for transformer_blocks\.1\.ff\.net\.2"):
+        compiled(plan, factors_of(dit, {k: v for k, v in maps.items() if k != "transformer_blocks.1.ff.net.2"}))
+    wrong = maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 40), torch.randn(40, 128))}
+    with pytest.raises(PlanError, match=r"A \[32, 40\] and B \[40, 128\]; expected \[32, r\] and \[r, 128\] with r at most 32"):
+        compiled(plan, factors_of(dit, wrong))
+    other = tiny_dit(seed=1)
+    with pytest.raises(PlanError, match="other weights"):
+        compiled(plan, factors_of(other, maps_of(other)))
+    with pytest.raises(PlanError, match="float32"):
+        compiled(plan, replace(factors_of(dit, maps), dtype="bfloat16"))
