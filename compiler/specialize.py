@@ -15,8 +15,12 @@ from stepgraph.compiler.passes.add_slots import add_slots
 from stepgraph.compiler.passes.choose_providers import choose_providers
 from stepgraph.compiler.passes.context import MapGroup, PassContext, slot_name
 from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
+from stepgraph.compiler.passes.erase_identities import erase_identities
 from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.forecast_site import forecast_site
+from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
+from stepgraph.compiler.passes.fuse_lowrank import fuse_lowrank
+from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
 from stepgraph.compiler.passes.lowrank_site import lowrank_site
 from stepgraph.compiler.passes.reuse_site import reuse_site
 from stepgraph.compiler.passes.store_site import store_site
@@ -33,11 +37,15 @@ Pass = Callable[[fx.GraphModule, PassContext], int]
 
 # Inputs for stored values come first, in the order in which a session passes them. Values are replaced before any is returned.
 # Markers go before dead code does: a residual's marker reads the tokens that go into the stack, which are dead where nobody
-# stores the residual. Providers are chosen last, for what is left.
+# stores the residual. What is left is fused, the neighbours of a low-rank increment after their own parts. Providers are
+# chosen last.
 PASSES: tuple[Pass, ...] = (
-    add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code, choose_providers,
+    add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code,
+    erase_identities, fuse_modulated_norm, fuse_gated_residual, fuse_lowrank, choose_providers,
 )  # fmt: skip
-OPTIONAL_PASSES = frozenset({"eliminate_dead_code"})
+OPTIONAL_PASSES = frozenset(
+    {"eliminate_dead_code", "erase_identities", "fuse_modulated_norm", "fuse_gated_residual", "fuse_lowrank"}
+)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Oracle:
         return forward
 
     def run_linear(self, path: str, site: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """A linear map, or a whole module, that has factors: y + A B (x - C(x)) where its site is corrected, as in the paper."""
+        """A linear map, or a whole module, with factors: y + A B (x - C(x)) where its site is corrected, as in the paper."""
 
         def forward(x):
             if self.letter(site) == "L":

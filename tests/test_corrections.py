@@ -249,7 +249,7 @@ def test_random_plans_equal_the_oracle(data):
     actions["output"] = "C" + data.draw(st.text("CCCF", min_size=STEPS - 1, max_size=STEPS - 1))
     plan = plan_of(model, actions)
     forecasts = {}
-    for i, site in enumerate(plan.sites):
+    for i in range(len(plan.sites)):
         for step, row in enumerate(plan.rows):
             stored = sum(earlier[i] == "C" for earlier in plan.rows[:step])
             if row[i] == "F" or (row[i] == "L" and data.draw(st.booleans())):

@@ -1,7 +1,9 @@
 """What a pass may see."""
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -9,6 +11,8 @@ from torch import fx
 from stepgraph.corrections import Forecast
 from stepgraph.liveness import Read
 from stepgraph.plan import Site
+
+OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {"add": (operator.add, torch.add), "mul": (operator.mul, torch.mul)}
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,19 @@ def slot_name(site: Site, part: str = "value", age: int = 1, tensor: int = 0) ->
 def find_input(graph: fx.Graph, name: str) -> fx.Node:
     """The graph input of a name."""
     return next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
+
+
+def is_call(node: object, name: str) -> bool:
+    """Whether a node is an addition or multiplication ("add", "mul"), written as a method or as an operator."""
+    if not isinstance(node, fx.Node) or len(node.args) != 2 or node.kwargs:
+        return False
+    return node.target == name if node.op == "call_method" else node.target in OPERATORS[name]
+
+
+def factors_of(node: object, name: str) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The two arguments of an addition or multiplication of nodes, in both orders."""
+    if isinstance(node, fx.Node) and is_call(node, name):
+        first, second = node.args
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node):
+            yield first, second
+            yield second, first

@@ -1,0 +1,57 @@
+"""Fuse gates with the residual additions behind them."""
+
+from torch import fx
+
+from stepgraph.compiler.graphs import storages_of
+from stepgraph.compiler.passes.context import PassContext, factors_of
+from stepgraph.ops import gated_residual
+
+
+def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Replace x + gate * value by one operation, and runs of them, as reused sites leave them, by one pass over x.
+
+    Before, with the values of two reused sites (all [B, N, C] but the gates, which are [B, 1, C])::
+
+        %gated = mul(%gate_1, %slot_1)
+        %x1 = add(%gated, %x)
+        %gated_1 = mul(%gate_2, %slot_2)
+        %x2 = add(%gated_1, %x1)
+
+    After: `%x2 = gated_residual(%x, [%gate_1, %gate_2], [%slot_1, %slot_2])`. Returns the number of additions that are gone.
+    """
+    count = 0
+    for node in list(gm.graph.nodes) if not ctx.exact else ():
+        found = _matched(node)
+        if found is None or any(storages_of(n) & ctx.written for n in found[:3]):
+            continue
+        x, gate, value, gated = found
+        gates, values = [gate], [value]
+        if x.target is gated_residual and len(x.users) == 1:
+            before = x
+            x, earlier_gates, earlier_values = before.args
+            gates, values = [*earlier_gates, gate], [*earlier_values, value]
+        else:
+            before = None
+        with gm.graph.inserting_before(node):
+            fused = gm.graph.call_function(gated_residual, (x, gates, values))
+        fused.meta |= {key: kept for key, kept in node.meta.items() if key != "macs"}
+        node.replace_all_uses_with(fused)
+        for gone in (node, gated, before):
+            if gone is not None and not gone.users:
+                gm.graph.erase_node(gone)
+        count += 1
+    return count
+
+
+def _matched(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """x, gate, value and the product of the two."""
+    for gated, x in factors_of(node, "add"):
+        for gate, value in factors_of(gated, "mul") if len(gated.users) == 1 else ():
+            tensors = [n.meta.get("val") for n in (gate, value, x)]
+            shapes = [tuple(t.shape) for t in tensors if t is not None]
+            if len(shapes) < 3 or len({t.dtype for t in tensors}) > 1 or shapes[1] != shapes[2] or len(shapes[2]) != 3:
+                continue
+            batch, tokens, channels = shapes[2]
+            if shapes[0] in ((batch, 1, channels), (1, 1, channels)) and tokens > 1:
+                return x, gate, value, gated
+    return None
