@@ -9,8 +9,10 @@ usage: bench/gpu_suite.sh PART OUT [WHEELS]
   PART    tests    pytest -m gpu
           demo     stepgraph demo
           compile  how long compilation takes
+          ops      fused operations against plain torch, torch.compile and the machine's ceilings
+          lowrank  milliseconds per step of corrected rows of DiT-XL/2
           train    train glyph-dit-l; exit status 3 says that a checkpoint was left: run it again
-          all      tests, demo and compile
+          all      tests, demo, ops, lowrank and compile
   OUT     folder for logs, results and suite.json
   WHEELS  folder of wheel files; what this checkout needs and Python lacks is installed from it
 
@@ -22,8 +24,8 @@ TEXT
 
 [[ $# -eq 2 || $# -eq 3 ]] || usage
 case $1 in
-tests | demo | compile | train) parts=("$1") limit=460 ;;
-all) parts=(tests demo compile) limit=150 ;;
+tests | demo | compile | ops | lowrank | train) parts=("$1") limit=460 ;;
+all) parts=(tests demo ops lowrank compile) limit=120 ;;
 *)
     echo "gpu_suite: unknown part '$1'" >&2
     usage
@@ -160,6 +162,12 @@ run_demo() {
 run_compile() {
     run_part compile "$out/compile.txt" "$python" -m stepgraph.bench.compile_times --device cuda --out "$out"
 }
+run_ops() {
+    run_part ops "$out/ops.txt" "$python" -m stepgraph.bench.ops --device cuda --dtypes bfloat16 --seconds 0.1 --out "$out"
+}
+run_lowrank() {
+    run_part lowrank "$out/lowrank.txt" "$python" -m stepgraph.bench.lowrank_steps --device cuda --out "$out"
+}
 run_train() {
     run_part train "$out/train.txt" \
         "$python" -m stepgraph.bench.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
@@ -178,6 +186,8 @@ if has_cuda; then
         tests) run_tests ;;
         demo) run_demo ;;
         compile) run_compile ;;
+        ops) run_ops ;;
+        lowrank) run_lowrank ;;
         train) run_train ;;
         esac
     done

@@ -1,0 +1,1 @@
+"""Benchmarks of the fused operations; `python -m stepgraph.bench.ops` runs them."""

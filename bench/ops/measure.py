@@ -1,0 +1,113 @@
+"""Timing contenders against each other: interleaved, in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from stepgraph.bench.ops.shapes import Case
+from stepgraph.ops import REFERENCE
+
+# Relative root-mean-square error against float64 that a contender may have; plain torch rounds p to bfloat16.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def contenders(case: Case) -> dict[str, Callable[[], Any]]:
+    """What is compared: plain torch, torch.compile of it, the full linear maps, and every provider that takes the case.
+
+    Raises:
+        RuntimeError: torch.compile gave up and would run plain torch; or a contender is wrong.
+    """
+    found: dict[str, Callable[[], Any]] = {"torch": case.torch}
+    # Compiled code of earlier cases counts against a limit; beyond it, torch would quietly run eagerly.
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    found["torch.compile"] = torch.compile(case.torch, dynamic=False, fullgraph=True)
+    if case.full is not None:
+        found["full linear"] = case.full
+    for name, provider in case.op.providers.items():
+        if not provider.declines(**case.arguments):
+            found[name] = lambda name=name: case.run(name)  # type: ignore[misc]
+    expected = _flat(_float64(case))
+    for name, run in found.items():
+        if name != "full linear":
+            refuse_wrong(name, case, _flat(run()), expected)
+    return found
+
+
+def chosen(case: Case) -> str:
+    """The provider that the registry takes for the case."""
+    return case.op.choose(**case.arguments).name
+
+
+def declined(case: Case) -> dict[str, str]:
+    """The providers that do not take the case, with their reasons."""
+    reasons = {name: provider.declines(**case.arguments) for name, provider in case.op.providers.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def refuse_wrong(name: str, case: Case, given: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """A figure is worth nothing where the result is wrong."""
+    for value, wanted in zip(given, expected, strict=True):
+        error = float((value.double() - wanted).norm() / wanted.norm())
+        if not error <= TOLERANCE[value.dtype]:
+            raise RuntimeError(f"{name} is wrong on {case.op.name} {case.name}: relative error {error:.2e}")
+
+
+def _float64(case: Case) -> Any:
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.double()
+        return [wide(v) for v in value] if isinstance(value, list) else value
+
+    return case.op.providers[REFERENCE].run(**{name: wide(value) for name, value in case.arguments.items()})
+
+
+def _flat(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def interleaved(found: Mapping[str, Callable[[], Any]], device: str, seconds: float = 1.0) -> dict[str, float]:
+    """Median seconds of one call of each contender; they take turns, so that all see the same machine."""
+    clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
+    for run in found.values():
+        run()
+    round_seconds = sum(clock(run, 1) for run in found.values())
+    # Short calls are timed in batches, so that the clock does not count.
+    repeats = {name: max(1, min(50, int(2e-4 / max(clock(run, 1), 1e-7)))) for name, run in found.items()}
+    rounds = max(5, min(60, int(seconds / max(round_seconds, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, run in found.items():
+            times[name].append(clock(run, repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _cpu_seconds(run: Callable[[], Any], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - started) / repeats
+
+
+def _cuda_seconds(run: Callable[[], Any], repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """What the machine can do: bytes per second of a large copy (read and written), FLOP/s of a large matrix product."""
+    size = 2048 if device == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    big = torch.empty(2**26 if device == "cpu" else 2**29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(big)
+    times = interleaved({"copy": lambda: target.copy_(big), "product": lambda: one @ other}, device)
+    return {"copy": 2 * big.nbytes / times["copy"], "product": 2 * size**3 / times["product"]}
