@@ -119,7 +119,8 @@ class Oracle:
                 a, b = self.maps[path]
                 return self.forecast(f"{path} y", site) + (x - self.forecast(f"{path} x", site)) @ b.T @ a.T
             if self.letter(site) != "C":
-                return self.value(site, lambda: original(x))
+                # A map outside its site's module is passed by where the site is reused.
+                return self.value(site, lambda: original(x)) if path == site else x
             self.keep(f"{path} x", x)
             y = self.keep(f"{path} y", original(x))
             return self.keep(site, y) if path == site else y

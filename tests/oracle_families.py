@@ -28,7 +28,7 @@ class PatchingOracle(Oracle):
     @property
     def stack_is_dead(self) -> bool:
         """Whether no block runs in this step."""
-        return "R" in (self.letter("hidden"), self.letter("stack_residual"))
+        return bool({"R", "F"} & {self.letter("hidden"), self.letter("stack_residual")})
 
     def __call__(self, *args, **kwargs):
         """The model's forward."""
@@ -41,9 +41,26 @@ class PatchingOracle(Oracle):
     @contextmanager
     def _replaced(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for module, forward in list(self.replacements()):
+            for module, forward in [*self.replacements(), *self.linears()]:
                 stack.enter_context(mock.patch.dict(module.__dict__, {"forward": forward}))
             yield
+
+    def linears(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """The linear maps that have factors and are no sites themselves."""
+        for path in self.maps:
+            if path not in self.names:
+                # A single block's MLP is projected before the module that is the site.
+                inside = path.replace("proj_mlp", "act_mlp")
+                (site,) = (
+                    name
+                    for name in self.names
+                    if inside == name
+                    or inside.startswith(f"{name}.net")
+                    or (inside.startswith(f"{name}.") and name.endswith((".attn", ".attn1")))
+                )
+                module = self.model.get_submodule(path)
+                # Patched already: what runs then decides whether the map is reached at all.
+                yield module, self.run_linear(path, site, module.__dict__.get("forward", module.forward))
 
     def run_unless(self, dead: Callable[[], bool], path: str, instead: Callable[..., object]) -> tuple[nn.Module, Forward]:
         """A module that does not run where `dead` says so; what is returned then goes nowhere."""
@@ -68,7 +85,7 @@ class FluxOracle(PatchingOracle):
 
     def replacements(self) -> Iterator[tuple[nn.Module, Forward]]:
         """Embedders, blocks, and what lies in them."""
-        yield self.run_unless(lambda: self.letter("hidden") == "R", "x_embedder", lambda x: x)
+        yield self.run_unless(lambda: self.letter("hidden") in "RF", "x_embedder", lambda x: x)
         yield self.run_unless(lambda: self.stack_is_dead, "context_embedder", lambda x: x)
         for block in self.blocks():
             yield block, self.run_two_streams(block, block.forward)
@@ -101,8 +118,8 @@ class FluxOracle(PatchingOracle):
 
         def forward(**kwargs):
             letters = self.letter(path) + self.letter(f"{path}:1")
-            assert letters in ("CC", "RR"), f"{path} has the actions {letters}"
-            image, text = original(**kwargs) if letters == "CC" else (None, None)
+            assert letters in ("CC", "LL") or set(letters) <= {"R", "F"}, f"{path} has the actions {letters}"
+            image, text = original(**kwargs) if letters in ("CC", "LL") else (None, None)
             return self.value(path, lambda: image), self.value(f"{path}:1", lambda: text)
 
         return forward
@@ -115,17 +132,20 @@ class FluxOracle(PatchingOracle):
             original = module.forward
 
             def forward(*args, **kwargs):
-                if self.letter(site) != "C":
+                if self.letter(site) not in "CL":
                     self.unrun.add(site)
+                if site in self.maps and self.letter(site) in "CL":
+                    return self.run_linear(site, site, original)(*args)
                 if self.letter(site) == ".":
-                    assert self.letter(f"{path}.proj_out") == "R"
+                    assert self.letter(f"{path}.proj_out") in "RF"
                     # Something to concatenate, of no width: a reused projection does not look at it.
                     return (*args, *kwargs.values())[0][..., :0]
                 return self.value(site, lambda: original(*args, **kwargs))
 
             return module, forward
 
-        yield self.run_unless(lambda: self.letter(f"{path}.act_mlp") != "C", f"{path}.proj_mlp", lambda x: x)
+        if f"{path}.proj_mlp" not in self.maps:
+            yield self.run_unless(lambda: self.letter(f"{path}.act_mlp") != "C", f"{path}.proj_mlp", lambda x: x)
         yield from map(stored, ("attn", "act_mlp", "proj_out"))
 
 

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle, run_loop
+from oracle_families import FluxOracle, run_flow
+from test_families import FLUX, flux_inputs
 
 import stepgraph as sg
 from stepgraph.corrections import Forecast
@@ -178,6 +181,63 @@ def test_published_costs_of_dit_xl():
         bound = replace(plan, increments=increments)
         assert row_macs(bound, bound.rows[1]) / 1e12 == pytest.approx(published, abs=1e-4)
         assert row_macs(bound, bound.rows[0]) / 1e12 == pytest.approx(0.11862, abs=1e-4)
+
+
+FLUX_LINEARS = {
+    "transformer_blocks": (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0",
+        "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    ),
+    "single_transformer_blocks": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        {"attn": "CLLC", "context_attn": "CLLC", "ff": "CLCL", "context_ff": "CLRL", "mlp": "CLLL", "proj_out": "CCLL"},
+        {"attn": "CLCC", "context_attn": "CLCC", "mlp": "CRCL", "proj_out": "CFCL", "ff": "CFCL", "hidden": "CCCC"},
+    ],
+)
+def test_lowrank_and_forecasts_on_flux(actions):
+    """Joint attention (image and text projected apart), an MLP projected outside its site, a site that is a linear map."""
+    torch.manual_seed(0)
+    model, scheduler = diffusers.FluxTransformer2DModel(**FLUX).eval(), diffusers.FlowMatchEulerDiscreteScheduler()
+    maps = {}
+    for blocks, names in FLUX_LINEARS.items():
+        for path in (f"{blocks}.{number}.{name}" for number in (0, 1) for name in names):
+            linear = model.get_submodule(path)
+            maps[path] = (torch.randn(linear.out_features, 4) / 8, torch.randn(4, linear.in_features) / 8)
+    inputs = flux_inputs(2)
+    options = {"guidance": "none", "example_inputs": inputs}
+    plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=4, actions=actions, **options)
+    half = {(s, i): Forecast(("y1",), ((0.5,),)) for s, row in enumerate(plan.rows) for i, a in enumerate(row) if a == "F"}
+    plan = replace(plan, forecasts=half)
+    header = plan.header
+    factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps)
+    exe = sg.compile(model, plan, inputs, backend="eager", exact=True, factors=factors)
+    got = run_flow(exe.session(), scheduler, 4, inputs)
+    wanted = run_flow(FluxOracle.of(model, plan, maps), scheduler, 4, inputs)
+    assert error(torch.stack(got), torch.stack(wanted)) < 1e-6
+    rows = [row_macs(exe.plan, row, moved.stores) for row, moved in zip(exe.plan.rows, traffic(exe.plan), strict=True)]
+    assert list(exe.macs().per_step) == [2 * macs for macs in rows]
+    with pytest.raises(PlanError, match="LOWRANK, but not all outputs of the same call are"):
+        mixed = {"attn": "CL", "context_attn": "CR"}
+        sg.make_plan("manual", model=model, scheduler=scheduler, steps=2, actions=mixed, **options)
+
+
+def test_a_site_without_a_linear_map(dit):
+    with pytest.raises(PlanError, match="action 'L' is not possible for kind hidden"):
+        plan_of(dit, {"hidden": "CL"})
+    torch.manual_seed(0)
+    model, scheduler = diffusers.FluxTransformer2DModel(**FLUX).eval(), diffusers.FlowMatchEulerDiscreteScheduler()
+    # Reused together with its projection's other half: what only the MLP needs is then its own projection still.
+    options = {"guidance": "none", "example_inputs": flux_inputs()}
+    plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=2, actions={"mlp": "CL"}, **options)
+    header = plan.header
+    factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, {})
+    with pytest.raises(PlanError, match=r"site single_transformer_blocks\.0\.act_mlp: the factors have none for .*proj_mlp"):
+        sg.compile(model, plan, flux_inputs(), backend="eager", factors=factors)
 
 
 # -- FORECAST ------------------------------------------------------------------------------------------------------------
