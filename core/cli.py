@@ -18,12 +18,14 @@ from stepgraph.cli_common import (
     Batch,
     Device,
     Dtype,
+    FactorsFile,
     Json,
     Model,
     Out,
     SchedulerName,
     Seed,
     Steps,
+    load_factors,
     messages,
     parse_device,
     parse_dtype,
@@ -108,6 +110,7 @@ def compile_command(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     backend: Backend = "inductor",
+    factors: FactorsFile = None,
     exact: Annotated[bool, typer.Option(help="bit-equal to the eager model; needs --backend eager")] = False,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
     as_json: Json = False,
@@ -118,7 +121,8 @@ def compile_command(
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         report("compiling", 1, 3)
         inputs = example_inputs(loaded, batch)
-        executable = compile_plan(loaded, CachePlan.load(plan), inputs, CompileConfig(backend, exact))
+        config = CompileConfig(backend, exact)
+        executable = compile_plan(loaded, CachePlan.load(plan), inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)
         started = time.perf_counter()
         executable.session()(**inputs)
@@ -136,6 +140,7 @@ def compile_command(
         "macs_total": macs.total,
         "ideal_speedup": macs.ideal_speedup,
         "memory": asdict(executable.memory()),
+        "fused_operations": executable.providers(),
     }
     if dump is not None:
         facts["dumped"] = dump_variants(executable, writable_folder(dump))
@@ -165,6 +170,7 @@ def run(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     backend: Backend = "eager",
+    factors: FactorsFile = None,
     scheduler: SchedulerName = None,
     compare: Annotated[bool, typer.Option(help="sample with the eager model too, and report the difference")] = False,
     out: Out = Path("out"),
@@ -183,7 +189,7 @@ def run(
     shape = next(iter(inputs.values())).shape[1:]
     noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed)).to(device, parse_dtype(dtype))
     with progress_bar("compiling", as_json) as report:
-        executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend))
+        executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors))
 
         def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
             started = time.perf_counter()

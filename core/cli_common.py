@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed
 
+from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.models.load import SCHEDULERS
 from stepgraph.compiler.trace import TraceError
 from stepgraph.config import BACKENDS, CompileError
@@ -35,6 +36,9 @@ Steps = Annotated[int, typer.Option(help="number of inference steps")]
 Batch = Annotated[int, typer.Option(min=1, help="rows of the model's input: images, twice that with guidance")]
 Seed = Annotated[int, typer.Option(help="of the noise")]
 AllowStochastic = Annotated[bool, typer.Option("--allow-stochastic", help="take a sampler that adds noise at every step")]
+FactorsFile = Annotated[
+    Path | None, typer.Option("--factors", help="low-rank factors; by default PLAN.factors.safetensors beside the plan")
+]
 Out = Annotated[Path, typer.Option(help="folder for what is written")]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", "-a", help="an argument of the policy as name=value, the value as JSON: -a every=3")
@@ -114,6 +118,13 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise CompileError(f"unknown dtype {name!r}; expected {', '.join(known)}")
     return known[name]
+
+
+def load_factors(plan: Path, given: Path | None) -> Factors | None:
+    """The factors that a plan is compiled with: the file named, or the one beside the plan."""
+    beside = plan.with_name(f"{plan.stem}.factors.safetensors")
+    path = given if given is not None else beside if beside.is_file() else None
+    return None if path is None else Factors.load(path)
 
 
 def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:

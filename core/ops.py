@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepgraph.config import CompileError
 from stepgraph.env import get_logger, read_env
 
 REFERENCE = "reference"
@@ -22,7 +23,7 @@ REFERENCE = "reference"
 PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu": ("cpu", REFERENCE)}
 
 
-class OpError(RuntimeError):
+class OpError(CompileError):
     """An operation that no provider took, or one that was asked for by name and cannot do it."""
 
 

@@ -114,6 +114,12 @@ def summarize(plan: CachePlan) -> PlanSummary:
     return PlanSummary(plan.header.policy, plan.steps, tuple(counts), macs, total, peak_bytes(plan), plan_warnings(plan))
 
 
+def _changed_forecasts(old: CachePlan, new: CachePlan) -> int:
+    """Number of (step, site) pairs whose forecasts differ, sites taken by name."""
+    named = [{(s, plan.sites[i].name): f for (s, i), f in plan.forecasts.items()} for plan in (old, new)]
+    return sum(named[0].get(pair) != named[1].get(pair) for pair in named[0].keys() | named[1].keys())
+
+
 def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
     """What changed between two plans: header fields, sites only one has, and the (step, site) pairs that differ.
 
@@ -133,4 +139,5 @@ def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
         "only_in_second": [name for name in columns[1] if name not in columns[0]],
         "sites": changed,
         "pairs_changed": pairs,
+        "forecasts_changed": _changed_forecasts(old, new) if old.steps == new.steps else None,
     }

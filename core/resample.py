@@ -23,6 +23,8 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
     one does where it did before. A row that does not compute takes the letter of the nearest old row that does not. Sites
     with equal columns (the outputs of a joint attention) keep equal columns, and the same number of steps gives the same rows.
 
+    Forecasts do not come along: their coefficients are of the old timesteps.
+
     A site that the old plan refreshes right after every reused step that it is DEAD in, as InvarDiff does, keeps that: where a
     refresh is missing, the nearest other computed row moves there, as far as there are any.
 
@@ -50,10 +52,11 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
     rows = _resampled_rows(plan, len(header.timesteps))
     warnings.warn(
         f"the plan was made for {plan.header.steps} steps and is resampled to {steps}: its pattern is stretched, not measured; "
-        f"calibrate for {steps} steps and make the plan again where quality matters",
+        f"calibrate for {steps} steps and make the plan again where quality matters"
+        + ("; its forecasts were of other steps: give it new ones with stepgraph.forecast" if plan.forecasts else ""),
         stacklevel=3,
     )
-    return CachePlan(header, plan.sites, rows)
+    return CachePlan(header, plan.sites, rows, increments=plan.increments)
 
 
 def _resampled_header(header: PlanHeader, steps: int, scheduler: Any) -> PlanHeader:
