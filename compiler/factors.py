@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from stepgraph.fingerprint import refuse_other_model

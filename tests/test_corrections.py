@@ -221,8 +221,8 @@ def test_lowrank_and_forecasts_on_flux(actions):
     assert error(torch.stack(got), torch.stack(wanted)) < 1e-6
     rows = [row_macs(exe.plan, row, moved.stores) for row, moved in zip(exe.plan.rows, traffic(exe.plan), strict=True)]
     assert list(exe.macs().per_step) == [2 * macs for macs in rows]
+    mixed = {"attn": "CL", "context_attn": "CR"}
     with pytest.raises(PlanError, match="LOWRANK, but not all outputs of the same call are"):
-        mixed = {"attn": "CL", "context_attn": "CR"}
         sg.make_plan("manual", model=model, scheduler=scheduler, steps=2, actions=mixed, **options)
 
 

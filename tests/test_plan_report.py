@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from test_plan import HEADER, PLAN, SITES, build
 
 import stepgraph as sg
+from stepgraph.corrections import Forecast
 from stepgraph.plan import KINDS, CachePlan
 from stepgraph.plan_plot import COLOURS, DIFFERENCES, FIRST, OTHERWISE, SAME, plot_diff
 from stepgraph.plan_report import diff_plans
@@ -183,10 +185,15 @@ def test_difference_of_two_plans():
         "only_in_second": [],
         "sites": {},
         "pairs_changed": 0,
+        "forecasts_changed": 0,
     }
     other = CachePlan.build(HEADER, SITES[:-1], {"ff": "CRC", "attn": "CRR"}).with_header(policy="else")
     found = diff_plans(PLAN, other)
     assert found["header"] == {"policy": ["manual", "else"]}
     assert (found["only_in_first"], found["only_in_second"]) == (["output"], [])
     assert found["sites"]["blocks.0.attn"] == ["CC.", "CRR"]
+    ff = next(i for i, site in enumerate(SITES) if site.kind == "ff")
+    forecast = CachePlan.build(HEADER, SITES, {"ff": "CCF"})
+    first, second = (replace(forecast, forecasts={(2, ff): Forecast(("y1", "y2"), ((c, 1 - c),))}) for c in (2.0, 1.5))
+    assert [diff_plans(a, b)["forecasts_changed"] for a, b in ((forecast, first), (first, second), (first, first))] == [1, 1, 0]
     assert found["pairs_changed"] == sum(a != b for was, now in found["sites"].values() for a, b in zip(was, now, strict=True))
