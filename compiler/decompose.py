@@ -3,7 +3,6 @@
 Each is a sum of rank-one terms L[:, j] R[j, :] in order of falling weight: the first r of them are A B.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +38,6 @@ class Decomposition:
         lengths, others = left.norm(dim=0), right.norm(dim=1)
         balance = torch.where((lengths > 0) & (others > 0), (others / lengths.clamp_min(1e-300)).sqrt(), 1.0)
         return (left * balance).float().contiguous(), (right / balance[:, None]).float().contiguous()
-
-    def error(self, rank: int) -> float:
-        """Relative weighted error of the first r terms, sqrt(E||(W - A B) dx||^2 / E||W dx||^2) for the method "cov"."""
-        return math.sqrt(max(self.total - float(self.weights[:rank].sum()), 0.0) / self.total) if self.total > 0 else 0.0
 
 
 def plain_svd(weight: Tensor) -> Decomposition:

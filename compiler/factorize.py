@@ -20,6 +20,7 @@ from stepgraph.compiler.decompose import (
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.factors import METHODS, Factors, as_json, refuse_model
 from stepgraph.compiler.increments import find_maps, find_sites
+from stepgraph.compiler.map_errors import error_on
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
@@ -27,8 +28,14 @@ from stepgraph.plan import PlanError
 
 Source = CalibrationStats | Covariances | None
 # What each method is made from.
-SOURCES = {"svd": None, "ca": CalibrationStats, "cd": CalibrationStats, "cov": Covariances, "whole": Covariances}
-WANTS = {
+SOURCES: Mapping[str, type[CalibrationStats] | type[Covariances] | None] = {
+    "svd": None,
+    "ca": CalibrationStats,
+    "cd": CalibrationStats,
+    "cov": Covariances,
+    "whole": Covariances,
+}
+WANTS: Mapping[type | None, str] = {
     None: "no source",
     CalibrationStats: "stepgraph.calibrate(..., channels=True)",
     Covariances: "stepgraph.measure_covariances(...)",
@@ -75,14 +82,14 @@ def factorize(
     rows = find_paths(model, marked, method, kinds)
     if rank is not None:
         check_rank(model, marked, rank, list(rows), method, source)
-    found, errors = {}, {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, Decomposition] = {}
     ranked: dict[str, RankedMap] = {}
     for path, terms in decompositions(model, source, list(rows), method, scale, shrinkage):
         shape = terms.left.shape[0], terms.right.shape[1]
         ranked[path] = RankedMap(terms.weights, terms.total, *shape, rows[path])
         if rank is not None:
-            found[path], errors[path] = terms.cut(rank), terms.error(rank)
+            found[path] = terms.cut(rank)
         else:
             known = source.directions(path) if isinstance(source, Covariances) else None
             if known is not None:
@@ -92,11 +99,12 @@ def factorize(
         assert budget is not None
         ranks = allocate_ranks(ranked, budget, chunk)
         found = {path: terms.cut(ranks[path]) for path, terms in kept.items()}
-        errors = {path: terms.error(ranks[path]) for path, terms in kept.items()}
     macs = sum(own.cost(found[path][1].shape[0]) for path, own in ranked.items())
     arguments = _arguments(source, method, rank, budget, scale, shrinkage, chunk)
     arguments |= {"macs_share": macs / sum(own.macs for own in ranked.values())}
-    weighted = errors if method in ("cov", "whole") else {}
+    measured = (
+        {p: error_on(model, p, *pair, method, source) for p, pair in found.items()} if isinstance(source, Covariances) else {}
+    )
     return Factors(
         type(model).__name__,
         fingerprint(model),
@@ -104,8 +112,19 @@ def factorize(
         method,
         as_json(arguments),
         found,
-        errors=weighted,
+        errors=measured,
     )
+
+
+def source_kind(method: str) -> type[CalibrationStats] | type[Covariances] | None:
+    """What a method is made from; None for nothing.
+
+    Raises:
+        PlanError: There is no such method.
+    """
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return SOURCES[method]
 
 
 def decompositions(
@@ -155,9 +174,7 @@ def check_arguments(
         PlanError: See there.
     """
     check_choice(scale, shrinkage)
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    wanted = SOURCES[method]
+    wanted = source_kind(method)
     if not (isinstance(source, wanted) if wanted is not None else source is None):
         raise PlanError(f"the method {method!r} is made from {WANTS[wanted]}; got {type(source).__name__}")
     if (rank is None) == (budget is None):

@@ -158,7 +158,8 @@ class Factors:
         maps = {name: (tensors[_keys(name)[0]], tensors[_keys(name)[1]]) for name in names}
         affine = {key.removeprefix("affine/"): t for key, t in tensors.items() if key.startswith("affine/")}
         try:
-            return cls(*map(str, texts), arguments=arguments, maps=maps, affine=affine, errors=errors)
+            model, own, dtype, method = map(str, texts)
+            return cls(model, own, dtype, method, arguments, maps, affine, errors)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 

@@ -97,7 +97,8 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
                 continue
         if kinds is not None:
             raise PlanError(
-                f"{site.path} has several calls, inputs or outputs; one map cannot stand for it: leave out {site.kind}"
+                f"{site.path} has several calls or outputs, or other tokens in than out; one map cannot stand for it: leave "
+                f"out {site.kind}"
             )
     if not found:
         raise PlanError("no site of these kinds has one input and one output of the same tokens")
@@ -107,15 +108,16 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
 def find_targets(
     model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None = None, whole: bool = False
 ) -> list[Target]:
-    """What has to be measured, in the order of the graph."""
+    """What has to be measured, in the order of the graph.
+
+    Raises:
+        PlanError: Kinds without a linear map; in whole mode, sites that one map cannot stand for.
+    """
+    if not whole:
+        find_maps(model, marked, kinds)
     nodes = {node.name: node for node in marked.graph.nodes}
     by_values: dict[tuple[fx.Node, ...], list[tuple[str, tuple[fx.Node, ...]]]] = {}
-    maps = (
-        _maps(model, marked, check_kinds(marked, kinds))
-        if whole
-        else {p: ("", c) for p, c in find_maps(model, marked, kinds).items()}
-    )
-    for path, (_, calls) in maps.items():
+    for path, (_, calls) in _maps(model, marked, check_kinds(marked, kinds)).items():
         by_values.setdefault(tuple(call.all_input_nodes[0] for call in calls), []).append((path, tuple(calls)))
     outputs: dict[str, fx.Node] = {}
     for path in find_sites(marked, kinds) if whole else ():
@@ -218,7 +220,7 @@ def _kept(value: fx.Node, call: fx.Node, written: frozenset[int]) -> fx.Node:
 
 def sampled_rows(
     model: nn.Module, conditioning: Mapping[str, Tensor] | None, samples: int, guided: bool, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """The conditioning of every sampling run, one row each."""
     unbatched = family_of(model).unbatched
     given = conditioning_of(model, conditioning, samples, guided, device)
