@@ -56,7 +56,7 @@ class Observer(nn.Module):
         graph = fx.Graph()
         graph.output(graph.graph_copy(marked.graph, {}))
         self.graph = marked.trace.bind(model, graph)
-        linears = _linears(self.graph, marked) if channels else []
+        linears = linear_nodes(self.graph.graph, self.graph, marked) if channels else []
         inputs = list(dict.fromkeys(node.all_input_nodes[0] for node in linears))
         embedded = _embedding(self.graph.graph, marked, embedding)
         self.results = marked.trace.output_spec.num_leaves
@@ -265,15 +265,15 @@ def _stackable(values: Sequence[torch.Tensor]) -> list[list[int]]:
     return [columns for stacks in found.values() for columns in stacks]
 
 
-def _linears(gm: fx.GraphModule, marked: MarkedGraph) -> list[fx.Node]:
-    """The linear maps inside module sites."""
+def linear_nodes(graph: fx.Graph, owner: nn.Module, marked: MarkedGraph) -> list[fx.Node]:
+    """The calls of linear maps inside module sites; `owner` has the modules that the graph calls."""
     inside = {site.name for site in marked.sites if site.kind in MODULE_KINDS}
     return [
         node
-        for node in gm.graph.nodes
+        for node in graph.nodes
         if node.op == "call_module"
-        and isinstance(gm.get_submodule(str(node.target)), nn.Linear)
         and node.meta.get("site") in inside
+        and isinstance(owner.get_submodule(str(node.target)), nn.Linear)
     ]
 
 

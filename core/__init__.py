@@ -16,7 +16,9 @@ from torch import nn
 
 from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.covariances import Covariances, measure_covariances
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.factorize import factorize
 from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
@@ -63,7 +65,8 @@ def compile(
 
 
 __all__ = [
-    "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
-    "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs",
-    "import_plan", "make_plan", "policies", "sample", "sweep", "train_router",
+    "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
+    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate",
+    "compile", "example_inputs", "factorize", "import_plan", "make_plan", "measure_covariances", "policies", "sample", "sweep",
+    "train_router",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ from stepgraph.cli_common import (
     reports_errors,
     show,
 )
+from stepgraph.cli_factors import factors_app
 from stepgraph.cli_plan import plan_app
 from stepgraph.compiler.calibrate import calibrate, unfinished_files
 from stepgraph.compiler.describe import example_inputs
@@ -52,6 +53,7 @@ from stepgraph.runtime.sampler import sample
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.strip() if __doc__ else None, rich_markup_mode=None)
 app.add_typer(plan_app, name="plan")
+app.add_typer(factors_app, name="factors")
 
 
 @app.command()

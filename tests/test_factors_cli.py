@@ -1,0 +1,100 @@
+"""`stepgraph factors`, as a user and as a program would call it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stepgraph.cli import app
+from stepgraph.compiler.covariances import measure_covariances
+from stepgraph.compiler.factorize import factorize
+from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.models.load import load_model, load_scheduler
+
+QUICK = ("--steps", 4, "--samples", 1, "--seed", 5)
+
+
+def call(*arguments: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["factors", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def error_of(*arguments: object) -> str:
+    return json.loads(call(*arguments, "--json", status=1))["error"]
+
+
+def test_make_writes_what_factorize_gives(tmp_path: Path):
+    path = tmp_path / "factors.safetensors"
+    facts = json.loads(
+        call(
+            "make",
+            "glyph-dit",
+            *QUICK,
+            "--rank",
+            8,
+            "--period",
+            "2,3",
+            "--guidance",
+            1.5,
+            "--memory-gb",
+            0.01,
+            "-o",
+            path,
+            "--json",
+        )
+    )
+    model, scheduler = load_model("glyph-dit"), load_scheduler("glyph-dit")
+    measured = measure_covariances(model, scheduler, steps=4, samples=1, seed=5, guidance_scale=1.5, period=(2, 3))
+    wanted, read = factorize(model, measured, rank=8), Factors.load(path)
+    read.refuse_other(model)
+    assert facts["digest"] == read.digest
+    for name, pair in wanted.maps.items():
+        assert all(torch.allclose(own, other, atol=1e-5) for own, other in zip(pair, read.maps[name], strict=True)), name
+    assert facts["passes"] > 1
+    assert (facts["maps"], facts["method"], facts["arguments"]["periods"]) == (60, "cov", [2, 3])
+    place = facts["places"]["transformer_blocks.*.ff.net.2"]
+    assert (place["maps"], place["ranks"]) == (10, [8, 8])
+    assert 0 < place["error"] < 1
+    shown = call("show", path)
+    assert read.digest in shown
+    assert "transformer_blocks.*.attn1.to_out.0" in shown
+    assert json.loads(call("show", path, "--json"))["places"] == facts["places"]
+
+
+@pytest.mark.parametrize("method", ["svd", "cd", "whole"])
+def test_other_methods(tmp_path: Path, method: str):
+    path = tmp_path / "factors.safetensors"
+    facts = json.loads(
+        call("make", "glyph-dit", *QUICK, "--method", method, "--rank", 4, "--kinds", "ff", "-o", path, "--json")
+    )
+    assert (facts["method"], facts["maps"]) == (method, 10 if method == "whole" else 20)
+    assert Factors.load(path).arguments["rank"] == 4
+
+
+def test_a_budget_is_kept(tmp_path: Path):
+    facts = json.loads(
+        call("make", "glyph-dit", *QUICK, "--budget", 0.2, "--sketch", 32, "-o", tmp_path / "f.safetensors", "--json")
+    )
+    assert 0.15 < facts["arguments"]["macs_share"] <= 0.2
+    assert facts["arguments"]["sketch_error"] < 0.1
+
+
+def test_ranks_reports_errors_on_other_runs():
+    facts = json.loads(call("ranks", "glyph-dit", *QUICK, "--ranks", "4,16", "--json"))
+    assert 0 < facts["held_out_error"]["16"] < facts["held_out_error"]["4"] < 1
+    assert facts["worse"] == {}
+    assert "rank 4 " in call("ranks", "glyph-dit", *QUICK, "--ranks", "4", "--method", "svd", "--kinds", "attn")
+
+
+def test_clear_errors(tmp_path: Path):
+    out = ("-o", tmp_path / "f.safetensors")
+    assert "unknown method 'pca'" in error_of("make", "glyph-dit", "--method", "pca", *out)
+    assert "--period is 'x'; expected a whole number" in error_of("make", "glyph-dit", "--period", "x", *out)
+    assert "--stats is for the methods ca and cd" in error_of("make", "glyph-dit", "--stats", tmp_path / "s", *out)
+    assert "rank 200 is more than" in error_of("make", "glyph-dit", "--method", "svd", "--rank", 200, *out)
+    assert "--ranks is '4,x'" in error_of("ranks", "glyph-dit", "--ranks", "4,x")
+    assert "no file at" in error_of("show", tmp_path / "none")
+    assert not (tmp_path / "f.safetensors").exists()
