@@ -80,7 +80,7 @@ def calibrate(
             another calibration, or NaN in what was measured.
     """
     rank, world = _place()
-    _check_samples(samples, world)
+    check_samples(samples, world)
     if not allow_stochastic:
         if eta:
             raise PlanError(
@@ -89,7 +89,7 @@ def calibrate(
             )
         refuse_stochastic(scheduler, steps)
     step_arguments(prepare_scheduler(scheduler, steps), eta)
-    guided = _check_guidance(guidance_scale)
+    guided = check_guidance(guidance_scale)
     if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
         raise PlanError(f"lags is {lags!r}; expected a whole number of at least 1")
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
@@ -106,7 +106,7 @@ def calibrate(
         timestep=family.timestep, lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
-    given = _conditioning(model, conditioning, samples, guided, latents.device)
+    given = conditioning_of(model, conditioning, samples, guided, latents.device)
     used = digest(conditioning)
     identity = {
         "header": asdict(header), "guidance_scale": guidance_scale, "conditioning": used, "eta": eta, "channels": channels,
@@ -176,7 +176,7 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _check_samples(samples: Any, world: int) -> None:
+def check_samples(samples: Any, world: int) -> None:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise PlanError(
             f"samples is {samples!r}; expected a whole number of at least 1, because every table is a mean over sampling runs"
@@ -185,14 +185,14 @@ def _check_samples(samples: Any, world: int) -> None:
         raise PlanError(f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own")
 
 
-def _check_guidance(scale: Any) -> bool:
+def check_guidance(scale: Any) -> bool:
     """Whether there is guidance."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
         raise PlanError(f"guidance_scale is {scale!r}; expected a number of at least 0 (1 for no guidance)")
     return scale > 1
 
 
-def _conditioning(
+def conditioning_of(
     model: nn.Module, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """What the sampling loop gets, `samples` rows each."""

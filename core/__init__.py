@@ -16,8 +16,10 @@ from torch import nn
 
 from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.correct import forecast, lowrank
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
@@ -65,5 +67,6 @@ def compile(
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Executable", "PlanError", "PlanHeader",
     "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate", "compile", "example_inputs",
-    "import_plan", "make_plan", "policies", "sample", "sweep", "train_router",
+    "fit_forecast", "fit_whole_step", "forecast", "import_plan", "lowrank", "make_plan", "policies", "residual_affine",
+    "sample", "sweep", "train_router",
 ]  # fmt: skip
