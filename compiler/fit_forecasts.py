@@ -25,6 +25,7 @@ def fit_whole_step(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
+    target: str = "state",
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -58,7 +59,7 @@ def fit_whole_step(
             "the plan skips no step: nowhere is `output` reused or forecast; make one with make_plan('interval', kinds=['output'], "
             "every=2, ...)"
         )
-    runs = Runs(samples, seed, guidance_scale, conditioning, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
     return _fitted_plan(plan, model, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
 
 
@@ -74,6 +75,7 @@ def fit_forecast(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
+    target: str = "full",
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -100,7 +102,7 @@ def fit_forecast(
     Raises:
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
-    runs = Runs(samples, seed, guidance_scale, conditioning, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
     return _fitted_plan(plan, model, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
@@ -113,6 +115,7 @@ def residual_affine(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
+    target: str = "full",
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -140,7 +143,7 @@ def residual_affine(
     """
     if len(plan.header.branches) > 1:
         raise PlanError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
-    runs = Runs(samples, seed, guidance_scale, conditioning, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, per_channel=True)
     affine = {
@@ -208,6 +211,6 @@ def _record(runs: Runs, cells: Mapping[tuple[int, int], Sequence[str]], fitted: 
     most = max(len(terms) for terms in cells.values())
     shorter = {str(step): list(terms) for (step, _), terms in sorted(cells.items()) if len(terms) < most}
     return {
-        "samples": runs.samples, "seed": runs.seed, "guidance_scale": runs.guidance_scale, "ridge": runs.ridge,
+        "samples": runs.samples, "seed": runs.seed, "guidance_scale": runs.guidance_scale, "target": runs.target, "ridge": runs.ridge,
         "fallbacks": shorter, "residuals": residuals,
     }  # fmt: skip

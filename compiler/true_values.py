@@ -15,7 +15,7 @@ from stepgraph.plan import COMPUTE
 
 
 class TrueValues:
-    """Called with the model's inputs, it runs all of the model and returns the values of some sites.
+    """Called with the model's inputs, it runs all of the model and returns its output and the values of some sites.
 
     Attributes:
         channels: Size of the last dimension of each site's value.
@@ -35,7 +35,7 @@ class TrueValues:
         erase_markers(self._graph, context)
         self._graph.recompile()
 
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Site index -> its value."""
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The model's (first) output, and site index -> value."""
         outputs = self._graph(*(inputs[name] for name in self._names))
-        return dict(zip(self._indices, outputs[self._results :], strict=True))
+        return outputs[0], dict(zip(self._indices, outputs[self._results :], strict=True))

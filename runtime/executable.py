@@ -250,9 +250,9 @@ class Session:
         """Bytes of the values held now, over all branches."""
         return sum(table.bytes for table in self._tables if table is not None)
 
-    def stored(self) -> dict[Read, tuple[torch.Tensor, ...]]:
-        """The stored values that the next call reads, by site, part and age; they must not be written to."""
-        program, table = self._programs[self.branch], self._tables[self.branch]
+    def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
+        """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
+        program, table = self._programs[branch], self._tables[branch]
         if program is None or table is None or self.finished:
             return {}
         reads = traffic(program.plan)[self.step].reads
