@@ -16,10 +16,12 @@ from torch import nn
 
 from stepgraph.compiler.accelerate import accelerate
 from stepgraph.compiler.calibrate import calibrate
+from stepgraph.compiler.correct import forecast, lowrank
 from stepgraph.compiler.covariances import Covariances, measure_covariances
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.factorize import factorize
 from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
 from stepgraph.compiler.make_plan import make_plan
@@ -67,6 +69,6 @@ def compile(
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
     "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate",
-    "compile", "example_inputs", "factorize", "import_plan", "make_plan", "measure_covariances", "policies", "sample", "sweep",
-    "train_router",
+    "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "lowrank",
+    "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
 ]  # fmt: skip

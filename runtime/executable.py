@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import read_env
+from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.slots import SlotPlan, SlotTable
 
@@ -248,6 +249,14 @@ class Session:
     def slot_bytes(self) -> int:
         """Bytes of the values held now, over all branches."""
         return sum(table.bytes for table in self._tables if table is not None)
+
+    def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
+        """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
+        program, table = self._programs[branch], self._tables[branch]
+        if program is None or table is None or self.finished:
+            return {}
+        reads = traffic(program.plan)[self.step].reads
+        return {read: table.read(slot) for read, slot in zip(reads, program.slots.steps[self.step].reads, strict=True)}
 
     def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
         """Run the next call of the plan: the next branch of this step, or the first of the next.

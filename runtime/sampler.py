@@ -160,7 +160,7 @@ def sample(
             raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
         own = prepare_scheduler(scheduler, steps, noise.device)
         predict, separate = runner, False
-    cond, uncond = _split_conditioning(conditioning, guidance_scale)
+    cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     stochastic = step_arguments(own, eta)
@@ -185,7 +185,7 @@ def sample(
             if separate:
                 wanted, base = call(scaled, t, cond), call(scaled, t, uncond)
             else:
-                both = {name: _together(cond[name], uncond.get(name)) for name in cond}
+                both = {name: together(cond[name], uncond.get(name)) for name in cond}
                 wanted, base = call(torch.cat([scaled, scaled]), t, both).chunk(2)
             output = base + guidance_scale * (wanted - base)
         # Models that also predict a variance return it behind the noise, in as many channels again.
@@ -197,7 +197,7 @@ def sample(
     return latents
 
 
-def _split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Conditional inputs and, with guidance, the unconditional ones."""
     negative = {name.removeprefix("negative_"): value for name, value in given.items() if name.startswith("negative_")}
     cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
@@ -213,5 +213,6 @@ def _split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[d
     return cond, negative
 
 
-def _together(cond: Any, uncond: Any) -> Any:
+def together(cond: Any, uncond: Any) -> Any:
+    """An input of both guidance halves in one batch."""
     return torch.cat([cond, uncond]) if isinstance(cond, torch.Tensor) else cond

@@ -1,0 +1,103 @@
+"""A sampling run taken step by step: what the model is to be given, and where the sampler goes from its outputs."""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.models import family_of
+from stepgraph.plan import PlanError, PlanHeader
+from stepgraph.runtime.sampler import prepare_scheduler, split_conditioning, step_arguments, together
+
+
+class Trajectory:
+    """The same loop as `stepgraph.sample`, held at one step.
+
+    Attributes:
+        latents: The sampler's state [B, C, ...].
+    """
+
+    def __init__(
+        self,
+        header: PlanHeader,
+        model: nn.Module,
+        scheduler: Any,
+        noise: torch.Tensor,
+        guidance_scale: float,
+        conditioning: Mapping[str, Any],
+    ) -> None:
+        self._scheduler = prepare_scheduler(scheduler, header.steps, noise.device)
+        self._arguments = step_arguments(self._scheduler)
+        self._cond, self._uncond = split_conditioning(dict(conditioning), guidance_scale)
+        self._scale, self._separate = guidance_scale, header.guidance == "separate"
+        self._name = list(inspect.signature(type(model).forward).parameters)[1]
+        self._unit = family_of(model).timestep
+        self._number = 0
+        self.latents: torch.Tensor = noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
+
+    @property
+    def _time(self) -> torch.Tensor:
+        now: torch.Tensor = self._scheduler.timesteps[self._number]
+        return now
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the model is given at this step, per branch."""
+        own, now = self._scheduler, self._time
+        # Scaling counts the scheduler's steps in some classes, which only its own step may do.
+        scaled = copy.deepcopy(own).scale_model_input(self.latents, now) if hasattr(own, "scale_model_input") else self.latents
+        if self._uncond is None:
+            return [self._call(scaled, self._cond)]
+        if self._separate:
+            return [self._call(scaled, self._cond), self._call(scaled, self._uncond)]
+        both = {name: together(value, self._uncond.get(name)) for name, value in self._cond.items()}
+        return [self._call(torch.cat([scaled, scaled]), both)]
+
+    def _call(self, batch: torch.Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        timestep = self._time.to(batch.device).reshape(1).expand(batch.shape[0]) * self._unit
+        return {self._name: batch, "timestep": timestep, **conditioning}
+
+    def noisy(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The latents among a branch's inputs."""
+        latents: torch.Tensor = inputs[self._name]
+        return latents
+
+    def combined(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The branches' outputs under guidance, without a learned variance: what the sampler gets."""
+        if self._uncond is None:
+            output = outputs[0]
+        else:
+            wanted, base = outputs if self._separate else outputs[0].chunk(2)
+            output = base + self._scale * (wanted - base)
+        return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * self.latents.shape[1] else output
+
+    def advance(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Go on to the next step."""
+        self.latents = self._stepped(self._scheduler, self.combined(outputs))
+        self._number += 1
+
+    def landing(self, state: torch.Tensor) -> torch.Tensor:
+        """The (guided) output with which the sampler would come to a state.
+
+        Raises:
+            PlanError: The scheduler's step is no straight line in the output (it clips or thresholds), or does not depend on it.
+        """
+        ends = [self._stepped(copy.deepcopy(self._scheduler), torch.full_like(state, value)) for value in (0.0, 1.0)]
+        slope = (ends[1] - ends[0]).double().mean()
+        name = type(self._scheduler).__name__
+        if float(slope.abs()) < 1e-6 * float(ends[0].abs().mean()):
+            raise PlanError(f"{name}: step {self._number} does not depend on the model's output; use target='own'")
+        output = ((state - ends[0]).double() / slope).to(state.dtype)
+        there = self._stepped(copy.deepcopy(self._scheduler), output)
+        if not float((there - state).norm()) <= 1e-3 * float(state.norm()):
+            raise PlanError(
+                f"{name}: no output leads step {self._number} to a given state: the step is no straight line in the output, as "
+                f"where samples are clipped or thresholded; use target='own'"
+            )
+        return output
+
+    def _stepped(self, scheduler: Any, output: torch.Tensor) -> torch.Tensor:
+        moved: torch.Tensor = scheduler.step(output, self._time, self.latents, **self._arguments, return_dict=False)[0]
+        return moved
