@@ -12,6 +12,7 @@ class PlanError(ValueError):
 
 
 TERM = re.compile(r"y[1-9]|x[0-9]|1")
+CONSTANT = "1"
 
 
 @dataclass(frozen=True)
