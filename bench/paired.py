@@ -9,6 +9,7 @@ import torch
 
 from stepgraph.bench.glyph_data import render
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
@@ -71,10 +72,10 @@ class Host:
                 on_batch()
         return torch.cat(parts)
 
-    def compiled(self, plan: CachePlan) -> Executable:
+    def compiled(self, plan: CachePlan, factors: Factors | None = None) -> Executable:
         """A plan's executable for the host's batch."""
         rows = 2 * min(BATCH, self.per_seed)
-        return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"))
+        return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"), factors)
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from that of the full run, [count] float64."""

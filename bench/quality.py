@@ -262,7 +262,8 @@ def show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> No
     for column in ("", *columns):
         table.add_column(column.replace("_", " "), justify="right" if column else "left")
     for row in rows:
-        table.add_row(row["name"], *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+        cells = ("" if row.get(c) is None else row[c] if isinstance(row[c], str) else f"{row[c]:.4g}" for c in columns)
+        table.add_row(row["name"], *cells)
     Console(width=140).print(table)
 
 

@@ -146,9 +146,7 @@ def residual_affine(
     runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, per_channel=True)
-    affine = {
-        f"{plan.sites[i].name}/{step}": found[0].float() for (step, i), found in sorted(fitted.coefficients.items())
-    }
+    affine = {f"{plan.sites[i].name}/{step}": found[0].float() for (step, i), found in sorted(fitted.coefficients.items())}
     whole = with_affine(factors, affine, plan)
     forecasts = {cell: Forecast(tuple(terms)) for cell, terms in cells.items()}
     record = {"by": "residual_affine", **_record(runs, cells, fitted)}
@@ -196,7 +194,9 @@ def _open_cells(
             raise PlanError(f"site {plan.sites[i].name}: only a forecast of `output` takes the model's input; terms: {terms}")
         kept = tuple(term for term in whole.terms if term == CONSTANT or int(term[1:]) <= stored)
         if not any(term.startswith("y") for term in kept):
-            raise PlanError(f"step {step}, site {plan.sites[i].name}: {stored} values are stored, too few for the terms {terms}")
+            raise PlanError(
+                f"step {step}, site {plan.sites[i].name}: {stored} values are stored, too few for the terms {terms}"
+            )
         found[step, i] = kept
     if not found:
         raise PlanError("nothing to fit: the chosen sites are nowhere reused or forecast")
