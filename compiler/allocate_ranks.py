@@ -15,14 +15,12 @@ class RankedMap:
 
     Attributes:
         weights: Squared error that each term takes off, falling, [k].
-        total: Squared error without any term.
         outputs: C_out.
         inputs: C_in.
         rows: Tokens that go through it in an evaluation.
     """
 
     weights: Tensor
-    total: float
     outputs: int
     inputs: int
     rows: int
@@ -42,15 +40,15 @@ class RankedMap:
         return max(min(self.outputs * self.inputs // (self.outputs + self.inputs), len(self.weights)), 1)
 
     def gain(self, start: int, stop: int) -> float:
-        """Share of the squared error that terms start..stop - 1 take off."""
-        return float(self.weights[start:stop].sum()) / self.total if self.total > 0 else 0.0
+        """Squared error that terms start..stop - 1 take off."""
+        return float(self.weights[start:stop].sum())
 
 
 def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8) -> dict[str, int]:
     """A rank for every map, in steps of `chunk`, greedily by gain per multiply-accumulate.
 
-    Every map gets one chunk; then the next chunk goes to where it takes the largest share of the map's own squared error off
-    per multiply-accumulate, as long as it fits. Gains only fall with the rank, so this is the best allocation of what it
+    Every map gets one chunk; then the next chunk goes to where it takes most squared error off per multiply-accumulate, as
+    long as it fits. Gains only fall with the rank, so this is the best allocation of what it
     spends, and short of the best one of the whole budget by less than one chunk's gain. No map gets a rank at which the
     correction costs more than the map.
 

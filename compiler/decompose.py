@@ -23,14 +23,13 @@ class Decomposition:
     Attributes:
         left: L [C_out, k] float64.
         right: R [k, C_in] float64.
-        weights: What each term takes off the (weighted) squared error, [k] float64, falling.
-        total: The squared error without any term; the weights add up to it, but for whole maps.
+        weights: What each term takes off the squared error that the method minimises, [k] float64, falling: of "cov"
+            E||(W - A B) dx||^2, of "whole" E||dy - A B dx||^2.
     """
 
     left: Tensor
     right: Tensor
     weights: Tensor
-    total: float
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """A [C_out, r] and B [r, C_in] float32 of the first r terms, both vectors of a term of one length."""
@@ -57,7 +56,7 @@ def scaled_svd(weight: Tensor, scale_in: Tensor | None, scale_out: Tensor | None
     s_in = torch.ones(w.shape[1], dtype=w.dtype) if scale_in is None else scale_in
     s_out = torch.ones(w.shape[0], dtype=w.dtype) if scale_out is None else scale_out
     u, s, v = torch.linalg.svd(s_out[:, None] * w * s_in, full_matrices=False)
-    return Decomposition(u * s / s_out[:, None], v / s_in, s**2, float((s**2).sum()))
+    return Decomposition(u * s / s_out[:, None], v / s_in, s**2)
 
 
 def channel_scales(stats: CalibrationStats, path: str, method: str, scale: str) -> tuple[Tensor | None, Tensor | None]:
@@ -96,10 +95,10 @@ def weighted_svd(weight: Tensor, covariance: Tensor) -> Decomposition:
     squares, u = torch.linalg.eigh(inner @ covariance @ inner.T)
     u, squares = u.flip(1), squares.flip(0).clamp_min(0)
     right = u.T @ inner
-    return Decomposition(u if basis is None else basis @ u, right, squares, float(squares.sum()))
+    return Decomposition(u if basis is None else basis @ u, right, squares)
 
 
-def reduced_rank_regression(cross: Tensor, covariance: Tensor, square: float) -> Decomposition:
+def reduced_rank_regression(cross: Tensor, covariance: Tensor) -> Decomposition:
     """The terms that minimise E||dy - A B dx||^2 at every rank.
 
     M = E[dy dx^T] covariance^-1 is the best map of full rank; with U the eigenvectors of M covariance M^T the best of rank r
@@ -108,7 +107,6 @@ def reduced_rank_regression(cross: Tensor, covariance: Tensor, square: float) ->
     Args:
         cross: E[dy dx^T], [C_out, C_in] float64.
         covariance: E[dx dx^T], [C_in, C_in] float64, positive definite.
-        square: E||dy||^2.
 
     Raises:
         PlanError: The covariance is not positive definite.
@@ -121,7 +119,7 @@ def reduced_rank_regression(cross: Tensor, covariance: Tensor, square: float) ->
     u, s, v = torch.linalg.svd(root, full_matrices=False)
     # v L^-1, solved from the right.
     right = torch.linalg.solve_triangular(lower, s[:, None] * v, upper=False, left=False)
-    return Decomposition(u, right, s**2, square)
+    return Decomposition(u, right, s**2)
 
 
 def shrunk(source: Covariances, path: str, shrinkage: float | None) -> Tensor:

@@ -87,7 +87,7 @@ def factorize(
     ranked: dict[str, RankedMap] = {}
     for path, terms in decompositions(model, source, list(rows), method, scale, shrinkage):
         shape = terms.left.shape[0], terms.right.shape[1]
-        ranked[path] = RankedMap(terms.weights, terms.total, *shape, rows[path])
+        ranked[path] = RankedMap(terms.weights, *shape, rows[path])
         if rank is not None:
             found[path] = terms.cut(rank)
         else:
@@ -134,9 +134,9 @@ def decompositions(
     for path in paths:
         if method == "whole":
             assert isinstance(source, Covariances)
-            cross, square = source.cross(path)
+            cross, _ = source.cross(path)
             try:
-                yield path, reduced_rank_regression(cross, shrunk(source, path, shrinkage), square)
+                yield path, reduced_rank_regression(cross, shrunk(source, path, shrinkage))
             except PlanError as error:
                 raise PlanError(f"{path}: {error}") from error
             continue
