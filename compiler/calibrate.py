@@ -177,6 +177,7 @@ def _place() -> tuple[int, int]:
 
 
 def check_samples(samples: Any, world: int) -> None:
+    """Refuse a number of samples that is none, or less than one per process."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise PlanError(
             f"samples is {samples!r}; expected a whole number of at least 1, because every table is a mean over sampling runs"
