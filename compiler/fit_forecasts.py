@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.closed_loop import Fitted, Runs, fit_in_closed_loop, with_affine
+from stepgraph.compiler.closed_loop import FULL, OWN, STATE, Cells, Fitted, Runs, fit_in_closed_loop, with_affine
 from stepgraph.compiler.correct import chosen, find_cells, with_cells
 from stepgraph.compiler.factors import Factors
 from stepgraph.corrections import CONSTANT, Forecast
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan, PlanError
 
 WHOLE_STEP = ("y1", "y2", "x0", "x1")
+TARGETS = (STATE, FULL, OWN)
 
 
 def fit_whole_step(
@@ -25,7 +26,8 @@ def fit_whole_step(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
-    target: str = "state",
+    target: str = STATE,
+    per_branch: bool = False,
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -34,8 +36,9 @@ def fit_whole_step(
 
     At every step that reuses (or forecasts) `output`, the model's output becomes a combination of its last two computed outputs
     y1, y2, its input now x0, and its input at the last computed step x1; behind the first computed step of [y1, x0, x1].
-    Inputs are as the model sees them, after the scheduler's scaling. A plan with a branch each for cond and uncond gets
-    coefficients for each. Where the model returns a learned variance too, the fit is on the channels that the sampler uses.
+    Inputs are as the model sees them, after the scheduler's scaling. The coefficients are those with which the sampler comes
+    nearest to the next state of the full run. Where the model returns a learned variance too, the fit is on the channels that
+    the sampler uses.
 
     Args:
         plan: Any plan with skipped steps, such as `make_plan("interval", kinds=["output"], ...)`. On the steps that it computes
@@ -47,6 +50,9 @@ def fit_whole_step(
         seed: Of their noise.
         guidance_scale: Above 1, they run with classifier-free guidance.
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
+        target: "state": the next state of the full run, which mends what went wrong before; "full": the model's output in the
+            full run; "own": its output on the run's own state. On the small DiT the latter two have twice the error.
+        per_branch: See `stepgraph.compiler.closed_loop.Runs`.
         ridge: See `stepgraph.compiler.closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
@@ -56,10 +62,10 @@ def fit_whole_step(
     """
     if not any(letter in (REUSE, FORECAST) for row in plan.rows for s, letter in zip(plan.sites, row) if s.kind == "output"):
         raise PlanError(
-            "the plan skips no step: nowhere is `output` reused or forecast; make one with make_plan('interval', kinds=['output'], "
-            "every=2, ...)"
+            "the plan skips no step: nowhere is `output` reused or forecast; make one with "
+            "make_plan('interval', kinds=['output'], every=2, ...)"
         )
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
     return _fitted_plan(plan, model, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
 
 
@@ -75,7 +81,7 @@ def fit_forecast(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
-    target: str = "full",
+    target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -95,6 +101,8 @@ def fit_forecast(
         seed: Of their noise.
         guidance_scale: Above 1, they run with classifier-free guidance.
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
+        target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
+            is worse on the small DiT.
         ridge: See `stepgraph.compiler.closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
@@ -102,7 +110,7 @@ def fit_forecast(
     Raises:
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     return _fitted_plan(plan, model, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
@@ -115,7 +123,7 @@ def residual_affine(
     seed: int = 0,
     guidance_scale: float = 1.0,
     conditioning: Mapping[str, torch.Tensor] | None = None,
-    target: str = "full",
+    target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -130,6 +138,8 @@ def residual_affine(
         seed: Of their noise.
         guidance_scale: Above 1, they run with classifier-free guidance.
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
+        target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
+            is worse on the small DiT.
         ridge: See `stepgraph.compiler.closed_loop.Runs`.
         factors: The plan's, to which scale and shift are added.
         on_step: Called with (steps done, steps in all).
@@ -143,8 +153,9 @@ def residual_affine(
     """
     if len(plan.header.branches) > 1:
         raise PlanError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, ridge, on_step)
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
+    _refuse_other_target(plan, cells, runs)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, per_channel=True)
     affine = {f"{plan.sites[i].name}/{step}": found[0].float() for (step, i), found in sorted(fitted.coefficients.items())}
     whole = with_affine(factors, affine, plan)
@@ -167,6 +178,7 @@ def _fitted_plan(
 ) -> CachePlan:
     """The plan with fitted scalars."""
     cells = _open_cells(plan, terms, kinds, sites)
+    _refuse_other_target(plan, cells, runs)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors)
     forecasts = {
         cell: Forecast(tuple(cells[cell]), tuple(tuple(row.tolist()) for row in found))
@@ -203,7 +215,13 @@ def _open_cells(
     return found
 
 
-def _record(runs: Runs, cells: Mapping[tuple[int, int], Sequence[str]], fitted: Fitted) -> dict[str, Any]:
+def _refuse_other_target(plan: CachePlan, cells: Cells, runs: Runs) -> None:
+    others = [plan.sites[i].name for _, i in cells if plan.sites[i].kind != "output"]
+    if runs.target == STATE and others:
+        raise PlanError(f"site {others[0]}: the target 'state' is for forecasts of `output`; expected 'full' or 'own'")
+
+
+def _record(runs: Runs, cells: Cells, fitted: Fitted) -> dict[str, Any]:
     """How a fit was made and how near it came: per step, the largest relative L2 residual of its sites."""
     residuals: dict[str, float] = {}
     for (step, _), residual in sorted(fitted.residuals.items()):
@@ -211,6 +229,6 @@ def _record(runs: Runs, cells: Mapping[tuple[int, int], Sequence[str]], fitted: 
     most = max(len(terms) for terms in cells.values())
     shorter = {str(step): list(terms) for (step, _), terms in sorted(cells.items()) if len(terms) < most}
     return {
-        "samples": runs.samples, "seed": runs.seed, "guidance_scale": runs.guidance_scale, "target": runs.target, "ridge": runs.ridge,
-        "fallbacks": shorter, "residuals": residuals,
+        "samples": runs.samples, "seed": runs.seed, "guidance_scale": runs.guidance_scale, "target": runs.target,
+        "ridge": runs.ridge, "fallbacks": shorter, "residuals": residuals,
     }  # fmt: skip

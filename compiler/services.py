@@ -1,6 +1,6 @@
 """What a policy may ask of the model: policies themselves see no graphs, and get these as functions, by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,17 @@ from torch import nn
 
 from stepgraph.compiler.calibrate import calibrate, digest
 from stepgraph.compiler.describe import example_inputs, input_shapes
+from stepgraph.compiler.fit_forecasts import fit_whole_step
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.rates import Metric
 from stepgraph.compiler.router import Router
 from stepgraph.compiler.router_settings import settings_of
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.compiler.train_router import train_router
-from stepgraph.plan import PlanError, PlanHeader
+from stepgraph.plan import CachePlan, PlanError, PlanHeader, Site
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
-SERVICES = ("again", "train")
+SERVICES = ("again", "fit", "train")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class Services:
             inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
             allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
         )  # fmt: skip
+
+    def fit(self, sites: Sequence[Site], actions: Mapping[str, str], **settings: Any) -> CachePlan:
+        """A plan whose skipped steps are fitted combinations (`stepgraph.fit_whole_step`).
+
+        Raises:
+            PlanError: The model or scheduler is missing.
+        """
+        if self.model is None or self.scheduler is None:
+            raise PlanError("the whole-step rule is fitted on the model: pass model= and scheduler=")
+        plan = CachePlan.build(self.header, sites, actions)
+        return fit_whole_step(
+            plan, self.model, self.scheduler, conditioning=self.conditioning, on_step=self.on_step, **settings
+        )
 
     def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
         """Routers from a file, or trained on the model (Learning-to-Cache).

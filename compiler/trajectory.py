@@ -82,7 +82,7 @@ class Trajectory:
         """The (guided) output with which the sampler would come to a state.
 
         Raises:
-            PlanError: The scheduler's step is no straight line in the output (it clips or thresholds), or does not depend on it.
+            PlanError: The scheduler's step is no straight line in the output (it clips or thresholds), or ignores it.
         """
         ends = [self._stepped(copy.deepcopy(self._scheduler), torch.full_like(state, value)) for value in (0.0, 1.0)]
         slope = (ends[1] - ends[0]).double().mean()

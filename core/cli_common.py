@@ -1,8 +1,9 @@
 """What the commands share: arguments, errors, progress bars, output."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +19,7 @@ from stepgraph.compiler.models.load import SCHEDULERS
 from stepgraph.compiler.trace import TraceError
 from stepgraph.config import BACKENDS, CompileError
 from stepgraph.env import read_env
-from stepgraph.plan import PlanError
+from stepgraph.plan import CachePlan, PlanError
 
 messages = Console(stderr=True)
 MODEL_HELP = "glyph-dit, a diffusers folder or hub id, or NAME:random (dit-xl-2-256:random)"
@@ -149,6 +150,20 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, value in facts.items():
         console.print(f"{name:<22}{_pretty(value)}", markup=False)
+
+
+def show_plan(plan: CachePlan, as_json: bool, note: str | None, more_warnings: Sequence[str] = ()) -> None:
+    """A plan's summary, with warnings of the plan and of the command."""
+    summary = plan.summary()
+    summary = replace(summary, warnings=(*summary.warnings, *more_warnings))
+    if as_json:
+        print(json.dumps(summary.as_dict()))
+        return
+    header, console = plan.header, Console(highlight=False, soft_wrap=True)
+    console.print(f"{header.model} {header.fingerprint}, {header.dtype}, {header.scheduler} {header.steps} steps", markup=False)
+    console.print(str(summary), markup=False)
+    if note:
+        console.print(note, markup=False)
 
 
 def _pretty(value: Any) -> str:

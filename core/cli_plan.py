@@ -2,8 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +24,9 @@ from stepgraph.cli_common import (
     progress_bar,
     reports_errors,
     show,
+    show_plan,
 )
+from stepgraph.cli_correct import plan_correct
 from stepgraph.cli_router import plan_train_router
 from stepgraph.cli_sweep import plan_sweep
 from stepgraph.compiler.import_plan import import_plan
@@ -43,7 +43,7 @@ from stepgraph.plan_report import diff_plans
 
 plan_app = typer.Typer(
     no_args_is_help=True,
-    help="Make, import, export, resample, show and compare cache plans, and sweep a policy's knob.",
+    help="Make, correct, import, export, resample, show and compare cache plans, and sweep a policy's knob.",
     rich_markup_mode=None,
 )
 
@@ -178,20 +178,6 @@ def plan_show(
     show_plan(loaded, as_json, f"wrote {plot}" if plot else None)
 
 
-def show_plan(plan: CachePlan, as_json: bool, note: str | None, more_warnings: Sequence[str] = ()) -> None:
-    """A plan's summary, with warnings of the plan and of the command."""
-    summary = plan.summary()
-    summary = replace(summary, warnings=(*summary.warnings, *more_warnings))
-    if as_json:
-        print(json.dumps(summary.as_dict()))
-        return
-    header, console = plan.header, Console(highlight=False, soft_wrap=True)
-    console.print(f"{header.model} {header.fingerprint}, {header.dtype}, {header.scheduler} {header.steps} steps", markup=False)
-    console.print(str(summary), markup=False)
-    if note:
-        console.print(note, markup=False)
-
-
 @plan_app.command(name="diff")
 @reports_errors
 def plan_diff(
@@ -232,3 +218,4 @@ def _brief(value: object) -> str:
 
 plan_app.command(name="sweep")(plan_sweep)
 plan_app.command(name="train-router")(plan_train_router)
+plan_app.command(name="correct")(plan_correct)

@@ -11,6 +11,7 @@ from stepgraph.compiler.policies.policy import Policy
 from stepgraph.compiler.policies.procache import PROCACHE
 from stepgraph.compiler.policies.smoothcache import SMOOTHCACHE
 from stepgraph.compiler.policies.teacache import TEACACHE
+from stepgraph.compiler.policies.whole_step import WHOLE_STEP
 
 POLICIES: dict[str, Policy] = {
     "deepcache": DEEPCACHE,
@@ -23,4 +24,5 @@ POLICIES: dict[str, Policy] = {
     "procache": PROCACHE,
     "smoothcache": SMOOTHCACHE,
     "teacache": TEACACHE,
+    "whole-step": WHOLE_STEP,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepgraph.plan import MODULE_KINDS, PlanError, Site
+from stepgraph.plan import MODULE_KINDS, CachePlan, PlanError, Site
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Policy:
 
     Attributes:
         decide: (sites, T, stats or None, **arguments) -> actions over time by site or kind, as `CachePlan.build` takes
-            them.
+            them; or the plan itself, where a service made it.
         source: Where the method comes from.
         needs_stats: Whether it needs calibration.
         unless: The argument that stands in for calibration, where there is one.
     """
 
-    decide: Callable[..., Mapping[str, str]]
+    decide: Callable[..., Mapping[str, str] | CachePlan]
     source: str
     needs_stats: bool = False
     unless: str | None = None

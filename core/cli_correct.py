@@ -1,0 +1,108 @@
+"""`stepgraph plan correct`: forecasts and low-rank increments in place of reused values."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepgraph.cli_common import (
+    MODEL_HELP,
+    Device,
+    Dtype,
+    Json,
+    PlanFile,
+    SchedulerName,
+    Seed,
+    parse_device,
+    parse_dtype,
+    progress_bar,
+    reports_errors,
+    show_plan,
+)
+from stepgraph.compiler.correct import forecast, lowrank
+from stepgraph.compiler.fit_forecasts import TARGETS, fit_forecast, fit_whole_step
+from stepgraph.compiler.forecasts import RULES
+from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.files import writable_folder
+from stepgraph.plan import CachePlan, PlanError
+
+FITS: dict[str, Callable[..., CachePlan]] = {"whole-step": fit_whole_step, "sites": fit_forecast}
+
+
+@reports_errors
+def plan_correct(
+    plan: PlanFile,
+    model: Annotated[str | None, typer.Argument(help=f"needed for --fit: {MODEL_HELP}")] = None,
+    by_rule: Annotated[str | None, typer.Option("--forecast", help=f"a formula: {', '.join(RULES)}")] = None,
+    by_fit: Annotated[
+        str | None, typer.Option("--fit", help="whole-step (scalars for each skipped step) or sites (for each reused value)")
+    ] = None,
+    by_increments: Annotated[bool, typer.Option("--lowrank", help="LOWRANK where modules are reused")] = False,
+    order: Annotated[int, typer.Option(help="of --forecast or --around: 0 is the last value")] = 1,
+    around: Annotated[str | None, typer.Option(help="with --lowrank: the formula that increments are taken around")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="only sites of this kind; may be given again")] = None,
+    site: Annotated[list[str] | None, typer.Option(help="only this site; may be given again")] = None,
+    term: Annotated[list[str] | None, typer.Option(help="with --fit: what is combined, such as y1 or x0; once each")] = None,
+    target: Annotated[str | None, typer.Option(help=f"with --fit: {', '.join(TARGETS)}")] = None,
+    samples: Annotated[int, typer.Option(help="with --fit: sampling runs to fit on")] = 16,
+    seed: Seed = 0,
+    guidance: Annotated[float, typer.Option(help="with --fit: classifier-free guidance scale of the runs; 1 for none")] = 1.0,
+    scheduler: SchedulerName = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("corrected.json"),
+    as_json: Json = False,
+) -> None:
+    """Put something better in place of what a plan reuses: a forecast by formula, a fitted one, or low-rank increments."""
+    asked = [name for name, given in (("--forecast", by_rule), ("--fit", by_fit), ("--lowrank", by_increments)) if given]
+    if len(asked) != 1:
+        raise PlanError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
+    _refuse_strays(asked[0], {"--around": ("--lowrank", around), "--term": ("--fit", term), "--target": ("--fit", target)})
+    loaded = CachePlan.load(plan)
+    writable_folder(out.resolve().parent)
+    chosen: dict[str, Any] = {"kinds": kind or None, "sites": site or None}
+    if by_rule is not None:
+        made = forecast(loaded, by_rule, order, **chosen)
+    elif by_fit is None:
+        made = lowrank(loaded, around=around, order=order, **chosen)
+    else:
+        options: dict[str, Any] = {"terms": term or None, "target": target}
+        settings = {name: value for name, value in options.items() if value is not None}
+        settings |= {"samples": samples, "seed": seed, "guidance_scale": guidance}
+        made = _fit(loaded, model, by_fit, scheduler, device, dtype, settings, chosen, as_json)
+    made.save(out)
+    note = f"wrote {out}: {json.dumps(made.header.arguments['corrections'][-1])}"
+    show_plan(made, as_json, note)
+
+
+def _refuse_strays(asked: str, options: dict[str, tuple[str, Any]]) -> None:
+    for name, (belongs, given) in options.items():
+        if given and asked != belongs:
+            raise PlanError(f"{name} goes with {belongs}, not with {asked}")
+
+
+def _fit(
+    plan: CachePlan,
+    model: str | None,
+    kind: str,
+    scheduler: str | None,
+    device: str,
+    dtype: str,
+    settings: dict[str, Any],
+    chosen: dict[str, Any],
+    as_json: bool,
+) -> CachePlan:
+    """Run the model."""
+    if kind not in FITS:
+        raise PlanError(f"unknown fit {kind!r}; known: {', '.join(FITS)}")
+    if kind == "whole-step" and any(chosen.values()):
+        raise PlanError("--fit whole-step is of `output` alone; --kind and --site go with --fit sites")
+    if model is None:
+        raise PlanError("--fit runs the model: name it behind the plan, as in `plan correct PLAN glyph-dit --fit ...`")
+    with progress_bar("loading", as_json) as report:
+        loaded = load_model(model, parse_device(device), parse_dtype(dtype))
+        given = {**settings, **(chosen if kind == "sites" else {})}
+        chosen_scheduler = load_scheduler(model, scheduler)
+        return FITS[kind](plan, loaded, chosen_scheduler, on_step=lambda d, t: report("fitting", d, t), **given)
