@@ -8,8 +8,7 @@ from torch import fx, nn
 
 from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.graphs import live_nodes, macs_of
-from stepgraph.compiler.passes.add_slots import coefficient_dtype
-from stepgraph.compiler.passes.context import MapGroup
+from stepgraph.compiler.passes.context import MapGroup, coefficient_dtype
 from stepgraph.compiler.sites import MarkedGraph, saved_by
 from stepgraph.corrections import Increment
 from stepgraph.plan import LOWRANK, MODULE_KINDS, CachePlan, PlanError

@@ -14,8 +14,7 @@ from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.linear_maps import bind_factors, group_maps
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.passes.add_slots import coefficient_dtype
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
 from stepgraph.compiler.specialize import numbered_forecasts, specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext, markers, slot_name
+from stepgraph.compiler.passes.context import PassContext, coefficient_dtype, coefficients_name, markers, slot_name
 from stepgraph.liveness import INPUT, MAPS, Read
 
 
@@ -39,16 +39,6 @@ def add_slots(gm: fx.GraphModule, ctx: PassContext) -> int:
         shape = (len(forecast.terms), value.shape[-1]) if forecast.per_channel else (len(forecast.terms),)
         add(coefficients_name(number), value.new_empty(shape, dtype=coefficient_dtype(value.dtype)))
     return count
-
-
-def coefficients_name(number: int) -> str:
-    """Name of the graph input that carries a forecast's coefficients."""
-    return f"coefficients_{number}"
-
-
-def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of coefficients, and of values in rank space, in a model of some dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def stored_tensors(graph: fx.Graph, ctx: PassContext, read: Read, value: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -83,6 +83,16 @@ def slot_name(site: Site, part: str = "value", age: int = 1, tensor: int = 0) ->
     return name + kept + (f"_age{age}" if age > 1 else "")
 
 
+def coefficients_name(number: int) -> str:
+    """Name of the graph input that carries a forecast's coefficients."""
+    return f"coefficients_{number}"
+
+
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of coefficients, and of values in rank space, in a model of some dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def find_input(graph: fx.Graph, name: str) -> fx.Node:
     """The graph input of a name."""
     return next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)

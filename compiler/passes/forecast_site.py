@@ -5,8 +5,7 @@ import operator
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.add_slots import coefficients_name
-from stepgraph.compiler.passes.context import PassContext, find_input, markers, slot_name
+from stepgraph.compiler.passes.context import PassContext, coefficients_name, find_input, markers, slot_name
 from stepgraph.liveness import INPUT, VALUE
 from stepgraph.ops import linear_combination
 from stepgraph.plan import FORECAST

@@ -5,8 +5,14 @@ import operator
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.add_slots import coefficient_dtype, coefficients_name
-from stepgraph.compiler.passes.context import MapGroup, PassContext, find_input, slot_name
+from stepgraph.compiler.passes.context import (
+    MapGroup,
+    PassContext,
+    coefficient_dtype,
+    coefficients_name,
+    find_input,
+    slot_name,
+)
 from stepgraph.liveness import MAPS
 from stepgraph.ops import linear_combination, lowrank_delta, lowrank_input
 from stepgraph.plan import LOWRANK
