@@ -11,7 +11,7 @@ equal MACs; below 1 the plan beats them.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +37,8 @@ from stepgraph.plan import CachePlan
 SEED, SAMPLES = 1000, 16
 RANKS = (8, 16, 32, 64)
 Made = tuple[CachePlan, Factors | None]
+# Name, setting, and what makes the plan.
+Row = tuple[str, str, Callable[[], Made]]
 
 
 @dataclass
@@ -116,60 +118,78 @@ class Workshop:
         )  # fmt: skip
 
 
-def increments(
-    shop: Workshop, periods: tuple[int, ...], ranks: tuple[int, ...]
-) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+def increments(shop: Workshop, periods: tuple[int, ...], ranks: tuple[int, ...]) -> Iterator[Row]:
     """Increment-calibrated caching, by method, rank and period."""
     for period in periods:
-        yield "none", f"p{period}", lambda p=period: (shop.interval(p), None)
+        yield "none", f"p{period}", partial(_plain, shop.interval, period)
         for method in ("svd", "ca", "cd", "cov"):
             for rank in ranks:
-                yield method, f"p{period} r{rank}", lambda p=period, m=method, r=rank: (
-                    lowrank(shop.interval(p)), shop.factors(m, r, p),
-                )  # fmt: skip
+                yield method, f"p{period} r{rank}", partial(_lowrank, shop, period, method, rank)
 
 
-def forecasts(shop: Workshop) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+def forecasts(shop: Workshop) -> Iterator[Row]:
     """Forecasts per module, around which increments are taken, and of whole steps."""
     for period in (2, 3, 5):
         for order in (1, 2):
-            yield f"Taylor {order}", f"p{period}", lambda p=period, o=order: (forecast(shop.interval(p), "taylor", o), None)
-        yield "whole step", f"p{period}", lambda p=period: (shop.whole_step(shop.interval(p, "output")), None)
-        yield "Taylor 1, output", f"p{period}", lambda p=period: (forecast(shop.interval(p, "output"), "taylor", 1), None)
+            yield f"Taylor {order}", f"p{period}", partial(_forecast, shop, period, "taylor", order)
+        yield "whole step", f"p{period}", partial(_whole_step, shop, period)
+        yield "Taylor 1, output", f"p{period}", partial(_forecast, shop, period, "taylor", 1, "output")
     for period in (2, 3):
         for rank in (8, 16, 32):
-            yield "Taylor 1 + cov", f"p{period} r{rank}", lambda p=period, r=rank: (
-                lowrank(shop.interval(p), around="taylor"), shop.factors("cov", r, p),
-            )  # fmt: skip
-        yield "fitted, modules", f"p{period}", lambda p=period: (shop.fitted(shop.interval(p), "y1", "y2"), None)
-        yield "Adams-Bashforth 1", f"p{period}", lambda p=period: (forecast(shop.interval(p), "adams_bashforth", 1), None)
+            yield "Taylor 1 + cov", f"p{period} r{rank}", partial(_lowrank, shop, period, "cov", rank, "taylor")
+        yield "fitted, modules", f"p{period}", partial(_fitted, shop, period)
+        yield "Adams-Bashforth 1", f"p{period}", partial(_forecast, shop, period, "adams_bashforth", 1)
 
 
-def further(shop: Workshop, folder: Path, progress: Progress) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+def further(shop: Workshop, folder: Path, progress: Progress) -> Iterator[Row]:
     """Compositions: whole modules, the stack's residual, module plans under the whole-step rule, a learned plan."""
     for rank in (16, 32):
-        yield "whole modules", f"p2 r{rank}", lambda r=rank: (lowrank(shop.interval(2)), shop.factors("whole", r))
+        yield "whole modules", f"p2 r{rank}", partial(_lowrank, shop, 2, "whole", rank)
     for period in (2, 3):
-        yield "residual", f"p{period}", lambda p=period: (shop.interval(p, "stack_residual"), None)
-        yield (
-            "residual, affine",
-            f"p{period}",
-            lambda p=period: residual_affine(
-                shop.interval(p, "stack_residual"), shop.host.model, shop.host.scheduler, **shop.runs
-            ),
-        )
-        yield "residual, Taylor 1", f"p{period}", lambda p=period: (forecast(shop.interval(p, "stack_residual")), None)
-    yield "whole step + modules reused", "p2 x 2", lambda: (shop.whole_step(shop.on_computed_steps(2, "R")), None)
-    yield "whole step + modules Taylor 1", "p2 x 2", lambda: (
-        shop.whole_step(forecast(shop.on_computed_steps(2, "R"), kinds=["attn", "ff"])), None,
-    )  # fmt: skip
-    corrected = shop.factors("cov", 16, 4)
-    yield "whole step + cov", "p2 x 2 r16", lambda: (shop.whole_step(shop.on_computed_steps(2, "L"), corrected), corrected)
+        yield "residual", f"p{period}", partial(_plain, shop.interval, period, "stack_residual")
+        yield "residual, affine", f"p{period}", partial(_affine, shop, period)
+        yield "residual, Taylor 1", f"p{period}", partial(_forecast, shop, period, "taylor", 1, "stack_residual")
+    for corrected, name in (("R", "modules reused"), ("F", "modules Taylor 1"), ("L", "cov")):
+        yield f"whole step + {name}", f"p2x2{' r16' * (corrected == 'L')}", partial(_both, shop, corrected)
     routed = shop.routed(folder, progress)
     yield "Learning-to-Cache", "pairs", lambda: (routed, None)
     for rank in (8, 16, 32):
-        yield "Learning-to-Cache + cov", f"pairs r{rank}", lambda r=rank: (lowrank(routed), shop.factors("cov", r))
+        yield "Learning-to-Cache + cov", f"pairs r{rank}", partial(_routed, shop, routed, rank)
     yield "Learning-to-Cache + Taylor 1", "pairs", lambda: (forecast(routed), None)
+
+
+def _plain(make: Callable[..., CachePlan], *arguments: Any) -> Made:
+    return make(*arguments), None
+
+
+def _lowrank(shop: Workshop, period: int, method: str, rank: int, around: str | None = None) -> Made:
+    return lowrank(shop.interval(period), around=around), shop.factors(method, rank, period)
+
+
+def _forecast(shop: Workshop, period: int, rule: str, order: int, *kinds: str) -> Made:
+    return forecast(shop.interval(period, *kinds), rule, order), None
+
+
+def _whole_step(shop: Workshop, period: int) -> Made:
+    return shop.whole_step(shop.interval(period, "output")), None
+
+
+def _fitted(shop: Workshop, period: int) -> Made:
+    return shop.fitted(shop.interval(period), "y1", "y2"), None
+
+
+def _affine(shop: Workshop, period: int) -> Made:
+    return residual_affine(shop.interval(period, "stack_residual"), shop.host.model, shop.host.scheduler, **shop.runs)
+
+
+def _both(shop: Workshop, corrected: str) -> Made:
+    plan = shop.on_computed_steps(2, "R" if corrected == "F" else corrected)
+    factors = shop.factors("cov", 16, 4) if corrected == "L" else None
+    return shop.whole_step(forecast(plan, kinds=["attn", "ff"]) if corrected == "F" else plan, factors), factors
+
+
+def _routed(shop: Workshop, plan: CachePlan, rank: int) -> Made:
+    return lowrank(plan), shop.factors("cov", rank)
 
 
 def measure(host: Host, progress: Progress, parts: list[str], folder: Path) -> list[dict[str, Any]]:

@@ -64,7 +64,8 @@ def reads_of(plan: CachePlan, step: int) -> Iterator[Read]:
 def traffic(plan: CachePlan) -> tuple[StepTraffic, ...]:
     """The stored-value traffic of every step."""
     history: list[list[int]] = [[] for _ in plan.sites]
-    read, last_read = [], {}
+    read: list[tuple[tuple[Read, ...], tuple[Stored, ...]]] = []
+    last_read: dict[Stored, int] = {}
     for step, row in enumerate(plan.rows):
         reads = tuple(reads_of(plan, step))
         sources = tuple(Stored(site, part, history[site][-age]) for site, part, age in reads)

@@ -81,7 +81,7 @@ class Op:
             OpError: None does; the message gives each one's reason.
         """
         wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
-        log, reasons = get_logger("ops"), []
+        log, reasons = get_logger("ops"), list[str]()
         for name in wanted:
             provider = self.providers.get(name)
             reason = provider.declines(*args, **kwargs) if provider else f"{self.name} has no such provider"

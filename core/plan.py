@@ -12,7 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.corrections import Forecast, Increment, PlanError
+from stepgraph.corrections import Forecast, Increment
+from stepgraph.corrections import PlanError as PlanError
 from stepgraph.files import whole_file
 
 if TYPE_CHECKING:

@@ -55,8 +55,7 @@ def assign_slots(plan: CachePlan) -> SlotPlan:
         frees = tuple(slot_of.pop(stored) for stored in step.frees)
         free = sorted([*free, *frees])
         steps.append(StepSlots(reads, stores, frees))
-    stored = sum(len(step.stores) for step in steps)
-    return SlotPlan(tuple(steps), count, peak_bytes(plan), stored)
+    return SlotPlan(tuple(steps), count, peak_bytes(plan), sum(len(step.stores) for step in steps))
 
 
 class SlotTable:

@@ -1,12 +1,13 @@
 """One pytest-benchmark row per operation, shape and dtype; run by `python -m stepgraph.bench.ops`."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
 from stepgraph.bench.ops.measure import ceilings, chosen, contenders, declined, interleaved
-from stepgraph.bench.ops.shapes import SHAPES, Case, cases
+from stepgraph.bench.ops.shapes import SHAPES, Case, Shape, cases
 from stepgraph.env import get_logger
 
 
@@ -19,7 +20,7 @@ def machine(dtype: torch.dtype, device: str) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @torch.no_grad()
-def test_ops(benchmark, shape, dtype, request):  # noqa: ANN001, ANN201
+def test_ops(benchmark: Any, shape: Shape, dtype: str, request: pytest.FixtureRequest) -> None:
     """Time every case of a shape; the row itself is the last case's chosen provider, the figures are in its extra info."""
     device, seconds = request.config.getoption("--device"), request.config.getoption("--seconds")
     wanted = request.config.getoption("--only-op")

@@ -100,7 +100,7 @@ def _cuda_seconds(run: Callable[[], Any], repeats: int) -> float:
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
 def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:

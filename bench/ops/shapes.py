@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ def _inputs(op: Op, shape: Shape, make: _Maker) -> Iterator[Case]:
             yield Case(
                 op, f"{shape.name} r{rank}", {"x": x, "b": b}, lambda x=x, b=b: F.linear(x, b).float(), None, moved, flops
             )
+
+
+def _projected(x: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, b).float()
 
 
 def _deltas(op: Op, shape: Shape, make: _Maker) -> Iterator[Case]:

@@ -95,7 +95,8 @@ def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def find_input(graph: fx.Graph, name: str) -> fx.Node:
     """The graph input of a name."""
-    return next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
+    found: fx.Node = next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
+    return found
 
 
 def is_call(node: object, name: str) -> bool:

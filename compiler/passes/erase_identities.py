@@ -34,11 +34,12 @@ def _changes_nothing(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), (nn.Dropout, nn.Identity))
     before, after = source.meta.get("val"), node.meta.get("val")
-    same = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
-    if not same or before.shape != after.shape or before.device != after.device:
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if (before.dtype, before.shape, before.device) != (after.dtype, after.shape, after.device):
         return False
     if node.op == "call_method" and node.target in ("div", "mul"):
-        return len(node.args) == 2 and type(node.args[1]) in (int, float) and node.args[1] == 1 and not node.kwargs
+        return len(node.args) == 2 and type(node.args[1]) in (int, float) and bool(node.args[1] == 1) and not node.kwargs
     # A conversion that asks for a dtype or device alone; layouts and copies are another matter.
     wanted = [*node.args[1:], *node.kwargs.values()]
     return node.op == "call_method" and node.target == "to" and all(isinstance(w, (torch.dtype, torch.device)) for w in wanted)

@@ -1,6 +1,8 @@
 """Replace forecast values by combinations of stored ones."""
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -74,9 +76,8 @@ def _channels(graph: fx.Graph, node: fx.Node, start: int, stop: int) -> fx.Node:
     return _call(graph, operator.getitem, (node, (slice(None), slice(start, stop))))
 
 
-def _call(graph: fx.Graph, target: object, args: tuple[object, ...]) -> fx.Node:
+def _call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     """A function's node with its value's shape."""
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    node.meta |= {"val": target(*values)}  # type: ignore[operator]
+    node = graph.call_function(target, args)
+    node.meta |= {"val": target(*fx.map_arg(args, lambda n: n.meta["val"]))}
     return node

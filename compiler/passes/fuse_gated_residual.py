@@ -1,5 +1,8 @@
 """Fuse gates with the residual additions behind them."""
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from stepgraph.compiler.graphs import storages_of
@@ -25,19 +28,16 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
         if found is None or any(storages_of(n) & ctx.written for n in found[:3]):
             continue
         x, gate, value, gated = found
-        gates, values = [gate], [value]
+        arguments: tuple[Any, list[fx.Node], list[fx.Node]] = (x, [gate], [value])
         if x.target is gated_residual and len(x.users) == 1:
-            before = x
-            x, earlier_gates, earlier_values = before.args
-            gates, values = [*earlier_gates, gate], [*earlier_values, value]
-        else:
-            before = None
+            start, gates, values = x.args
+            arguments = (start, [*gates, gate], [*values, value])  # type: ignore[misc]
         with gm.graph.inserting_before(node):
-            fused = gm.graph.call_function(gated_residual, (x, gates, values))
+            fused = gm.graph.call_function(gated_residual, arguments)
         fused.meta |= {key: kept for key, kept in node.meta.items() if key != "macs"}
         node.replace_all_uses_with(fused)
-        for gone in (node, gated, before):
-            if gone is not None and not gone.users:
+        for gone in (node, gated, x):
+            if not gone.users:
                 gm.graph.erase_node(gone)
         count += 1
     return count
@@ -47,8 +47,8 @@ def _matched(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
     """x, gate, value and the product of the two."""
     for gated, x in factors_of(node, "add"):
         for gate, value in factors_of(gated, "mul") if len(gated.users) == 1 else ():
-            tensors = [n.meta.get("val") for n in (gate, value, x)]
-            shapes = [tuple(t.shape) for t in tensors if t is not None]
+            tensors = [n.meta["val"] for n in (gate, value, x) if isinstance(n.meta.get("val"), torch.Tensor)]
+            shapes = [tuple(t.shape) for t in tensors]
             if len(shapes) < 3 or len({t.dtype for t in tensors}) > 1 or shapes[1] != shapes[2] or len(shapes[2]) != 3:
                 continue
             batch, tokens, channels = shapes[2]

@@ -56,7 +56,7 @@ def _take_gate(graph: fx.Graph, residual: fx.Node) -> int:
         moved = graph.call_function(
             lowrank_delta,
             delta.args,
-            {**delta.kwargs, "gate": gates[0], "residual": x},  # type: ignore[index,dict-item]
+            {**delta.kwargs, "gate": gates[0], "residual": x},  # type: ignore[index]
         )
         moved.meta |= delta.meta
         result = graph.call_function(operator.getitem, (moved, 0))

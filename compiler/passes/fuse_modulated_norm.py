@@ -1,6 +1,7 @@
 """Fuse a normalisation with its adaLN modulation."""
 
 import operator
+from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional as F
@@ -58,8 +59,8 @@ def _matched(gm: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node, fx.Node,
 def _without_one(graph: fx.Graph, more: fx.Node) -> fx.Node | None:
     """The scale of `1 + scale`, which may have been given its token dimension before or after the addition."""
     if more.op == "call_function" and more.target is operator.getitem:
-        inner = more.args[0]
-        scale = _without_one(graph, inner) if isinstance(inner, fx.Node) and is_call(inner, "add") else None
+        added = more.args[0]
+        scale = _without_one(graph, added) if isinstance(added, fx.Node) and is_call(added, "add") else None
         if scale is None:
             return None
         with graph.inserting_before(more):
@@ -67,9 +68,9 @@ def _without_one(graph: fx.Graph, more: fx.Node) -> fx.Node | None:
         indexed.meta |= {key: value for key, value in more.meta.items() if key != "mutates"}
         return indexed
     if is_call(more, "add"):
-        for scale, one in (more.args, more.args[::-1]):
-            if isinstance(scale, fx.Node) and type(one) in (int, float) and one == 1:
-                return scale
+        for value, one in (more.args, more.args[::-1]):
+            if isinstance(value, fx.Node) and type(one) in (int, float) and one == 1:
+                return value
     return None
 
 
@@ -77,10 +78,13 @@ def _plain_norm(gm: fx.GraphModule, node: fx.Node) -> float | None:
     """The eps of a LayerNorm over the channels without affine parameters; None for anything else."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        plain = isinstance(module, nn.LayerNorm) and module.weight is None and module.bias is None
-        return float(module.eps) if plain and len(module.normalized_shape) == 1 else None
+        if not isinstance(module, nn.LayerNorm) or module.weight is not None or module.bias is not None:
+            return None
+        return float(module.eps) if len(module.normalized_shape) == 1 else None
     if node.op == "call_function" and node.target is F.layer_norm:
-        given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+        given: dict[str, Any] = (
+            dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+        )
         plain = given.get("weight") is None and given.get("bias") is None and len(tuple(given["normalized_shape"])) == 1
         return float(given.get("eps", 1e-5)) if plain else None
     return None
