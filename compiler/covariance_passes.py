@@ -44,7 +44,7 @@ def plan_passes(
 
 
 def bytes_of(target: Target, sketch: int | None, periods: int = 1) -> int:
-    """Memory that a target's sums take, and its float32 values of this step and of the stored one of each period."""
+    """Memory that a target's sums take, with its float32 values: of this step, stored for each period, and their difference."""
     width = target.channels + sum(target.output_channels.values())
     held = (2 + periods) * target.rows * width
     # A sketch is shrunk in float64, together with as many rows again and their Gram matrix.

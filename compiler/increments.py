@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from stepgraph.compiler.calibrate import conditioning_of
 from stepgraph.compiler.graphs import storages_of, written_storages
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.observe import linear_nodes
 from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.passes.erase_markers import erase_markers
+from stepgraph.compiler.site_maps import maps_of_sites
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.plan import COMPUTE, MODULE_KINDS, PlanError
 
@@ -67,10 +67,9 @@ def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None
 
 def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[str, tuple[str, list[fx.Node]]]:
     """Module path of every linear map inside sites of some kinds -> that kind, and the map's calls."""
-    kind_of = {site.name: site.kind for site in marked.sites}
     found: dict[str, tuple[str, list[fx.Node]]] = {}
-    for node in linear_nodes(marked.graph, model, marked):
-        kind = kind_of[node.meta["site"]]
+    for node, index in maps_of_sites(marked, model).items():
+        kind = marked.sites[index].kind
         if kind in kinds:
             found.setdefault(str(node.target), (kind, []))[1].append(node)
     return found

@@ -1,4 +1,4 @@
-"""Which linear maps lie inside a site, and what their low-rank increments cost."""
+"""The linear maps of LOWRANK sites with their factors, and what their increments cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,48 +9,35 @@ from torch import fx, nn
 from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.graphs import live_nodes, macs_of
 from stepgraph.compiler.passes.context import MapGroup, coefficient_dtype
-from stepgraph.compiler.sites import MarkedGraph, saved_by
+from stepgraph.compiler.site_maps import maps_of_sites
+from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.corrections import Increment
-from stepgraph.plan import LOWRANK, MODULE_KINDS, CachePlan, PlanError
+from stepgraph.plan import LOWRANK, CachePlan, PlanError
 
 
-def maps_inside(marked: MarkedGraph, model: nn.Module, index: int) -> list[fx.Node]:
-    """The nn.Linear calls that belong to a module site, in graph order; empty for a site without any.
-
-    They are the ones inside its module; where that has none (FLUX's `mlp` is an activation), those that only it needs.
-    """
-    site = marked.sites[index]
-    if site.kind not in MODULE_KINDS or site.output:
-        return []
-    name = site.path + (f"#{site.call}" if site.call else "")
-    linears = [
-        node
-        for node in marked.graph.nodes
-        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Linear)
-    ]
-    inside = [node for node in linears if node.meta.get("site") == name]
-    if inside:
-        return inside
-    marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
-    only = saved_by([marker])
-    return [node for node in linears if node in only]
-
-
-def group_maps(marked: MarkedGraph, model: nn.Module, index: int, factors: Factors) -> tuple[MapGroup, ...]:
-    """The linear maps of a site by what they read, with their factors in the model's dtype and on its device.
+def group_maps(
+    marked: MarkedGraph, model: nn.Module, indices: Sequence[int], factors: Factors
+) -> dict[int, tuple[MapGroup, ...]]:
+    """The linear maps of some sites by what they read, with their factors in the model's dtype and on its device.
 
     Raises:
-        PlanError: The site has no linear map, or the factors have none of a rank that fits for one of them.
+        PlanError: A site has no linear map, or the factors have none of a rank that fits for one of them.
     """
+    maps = maps_of_sites(marked, model)
+    return {i: _groups(marked, model, i, [node for node, own in maps.items() if own == i], factors) for i in indices}
+
+
+def _groups(
+    marked: MarkedGraph, model: nn.Module, index: int, maps: Sequence[fx.Node], factors: Factors
+) -> tuple[MapGroup, ...]:
     site = marked.sites[index]
     weight = next(model.parameters())
+    groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
-        call = marked.trace.calls[site.path, site.call]
-        groups = {call.inputs[0].name: [(marker, site.path)]}
+        groups[marked.trace.calls[site.path, site.call].inputs[0].name] = [(marker, site.path)]
     else:
-        groups = {}
-        for node in maps_inside(marked, model, index):
+        for node in maps:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             groups.setdefault(source.name, []).append((node, str(node.target)))
@@ -87,8 +74,10 @@ def _refuse_other_shape(graph: fx.Graph, source: str, node: fx.Node, path: str, 
         )
 
 
-def bind_factors(plan: CachePlan, marked: MarkedGraph, model: nn.Module, factors: Factors | None) -> CachePlan:
-    """The plan with the costs of its LOWRANK sites under some factors; as it is where it has none.
+def bind_factors(
+    plan: CachePlan, marked: MarkedGraph, model: nn.Module, factors: Factors | None
+) -> tuple[CachePlan, dict[int, tuple[MapGroup, ...]]]:
+    """The plan with the costs of its LOWRANK sites under some factors, and these sites' maps; as it is where it has none.
 
     Raises:
         PlanError: It has LOWRANK sites, and the factors are missing, of another model, or others than it was bound to.
@@ -98,7 +87,7 @@ def bind_factors(plan: CachePlan, marked: MarkedGraph, model: nn.Module, factors
     )
     tables = sorted({(step, i) for (step, i), forecast in plan.forecasts.items() if forecast.per_channel})
     if not corrected and not tables:
-        return plan
+        return plan, {}
     if factors is None:
         what = f"LOWRANK, first at site {plan.sites[corrected[0]].name}" if corrected else "forecasts per channel"
         raise PlanError(
@@ -111,11 +100,12 @@ def bind_factors(plan: CachePlan, marked: MarkedGraph, model: nn.Module, factors
         table = factors.affine.get(f"{plan.sites[i].name}/{step}")
         if table is None or len(table) != len(plan.forecasts[step, i].terms):
             raise PlanError(f"step {step}, site {plan.sites[i].name}: the factors have no coefficients per channel for it")
-    increments = {i: increment_of(marked, model, i, group_maps(marked, model, i, factors)) for i in corrected}
-    return replace(plan, increments=increments, header=replace(plan.header, factors=factors.digest))
+    groups = group_maps(marked, model, corrected, factors)
+    increments = {i: increment_of(marked, i, own) for i, own in groups.items()}
+    return replace(plan, increments=increments, header=replace(plan.header, factors=factors.digest)), groups
 
 
-def increment_of(marked: MarkedGraph, model: nn.Module, index: int, groups: Sequence[MapGroup]) -> Increment:
+def increment_of(marked: MarkedGraph, index: int, groups: Sequence[MapGroup]) -> Increment:
     """What a LOWRANK of a site costs, per sample."""
     nodes = {node.name: node for node in marked.graph.nodes}
     ranks, new, projection, size, maps = {}, 0, 0, 0, set()

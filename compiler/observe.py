@@ -12,10 +12,11 @@ from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.rates import Metric, over
+from stepgraph.compiler.site_maps import maps_of_sites
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.compiler.stats import table_shapes
 from stepgraph.liveness import VALUE
-from stepgraph.plan import COMPUTE, MODULE_KINDS
+from stepgraph.plan import COMPUTE
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
 STACK = 2**24
@@ -56,7 +57,8 @@ class Observer(nn.Module):
         graph = fx.Graph()
         graph.output(graph.graph_copy(marked.graph, {}))
         self.graph = marked.trace.bind(model, graph)
-        linears = linear_nodes(self.graph.graph, self.graph, marked) if channels else []
+        mapped = {node.name for node in maps_of_sites(marked, model)} if channels else set()
+        linears = [node for node in self.graph.graph.nodes if node.name in mapped]
         inputs = list(dict.fromkeys(node.all_input_nodes[0] for node in linears))
         embedded = _embedding(self.graph.graph, marked, embedding)
         self.results = marked.trace.output_spec.num_leaves
@@ -263,18 +265,6 @@ def _stackable(values: Sequence[torch.Tensor]) -> list[list[int]]:
             stacks.append([])
         stacks[-1].append(i)
     return [columns for stacks in found.values() for columns in stacks]
-
-
-def linear_nodes(graph: fx.Graph, owner: nn.Module, marked: MarkedGraph) -> list[fx.Node]:
-    """The calls of linear maps inside module sites; `owner` has the modules that the graph calls."""
-    inside = {site.name for site in marked.sites if site.kind in MODULE_KINDS}
-    return [
-        node
-        for node in graph.nodes
-        if node.op == "call_module"
-        and node.meta.get("site") in inside
-        and isinstance(owner.get_submodule(str(node.target)), nn.Linear)
-    ]
 
 
 def _embedding(graph: fx.Graph, marked: MarkedGraph, path: str | None) -> list[fx.Node]:

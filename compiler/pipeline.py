@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.factors import Factors
-from stepgraph.compiler.linear_maps import bind_factors, group_maps
+from stepgraph.compiler.linear_maps import bind_factors
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
@@ -55,8 +55,7 @@ def build_program(
     marked = marked_graph(model, inputs)
     refuse_other_sites(plan, marked)
     # Sizes are measured on this model; a plan file only reports them.
-    plan = bind_factors(replace(plan, sites=marked.sites), marked, model, factors)
-    groups = {i: group_maps(marked, model, i, factors) for i in plan.increments} if factors is not None else {}
+    plan, groups = bind_factors(replace(plan, sites=marked.sites), marked, model, factors)
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.

@@ -177,7 +177,8 @@ def test_published_costs_of_dit_xl():
         plan = sg.CachePlan.build(header, marked.sites, {"attn": "CL", "ff": "CL"})
         factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps)
         corrected = [i for i, site in enumerate(plan.sites) if site.kind in ("attn", "ff")]
-        increments = {i: increment_of(marked, model, i, group_maps(marked, model, i, factors)) for i in corrected}
+        groups = group_maps(marked, model, corrected, factors)
+        increments = {i: increment_of(marked, i, own) for i, own in groups.items()}
         bound = replace(plan, increments=increments)
         assert row_macs(bound, bound.rows[1]) / 1e12 == pytest.approx(published, abs=1e-4)
         assert row_macs(bound, bound.rows[0]) / 1e12 == pytest.approx(0.11862, abs=1e-4)

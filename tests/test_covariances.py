@@ -270,8 +270,10 @@ def test_joint_attention_has_maps_but_no_whole_map():
     }  # fmt: skip
     with pytest.raises(PlanError, match=r"transformer_blocks\.0\.attn has several calls or outputs.*leave out attn"):
         find_sites(marked, ["attn"])
-    with pytest.raises(PlanError, match="sites of kind mlp hold no linear map; those of attn"):
-        find_maps(model, marked, ["mlp"])
+    # Projected before the module that is the site.
+    assert set(find_maps(model, marked, ["mlp"])) == {"single_transformer_blocks.0.proj_mlp"}
+    with pytest.raises(PlanError, match="sites of kind context_attn hold no linear map; those of attn"):
+        find_maps(model, marked, ["context_attn"])
     text_maps = [t for t in find_targets(model, marked) if "transformer_blocks.0.ff_context.net.0.proj" in t.readers]
     assert [t.rows for t in text_maps] == [text]
 
