@@ -365,8 +365,10 @@ def test_factors_that_do_not_fit(dit):
         compiled(plan.with_header(factors="0123456789abcdef"), factors_of(dit, maps))
     with pytest.raises(PlanError, match=r"the factors have none for transformer_blocks\.1\.ff\.net\.2"):
         compiled(plan, factors_of(dit, {k: v for k, v in maps.items() if k != "transformer_blocks.1.ff.net.2"}))
-    wrong = maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 40), torch.randn(40, 128))}
-    with pytest.raises(PlanError, match=r"A \[32, 40\] and B \[40, 128\]; expected \[32, r\] and \[r, 128\] with r at most 32"):
+    with pytest.raises(PlanError, match=r"have rank 40, more than the map \[32, 128\] can have"):
+        factors_of(dit, maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 40), torch.randn(40, 128))})
+    wrong = maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 4), torch.randn(4, 64))}
+    with pytest.raises(PlanError, match=r"A \[32, 4\] and B \[4, 64\]; expected \[32, r\] and \[r, 128\] with r at most 32"):
         compiled(plan, factors_of(dit, wrong))
     other = tiny_dit(seed=1)
     with pytest.raises(PlanError, match="other weights"):
