@@ -122,11 +122,8 @@ class Factors:
             module = modules.get(path)
             if module is None:
                 raise PlanError(f"the factors have a map of {path!r}, which this model does not have")
-            if self.method == "whole":
-                continue
-            if not isinstance(module, nn.Linear):
-                raise PlanError(f"the factors have a map of {path!r}, which is no linear map but a {type(module).__name__}")
-            if (module.out_features, module.in_features) != (a.shape[0], b.shape[1]):
+            # A map across a whole module is compared with its site when a plan is compiled.
+            if isinstance(module, nn.Linear) and (module.out_features, module.in_features) != (a.shape[0], b.shape[1]):
                 raise PlanError(
                     f"the factors of {path!r} are for a map [{a.shape[0]}, {b.shape[1]}]; this model's is "
                     f"[{module.out_features}, {module.in_features}]"

@@ -35,7 +35,14 @@ def _groups(
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
-        groups[marked.trace.calls[site.path, site.call].inputs[0].name] = [(marker, site.path)]
+        source = marked.trace.calls[site.path, site.call].inputs[0]
+        shape = tuple(matrix.shape[i] for i, matrix in enumerate(factors.maps[site.path]))
+        if shape != (marker.meta["val"].shape[-1], source.meta["val"].shape[-1]):
+            raise PlanError(
+                f"the factors of {site.path} are for a map {list(shape)}; the site's is "
+                f"[{marker.meta['val'].shape[-1]}, {source.meta['val'].shape[-1]}]"
+            )
+        groups[source.name] = [(marker, site.path)]
     else:
         for node in maps:
             source = node.args[0]
@@ -52,8 +59,6 @@ def _groups(
         if missing:
             raise PlanError(f"site {site.name}: the factors have none for {missing[0]}; they have {_some(factors.maps)}")
         pairs = [tuple(t.to(weight.device, weight.dtype) for t in factors.maps[path]) for _, path in members]
-        for (node, path), (a, b) in zip(members, pairs, strict=True):
-            _refuse_other_shape(marked.graph, source, node, path, a, b)
         stacked = torch.cat([b for _, b in pairs])
         found.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
     return tuple(found)
@@ -62,16 +67,6 @@ def _groups(
 def _some(maps: Mapping[str, object]) -> str:
     names = list(maps)
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none at all"
-
-
-def _refuse_other_shape(graph: fx.Graph, source: str, node: fx.Node, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    named = {n.name: n for n in graph.nodes}
-    wide, narrow = named[source].meta["val"].shape[-1], node.meta["val"].shape[-1]
-    if a.shape[0] != narrow or b.shape[1] != wide or a.shape[1] != b.shape[0] or a.shape[1] > min(wide, narrow):
-        raise PlanError(
-            f"the factors of {path} are A {list(a.shape)} and B {list(b.shape)}; expected [{narrow}, r] and [r, {wide}] with r "
-            f"at most {min(wide, narrow)}"
-        )
 
 
 def bind_factors(

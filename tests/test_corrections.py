@@ -368,7 +368,10 @@ def test_factors_that_do_not_fit(dit):
     with pytest.raises(PlanError, match=r"have rank 40, more than the map \[32, 128\] can have"):
         factors_of(dit, maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 40), torch.randn(40, 128))})
     wrong = maps | {"transformer_blocks.0.ff.net.2": (torch.randn(32, 4), torch.randn(4, 64))}
-    with pytest.raises(PlanError, match=r"A \[32, 4\] and B \[4, 64\]; expected \[32, r\] and \[r, 128\] with r at most 32"):
+    with pytest.raises(PlanError, match=r"are for a map \[32, 64\]; this model's is \[32, 128\]"):
+        compiled(plan, factors_of(dit, wrong))
+    wrong = maps | {"transformer_blocks.0.ff": (torch.randn(32, 4), torch.randn(4, 64))}
+    with pytest.raises(PlanError, match=r"transformer_blocks\.0\.ff are for a map \[32, 64\]; the site's is \[32, 32\]"):
         compiled(plan, factors_of(dit, wrong))
     other = tiny_dit(seed=1)
     with pytest.raises(PlanError, match="other weights"):
