@@ -24,15 +24,17 @@ from stepgraph.triton_kernels.modulated_norm import load_modulation
 
 
 @triton.jit
-def finish(
-    found, gate_ptr, gate_strides, residual_ptr, residual_strides, out_ptr, row, column, mask, tokens, columns,
-):  # fmt: skip
+def load_rows(ptr, strides, batch, token, column, mask):
+    """A tile of a tensor [B, N, C], in its dtype."""
+    return tl.load(ptr + batch * strides[0] + token * strides[1] + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def finish(found, gate_ptr, gate_strides, residual, out_ptr, row, column, mask, tokens, columns):
     """Store `found` [BLOCK_M, BLOCK_N], or residual + gate * found, as rows `row` and columns `column` of out."""
-    if residual_ptr is not None:
-        batch, token = (row // tokens)[:, None], (row % tokens)[:, None]
-        at = batch * residual_strides[0] + token * residual_strides[1] + column[None, :]
-        residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        found = tl.fma(load_modulation(gate_ptr, gate_strides, batch, token, column[None, :], mask), found, residual)
+    if gate_ptr is not None:
+        gate = load_modulation(gate_ptr, gate_strides, (row // tokens)[:, None], (row % tokens)[:, None], column[None, :], mask)
+        found = tl.fma(gate, found, residual.to(tl.float32))
     tl.store(out_ptr + row[:, None] * columns + column[None, :], found.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -47,34 +49,44 @@ def delta_kernel(
 
     Programs of the same rows are side by side: x stays in the cache. Each map's code is its own, for its rank.
     """
-    row = (tl.program_id(0) // (MAPS * SPLITS)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch, token = row // tokens, row % tokens
+    first = (tl.program_id(0) // (MAPS * SPLITS)).to(tl.int64) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
+    batch, token = (row // tokens)[:, None], (row % tokens)[:, None]
     share = tl.program_id(0) % SPLITS
     for i in tl.static_range(MAPS):
         if (tl.program_id(0) // SPLITS) % MAPS == i:
             rank_at = tl.arange(0, RANKS[i])
             in_rank = rank_at < ranks[i]
             change = project(
-                x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptrs[i], row, total,
-                tokens, channels, rank_at, ranks[i], BLOCK_K, ONE_BATCH, PRECISION,
+                x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptrs[i], first, row,
+                total, tokens, channels, rank_at, ranks[i], BLOCK_K, ONE_BATCH, PRECISION,
             )  # fmt: skip
             p_at = p_ptrs[i] + row[:, None] * p_stride + rank_at[None, :]
             change -= tl.load(p_at, mask=(row < total)[:, None] & in_rank[None, :], other=0.0)
             change_low = change.to(y_ptrs[i].dtype.element_ty)
             per_share = tl.cdiv(tl.cdiv(columns[i], BLOCK_N), SPLITS) * BLOCK_N
-            y_at = y_ptrs[i] + (batch * y_strides[i][0] + token * y_strides[i][1])[:, None]
-            for start in range(share * per_share, min((share + 1) * per_share, columns[i]), BLOCK_N):
+            last = min((share + 1) * per_share, columns[i])
+            column = share * per_share + tl.arange(0, BLOCK_N)
+            mask = (row < total)[:, None] & (column < last)[None, :]
+            y = load_rows(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
+            residual = y
+            if residual_ptr is not None:
+                residual = load_rows(residual_ptr, residual_strides, batch, token, column[None, :], mask)
+            for start in range(share * per_share, last, BLOCK_N):
                 column = start + tl.arange(0, BLOCK_N)
-                mask = (row < total)[:, None] & (column < columns[i])[None, :]
+                mask = (row < total)[:, None] & (column < last)[None, :]
                 a_at = a_ptrs[i] + column.to(tl.int64)[None, :] * ranks[i] + rank_at[:, None]
-                a = tl.load(a_at, mask=in_rank[:, None] & (column < columns[i])[None, :], other=0.0)
-                # As the accumulator the stored output is loaded ahead of the product, like a.
-                y = tl.load(y_at + column[None, :], mask=mask, other=0.0).to(tl.float32)
-                found = tl.dot(change_low, a, y, input_precision=PRECISION)
-                finish(
-                    found, gate_ptr, gate_strides, residual_ptr, residual_strides, out_ptrs[i], row, column, mask, tokens,
-                    columns[i],
-                )  # fmt: skip
+                a = tl.load(a_at, mask=in_rank[:, None] & (column < last)[None, :], other=0.0)
+                # The pipeliner takes care of a alone; what is only streamed is loaded one tile ahead by hand.
+                ahead = column + BLOCK_N
+                ahead_mask = (row < total)[:, None] & (ahead < last)[None, :]
+                y_ahead = load_rows(y_ptrs[i], y_strides[i], batch, token, ahead[None, :], ahead_mask)
+                residual_ahead = y_ahead
+                if residual_ptr is not None:
+                    residual_ahead = load_rows(residual_ptr, residual_strides, batch, token, ahead[None, :], ahead_mask)
+                found = tl.dot(change_low, a, y.to(tl.float32), input_precision=PRECISION)
+                finish(found, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
+                y, residual = y_ahead, residual_ahead
 
 
 @triton.jit
@@ -87,12 +99,15 @@ def expand_kernel(
     row_blocks = tl.cdiv(total, BLOCK_M)
     row = (tl.program_id(0) % row_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch, token = row // tokens, row % tokens
+    batch, token = (row // tokens)[:, None], (row % tokens)[:, None]
     for i in tl.static_range(MAPS):
         if tl.program_id(1) == i:
             mask = (row < total)[:, None] & (column < columns[i])[None, :]
-            y_at = y_ptrs[i] + (batch * y_strides[i][0] + token * y_strides[i][1])[:, None] + column[None, :]
-            found = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+            y = load_rows(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
+            residual = y
+            if residual_ptr is not None:
+                residual = load_rows(residual_ptr, residual_strides, batch, token, column[None, :], mask)
+            found = y.to(tl.float32)
             for start in range(0, ranks[i], BLOCK_K):
                 rank_at = start + tl.arange(0, BLOCK_K)
                 in_rank = rank_at < ranks[i]
@@ -101,10 +116,7 @@ def expand_kernel(
                 a_at = a_ptrs[i] + column.to(tl.int64)[None, :] * ranks[i] + rank_at[:, None]
                 a = tl.load(a_at, mask=in_rank[:, None] & (column < columns[i])[None, :], other=0.0)
                 found = tl.dot(t, a, found, input_precision=PRECISION)
-            finish(
-                found, gate_ptr, gate_strides, residual_ptr, residual_strides, out_ptrs[i], row, column, mask, tokens,
-                columns[i],
-            )  # fmt: skip
+            finish(found, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
 
 
 def _parts(stacked: Tensor, ranks: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:

@@ -23,10 +23,10 @@ from stepgraph.triton_kernels.modulated_norm import load_modulation, modulate, r
 
 @triton.jit
 def project(
-    x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptr, row, total, tokens, channels,
-    rank_at, ranks, BLOCK_K: tl.constexpr, ONE_BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptr, first, row, total, tokens,
+    channels, rank_at, ranks, BLOCK_K: tl.constexpr, ONE_BATCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """B x of the rows `row` [BLOCK_M] int64 and the ranks `rank_at` [BLOCK_R]: [BLOCK_M, BLOCK_R] float32.
+    """B x of the rows `row` [BLOCK_M] int64 (from `first` on) and the ranks `rank_at` [BLOCK_R]: [BLOCK_M, BLOCK_R] float32.
 
     With moments, x is normalised, modulated, and rounded to its dtype first. ONE_BATCH: the rows are of one batch and the
     modulation is the same for all its tokens, so that it is loaded once a tile.
@@ -45,9 +45,9 @@ def project(
         b = tl.load(b_at + channel[:, None], mask=(rank_at < ranks)[None, :] & (channel < channels)[:, None], other=0.0)
         if moments_ptr is not None:
             if ONE_BATCH:
-                first, ok = tl.min(batch, axis=0), (channel < channels)[None, :]
-                scale = load_modulation(scale_ptr, scale_strides, first, 0, channel[None, :], ok)
-                shift = load_modulation(shift_ptr, shift_strides, first, 0, channel[None, :], ok)
+                of, ok = first // tokens, (channel < channels)[None, :]
+                scale = load_modulation(scale_ptr, scale_strides, of, 0, channel[None, :], ok)
+                shift = load_modulation(shift_ptr, shift_strides, of, 0, channel[None, :], ok)
             else:
                 scale = load_modulation(scale_ptr, scale_strides, batch[:, None], token[:, None], channel[None, :], mask)
                 shift = load_modulation(shift_ptr, shift_strides, batch[:, None], token[:, None], channel[None, :], mask)
@@ -64,11 +64,12 @@ def project_kernel(
 ):  # fmt: skip
     """One program per BLOCK_M rows and BLOCK_R ranks, those of the same rows side by side: x stays in the cache."""
     blocks = tl.cdiv(ranks, BLOCK_R)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
     rank_at = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     found = project(
-        x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptr, row, total, tokens, channels,
-        rank_at, ranks, BLOCK_K, ONE_BATCH, PRECISION,
+        x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptr, first, row, total, tokens,
+        channels, rank_at, ranks, BLOCK_K, ONE_BATCH, PRECISION,
     )  # fmt: skip
     at = row[:, None] * ranks + rank_at[None, :]
     mask = (row < total)[:, None] & (rank_at < ranks)[None, :]
