@@ -1,7 +1,8 @@
-"""Compile what the Triton launchers launch, ahead of time and without a device: `python tests/triton_ahead.py sm_90 bf16 [all]`.
+"""Compile what the Triton launchers launch, ahead of time and without a device: `python tests/triton_ahead.py shipped sm_90a`.
 
 The launchers run on tensors without storage, under a driver that knows nothing but its target; every config that they could
-choose is compiled, and one line of JSON a kernel says what came out. A process of its own: the interpreter of other tests and
+choose is compiled, and one line of JSON a kernel says what came out. "shipped" compiles all configs in bfloat16 and the most
+used ones in float16 and float32; "all" adds uncommon shapes and compiles everything in all three. A process of its own: the interpreter of other tests and
 the compiler exclude each other.
 """
 
@@ -41,24 +42,26 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODULES = (lowrank_delta, lowrank_input, modulated_norm, gated_residual, linear_combination)
+RUN = JITFunction.run
+PRODUCTS = ("project_kernel", "delta_kernel", "expand_kernel")
 MATRIX = r"mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+|v_mfma_\w+|v_wmma_\w+"
 
 
 class TargetOnly(DriverBase):
-    """A driver that compiles for a target and runs nothing."""
+    """A driver that compiles for a target and runs nothing; each target is a device of its own."""
 
-    def __init__(self, target: GPUTarget):
+    def __init__(self, name: str):
         super().__init__()
-        self.target = target
+        self.name = name
 
     def get_current_device(self):
-        return 0
+        return list(TARGETS).index(self.name)
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return self.target
+        return TARGETS[self.name][0]
 
     @classmethod
     def is_active(cls):
@@ -74,8 +77,8 @@ class TargetOnly(DriverBase):
         raise NotImplementedError
 
 
-def cases(dtype: torch.dtype, everything: bool):
-    """Name and call of each launch; between them they reach every config of the tables."""
+def cases(dtype: torch.dtype, amount: str):
+    """Name and call of each launch. "few": the most used; "shipped": every config; "all": uncommon shapes too."""
 
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
@@ -93,25 +96,27 @@ def cases(dtype: torch.dtype, everything: bool):
         x, values = new(2, 4096, 1152), [new(2, 4096, 1152) for _ in range(count)]
         return lambda: gated_residual.gated_residual(x, [new(2, 1152) for _ in values], values)
 
-    many = 16384
-    yield "lowrank_input", lambda: lowrank_input.lowrank_input(new(2, many, 1152), new(128, 1152))
-    for rank in (32, 64, 128, 256):
-        yield f"delta r{rank}", delta(many, (rank,))
-    yield "delta plain", delta(many, (128,), fused=False)
-    yield "delta few", delta(128, (128,))
+    yield "input", lambda: lowrank_input.lowrank_input(new(2, 16384, 1152), new(128, 1152))
+    yield "input of few rows", lambda: lowrank_input.lowrank_input(new(2, 128, 1152), new(128, 1152))
+    yield "delta r128", delta(16384, (128,))
+    yield "delta of few rows", delta(128, (128,))
     yield "modulated_norm", lambda: modulated_norm.modulated_norm(new(2, 4096, 1152), new(2, 1152), new(2, 1152))
+    if amount == "few":
+        return
+    for rank in (32, 64, 256, 512):
+        yield f"delta r{rank}", delta(16384, (rank,))
+    yield "delta plain", delta(16384, (128,), fused=False)
     yield "gated_residual", stream(1)
     yield "linear_combination", lambda: linear_combination.linear_combination(
         [new(2, 4, 64, 64) for _ in range(3)], new(4, of=torch.float32)
     )
-    if everything:
-        yield "delta qkv", delta(many, (128, 128, 64))
-        yield "delta few qkv", delta(128, (128, 128, 64))
-        yield "delta r512", delta(many, (512,))
-        yield "delta r20", delta(many, (20,), 1000)
-        yield "delta split", delta(2048, (128,))
-        yield "modulated_norm wide", lambda: modulated_norm.modulated_norm(new(1, 64, 12288), new(12288), new(12288))
-        yield "gated_residual 8", stream(8)
+    if amount == "shipped":
+        return
+    yield "delta qkv", delta(16384, (128, 128, 64))
+    yield "delta qkv of few rows", delta(128, (128, 128, 64))
+    yield "delta split", delta(2048, (128,))
+    yield "modulated_norm wide", lambda: modulated_norm.modulated_norm(new(1, 64, 12288), new(12288), new(12288))
+    yield "gated_residual 8", stream(8)
 
 
 def resources(kernel) -> dict[str, object]:
@@ -134,6 +139,18 @@ def kinds(text: str) -> list[str]:
     return sorted(set(re.findall(MATRIX, text)))
 
 
+def faults(row: dict[str, object]) -> list[str]:
+    """What must not be: no matrix instructions in a product of 16-bit numbers, spills, more shared memory than there is."""
+    found = []
+    if row["dtype"] != "fp32" and row["kernel"] in PRODUCTS and not row["matrix"]:
+        found.append("no matrix instructions")
+    if row["spilled"]:
+        found.append(f"{row['spilled']} bytes or registers spilled")
+    if row["shared"] > row["limit"]:
+        found.append("too much shared memory")
+    return found
+
+
 def reduced(kernel) -> list[str]:
     """Layouts of what is summed up, which decide the order of the sum."""
     text, found = kernel.asm["ttgir"], []
@@ -143,17 +160,17 @@ def reduced(kernel) -> list[str]:
     return found
 
 
-def compile_all(name: str, dtype: str, everything: bool) -> None:
-    target, machine = TARGETS[name]
-    triton.runtime.driver.set_active(TargetOnly(target))
+def compile_all(name: str, dtype: str, amount: str) -> None:
+    """Print a row for each kernel that is launched."""
+    machine = TARGETS[name][1]
+    triton.runtime.driver.set_active(TargetOnly(name))
     compiled: list[tuple[str, object]] = []
-    run = JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
-        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        compiled.append((self.__name__, RUN(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def each(key, candidates, run):
-        for candidate in candidates:
+        for candidate in candidates[:-1]:
             run(candidate)
         return candidates[-1]
 
@@ -163,14 +180,17 @@ def compile_all(name: str, dtype: str, everything: bool) -> None:
             if hasattr(module, function):
                 setattr(module, function, instead)
     launch.machine = lambda device: machine
-    for case, call in cases(DTYPES[dtype], everything):
+    for case, call in cases(DTYPES[dtype], amount):
         compiled.clear()
         call()
         for kernel_name, kernel in compiled:
             row = {"target": name, "dtype": dtype, "case": case, "kernel": kernel_name, "shared": kernel.metadata.shared}
             row |= {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "limit": machine.shared}
-            print(json.dumps(row | resources(kernel) | {"reduced": reduced(kernel)}), flush=True)
+            row |= resources(kernel) | {"reduced": reduced(kernel)}
+            print(json.dumps(row | {"faults": faults(row)}), flush=True)
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1], sys.argv[2], sys.argv[3:] == ["all"])
+    for target in sys.argv[2:] or TARGETS:
+        for dtype in DTYPES:
+            compile_all(target, dtype, "few" if sys.argv[1] == "shipped" and dtype != "bf16" else sys.argv[1])

@@ -5,8 +5,10 @@ be zero to the last bit. Both therefore add up the products in the same order: t
 (BLOCK_M, which decides between a device's kinds of matrix instructions) follow from the number of rows, the dtype and the
 machine, and only the rest is tuned.
 
-Of 16-bit tables there was left out what spills registers or gains no tile (compiled for sm_80 to gfx942): BLOCK_M = 128,
-4 warps at rank 256, 8 warps on 64 x 64 tiles of rank <= 64. Ranks between powers of two are padded; 96 costs what 128 does.
+Left out of the tables for 16-bit dtypes was what spills registers on some target from sm_80 to gfx942 when compiled with
+modulation and gate: BLOCK_M = 128, 4 warps with accumulators of 128 ranks or more in the single kernel, 8 warps or a third
+stage with BLOCK_R = 128. What does not fit a machine's shared memory is left out there. Ranks between powers of two are padded;
+96 costs what 128 does.
 """
 
 import torch
@@ -45,12 +47,12 @@ def project_configs(rows: int, rank: int, dtype: torch.dtype, machine: Machine) 
     elif block_m == 32:
         table = [(32, 4, 4), (64, 4, 4)]
     else:
-        table = [(128, 4, 3), (64, 4, 3), (128, 8, 3)]
+        table = [(128, 4, 2), (64, 4, 3)]
     widest = max(MIN_BLOCK, power_of_2(rank))
     fitting = [
         Config.of(warps, stages, BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=block_k)
         for block_r, warps, stages in table
-        if block_r <= widest and _fits(stages * (block_m + block_r) * block_k * dtype.itemsize, stages, machine)
+        if block_r <= widest and _staged((block_m + block_r) * block_k * dtype.itemsize, stages, machine) <= machine.shared
     ]
     return fitting or [Config.of(4, 2, BLOCK_M=block_m, BLOCK_R=MIN_BLOCK, BLOCK_K=block_k)]
 
@@ -73,20 +75,26 @@ def single_configs(rows: int, ranks: tuple[int, ...], dtype: torch.dtype, machin
     elif rank <= 64:
         table = [(64, 4, 3), (128, 8, 3)]
     elif rank == 128:
-        table = [(64, 4, 3), (64, 8, 3), (128, 8, 3)]
+        table = [(64, 8, 3), (128, 8, 3)]
     else:
         table = [(64, 8, 2)]
     spare = machine.processors // (-(-rows // block_m) * len(ranks))
     splits = [1] if spare < 2 else [2, 4, 1] if spare >= MAX_SPLIT else [2, 1]
+
+    def shared(block_n: int, stages: int) -> int:
+        first = _staged((block_m + rank) * block_k * dtype.itemsize, stages, machine)
+        # Results change their layout through shared memory, in float32, before they are stored.
+        return max(first, _staged(rank * block_n * dtype.itemsize, stages, machine) + block_m * block_n * 4)
+
     fitting = [
         Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=split)
         for block_n, warps, stages in table
         for split in splits
-        if _fits(stages * (block_m + rank) * block_k * dtype.itemsize, stages, machine)
+        if shared(block_n, stages) <= machine.shared
     ]
     return fitting or [Config.of(8, 1, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=block_k, SPLITS=splits[0])]
 
 
-def _fits(staged: int, stages: int, machine: Machine) -> bool:
-    """Whether pipelined tiles fit shared memory; AMD's pipeline keeps one stage in registers."""
-    return (staged // stages * (stages - 1) if machine.hip else staged) <= machine.shared
+def _staged(tiles: int, stages: int, machine: Machine) -> int:
+    """Bytes of shared memory of pipelined tiles; AMD's pipeline keeps one stage in registers."""
+    return tiles * (stages - 1 if machine.hip else stages)

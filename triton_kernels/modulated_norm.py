@@ -54,7 +54,7 @@ def modulated_norm_kernel(  # type: ignore[no-untyped-def]
 def norm_config(channels: int) -> Config:
     """By the width alone, not tuned: the order in which a row is added up depends on it (see `row_moments`)."""
     width = power_of_2(channels)
-    return Config.of(min(max(width // 512, 1), 16), BLOCK_M=max(1, 512 // width), BLOCK_C=width)
+    return Config.of(min(max(width // 512, 4), 16), BLOCK_M=max(1, 2048 // width), BLOCK_C=width)
 
 
 def _run(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, out: Tensor) -> Tensor:
