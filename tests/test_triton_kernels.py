@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import stepgraph.triton_kernels
 from stepgraph.ops import OPS, OpError
 from stepgraph.triton_kernels import DECLINES, declines
 
@@ -104,7 +103,9 @@ def test_declines_by_device(monkeypatch):
 
 
 @KERNELS
-@pytest.mark.parametrize(("capability", "hip", "reason"), [((7, 5), None, "7.5 is below 8.0"), ((8, 0), None, ""), ((9, 4), "6", "")])
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"), [((7, 5), None, "7.5 is below 8.0"), ((8, 0), None, ""), ((9, 4), "6", "")]
+)
 def test_declines_old_devices(monkeypatch, capability, hip, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -123,7 +124,6 @@ def test_registering_needs_no_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-import stepgraph.triton_kernels
 from stepgraph.ops import OPS
 x, row = torch.randn(2, 5, 8), torch.randn(2, 8)
 assert OPS["modulated_norm"].providers["triton"].declines(x, row, row) == "triton is not installed"

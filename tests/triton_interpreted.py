@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-import stepgraph.triton_kernels
 from stepgraph.ops import OPS
 from stepgraph.triton_kernels import lowrank_delta as delta_file
 from stepgraph.triton_kernels import lowrank_input as input_file

@@ -51,9 +51,7 @@ def channel_block(channels: int) -> int:
 def stream_configs(channels: int) -> list[Config]:
     """Tiles of 2048, 4096 and 1024 elements."""
     block = channel_block(channels)
-    return [
-        Config.of(warps, BLOCK_N=max(1, size // block), BLOCK_C=block) for size, warps in ((2048, 4), (4096, 8), (1024, 4))
-    ]
+    return [Config.of(warps, BLOCK_N=max(1, size // block), BLOCK_C=block) for size, warps in ((2048, 4), (4096, 8), (1024, 4))]
 
 
 def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:

@@ -143,9 +143,9 @@ def _run_single(
     def run(config: Config) -> None:
         grid = (triton.cdiv(total, config.block["BLOCK_M"]) * len(a) * config.block["SPLITS"],)
         launch(
-            x.device, delta_kernel, grid, config, x, row_strides(x), *before, _parts(b, ranks, 0), _parts(p, ranks, -1), b.shape[0],
-            tuple(a), tuple(y), tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns, total, tokens,
-            channels, MAPS=len(a), RANKS=padded, ONE_BATCH=one_batch, PRECISION=input_precision(x),
+            x.device, delta_kernel, grid, config, x, row_strides(x), *before, _parts(b, ranks, 0), _parts(p, ranks, -1),
+            b.shape[0], tuple(a), tuple(y), tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns,
+            total, tokens, channels, MAPS=len(a), RANKS=padded, ONE_BATCH=one_batch, PRECISION=input_precision(x),
         )  # fmt: skip
 
     key = ("delta", total, channels, ranks, columns, x.dtype, x.device, before[0] is not None, after[0] is not None)
@@ -159,10 +159,11 @@ def _run_expand(t: Tensor, y: list[Tensor], a: list[Tensor], after: list[Any], o
 
     def run(config: Config) -> None:
         blocks = triton.cdiv(max(columns), config.block["BLOCK_N"])
+        grid = (triton.cdiv(total, config.block["BLOCK_M"]) * blocks, len(a))
         launch(
-            t.device, expand_kernel, (triton.cdiv(total, config.block["BLOCK_M"]) * blocks, len(a)), config, _parts(t, ranks, -1),
-            t.shape[-1], tuple(a), tuple(y), tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns,
-            total, tokens, MAPS=len(a), PRECISION=input_precision(t),
+            t.device, expand_kernel, grid, config, _parts(t, ranks, -1), t.shape[-1], tuple(a), tuple(y),
+            tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns, total, tokens, MAPS=len(a),
+            PRECISION=input_precision(t),
         )  # fmt: skip
 
     key = ("expand", total, ranks, columns, t.dtype, t.device, after[0] is not None)

@@ -6,9 +6,9 @@ be zero to the last bit. Both therefore add up the products in the same order: t
 machine, and only the rest is tuned.
 
 Left out of the tables for 16-bit dtypes was what spills registers on some target from sm_80 to gfx942 when compiled with
-modulation and gate: BLOCK_M = 128, 4 warps with accumulators of 128 ranks or more in the single kernel, 8 warps or a third
-stage with BLOCK_R = 128. What does not fit a machine's shared memory is left out there. Ranks between powers of two are padded;
-96 costs what 128 does.
+modulation and gate: BLOCK_M = 128, accumulators of 128 ranks and 4 warps in the single kernel, BLOCK_R = 128 with 8 warps or
+a third stage, BLOCK_R = 64 with 32 rows. What does not fit a machine's shared memory is left out there. Ranks between powers
+of two are padded; 96 costs what 128 does.
 """
 
 import torch
@@ -45,7 +45,7 @@ def project_configs(rows: int, rank: int, dtype: torch.dtype, machine: Machine) 
     if dtype.itemsize == 4:
         table = [(32, 4, 2)]
     elif block_m == 32:
-        table = [(32, 4, 4), (64, 4, 4)]
+        table = [(32, 4, 4)]
     else:
         table = [(128, 4, 2), (64, 4, 3)]
     widest = max(MIN_BLOCK, power_of_2(rank))

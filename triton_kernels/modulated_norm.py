@@ -11,23 +11,23 @@ from stepgraph.triton_kernels.launch import Config, as_rows, launch, modulation_
 
 
 @triton.jit
-def modulate(x, mean, rstd, scale, shift):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def modulate(x, mean, rstd, scale, shift):
     """norm(x) * (1 + scale) + shift in float32, in this one order of operations for all kernels."""
     return tl.fma((x - mean) * rstd, 1.0 + scale, shift)
 
 
 @triton.jit
-def load_modulation(ptr, strides, batch, token, channel, mask):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def load_modulation(ptr, strides, batch, token, channel, mask):
     """A modulation for these batches, tokens and channels (which broadcast against each other) in float32."""
     at = batch * strides[0] + token * strides[1] + channel.to(tl.int64) * strides[2]
     return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def modulated_norm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_strides, scale_ptr, scale_strides, shift_ptr, shift_strides, out_ptr, total, tokens, channels, eps,  # noqa: ANN001
+def modulated_norm_kernel(
+    x_ptr, x_strides, scale_ptr, scale_strides, shift_ptr, shift_strides, out_ptr, total, tokens, channels, eps,
     MOMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip # noqa: ANN201
+):  # fmt: skip
     """One program per BLOCK_M of the `total` rows.
 
     MOMENTS stores only each row's mean and 1 / deviation ([rows, 2] float32). They are found by the same instructions in both
