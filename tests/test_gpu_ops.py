@@ -60,7 +60,7 @@ def case(shape, ranks, columns, dtype, modulated=False, gated=False):
     return (x + random(*shape, dtype=dtype, scale=0.3), y, p, a, b), x, named
 
 
-# Few rows (two kernels), many (one), split outputs, ragged sizes, three maps of different ranks, a rank that is too high for one.
+# Few rows (two kernels), many (one), split outputs, ragged sizes, maps of different ranks, a rank too high for one kernel.
 CASES = [
     ((2, 256, 1152), (128,), (1152,)),
     ((2, 4096, 1152), (128,), (1152,)),

@@ -124,6 +124,7 @@ def test_registering_needs_no_triton():
 import sys
 sys.modules["triton"] = None
 import torch
+import stepgraph.triton_kernels
 from stepgraph.ops import OPS
 x, row = torch.randn(2, 5, 8), torch.randn(2, 8)
 assert OPS["modulated_norm"].providers["triton"].declines(x, row, row) == "triton is not installed"
