@@ -1,5 +1,34 @@
-"""Triton providers of fused operations for GPUs: one file per operation (kernel, launcher, registration).
+"""Triton providers of the fused operations, for GPUs: one file per operation (kernel, launcher).
 
-No operation is fused yet: graphs run torch's own operators. A provider registers on `stepgraph.ops`, and imports nothing of
-the compiler or the runtime.
+Importing this package registers them on `stepgraph.ops` and does not import Triton: the file of an operation is imported when
+the operation first runs, and `declines.py` answers for which arguments a kernel is there without it.
 """
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from stepgraph.ops import OPS
+from stepgraph.triton_kernels import declines
+
+PROVIDER = "triton"
+DECLINES: dict[str, Callable[..., str]] = {
+    "lowrank_input": declines.lowrank_input,
+    "lowrank_delta": declines.lowrank_delta,
+    "modulated_norm": declines.modulated_norm,
+    "gated_residual": declines.gated_residual,
+    "linear_combination": declines.linear_combination,
+}
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    """The launcher of that name, out of the file of that name, imported at the first call."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f"stepgraph.triton_kernels.{name}"), name)(*args, **kwargs)
+
+    return run
+
+
+for _name, _declines in DECLINES.items():
+    OPS[_name].register(PROVIDER, _launcher(_name), _declines)

@@ -1,0 +1,145 @@
+"""The Triton providers: their kernels in the interpreter (a process of its own), and which arguments they take."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepgraph.ops import OPS, OpError
+from stepgraph.triton_kernels import DECLINES, declines
+
+HERE = Path(__file__).parent
+KERNELS = pytest.mark.skipif(not declines._installed(), reason="triton is not installed")
+# How many interpreted tests there are; fewer would mean that some were lost on the way.
+INTERPRETED = 171
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("STEPGRAPH_", "TRITON_", "PYTEST_"))}
+    return subprocess.run(
+        [sys.executable, *command], env=kept | environment, cwd=HERE.parent, capture_output=True, text=True, check=False
+    )
+
+
+@KERNELS
+@pytest.mark.slow
+def test_kernels_in_the_interpreter(tmp_path):
+    report = tmp_path / "interpreted.xml"
+    options = ("-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
+    result = run("-m", "pytest", "tests/triton_interpreted.py", *options, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} == {
+        "tests": INTERPRETED, "failures": 0, "errors": 0, "skipped": 0,
+    }  # fmt: skip
+
+
+def test_every_operation_has_kernels():
+    assert set(DECLINES) == set(OPS)
+    assert all("triton" in op.providers for op in OPS.values())
+
+
+x, row = torch.randn(2, 5, 8), torch.randn(2, 8)
+meta = {"device": "meta"}
+
+
+@KERNELS
+def test_a_forced_provider_that_cannot_raises(monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
+    with pytest.raises(OpError, match=r"triton declines .*on the CPU.*TRITON_INTERPRET=1"):
+        OPS["modulated_norm"](x, row, row)
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton,reference")
+    torch.testing.assert_close(OPS["modulated_norm"](x, row, row), OPS["modulated_norm"].reference(x, row, row))
+
+
+def test_without_settings_the_cpu_does_not_ask_triton():
+    assert OPS["modulated_norm"].choose(x, row, row).name != "triton"
+
+
+factors = ([torch.randn(6, 3)], torch.randn(3, 8))
+stored, p = [torch.randn(2, 5, 6)], torch.randn(2, 5, 3)
+DECLINED = [
+    ("modulated_norm", (x.double(), row.double(), row.double()), "no kernel for torch.float64"),
+    ("modulated_norm", (x, row.half(), row), "dtypes differ"),
+    ("modulated_norm", (x.transpose(1, 2), torch.randn(2, 5), torch.randn(2, 5)), "channels are not contiguous"),
+    ("modulated_norm", (x, torch.randn(3, 8), row), "does not broadcast"),
+    ("modulated_norm", (torch.randn(1, 1, 20000), torch.randn(1, 20000), torch.randn(1, 20000)), "20000 channels"),
+    ("modulated_norm", (torch.randn(2, 2, 2, 8), row, row), "at most three dimensions"),
+    ("lowrank_input", (x, torch.randn(3, 7)), "does not fit"),
+    ("lowrank_input", (x, torch.randn(8, 3).T), "b is not contiguous"),
+    ("lowrank_delta", (x, stored, p.half(), *factors), "p is torch.float16"),
+    ("lowrank_delta", (x, stored, p, [torch.randn(6, 2)], factors[1]), "do not add up"),
+    ("lowrank_delta", (x, [torch.randn(2, 5, 7)], p, *factors), "do not fit"),
+    ("lowrank_delta", (x, stored, p, *factors, row), "only one of"),
+    ("lowrank_delta", (x, stored * 9, p, *factors), "9 stored outputs"),
+    ("lowrank_delta", (x, stored, p, *factors, None, None, 1e-6, torch.randn(2, 6), x), "one map and a residual"),
+    ("gated_residual", (x, [row], [x[:1]]), "not of x's shape"),
+    ("gated_residual", (x, [], []), "0 gates"),
+    ("linear_combination", ([x] * 9, torch.randn(9)), "9 values"),
+    ("linear_combination", ([x, x], torch.randn(4)), "do not fit"),
+    ("linear_combination", ([x, x], torch.randn(2).double()), "not float32"),
+    ("linear_combination", ([x, x[:1]], torch.randn(2)), "shapes differ"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "reason"), DECLINED)
+def test_declines(monkeypatch, name, args, reason):
+    # As if on a device: only the arguments count.
+    monkeypatch.setattr(declines, "_device", lambda tensors: "")
+    assert reason in DECLINES[name](*args)
+
+
+@KERNELS
+def test_declines_by_device(monkeypatch):
+    ask = DECLINES["modulated_norm"]
+    assert "'meta'" in ask(x.to("meta"), row.to("meta"), row.to("meta"))
+    assert "different devices" in ask(x, row.to("meta"), row)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ask(x, row, row) == ""
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"), [((7, 5), None, "7.5 is below 8.0"), ((8, 0), None, ""), ((9, 4), "6", "")]
+)
+def test_declines_old_devices(monkeypatch, capability, hip, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(declines, "_capability", lambda device: capability)
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        fake, table = torch.empty(2, 5, 8, device="cuda:0"), torch.empty(2, 8, device="cuda:0")
+        found = DECLINES["modulated_norm"](fake, table, table)
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_registering_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import stepgraph.triton_kernels
+from stepgraph.ops import OPS
+x, row = torch.randn(2, 5, 8), torch.randn(2, 8)
+assert OPS["modulated_norm"].providers["triton"].declines(x, row, row) == "triton is not installed"
+assert not any(name.startswith("triton.") for name in sys.modules)
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_registering_imports_no_kernel():
+    code = """
+import sys
+import stepgraph.triton_kernels
+assert "stepgraph.triton_kernels.declines" in sys.modules
+assert not [name for name in sys.modules if name.startswith("stepgraph.triton_kernels.") and name.endswith(("launch", "delta"))]
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr

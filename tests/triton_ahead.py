@@ -1,0 +1,198 @@
+"""Compile what the Triton launchers launch, ahead of time and without a device: `python tests/triton_ahead.py shipped sm_90a`.
+
+The launchers run on tensors without storage, under a driver that knows nothing but its target; every config that they could
+choose is compiled, and one line of JSON a kernel says what came out. "shipped" compiles all configs in bfloat16 (on sm_86, the
+most used) and the most used ones in float16 and float32; "all" adds uncommon shapes and compiles everything in all three.
+A process of its own: the interpreter of other tests and the compiler exclude each other.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from stepgraph.triton_kernels import (
+    gated_residual,
+    launch,
+    linear_combination,
+    lowrank_delta,
+    lowrank_input,
+    modulated_norm,
+)
+from stepgraph.triton_kernels.launch import Machine
+
+KB = 1024
+# Target, and the shared memory that one program may use on it.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Machine(108, 163 * KB)),
+    "sm_86": (GPUTarget("cuda", 86, 32), Machine(84, 99 * KB)),
+    "sm_89": (GPUTarget("cuda", 89, 32), Machine(128, 99 * KB)),
+    "sm_90a": (GPUTarget("cuda", 90, 32), Machine(132, 227 * KB)),
+    "sm_100a": (GPUTarget("cuda", 100, 32), Machine(148, 227 * KB)),
+    "sm_120a": (GPUTarget("cuda", 120, 32), Machine(170, 99 * KB)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Machine(304, 64 * KB, hip=True)),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODULES = (lowrank_delta, lowrank_input, modulated_norm, gated_residual, linear_combination)
+RUN = JITFunction.run
+PRODUCTS = ("project_kernel", "delta_kernel", "expand_kernel")
+MATRIX = r"mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+|v_mfma_\w+|v_wmma_\w+"
+
+
+class TargetOnly(DriverBase):
+    """A driver that compiles for a target and runs nothing; each target is a device of its own."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def get_current_device(self):
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return TARGETS[self.name][0]
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+def cases(dtype: torch.dtype, amount: str):
+    """Name and call of each launch. "few": the most used; "shipped": every config; "all": uncommon shapes too."""
+
+    def new(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def delta(tokens, ranks, channels=1152, fused=True):
+        x, y, out = new(2, tokens, channels), [new(2, tokens, channels) for _ in ranks], sum(ranks)
+        more = {}
+        if fused:
+            more = {"scale": new(2, channels), "shift": new(2, channels)}
+            more |= {"gate": new(2, channels), "residual": new(2, tokens, channels)} if len(ranks) == 1 else {}
+        p = new(2, tokens, out, of=torch.float32)
+        return lambda: lowrank_delta.lowrank_delta(x, y, p, [new(channels, r) for r in ranks], new(out, channels), **more)
+
+    def stream(count):
+        x, values = new(2, 4096, 1152), [new(2, 4096, 1152) for _ in range(count)]
+        return lambda: gated_residual.gated_residual(x, [new(2, 1152) for _ in values], values)
+
+    yield "input", lambda: lowrank_input.lowrank_input(new(2, 16384, 1152), new(128, 1152))
+    yield "input of few rows", lambda: lowrank_input.lowrank_input(new(2, 128, 1152), new(128, 1152))
+    yield "delta r128", delta(16384, (128,))
+    yield "delta of few rows", delta(128, (128,))
+    yield "modulated_norm", lambda: modulated_norm.modulated_norm(new(2, 4096, 1152), new(2, 1152), new(2, 1152))
+    if amount == "few":
+        return
+    for rank in (32, 64, 256, 512):
+        yield f"delta r{rank}", delta(16384, (rank,))
+    yield "delta plain", delta(16384, (128,), fused=False)
+    yield "gated_residual", stream(1)
+    yield (
+        "linear_combination",
+        lambda: linear_combination.linear_combination([new(2, 4, 64, 64) for _ in range(3)], new(4, of=torch.float32)),
+    )
+    if amount == "shipped":
+        return
+    yield "delta qkv", delta(16384, (128, 128, 64))
+    yield "delta qkv of few rows", delta(128, (128, 128, 64))
+    yield "delta split", delta(2048, (128,))
+    yield "modulated_norm wide", lambda: modulated_norm.modulated_norm(new(1, 64, 12288), new(12288), new(12288))
+    yield "gated_residual 8", stream(8)
+
+
+def resources(kernel) -> dict[str, object]:
+    """Registers, spills and the kinds of matrix instructions of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
+        return {"registers": read["vgpr_count"], "spilled": read["vgpr_spill_count"], "matrix": kinds(text)}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled": stack + local, "matrix": kinds(kernel.asm["ptx"])}
+
+
+def kinds(text: str) -> list[str]:
+    return sorted(set(re.findall(MATRIX, text)))
+
+
+def faults(row: dict[str, object]) -> list[str]:
+    """What must not be: no matrix instructions in a product of 16-bit numbers, spills, more shared memory than there is."""
+    found = []
+    if row["dtype"] != "fp32" and row["kernel"] in PRODUCTS and not row["matrix"]:
+        found.append("no matrix instructions")
+    if row["spilled"]:
+        found.append(f"{row['spilled']} bytes or registers spilled")
+    if row["shared"] > row["limit"]:
+        found.append("too much shared memory")
+    return found
+
+
+def reduced(kernel) -> list[str]:
+    """Layouts of what is summed up, which decide the order of the sum."""
+    text = kernel.asm["ttgir"]
+    named = dict(re.findall(r"^(#\w+) = (#ttg\.[^\n]*)$", text, re.MULTILINE))
+    layouts = re.findall(r'"tt\.reduce"\([\s\S]*?\}\) : \(tensor<[^>]*?, (#\w+)>', text)
+    return [named.get(layout, layout) for layout in layouts]
+
+
+def compile_all(name: str, dtype: str, amount: str) -> None:
+    """Print a row for each kernel that is launched."""
+    machine = TARGETS[name][1]
+    triton.runtime.driver.set_active(TargetOnly(name))
+    compiled: list[tuple[str, object]] = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.__name__, RUN(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    def each(key, candidates, run):
+        for candidate in candidates[:-1]:
+            run(candidate)
+        return candidates[-1]
+
+    JITFunction.run = record
+    for module in MODULES:
+        for function, instead in (("machine", lambda device: machine), ("fastest", each)):
+            if hasattr(module, function):
+                setattr(module, function, instead)
+    launch.machine = lambda device: machine
+    for case, call in cases(DTYPES[dtype], amount):
+        compiled.clear()
+        call()
+        for kernel_name, kernel in compiled:
+            row = {"target": name, "dtype": dtype, "case": case, "kernel": kernel_name, "shared": kernel.metadata.shared}
+            row |= {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "limit": machine.shared}
+            row |= resources(kernel) | {"reduced": reduced(kernel)}
+            print(json.dumps(row | {"faults": faults(row)}), flush=True)
+
+
+if __name__ == "__main__":
+    for target in sys.argv[2:] or TARGETS:
+        for dtype in DTYPES:
+            # sm_86 has the instructions of sm_89, and float16 the code of bfloat16 with other products.
+            short = sys.argv[1] == "shipped" and (dtype != "bf16" or target == "sm_86")
+            compile_all(target, dtype, "few" if short else sys.argv[1])
