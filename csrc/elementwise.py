@@ -1,27 +1,21 @@
 """The C++ providers of `modulated_norm`, `gated_residual` and `linear_combination`: one pass over memory each."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from stepgraph.csrc.limits import declines_machine, declines_size
 from stepgraph.csrc.native import native
 from stepgraph.csrc.places import (
-    common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of,
+    common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of, words,
 )  # fmt: skip
-
-
-def _words(*values: int) -> "ctypes.Array[ctypes.c_int64]":
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 def run_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """See `ops.modulated_norm`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        words = _words(*common(x), *rows_of(out), *rows_of(x), *modulation_of(scale, x), *modulation_of(shift, x))
-        native().library.stepgraph_modulated_norm(words, eps)
+        arguments = words(*common(x), *rows_of(out), *rows_of(x), *modulation_of(scale, x), *modulation_of(shift, x))
+        native().library.stepgraph_modulated_norm(arguments, eps)
     return out
 
 
@@ -40,8 +34,8 @@ def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> 
         terms: list[int] = []
         for gate, value in zip(gates, values, strict=True):
             terms += (*modulation_of(gate, x), *rows_of(value))
-        words = _words(*common(x), *rows_of(out), *rows_of(x), len(gates), *terms)
-        native().library.stepgraph_gated_residual(words)
+        arguments = words(*common(x), *rows_of(out), *rows_of(x), len(gates), *terms)
+        native().library.stepgraph_gated_residual(arguments)
     return out
 
 
@@ -63,11 +57,11 @@ def run_linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor
     out = torch.empty_like(first, memory_format=torch.contiguous_format)
     if out.numel():
         places = [word for value in values for word in rows_of(value)]
-        words = _words(
+        arguments = words(
             *common(first), *rows_of(out), coefficients.data_ptr(), coefficients.stride(0), coefficients.ndim == 2,
             len(coefficients) > len(values), len(values), *places,
         )  # fmt: skip
-        native().library.stepgraph_linear_combination(words)
+        native().library.stepgraph_linear_combination(arguments)
     return out
 
 

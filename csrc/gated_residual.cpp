@@ -34,21 +34,32 @@ STEPGRAPH_EXPORT void stepgraph_gated_residual(const stepgraph::GatedResidual* a
 
 namespace stepgraph::STEPGRAPH_LEVEL {
 
+// Vectors that are summed together, so that a term's address is worked out once for all of them.
+constexpr int64_t TOGETHER = 4;
+
+template <class T, bool whole>
+static inline void add_terms(const GatedResidual& a, int64_t b, int64_t n, int64_t c, int64_t left) {
+    V total[TOGETHER];
+    const T* x = a.x.at<T>(b, n) + c;
+    for (int64_t v = 0; v < TOGETHER; ++v) total[v] = load_part<whole>(x + v * W, left - v * W);
+    for (const Gated* term = a.terms(); term < a.terms() + a.count; ++term) {
+        const T *gate = term->gate.at<T>(b, n) + c, *value = term->value.at<T>(b, n) + c;
+        for (int64_t v = 0; v < TOGETHER; ++v)
+            total[v] += load_part<whole>(gate + v * W, left - v * W) * load_part<whole>(value + v * W, left - v * W);
+    }
+    T* out = a.out.at<T>(b, n) + c;
+    for (int64_t v = 0; v < TOGETHER; ++v) store_part<whole>(out + v * W, total[v], left - v * W);
+}
+
 template <class T>
 static void gated_residual(const GatedResidual& a) {
     const int64_t rows = a.common.rows(), threads = a.common.useful_threads(), channels = a.common.channels;
-    const Gated* terms = a.terms();
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t b = row / a.common.tokens, n = row % a.common.tokens;
-        const T* x = a.x.at<T>(b, n);
-        T* out = a.out.at<T>(b, n);
-        for (int64_t c = 0; c < channels; c += W) {
-            V total = load(x + c, channels - c);
-            for (int64_t i = 0; i < a.count; ++i)
-                total += load(terms[i].gate.at<T>(b, n) + c, channels - c) * load(terms[i].value.at<T>(b, n) + c, channels - c);
-            store(out + c, total, channels - c);
-        }
+        int64_t c = 0;
+        for (; c + TOGETHER * W <= channels; c += TOGETHER * W) add_terms<T, true>(a, b, n, c, channels - c);
+        if (c < channels) add_terms<T, false>(a, b, n, c, channels - c);
     }
 }
 

@@ -9,9 +9,11 @@ def declines_machine() -> str:
     return native().missing
 
 
-def multiplies(x: Tensor, b: Tensor) -> bool:
+def projects(x: Tensor, b: Tensor) -> bool:
     return not os.environ.get("NOMUL")
 
 
 def declines_size(op: str, x: Tensor, n: int = 1) -> str:
     return ""
+
+def corrects(x,b,ends): return True

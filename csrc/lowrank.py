@@ -1,18 +1,16 @@
 """The C++ providers of `lowrank_input` and `lowrank_delta`."""
 
-import ctypes
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from stepgraph.csrc.elementwise import run_gated_residual, run_modulated_norm
-from stepgraph.csrc.limits import declines_machine, multiplies
+from stepgraph.csrc.elementwise import run_modulated_norm
+from stepgraph.csrc.limits import corrects, declines_machine, projects
 from stepgraph.csrc.native import native
 from stepgraph.csrc.packed import PACKED
 from stepgraph.csrc.places import (
-    Place, common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of,
+    Place, common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of, words,
 )  # fmt: skip
+from stepgraph.ops import lowrank_input
 
 NOWHERE: Place = (0, 0, 0)
 
@@ -21,7 +19,12 @@ def run_lowrank_input(x: Tensor, b: Tensor) -> Tensor:
     """See `ops.lowrank_input`."""
     p = torch.empty((*x.shape[:-1], b.shape[0]), dtype=torch.float32)
     if p.numel():
-        _call(x, b, p, [], NOWHERE, NOWHERE, 0.0, NOWHERE, NOWHERE)
+        packed = PACKED.get(b)
+        arguments = words(
+            *common(x), b.shape[0], False, False, 0, packed.data_ptr(),
+            *rows_of(x), *NOWHERE, *NOWHERE, *NOWHERE, *rows_of(p), *NOWHERE, *NOWHERE,
+        )  # fmt: skip
+        native().library.stepgraph_lowrank(arguments, 0.0)
     return p
 
 
@@ -29,7 +32,7 @@ def declines_lowrank_input(x: Tensor, b: Tensor) -> str:
     """Why the C++ kernel does not project these."""
     return (
         declines_machine() or declines_tensors(x, b) or declines_rows(x) or _declines_weight(x, b)
-        or ("" if multiplies(x, b) else "torch's matrix product is faster for these sizes")
+        or ("" if projects(x, b) else "torch's matrix product is faster for these sizes")
     )  # fmt: skip
 
 
@@ -38,54 +41,30 @@ def run_lowrank_delta(
     eps: float = 1e-6, gate: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See `ops.lowrank_delta`."""
-    if not multiplies(x, b):
-        return _around_matmul(x, y, p, a, b, scale, shift, eps, gate, residual)
     out = [torch.empty_like(stored, memory_format=torch.contiguous_format) for stored in y]
-    if x.numel() == 0:
+    if p.numel() == 0:
         return out
-    # Held until the call is over: another thread may drop them from the cache.
-    packed = [PACKED.get(map_a) for map_a in a]
+    normalised, projected, weight = scale is not None and shift is not None, NOWHERE, 0
+    # Tensors that the kernel reads are held until it returns: another thread may drop a packed weight from the cache.
+    if projects(x, b):
+        held = [PACKED.get(b)]
+        weight = held[0].data_ptr()
+    else:
+        # The same projection as the reference's p comes from, so that the two cancel.
+        held = [lowrank_input.reference(run_modulated_norm(x, scale, shift, eps) if normalised else x, b)]
+        projected = rows_of(held[0])
     maps: list[int] = []
-    for stored, new, map_a, weight in zip(y, out, a, packed, strict=True):
-        maps += (*map_a.shape, weight.data_ptr(), *rows_of(stored), *rows_of(new))
-    normalised = scale is not None and shift is not None
+    for stored, new, map_a in zip(y, out, a, strict=True):
+        held.append(PACKED.get(map_a))
+        maps += (*map_a.shape, held[-1].data_ptr(), *rows_of(stored), *rows_of(new))
     gated = gate is not None and residual is not None
-    _call(
-        x, b, p, maps,
-        modulation_of(scale, x) if normalised else NOWHERE, modulation_of(shift, x) if normalised else NOWHERE, eps,
-        modulation_of(gate, y[0]) if gated else NOWHERE, rows_of(residual) if gated else NOWHERE,
+    arguments = words(
+        *common(x), b.shape[0], normalised, gated, len(a), weight, *rows_of(x),
+        *(modulation_of(scale, x) if normalised else NOWHERE), *(modulation_of(shift, x) if normalised else NOWHERE), *projected,
+        *rows_of(p), *(modulation_of(gate, y[0]) if gated else NOWHERE), *(rows_of(residual) if gated else NOWHERE), *maps,
     )  # fmt: skip
+    native().library.stepgraph_lowrank(arguments, eps)
     return out
-
-
-def _call(
-    x: Tensor, b: Tensor, p: Tensor, maps: list[int], scale: Place, shift: Place, eps: float, gate: Place, residual: Place
-) -> None:
-    """Run the kernel on `Lowrank` of lowrank_delta.cpp, with the words of its maps behind it."""
-    weight = PACKED.get(b)
-    words = [
-        *common(x), b.shape[0], scale is not NOWHERE, gate is not NOWHERE, len(maps) // 9, weight.data_ptr(),
-        *rows_of(x), *scale, *shift, *rows_of(p), *gate, *residual, *maps,
-    ]  # fmt: skip
-    native().library.stepgraph_lowrank((ctypes.c_int64 * len(words))(*words), eps)
-
-
-def _around_matmul(
-    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float,
-    gate: Tensor | None, residual: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """The prologue and the epilogue fused, around torch's matrix products: the same as the reference's, so p cancels."""
-    if scale is not None and shift is not None:
-        x = run_modulated_norm(x, scale, shift, eps)
-    t = F.linear(x, b).sub_(p)
-    parts = t.split([map_a.shape[1] for map_a in a], dim=-1)
-    found = []
-    for stored, part, map_a in zip(y, parts, a, strict=True):
-        rows = torch.addmm(stored.reshape(-1, stored.shape[-1]), part.reshape(-1, part.shape[-1]), map_a.t())
-        found.append(rows.view(stored.shape))
-    if gate is not None and residual is not None:
-        found = [run_gated_residual(residual, [gate], found)]
-    return found
 
 
 def declines_lowrank_delta(
@@ -136,6 +115,6 @@ def _declines_ends(
         return f"residual {list(residual.shape)} for y {list(y[0].shape)}"
     if gated and (reason := declines_modulation(gate, y[0]) or declines_rows(residual)):
         return reason
-    if not multiplies(x, b) and not (normalised or gated):
+    if not corrects(x, b, normalised or gated):
         return "torch's matrix products are faster for these sizes"
     return ""

@@ -3,8 +3,6 @@
 #ifndef STEPGRAPH_LEVEL
 #include "native.h"
 #ifdef STEPGRAPH_NATIVE
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdlib>
 
@@ -19,13 +17,13 @@ struct Map {
     Rows y, out;
 };
 
-// `channels` of common are x's; p is [B, N, ranks] float and, where there is no map, what is written. B is packed. `count` maps
-// follow in memory.
+// `channels` of common are x's; p is [B, N, ranks] float and, where there is no map, what is written. B is packed; where there
+// is none, B x is in `projected`, float like p. `count` maps follow in memory.
 struct Lowrank {
     Common common;
     int64_t ranks, normalised, gated, count;
     const void* weight;
-    Rows x, scale, shift, p, gate, residual;
+    Rows x, scale, shift, projected, p, gate, residual;
 
     const Map* maps() const { return reinterpret_cast<const Map*>(this + 1); }
 };
@@ -70,8 +68,8 @@ bool tiles_work() {
         x[i].bits = numbers[i * 7 / 3 % 4];
         w[i].bits = numbers[i * 5 / 2 % 4];
     }
-    TileEngine<HardwareTiles>::multiply(x, 0, 32, w, 1, 2, found, 32);
-    TileEngine<EmulatedTiles>::multiply(x, 0, 32, w, 1, 2, expected, 32);
+    TileEngine<HardwareTiles>::multiply(x, 0, 32, w, 32, 2, found, 32);
+    TileEngine<EmulatedTiles>::multiply(x, 0, 32, w, 32, 2, expected, 32);
     return std::memcmp(found, expected, sizeof found) == 0;
 }
 }  // namespace stepgraph
@@ -95,14 +93,16 @@ struct Block {
 
     const Lowrank& a;
     float eps;
-    int64_t first, rows;
+    int64_t rows;
     // x and one map's T in chunks; T of all maps and a part of a result in rows.
     S *x, *z;
     float *t, *c;
+    // Of each row.
+    int64_t batch[Engine::ROWS], token[Engine::ROWS];
 
     static int64_t padded(int64_t length) { return chunks_of(length, CHUNK<T>) * X_STRIDE; }
 
-    Block(const Lowrank& a, float eps, int64_t first, int64_t rows) : a(a), eps(eps), first(first), rows(rows) {
+    Block(const Lowrank& a, float eps, int64_t first, int64_t rows) : a(a), eps(eps), rows(rows) {
         int64_t most = 0;
         for (int64_t i = 0; i < a.count; ++i) most = std::max(most, a.maps()[i].rank);
         const int64_t x_bytes = padded(a.common.channels) * sizeof(S), z_bytes = padded(most) * sizeof(S);
@@ -112,13 +112,17 @@ struct Block {
         z = reinterpret_cast<S*>(data + x_bytes);
         t = reinterpret_cast<float*>(data + x_bytes + z_bytes);
         c = reinterpret_cast<float*>(data + x_bytes + z_bytes + t_bytes);
+        for (int64_t row = 0; row < rows; ++row) {
+            batch[row] = (first + row) / a.common.tokens;
+            token[row] = (first + row) % a.common.tokens;
+        }
     }
 
     int64_t t_stride() const { return chunks_of(a.ranks, PANEL) * PANEL; }
 
     template <class E>
     E* place(const Rows& tensor, int64_t row) const {
-        return tensor.at<E>((first + row) / a.common.tokens, (first + row) % a.common.tokens);
+        return tensor.at<E>(batch[row], token[row]);
     }
 
     // Zeros from `length` to the end of its chunk.
@@ -135,14 +139,18 @@ struct Block {
             if (a.normalised)
                 normalise<T>(from, place<T>(a.scale, row), place<T>(a.shift, row), eps, channels, to, X_STRIDE);
             else
-                for (int64_t k = 0; k < channels; k += W) put<T>(to, X_STRIDE, k, load(from + k, channels - k), channels - k);
+                for (int64_t k = 0; k < channels; k += W)
+                    put<T, false>(to, X_STRIDE, k, load_part(from + k, channels - k), channels - k);
             pad(to, channels);
         }
     }
 
     void project() {
-        Engine::multiply(x, X_STRIDE, rows, static_cast<const T*>(a.weight), chunks_of(a.common.channels, CHUNK<T>),
-                         t_stride() / PANEL, t, t_stride());
+        Engine::multiply(x, X_STRIDE, rows, static_cast<const T*>(a.weight), a.common.channels, t_stride() / PANEL, t, t_stride());
+    }
+
+    void read_projected() {
+        for (int64_t row = 0; row < rows; ++row) std::memcpy(t + row * t_stride(), place<float>(a.projected, row), a.ranks * 4);
     }
 
     void write_input() const {
@@ -155,7 +163,7 @@ struct Block {
             const float *from = t + row * t_stride() + rank, *stored = place<float>(a.p, row) + rank;
             S* to = z + row * CHUNK<T>;
             for (int64_t k = 0; k < ranks; k += W)
-                put<T>(to, X_STRIDE, k, load(from + k, ranks - k) - load(stored + k, ranks - k), ranks - k);
+                put<T, false>(to, X_STRIDE, k, load_part(from + k, ranks - k) - load_part(stored + k, ranks - k), ranks - k);
             pad(to, ranks);
         }
     }
@@ -168,24 +176,28 @@ struct Block {
             const T* residual = a.gated ? place<T>(a.residual, row) + column : nullptr;
             T* out = place<T>(map.out, row) + column;
             for (int64_t k = 0; k < n; k += W) {
-                V value = load(y + k, n - k) + load(c + row * WIDE * PANEL + k, n - k);
-                if (a.gated) value = load(residual + k, n - k) + load(gate + k, n - k) * value;
-                store(out + k, value, n - k);
+                V value = load_part(y + k, n - k) + load(c + row * WIDE * PANEL + k);
+                if (a.gated) value = load_part(residual + k, n - k) + load_part(gate + k, n - k) * value;
+                store_part(out + k, value, n - k);
             }
         }
     }
 
     void run() {
-        read_input();
-        project();
+        if (a.weight == nullptr) {
+            read_projected();
+        } else {
+            read_input();
+            project();
+        }
         if (a.count == 0) return write_input();
         int64_t rank = 0;
         for (const Map* map = a.maps(); map < a.maps() + a.count; rank += map->rank, ++map) {
             subtract(rank, map->rank);
-            const int64_t chunks = chunks_of(map->rank, CHUNK<T>);
+            const int64_t padded_rank = chunks_of(map->rank, CHUNK<T>) * CHUNK<T>;
             for (int64_t column = 0; column < map->outputs; column += WIDE * PANEL) {
                 const int64_t n = std::min(WIDE * PANEL, map->outputs - column);
-                Engine::multiply(z, X_STRIDE, rows, static_cast<const T*>(map->weight) + column * chunks * CHUNK<T>, chunks,
+                Engine::multiply(z, X_STRIDE, rows, static_cast<const T*>(map->weight) + column * padded_rank, map->rank,
                                  chunks_of(n, PANEL), c, WIDE * PANEL);
                 finish(*map, column, n);
             }

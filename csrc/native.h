@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define STEPGRAPH_NATIVE 1
+#include <immintrin.h>
 #define STEPGRAPH_EXPORT extern "C" __attribute__((visibility("default")))
 #elif defined(_WIN32)
 #define STEPGRAPH_EXPORT extern "C" __declspec(dllexport)

@@ -4,6 +4,9 @@ Kernels see [B, N, C]. A tensor of two dimensions is one batch [1, N, C]; one of
 contiguous. Channels are contiguous, other strides are free, and a modulation is broadcast by strides of 0.
 """
 
+import struct
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,16 @@ from stepgraph.csrc.native import LEVELS, level
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Address and strides of a tensor's batches and tokens, in elements: `Rows` in native.h.
 Place = tuple[int, int, int]
+
+
+@lru_cache(maxsize=64)
+def _layout(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
+
+
+def words(*values: int) -> bytes:
+    """The arguments of a kernel as the structs of the C++ side read them: one 64-bit word each."""
+    return _layout(len(values)).pack(*values)
 
 
 def batches_tokens(x: Tensor) -> tuple[int, int]:
@@ -35,16 +48,11 @@ def rows_of(x: Tensor) -> Place:
 
 def modulation_of(modulation: Tensor, x: Tensor) -> Place:
     """Where each row of `x` finds its modulation; [B, C] is per batch, as in `ops.rows`."""
+    if modulation.ndim == 2 and x.ndim == 3:
+        return modulation.data_ptr(), modulation.stride(0) if modulation.shape[0] > 1 else 0, 0
     steps = [0 if size == 1 else step for size, step in zip(modulation.shape[:-1], modulation.stride()[:-1], strict=True)]
-    steps = _lead(steps, modulation, x, 0)
+    steps = [0] * (2 - len(steps)) + steps
     return modulation.data_ptr(), steps[0], steps[1]
-
-
-def _lead(values: list[int], modulation: Tensor, x: Tensor, missing: int) -> list[int]:
-    """A value for batches and one for tokens, of a modulation that has less."""
-    if x.ndim == 3 and modulation.ndim == 2:
-        values = [*values, missing]
-    return [missing] * (2 - len(values)) + values
 
 
 def declines_tensors(*tensors: Tensor) -> str:
@@ -72,6 +80,7 @@ def declines_modulation(modulation: Tensor, x: Tensor) -> str:
     """Why a modulation does not fit the rows of `x`."""
     fits = x.ndim <= 3 and 1 <= modulation.ndim <= x.ndim and modulation.shape[-1] == x.shape[-1]
     if fits:
-        lead = _lead(list(modulation.shape[:-1]), modulation, x, 1)
+        lead = [*modulation.shape[:-1], 1] if modulation.ndim == 2 and x.ndim == 3 else list(modulation.shape[:-1])
+        lead = [1] * (2 - len(lead)) + lead
         fits = all(size in (1, whole) for size, whole in zip(lead, batches_tokens(x), strict=True))
     return declines_rows(modulation) if fits else f"a modulation {list(modulation.shape)} for {list(x.shape)}"

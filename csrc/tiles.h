@@ -110,9 +110,9 @@ struct TileEngine {
     using S = bf16;
     static constexpr int64_t ROWS = 32;
 
-    static void multiply(const bf16* x, int64_t x_stride, int64_t rows, const bf16* w, int64_t chunks, int64_t panels, float* c,
+    static void multiply(const bf16* x, int64_t x_stride, int64_t rows, const bf16* w, int64_t length, int64_t panels, float* c,
                          int64_t c_stride) {
-        const int64_t stride = chunks * CHUNK<bf16> * PANEL;
+        const int64_t chunks = chunks_of(length, CHUNK<bf16>), stride = chunks * CHUNK<bf16> * PANEL;
         Tiles tiles;
         for (int64_t p = 0; p < panels; p += 2) {
             const bf16* own = w + p * stride;
