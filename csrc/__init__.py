@@ -5,10 +5,15 @@ whether it takes some arguments. A provider registers on `stepgraph.ops`, and im
 """
 
 from stepgraph.csrc.elementwise import (
-    declines_gated_residual, declines_linear_combination, declines_modulated_norm, run_gated_residual, run_linear_combination,
+    declines_gated_residual,
+    declines_linear_combination,
+    declines_modulated_norm,
+    run_gated_residual,
+    run_linear_combination,
     run_modulated_norm,
 )  # fmt: skip
 from stepgraph.csrc.lowrank import declines_lowrank_delta, declines_lowrank_input, run_lowrank_delta, run_lowrank_input
+from stepgraph.csrc.native import LEVELS, native
 from stepgraph.ops import gated_residual, linear_combination, lowrank_delta, lowrank_input, modulated_norm
 
 lowrank_input.register("cpu", run_lowrank_input, declines_lowrank_input)
@@ -16,3 +21,11 @@ lowrank_delta.register("cpu", run_lowrank_delta, declines_lowrank_delta)
 modulated_norm.register("cpu", run_modulated_norm, declines_modulated_norm)
 gated_residual.register("cpu", run_gated_residual, declines_gated_residual)
 linear_combination.register("cpu", run_linear_combination, declines_linear_combination)
+
+
+def describe() -> tuple[dict[str, str], list[str]]:
+    """What `stepgraph doctor` shows of the native library, and advice."""
+    found = native()
+    shown = f"{found.level}: the highest of {', '.join(LEVELS[1:-1])} that this CPU runs"
+    advice = [f"the C++ providers of fused operations are missing ({found.missing}): {found.advice}"] if found.advice else []
+    return {"native library": found.missing or shown}, advice

@@ -4,9 +4,15 @@ import torch
 from torch import Tensor
 
 from stepgraph.csrc.limits import declines_machine, declines_size
-from stepgraph.csrc.native import native
+from stepgraph.csrc.native import kernels
 from stepgraph.csrc.places import (
-    common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of, words,
+    common,
+    declines_modulation,
+    declines_rows,
+    declines_tensors,
+    modulation_of,
+    rows_of,
+    words,
 )  # fmt: skip
 
 
@@ -15,7 +21,7 @@ def run_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
         arguments = words(*common(x), *rows_of(out), *rows_of(x), *modulation_of(scale, x), *modulation_of(shift, x))
-        native().library.stepgraph_modulated_norm(arguments, eps)
+        kernels().stepgraph_modulated_norm(arguments, eps)
     return out
 
 
@@ -35,7 +41,7 @@ def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> 
         for gate, value in zip(gates, values, strict=True):
             terms += (*modulation_of(gate, x), *rows_of(value))
         arguments = words(*common(x), *rows_of(out), *rows_of(x), len(gates), *terms)
-        native().library.stepgraph_gated_residual(arguments)
+        kernels().stepgraph_gated_residual(arguments)
     return out
 
 
@@ -61,7 +67,7 @@ def run_linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor
             *common(first), *rows_of(out), coefficients.data_ptr(), coefficients.stride(0), coefficients.ndim == 2,
             len(coefficients) > len(values), len(values), *places,
         )  # fmt: skip
-        native().library.stepgraph_linear_combination(arguments)
+        kernels().stepgraph_linear_combination(arguments)
     return out
 
 

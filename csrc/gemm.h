@@ -97,13 +97,13 @@ static void multiply_rows(const typename Engine::S* x, int64_t x_stride, int64_t
         multiply_panels<Engine, T, 1>(x, x_stride, rows, w + p * w_stride, w_stride, length, c + p * PANEL, c_stride);
 }
 
-// Engines: how a block is laid out and multiplied. S is the element of its scratch, ROWS the most rows it has, and `multiply`
-// c [rows, 16 panels] = x [rows, K] w [K, 16 panels].
+// Engines: how a block is laid out and multiplied. S is the element of its scratch, ROWS the most rows it has, WIDE the columns
+// of a result that are finished together, and `multiply` is c [rows, 16 panels] = x [rows, K] w [K, 16 panels].
 
 template <class T>
 struct Fma {
     using S = float;
-    static constexpr int64_t ROWS = 48;
+    static constexpr int64_t ROWS = 48, WIDE = 512;
 
     template <int MR, int P>
     static void kernel(const S* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length, float* c, int64_t c_stride) {
@@ -118,7 +118,7 @@ struct Fma {
 #if STEPGRAPH_LANES == 16
 struct Dot {
     using S = bf16;
-    static constexpr int64_t ROWS = 48;
+    static constexpr int64_t ROWS = 48, WIDE = 512;
 
     template <int MR, int P>
     static void kernel(const S* x, int64_t x_stride, const S* w, int64_t w_stride, int64_t length, float* c, int64_t c_stride) {

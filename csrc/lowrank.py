@@ -4,15 +4,21 @@ import torch
 from torch import Tensor
 
 from stepgraph.csrc.elementwise import run_modulated_norm
-from stepgraph.csrc.limits import corrects, declines_machine, projects
-from stepgraph.csrc.native import native
+from stepgraph.csrc.limits import declines_correction, declines_machine, projects
+from stepgraph.csrc.native import kernels
 from stepgraph.csrc.packed import PACKED
 from stepgraph.csrc.places import (
-    Place, common, declines_modulation, declines_rows, declines_tensors, modulation_of, rows_of, words,
+    common,
+    declines_modulation,
+    declines_rows,
+    declines_tensors,
+    modulation_of,
+    rows_of,
+    words,
 )  # fmt: skip
-from stepgraph.ops import lowrank_input
+from stepgraph.ops import REFERENCE, lowrank_input
 
-NOWHERE: Place = (0, 0, 0)
+NOWHERE = (0, 0, 0)
 
 
 def run_lowrank_input(x: Tensor, b: Tensor) -> Tensor:
@@ -22,9 +28,9 @@ def run_lowrank_input(x: Tensor, b: Tensor) -> Tensor:
         packed = PACKED.get(b)
         arguments = words(
             *common(x), b.shape[0], False, False, 0, packed.data_ptr(),
-            *rows_of(x), *NOWHERE, *NOWHERE, *NOWHERE, *rows_of(p), *NOWHERE, *NOWHERE,
+            *rows_of(x), *(3 * NOWHERE), *rows_of(p), *(2 * NOWHERE),
         )  # fmt: skip
-        native().library.stepgraph_lowrank(arguments, 0.0)
+        kernels().stepgraph_lowrank(arguments, 0.0)
     return p
 
 
@@ -44,27 +50,39 @@ def run_lowrank_delta(
     out = [torch.empty_like(stored, memory_format=torch.contiguous_format) for stored in y]
     if p.numel() == 0:
         return out
-    normalised, projected, weight = scale is not None and shift is not None, NOWHERE, 0
-    # Tensors that the kernel reads are held until it returns: another thread may drop a packed weight from the cache.
+    prologue = epilogue = 2 * NOWHERE
+    if scale is not None and shift is not None:
+        prologue = (*modulation_of(scale, x), *modulation_of(shift, x))
+    if gate is not None and residual is not None:
+        epilogue = (*modulation_of(gate, y[0]), *rows_of(residual))
+    # What the kernel reads is held until it returns: another thread may drop a packed weight from the cache.
+    held = [PACKED.get(map_a) for map_a in a]
+    weight, projected = 0, NOWHERE
     if projects(x, b):
-        held = [PACKED.get(b)]
-        weight = held[0].data_ptr()
+        held.append(PACKED.get(b))
+        weight = held[-1].data_ptr()
     else:
-        # The same projection as the reference's p comes from, so that the two cancel.
-        held = [lowrank_input.reference(run_modulated_norm(x, scale, shift, eps) if normalised else x, b)]
-        projected = rows_of(held[0])
-    maps: list[int] = []
-    for stored, new, map_a in zip(y, out, a, strict=True):
-        held.append(PACKED.get(map_a))
-        maps += (*map_a.shape, held[-1].data_ptr(), *rows_of(stored), *rows_of(new))
-    gated = gate is not None and residual is not None
+        held.append(_projected(x, b, scale, shift, eps))
+        projected = rows_of(held[-1])
+    maps = [_map(*each) for each in zip(y, out, a, held, strict=False)]
     arguments = words(
-        *common(x), b.shape[0], normalised, gated, len(a), weight, *rows_of(x),
-        *(modulation_of(scale, x) if normalised else NOWHERE), *(modulation_of(shift, x) if normalised else NOWHERE), *projected,
-        *rows_of(p), *(modulation_of(gate, y[0]) if gated else NOWHERE), *(rows_of(residual) if gated else NOWHERE), *maps,
+        *common(x), b.shape[0], bool(prologue[0]), bool(epilogue[0]), len(a), weight,
+        *rows_of(x), *prologue, *projected, *rows_of(p), *epilogue, *(word for own in maps for word in own),
     )  # fmt: skip
-    native().library.stepgraph_lowrank(arguments, eps)
+    kernels().stepgraph_lowrank(arguments, eps)
     return out
+
+
+def _projected(x: Tensor, b: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+    """B x by torch, as `lowrank_input` computed p where the kernels left it to torch, so that the two cancel."""
+    if scale is not None and shift is not None:
+        x = run_modulated_norm(x, scale, shift, eps)
+    return lowrank_input.providers[REFERENCE].run(x, b)  # type: ignore[no-any-return]
+
+
+def _map(stored: Tensor, new: Tensor, a: Tensor, packed: Tensor) -> tuple[int, ...]:
+    """`Map` of lowrank_delta.cpp."""
+    return (*a.shape, packed.data_ptr(), *rows_of(stored), *rows_of(new))
 
 
 def declines_lowrank_delta(
@@ -106,15 +124,15 @@ def _declines_ends(
     residual: Tensor | None,
 ) -> str:
     """Of the prologue and the epilogue, and of the sizes, which depend on whether there are these."""
-    normalised, gated = scale is not None and shift is not None, gate is not None and residual is not None
-    if normalised and (reason := declines_modulation(scale, x) or declines_modulation(shift, x)):
-        return reason
-    if gated and len(y) != 1:
-        return f"a gate for {len(y)} maps"
-    if gated and residual.shape != y[0].shape:
-        return f"residual {list(residual.shape)} for y {list(y[0].shape)}"
-    if gated and (reason := declines_modulation(gate, y[0]) or declines_rows(residual)):
-        return reason
-    if not corrects(x, b, normalised or gated):
-        return "torch's matrix products are faster for these sizes"
-    return ""
+    normalised, gated = False, False
+    if scale is not None and shift is not None:
+        normalised = True
+        if reason := declines_modulation(scale, x) or declines_modulation(shift, x):
+            return reason
+    if gate is not None and residual is not None:
+        gated = True
+        if len(y) != 1 or residual.shape != y[0].shape:
+            return f"{len(y)} maps with a residual {list(residual.shape)}"
+        if reason := declines_modulation(gate, y[0]) or declines_rows(residual):
+            return reason
+    return declines_correction(x, b, normalised or gated)

@@ -82,9 +82,6 @@ bool tiles_work() {
 
 namespace stepgraph::STEPGRAPH_LEVEL {
 
-// Columns of a result that are finished together: 512 bytes of float, few enough to stay in the first cache.
-constexpr int64_t WIDE = 8;
-
 // One block of rows, from `first` on.
 template <class T, class Engine>
 struct Block {
@@ -106,7 +103,7 @@ struct Block {
         int64_t most = 0;
         for (int64_t i = 0; i < a.count; ++i) most = std::max(most, a.maps()[i].rank);
         const int64_t x_bytes = padded(a.common.channels) * sizeof(S), z_bytes = padded(most) * sizeof(S);
-        const int64_t t_bytes = Engine::ROWS * t_stride() * 4, c_bytes = Engine::ROWS * WIDE * PANEL * 4;
+        const int64_t t_bytes = Engine::ROWS * t_stride() * 4, c_bytes = Engine::ROWS * Engine::WIDE * 4;
         char* data = scratch.at_least(x_bytes + z_bytes + t_bytes + c_bytes);
         x = reinterpret_cast<S*>(data);
         z = reinterpret_cast<S*>(data + x_bytes);
@@ -131,6 +128,13 @@ struct Block {
             std::memset(row + length / CHUNK<T> * X_STRIDE + used, 0, (CHUNK<T> - used) * sizeof(S));
     }
 
+    void copy(const T* from, S* to) const {
+        const int64_t channels = a.common.channels;
+        int64_t k = 0;
+        for (; k + W <= channels; k += W) put<T, true>(to, X_STRIDE, k, load(from + k), W);
+        if (k < channels) put<T, false>(to, X_STRIDE, k, load_part(from + k, channels - k), channels - k);
+    }
+
     void read_input() {
         const int64_t channels = a.common.channels;
         for (int64_t row = 0; row < rows; ++row) {
@@ -139,8 +143,7 @@ struct Block {
             if (a.normalised)
                 normalise<T>(from, place<T>(a.scale, row), place<T>(a.shift, row), eps, channels, to, X_STRIDE);
             else
-                for (int64_t k = 0; k < channels; k += W)
-                    put<T, false>(to, X_STRIDE, k, load_part(from + k, channels - k), channels - k);
+                copy(from, to);
             pad(to, channels);
         }
     }
@@ -162,24 +165,31 @@ struct Block {
         for (int64_t row = 0; row < rows; ++row) {
             const float *from = t + row * t_stride() + rank, *stored = place<float>(a.p, row) + rank;
             S* to = z + row * CHUNK<T>;
-            for (int64_t k = 0; k < ranks; k += W)
-                put<T, false>(to, X_STRIDE, k, load_part(from + k, ranks - k) - load_part(stored + k, ranks - k), ranks - k);
+            int64_t k = 0;
+            for (; k + W <= ranks; k += W) put<T, true>(to, X_STRIDE, k, load(from + k) - load(stored + k), W);
+            if (const int64_t left = ranks - k; left > 0)
+                put<T, false>(to, X_STRIDE, k, load_part(from + k, left) - load_part(stored + k, left), left);
             pad(to, ranks);
         }
     }
 
-    // out = y + what is in c, gated and added where asked for, for n columns.
+    // W columns of a row from `column` on: y + what is in c, gated and added where asked for.
+    template <bool whole>
+    void finish_vector(const Map& map, int64_t row, const float* found, int64_t column, int64_t left) const {
+        V value = load_part<whole>(place<T>(map.y, row) + column, left) + load(found);
+        if (a.gated) {
+            const V gate = load_part<whole>(place<T>(a.gate, row) + column, left);
+            value = load_part<whole>(place<T>(a.residual, row) + column, left) + gate * value;
+        }
+        store_part<whole>(place<T>(map.out, row) + column, value, left);
+    }
+
     void finish(const Map& map, int64_t column, int64_t n) const {
         for (int64_t row = 0; row < rows; ++row) {
-            const T* y = place<T>(map.y, row) + column;
-            const T* gate = a.gated ? place<T>(a.gate, row) + column : nullptr;
-            const T* residual = a.gated ? place<T>(a.residual, row) + column : nullptr;
-            T* out = place<T>(map.out, row) + column;
-            for (int64_t k = 0; k < n; k += W) {
-                V value = load_part(y + k, n - k) + load(c + row * WIDE * PANEL + k);
-                if (a.gated) value = load_part(residual + k, n - k) + load_part(gate + k, n - k) * value;
-                store_part(out + k, value, n - k);
-            }
+            const float* found = c + row * Engine::WIDE;
+            int64_t k = 0;
+            for (; k + W <= n; k += W) finish_vector<true>(map, row, found + k, column + k, W);
+            if (k < n) finish_vector<false>(map, row, found + k, column + k, n - k);
         }
     }
 
@@ -195,10 +205,10 @@ struct Block {
         for (const Map* map = a.maps(); map < a.maps() + a.count; rank += map->rank, ++map) {
             subtract(rank, map->rank);
             const int64_t padded_rank = chunks_of(map->rank, CHUNK<T>) * CHUNK<T>;
-            for (int64_t column = 0; column < map->outputs; column += WIDE * PANEL) {
-                const int64_t n = std::min(WIDE * PANEL, map->outputs - column);
+            for (int64_t column = 0; column < map->outputs; column += Engine::WIDE) {
+                const int64_t n = std::min(Engine::WIDE, map->outputs - column);
                 Engine::multiply(z, X_STRIDE, rows, static_cast<const T*>(map->weight) + column * padded_rank, map->rank,
-                                 chunks_of(n, PANEL), c, WIDE * PANEL);
+                                 chunks_of(n, PANEL), c, Engine::WIDE);
                 finish(*map, column, n);
             }
         }

@@ -80,6 +80,13 @@ def native() -> Native:
     return load(FOLDER)
 
 
+def kernels() -> ctypes.CDLL:
+    """The library's functions, for providers, which decline where there are none."""
+    if (library := native().library) is None:
+        raise RuntimeError(native().missing)
+    return library
+
+
 _limits: list[str] = []
 
 

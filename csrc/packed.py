@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.csrc.native import native
+from stepgraph.csrc.native import kernels
 from stepgraph.csrc.places import DTYPES
 
 # Bytes of packed weights that are kept; beyond, those that were not used for longest are packed again when they are.
@@ -43,13 +43,17 @@ class PackedWeights:
         self._drop(key)
         packed = pack(weight)
         if id(storage) not in self._owners:
-            # The number of a dead object is given out again, so the entries under it go when it dies.
-            self._owners[id(storage)] = weakref.ref(storage, lambda _, number=id(storage): self._forget(number))
+            self._watch(storage)
         self._kept[key] = (weight._version, packed)
         self.bytes += packed.nbytes
         while self.bytes > self.limit and len(self._kept) > 1:
             self._drop(next(iter(self._kept)))
         return packed
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        """Let a storage's entries go when it dies: its number is given out again."""
+        number = id(storage)
+        self._owners[number] = weakref.ref(storage, lambda _: self._forget(number))
 
     def _drop(self, key: tuple[Any, ...]) -> None:
         kept = self._kept.pop(key, None)
@@ -63,8 +67,7 @@ class PackedWeights:
 
 def pack(weight: Tensor) -> Tensor:
     """A weight [columns, length] in panels; see pack.cpp."""
-    library = native().library
-    assert library is not None, "providers decline without the library"
+    library = kernels()
     dtype, (columns, length) = DTYPES[weight.dtype], weight.shape
     packed = torch.empty(library.stepgraph_packed_bytes(dtype, columns, length), dtype=torch.uint8)
     library.stepgraph_pack(dtype, weight.data_ptr(), columns, length, *weight.stride(), packed.data_ptr())

@@ -108,7 +108,7 @@ static void tile_kernel(Tiles& tiles, const bf16* x, int64_t x_stride, const bf1
 template <class Tiles>
 struct TileEngine {
     using S = bf16;
-    static constexpr int64_t ROWS = 32;
+    static constexpr int64_t ROWS = 32, WIDE = 128;
 
     static void multiply(const bf16* x, int64_t x_stride, int64_t rows, const bf16* w, int64_t length, int64_t panels, float* c,
                          int64_t c_stride) {
