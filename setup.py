@@ -16,7 +16,7 @@ FLAGS = [
     "-O3",
     "-std=c++17",
     "-fno-math-errno",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fvisibility=hidden",
     "-g0",
     "-Wno-psabi",

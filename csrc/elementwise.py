@@ -13,7 +13,7 @@ from stepgraph.csrc.places import (
     modulation_of,
     rows_of,
     words,
-)  # fmt: skip
+)
 
 
 def run_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:

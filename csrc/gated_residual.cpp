@@ -45,7 +45,8 @@ static inline void add_terms(const GatedResidual& a, int64_t b, int64_t n, int64
     for (const Gated* term = a.terms(); term < a.terms() + a.count; ++term) {
         const T *gate = term->gate.at<T>(b, n) + c, *value = term->value.at<T>(b, n) + c;
         for (int64_t v = 0; v < TOGETHER; ++v)
-            total[v] += load_part<whole>(gate + v * W, left - v * W) * load_part<whole>(value + v * W, left - v * W);
+            total[v] = multiply_add(load_part<whole>(gate + v * W, left - v * W), load_part<whole>(value + v * W, left - v * W),
+                                    total[v]);
     }
     T* out = a.out.at<T>(b, n) + c;
     for (int64_t v = 0; v < TOGETHER; ++v) store_part<whole>(out + v * W, total[v], left - v * W);

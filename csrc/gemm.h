@@ -33,11 +33,13 @@ __attribute__((noinline)) static void fma_kernel(const float* x, int64_t x_strid
 #pragma GCC unroll 16
             for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
-                for (int v = 0; v < P * VECTORS; ++v) total[i][v] += x[i * CHUNK<T> + k] * even[v];
+                for (int v = 0; v < P * VECTORS; ++v)
+                    total[i][v] = multiply_add(all(x[i * CHUNK<T> + k]), even[v], total[i][v]);
 #pragma GCC unroll 16
             for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
-                for (int v = 0; v < P * VECTORS; ++v) total[i][v] += x[i * CHUNK<T> + k + 1] * odd[v];
+                for (int v = 0; v < P * VECTORS; ++v)
+                    total[i][v] = multiply_add(all(x[i * CHUNK<T> + k + 1]), odd[v], total[i][v]);
         }
     for (int i = 0; i < MR; ++i)
         for (int v = 0; v < P * VECTORS; ++v) store(c + i * c_stride + v * W, total[i][v]);

@@ -49,7 +49,8 @@ static inline void add_values(const LinearCombination& a, int64_t b, int64_t n, 
     for (int64_t i = 0; i < a.count; ++i) {
         const T* value = a.values()[i].at<T>(b, n) + c;
         for (int64_t v = 0; v < TOGETHER; ++v)
-            total[v] += coefficient<whole>(a, i, c + v * W, left - v * W) * load_part<whole>(value + v * W, left - v * W);
+            total[v] = multiply_add(coefficient<whole>(a, i, c + v * W, left - v * W),
+                                    load_part<whole>(value + v * W, left - v * W), total[v]);
     }
     T* out = a.out.at<T>(b, n) + c;
     for (int64_t v = 0; v < TOGETHER; ++v) store_part<whole>(out + v * W, total[v], left - v * W);

@@ -15,7 +15,7 @@ from stepgraph.csrc.places import (
     modulation_of,
     rows_of,
     words,
-)  # fmt: skip
+)
 from stepgraph.ops import REFERENCE, lowrank_input
 
 NOWHERE = (0, 0, 0)

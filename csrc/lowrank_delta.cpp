@@ -179,7 +179,7 @@ struct Block {
         V value = load_part<whole>(place<T>(map.y, row) + column, left) + load(found);
         if (a.gated) {
             const V gate = load_part<whole>(place<T>(a.gate, row) + column, left);
-            value = load_part<whole>(place<T>(a.residual, row) + column, left) + gate * value;
+            value = multiply_add(gate, value, load_part<whole>(place<T>(a.residual, row) + column, left));
         }
         store_part<whole>(place<T>(map.out, row) + column, value, left);
     }

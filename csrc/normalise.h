@@ -21,11 +21,11 @@ static inline void normalise(const T* x, const T* scale, const T* shift, float e
     int64_t c = 0;
     for (; c + W <= channels; c += W) {
         const V normal = (load(x + c) - mean) * inverse;
-        put<T, true>(out, stride, c, normal * (load(scale + c) + 1) + load(shift + c), W);
+        put<T, true>(out, stride, c, multiply_add(normal, load(scale + c) + 1, load(shift + c)), W);
     }
     if (const int64_t left = channels - c; left > 0) {
         const V normal = (load_part(x + c, left) - mean) * inverse;
-        put<T, false>(out, stride, c, normal * (load_part(scale + c, left) + 1) + load_part(shift + c, left), left);
+        put<T, false>(out, stride, c, multiply_add(normal, load_part(scale + c, left) + 1, load_part(shift + c, left)), left);
     }
 }
 

@@ -6,7 +6,20 @@ typedef float V __attribute__((vector_size(STEPGRAPH_LANES * 4)));
 typedef uint32_t U __attribute__((vector_size(STEPGRAPH_LANES * 4)));
 typedef uint16_t H __attribute__((vector_size(STEPGRAPH_LANES * 2)));
 
-static inline V all(float value) { return V{} + value; }
+// Subtracting a zero is no operation, where adding one would turn -0 into 0.
+static inline V all(float value) { return value - V{}; }
+
+// a * b + c, in one rounding where the CPU can. The compiler must not contract on its own (-ffp-contract=off): it would do so in
+// one function and not in another, and what an operation gives would depend on what it is fused with.
+static inline V multiply_add(V a, V b, V c) {
+#if STEPGRAPH_LANES == 16
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif STEPGRAPH_LANES == 8
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 
 // bfloat16 to float and back: rounded to the nearest, ties to even; NaN stays NaN.
 #if STEPGRAPH_LANES == 16
