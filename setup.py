@@ -26,7 +26,7 @@ FLAGS = [
 
 
 def digest() -> str:
-    """Of the sources: `stepgraph.csrc.native` refuses a library that was built from others."""
+    """Of the sources: `stepgraph.csrc.library` refuses a library that was built from others."""
     files = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -87,7 +87,8 @@ class Op:
         """
         load_providers()
         wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
-        log, reasons = get_logger("ops"), []
+        log = get_logger("ops")
+        reasons: list[str] = []
         for name in wanted:
             provider = self.providers.get(name)
             reason = provider.declines(*args, **kwargs) if provider else f"{self.name} has no such provider"

@@ -12,8 +12,8 @@ from stepgraph.csrc.elementwise import (
     run_linear_combination,
     run_modulated_norm,
 )  # fmt: skip
+from stepgraph.csrc.library import LEVELS, native
 from stepgraph.csrc.lowrank import declines_lowrank_delta, declines_lowrank_input, run_lowrank_delta, run_lowrank_input
-from stepgraph.csrc.native import LEVELS, native
 from stepgraph.ops import gated_residual, linear_combination, lowrank_delta, lowrank_input, modulated_norm
 
 lowrank_input.register("cpu", run_lowrank_input, declines_lowrank_input)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from stepgraph.csrc.library import kernels
 from stepgraph.csrc.limits import declines_machine, declines_size
-from stepgraph.csrc.native import kernels
 from stepgraph.csrc.places import (
     common,
     declines_modulation,

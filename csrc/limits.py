@@ -8,7 +8,7 @@ the lower rate of the two; no CPU with tiles was at hand.
 
 from torch import Tensor, float32
 
-from stepgraph.csrc.native import level, native
+from stepgraph.csrc.library import level, native
 
 NEVER = 2**62
 # Elements of the result from which on an elementwise pass pays for its call (about 10 microseconds of Python), by the number of

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from stepgraph.csrc.elementwise import run_modulated_norm
+from stepgraph.csrc.library import kernels
 from stepgraph.csrc.limits import declines_correction, declines_machine, projects
-from stepgraph.csrc.native import kernels
 from stepgraph.csrc.packed import PACKED
 from stepgraph.csrc.places import (
     common,

@@ -19,7 +19,7 @@
 
 namespace stepgraph {
 
-// In the order of csrc/native.py's LEVELS. The last computes what AMX tiles would, in plain C++, for the tests.
+// In the order of csrc/library.py's LEVELS. The last computes what AMX tiles would, in plain C++, for the tests.
 enum Level : int64_t { NONE, BASELINE, AVX2, AVX512, AVX512_BF16, AMX, EMULATED_TILES };
 
 enum Dtype : int64_t { FLOAT32, BFLOAT16 };

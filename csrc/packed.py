@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.csrc.native import kernels
+from stepgraph.csrc.library import kernels
 from stepgraph.csrc.places import DTYPES
 
 # Bytes of packed weights that are kept; beyond, those that were not used for longest are packed again when they are.

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stepgraph.csrc.native import LEVELS, level
+from stepgraph.csrc.library import LEVELS, level
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Address and strides of a tensor's batches and tokens, in elements: `Rows` in native.h.

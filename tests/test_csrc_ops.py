@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stepgraph.csrc.lowrank as lowrank_module
-from stepgraph.csrc.native import LEVELS, at_level, native
+from stepgraph.csrc.library import LEVELS, at_level, native
 from stepgraph.csrc.packed import PACKED, PackedWeights, pack
 from stepgraph.ops import (
     OPS,
