@@ -13,6 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from stepgraph.env import VARIABLES
 from stepgraph.glyphs import ASSETS
+from stepgraph.ops import OPS, OpError, load_providers
 
 NEEDED = ("torch", "diffusers", "safetensors", "numpy", "typer", "rich", "matplotlib", "pillow")
 PACKAGES = ("stepgraph", *NEEDED, "triton", "transformers", "accelerate")
@@ -29,7 +30,7 @@ def examine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "devices": _devices(advice),
         "compilers": _compilers(advice),
-        "fused ops": {"providers": "none in this version; graphs run torch's own operators"},
+        "fused ops": _fused_ops(advice),
         "caches": _caches(),
         "environment": {name: os.environ.get(name, f"not set ({meaning})") for name, meaning in VARIABLES.items()},
         "assets": _assets(advice),
@@ -71,6 +72,42 @@ def _compilers(advice: list[str]) -> dict[str, str]:
         return {"c++": "not found"}
     shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
     return {"c++": shown[0] if shown else path}
+
+
+def _fused_ops(advice: list[str]) -> dict[str, str]:
+    """What provider packages say of themselves, and for each operation who would run it, by device and dtype."""
+    found: dict[str, str] = {}
+    for package in load_providers():
+        if hasattr(package, "describe"):
+            shown, missing = package.describe()
+            found |= shown
+            advice += missing
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for name in OPS:
+        kinds = [(device, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)]
+        found[name] = "; ".join(
+            f"{device} {str(dtype).split('.')[1]}: {_chosen(name, device, dtype)}" for device, dtype in kinds
+        )
+    return found
+
+
+def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
+    """The provider of an operation for one image of DiT-XL/2 at 512 x 512 and factors of rank 128; or why there is none."""
+    tokens = torch.empty(1, 1024, 1152, device=device, dtype=dtype)
+    modulation, factor = tokens[:, 0], torch.empty(128, 1152, device=device, dtype=dtype)
+    projected = torch.empty(1, 1024, 128, device=device)
+    ends = (modulation, modulation, 1e-6, modulation, tokens)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "lowrank_input": (tokens, factor),
+        "lowrank_delta": (tokens, [tokens], projected, [factor.t()], factor, *ends),
+        "modulated_norm": (tokens, modulation, modulation),
+        "gated_residual": (tokens, [modulation, modulation], [tokens, tokens]),
+        "linear_combination": ([tokens, tokens], torch.empty(2, device=device)),
+    }
+    try:
+        return OPS[name].choose(*arguments[name]).name
+    except OpError as error:
+        return str(error)
 
 
 def _caches() -> dict[str, str]:

@@ -9,6 +9,9 @@ has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts again
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from stepgraph.env import get_logger, read_env
 REFERENCE = "reference"
 # Who is asked on a device, in this order, where STEPGRAPH_PROVIDERS does not say.
 PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu": ("cpu", REFERENCE)}
+
+# Who registers providers when imported. A package may have `describe()`: what `doctor` shows of it, and advice.
+PACKAGES = ("stepgraph.triton_kernels", "stepgraph.csrc")
 
 
 class OpError(CompileError):
@@ -80,6 +86,7 @@ class Op:
         Raises:
             OpError: None does; the message gives each one's reason.
         """
+        load_providers()
         wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
         log, reasons = get_logger("ops"), list[str]()
         for name in wanted:
@@ -110,6 +117,12 @@ class Op:
 
 LIBRARY = torch.library.Library("stepgraph", "DEF")
 OPS: dict[str, Op] = {}
+
+
+@lru_cache(maxsize=1)
+def load_providers() -> tuple[ModuleType, ...]:
+    """Import the packages that register providers: when an operation is first asked for one, for they import this module."""
+    return tuple(import_module(package) for package in PACKAGES)
 
 
 def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

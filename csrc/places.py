@@ -1,0 +1,86 @@
+"""How tensors reach the kernels: an address and two strides each.
+
+Kernels see [B, N, C]. A tensor of two dimensions is one batch [1, N, C]; one of more than three is taken where it is
+contiguous. Channels are contiguous, other strides are free, and a modulation is broadcast by strides of 0.
+"""
+
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from stepgraph.csrc.library import LEVELS, level
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Address and strides of a tensor's batches and tokens, in elements: `Rows` in native.h.
+Place = tuple[int, int, int]
+
+
+@lru_cache(maxsize=64)
+def _layout(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
+
+
+def words(*values: int) -> bytes:
+    """The arguments of a kernel as the structs of the C++ side read them: one 64-bit word each."""
+    return _layout(len(values)).pack(*values)
+
+
+def batches_tokens(x: Tensor) -> tuple[int, int]:
+    """B and N of a tensor [..., C]."""
+    if x.ndim == 3:
+        return x.shape[0], x.shape[1]
+    return 1, x.numel() // x.shape[-1] if x.numel() else 0
+
+
+def common(x: Tensor) -> tuple[int, ...]:
+    """What the arguments of every kernel begin with: `Common` in native.h."""
+    return (LEVELS.index(level()), DTYPES[x.dtype], torch.get_num_threads(), *batches_tokens(x), x.shape[-1])
+
+
+def rows_of(x: Tensor) -> Place:
+    """Where the rows of a tensor are that `declines_rows` takes."""
+    if x.ndim == 3:
+        return x.data_ptr(), x.stride(0), x.stride(1)
+    return x.data_ptr(), 0, x.stride(0) if x.ndim == 2 else x.shape[-1]
+
+
+def modulation_of(modulation: Tensor, x: Tensor) -> Place:
+    """Where each row of `x` finds its modulation; [B, C] is per batch, as in `ops.rows`."""
+    if modulation.ndim == 2 and x.ndim == 3:
+        return modulation.data_ptr(), modulation.stride(0) if modulation.shape[0] > 1 else 0, 0
+    steps = [0 if size == 1 else step for size, step in zip(modulation.shape[:-1], modulation.stride()[:-1], strict=True)]
+    steps = [0] * (2 - len(steps)) + steps
+    return modulation.data_ptr(), steps[0], steps[1]
+
+
+def declines_tensors(*tensors: Tensor) -> str:
+    """Why tensors cannot be taken together: device or dtype."""
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds != {"cpu"}:
+        return f"tensors on {', '.join(sorted(kinds))}, not on cpu alone"
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"dtypes {', '.join(sorted(map(str, dtypes)))}; takes float32 or bfloat16 alone"
+    return ""
+
+
+def declines_rows(*tensors: Tensor) -> str:
+    """Why tensors [..., C] cannot be read by rows."""
+    for tensor in tensors:
+        if tensor.ndim < 1 or (tensor.ndim > 3 and not tensor.is_contiguous()):
+            return f"a tensor of {tensor.ndim} dimensions that is not contiguous"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            return f"channels {tensor.stride(-1)} elements apart"
+    return ""
+
+
+def declines_modulation(modulation: Tensor, x: Tensor) -> str:
+    """Why a modulation does not fit the rows of `x`."""
+    fits = x.ndim <= 3 and 1 <= modulation.ndim <= x.ndim and modulation.shape[-1] == x.shape[-1]
+    if fits:
+        lead = [*modulation.shape[:-1], 1] if modulation.ndim == 2 and x.ndim == 3 else list(modulation.shape[:-1])
+        lead = [1] * (2 - len(lead)) + lead
+        fits = all(size in (1, whole) for size, whole in zip(lead, batches_tokens(x), strict=True))
+    return declines_rows(modulation) if fits else f"a modulation {list(modulation.shape)} for {list(x.shape)}"
