@@ -76,7 +76,7 @@ class Op:
             raise OpError(f"{self.name} already has a provider {name!r}")
         operator = f"{self.name}_{name}"
         LIBRARY.define(operator + torch.library.infer_schema(self.reference, mutates_args=()))
-        LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
+        LIBRARY.impl(operator, _by_rows(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"stepgraph::{operator}", self.fake, lib=LIBRARY)
         self.providers[name] = Provider(name, getattr(torch.ops.stepgraph, operator).default, declines)
 
@@ -149,6 +149,23 @@ def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
 def rows(modulation: Tensor, x: Tensor) -> Tensor:
     """A modulation [B, C] as it broadcasts over the tokens of `x` [B, N, C]; others as they are."""
     return modulation.unsqueeze(1) if modulation.ndim == 2 and x.ndim == 3 else modulation
+
+
+def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A provider that gets every tensor with its channels side by side.
+
+    The strides at run time can be others than those the provider was chosen for: operations in between may be free to choose.
+    """
+
+    def by_rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if not value.ndim or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+        return [by_rows(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return run(*map(by_rows, args), **{name: by_rows(value) for name, value in kwargs.items()})
+
+    return called
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -247,7 +264,8 @@ def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tens
         values: [B, N, C] each.
     """
     for gate, value in zip(gates, values, strict=True):
-        x = x + rows(gate, x) * value
+        # In this order the result lies in memory as the value does, whatever x is a view of.
+        x = rows(gate, x) * value + x
     return x
 
 
