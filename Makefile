@@ -13,7 +13,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
 
 # The build backend comes first, so that it is pinned too: isolated builds would fetch one of their own.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; stepgraph needs 3.10 or newer: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'setuptools>=77'
@@ -28,13 +28,14 @@ demo: $(STAMP) ## Run the demonstration
 test: lint ## Lint, then run all tests that need no GPU
 	$(BIN)/python -m pytest
 
-# mypy cannot follow the editable install's mapped folders, so it checks the package as users get it: the wheel.
+# mypy cannot follow the editable install's mapped folders, so it checks the package as users get it: the wheel, which needs no
+# native library for that.
 lint: $(STAMP) ## Check format, lint rules, import direction and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py core/cli.py core/cli_common.py core/cli_correct.py core/cli_factors.py core/cli_plan.py core/cli_router.py core/cli_sweep.py core/demo.py
 	@rm -rf $(LINT) build/lib build/bdist.*
-	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
+	CC=/bin/false CXX=/bin/false $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
 	MYPYPATH=$(LINT)/site $(BIN)/mypy --strict -p stepgraph
 

@@ -87,6 +87,13 @@ def kernels() -> ctypes.CDLL:
     return library
 
 
+def levels() -> tuple[str, ...]:
+    """What `at_level` takes on this CPU."""
+    highest = LEVELS.index(native().level)
+    # All but the tiles themselves runs as it does beside real ones, with AVX-512.
+    return LEVELS[1 : highest + 1] + (LEVELS[-1:] if highest >= LEVELS.index("avx512") else ())
+
+
 _limits: list[str] = []
 
 
@@ -102,9 +109,8 @@ def at_level(name: str) -> Iterator[None]:
     Raises:
         ValueError: There is no such level, or this CPU is below it.
     """
-    below = LEVELS[1 : LEVELS.index(native().level) + 1]
-    if name not in (*below, LEVELS[-1]):
-        raise ValueError(f"level {name!r} cannot run here; levels: {', '.join((*below, LEVELS[-1]))}")
+    if name not in levels():
+        raise ValueError(f"level {name!r} cannot run here; levels: {', '.join(levels())}")
     _limits.append(name)
     try:
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stepgraph.csrc.lowrank as lowrank_module
-from stepgraph.csrc.library import LEVELS, at_level, native
+from stepgraph.csrc.library import at_level, levels, native
 from stepgraph.csrc.packed import PACKED, PackedWeights, pack
 from stepgraph.ops import (
     OPS,
@@ -25,7 +25,7 @@ from stepgraph.ops import (
 
 # Relative root mean square against float64.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
-BELOW = LEVELS[1 : LEVELS.index(native().level) + 1] if native().library else ()
+NEEDS_AVX2 = pytest.mark.skipif(native().level in ("none", "baseline"), reason="the providers need AVX2")
 
 load_providers()
 
@@ -37,7 +37,7 @@ def _library():
     assert not native().missing, f"{native().missing}; {native().advice}"
 
 
-@pytest.fixture(params=[*BELOW, "emulated_tiles"])
+@pytest.fixture(params=levels() or ["none"])
 def level(request):
     """Each level that runs here, and tiles computed in plain C++."""
     with at_level(request.param):
@@ -345,28 +345,29 @@ def test_a_correction_follows_its_weights(dtype):
 # -- the registry ----------------------------------------------------------------------------------------------------------
 
 
+@NEEDS_AVX2
 def test_provider_is_chosen_by_size_and_dtype(monkeypatch):
     monkeypatch.delenv("STEPGRAPH_PROVIDERS", raising=False)
     large, small = random(1, 512, 1152), random(1, 2, 8)
-    with at_level(native().level if native().level != "baseline" else "emulated_tiles"):
-        assert modulated_norm.choose(large, large[:, 0], large[:, 0]).name == "cpu"
-        assert gated_residual.choose(small, [small[:, 0]], [small]).name == "reference"
-        assert modulated_norm.choose(large.half(), large[:, 0].half(), large[:, 0].half()).name == "reference"
-        assert modulated_norm.choose(large.double(), large[:, 0].double(), large[:, 0].double()).name == "reference"
-        assert linear_combination.choose([large, large.bfloat16()], random(2)).name == "reference"
+    assert modulated_norm.choose(large, large[:, 0], large[:, 0]).name == "cpu"
+    assert gated_residual.choose(small, [small[:, 0]], [small]).name == "reference"
+    assert modulated_norm.choose(large.half(), large[:, 0].half(), large[:, 0].half()).name == "reference"
+    assert modulated_norm.choose(large.double(), large[:, 0].double(), large[:, 0].double()).name == "reference"
+    assert linear_combination.choose([large, large.bfloat16()], random(2)).name == "reference"
 
 
+@NEEDS_AVX2
 def test_the_choice_can_be_forced(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
     x = random(1, 512, 1152)
-    if native().level != "baseline":
-        assert modulated_norm.choose(x, x[:, 0], x[:, 0]).name == "cpu"
+    assert modulated_norm.choose(x, x[:, 0], x[:, 0]).name == "cpu"
     with pytest.raises(OpError, match=r"cpu declines \(dtypes torch.float16; takes float32 or bfloat16 alone\)"):
         modulated_norm(x.half(), x[:, 0].half(), x[:, 0].half())
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "reference")
     assert modulated_norm.choose(x, x[:, 0], x[:, 0]).name == "reference"
 
 
+@NEEDS_AVX2
 @pytest.mark.parametrize(
     ("op", "args", "reason"),
     [
@@ -399,8 +400,7 @@ def test_the_choice_can_be_forced(monkeypatch):
     ],
 )
 def test_reasons_to_decline(op, args, reason):
-    with at_level("emulated_tiles"):
-        assert re.search(reason, OPS[op].providers["cpu"].declines(*args))
+    assert re.search(reason, OPS[op].providers["cpu"].declines(*args))
 
 
 def test_nothing_is_taken_without_avx2():
