@@ -165,6 +165,17 @@ def test_skipped_steps_among_corrected_ones_run_like_the_oracle(dit):
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model, scheduler = tiny_dit().to(dtype), unclipped("dpm++")
+    plan = skipping(model, scheduler, "CCFCFC")
+    made = sg.fit_whole_step(plan, model, scheduler, samples=2, seed=SEED)
+    wide = sg.fit_whole_step(skipping(tiny_dit(), scheduler, "CCFCFC"), tiny_dit(), scheduler, samples=2, seed=SEED)
+    record, other = (p.header.arguments["corrections"][-1]["residuals"] for p in (made, wide))
+    for step, residual in record.items():
+        assert residual == pytest.approx(other[step], abs=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
 # -- fits of single sites ----------------------------------------------------------------------------------------------------
 
 
