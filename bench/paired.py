@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepgraph.bench.glyph_data import render
 from stepgraph.compiler.describe import example_inputs
@@ -44,7 +45,7 @@ class Host:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.model = load_model("glyph-dit", self.device)
+        self.model = self.loaded()
         self.scheduler = load_scheduler("glyph-dit", self.scheduler_name)
         self.classifier = load_classifier()
         self.labels = torch.arange(self.per_seed, device=self.device) % len(CLASSES)
@@ -54,6 +55,10 @@ class Host:
         ]
         self.reference = self.images(self.model)
         self.features = self._features(self.reference)
+
+    def loaded(self) -> nn.Module:
+        """The model that is sampled."""
+        return load_model("glyph-dit", self.device)
 
     @property
     def count(self) -> int:

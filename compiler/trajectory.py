@@ -84,12 +84,15 @@ class Trajectory:
         Raises:
             PlanError: The scheduler's step is no straight line in the output (it clips or thresholds), or ignores it.
         """
+        # In at least float32: in a lower precision the ends' difference would be mostly rounding.
+        kind = torch.promote_types(state.dtype, torch.float32)
+        state = state.to(kind)
         ends = [self._stepped(copy.deepcopy(self._scheduler), torch.full_like(state, value)) for value in (0.0, 1.0)]
         slope = (ends[1] - ends[0]).double().mean()
         name = type(self._scheduler).__name__
         if float(slope.abs()) < 1e-6 * float(ends[0].abs().mean()):
             raise PlanError(f"{name}: step {self._number} does not depend on the model's output; use target='own'")
-        output = ((state - ends[0]).double() / slope).to(state.dtype)
+        output = ((state - ends[0]).double() / slope).to(kind)
         there = self._stepped(copy.deepcopy(self._scheduler), output)
         if not float((there - state).norm()) <= 1e-3 * float(state.norm()):
             raise PlanError(
@@ -99,5 +102,6 @@ class Trajectory:
         return output
 
     def _stepped(self, scheduler: Any, output: torch.Tensor) -> torch.Tensor:
-        moved: torch.Tensor = scheduler.step(output, self._time, self.latents, **self._arguments, return_dict=False)[0]
+        latents = self.latents.to(output.dtype)
+        moved: torch.Tensor = scheduler.step(output, self._time, latents, **self._arguments, return_dict=False)[0]
         return moved

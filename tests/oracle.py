@@ -218,7 +218,8 @@ def run_loop(
     """A plain sampling loop around anything that is called like the model; (final latents, every output of the model)."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
-    latents = noise * scheduler.init_noise_sigma
+    # Flow-matching schedulers know neither of the two.
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     channels, outputs = noise.shape[1], []
 
     def call(batch, t, labels):
@@ -226,7 +227,7 @@ def run_loop(
         return outputs[-1]
 
     for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(latents, t)
+        scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
         if guidance_scale <= 1:
             noise_prediction = call(scaled, t, cond)
         else:
