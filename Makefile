@@ -26,7 +26,7 @@ demo: $(STAMP) ## Run the demonstration
 	$(BIN)/stepgraph demo
 
 test: lint ## Lint, then run all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # mypy cannot follow the editable install's mapped folders, so it checks the package as users get it: the wheel, which needs no
 # native library for that.

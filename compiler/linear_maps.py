@@ -35,19 +35,19 @@ def _groups(
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
-        source = marked.trace.calls[site.path, site.call].inputs[0]
+        given = marked.trace.calls[site.path, site.call].inputs[0]
         shape = tuple(matrix.shape[i] for i, matrix in enumerate(factors.maps[site.path]))
-        if shape != (marker.meta["val"].shape[-1], source.meta["val"].shape[-1]):
+        if shape != (marker.meta["val"].shape[-1], given.meta["val"].shape[-1]):
             raise PlanError(
                 f"the factors of {site.path} are for a map {list(shape)}; the site's is "
-                f"[{marker.meta['val'].shape[-1]}, {source.meta['val'].shape[-1]}]"
+                f"[{marker.meta['val'].shape[-1]}, {given.meta['val'].shape[-1]}]"
             )
-        groups[source.name] = [(marker, site.path)]
+        groups[given.name] = [(marker, site.path)]
     else:
         for node in maps:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            groups.setdefault(source.name, []).append((node, str(node.target)))
+            read = node.args[0]
+            assert isinstance(read, fx.Node)
+            groups.setdefault(read.name, []).append((node, str(node.target)))
     if not groups:
         raise PlanError(
             f"site {site.name} ({site.kind}) has no linear map inside, so that LOWRANK has nothing to correct; use REUSE or "
