@@ -14,10 +14,10 @@ from stepgraph.runtime.sampler import prepare_scheduler, split_conditioning, ste
 
 
 class Trajectory:
-    """The same loop as `stepgraph.sample`, held at one step.
+    """The same loop as `stepgraph.sample`, held at one step, with latents of at least float32 whatever the model's dtype.
 
     Attributes:
-        latents: The sampler's state [B, C, ...].
+        latents: The sampler's state [B, C, ...]. In a lower precision what an output has to make up for would be rounding.
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class Trajectory:
         self._name = list(inspect.signature(type(model).forward).parameters)[1]
         self._unit = family_of(model).timestep
         self._number = 0
-        self.latents: torch.Tensor = noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
+        self._dtype = noise.dtype
+        wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        self.latents: torch.Tensor = wide * getattr(self._scheduler, "init_noise_sigma", 1.0)
 
     @property
     def _time(self) -> torch.Tensor:
@@ -57,7 +59,7 @@ class Trajectory:
 
     def _call(self, batch: torch.Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         timestep = self._time.to(batch.device).reshape(1).expand(batch.shape[0]) * self._unit
-        return {self._name: batch, "timestep": timestep, **conditioning}
+        return {self._name: batch.to(self._dtype), "timestep": timestep, **conditioning}
 
     def noisy(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The latents among a branch's inputs."""
@@ -71,6 +73,7 @@ class Trajectory:
         else:
             wanted, base = outputs if self._separate else outputs[0].chunk(2)
             output = base + self._scale * (wanted - base)
+        output = output.to(self.latents.dtype)
         return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * self.latents.shape[1] else output
 
     def advance(self, outputs: Sequence[torch.Tensor]) -> None:
@@ -84,15 +87,12 @@ class Trajectory:
         Raises:
             PlanError: The scheduler's step is no straight line in the output (it clips or thresholds), or ignores it.
         """
-        # In at least float32: in a lower precision the ends' difference would be mostly rounding.
-        kind = torch.promote_types(state.dtype, torch.float32)
-        state = state.to(kind)
         ends = [self._stepped(copy.deepcopy(self._scheduler), torch.full_like(state, value)) for value in (0.0, 1.0)]
         slope = (ends[1] - ends[0]).double().mean()
         name = type(self._scheduler).__name__
         if float(slope.abs()) < 1e-6 * float(ends[0].abs().mean()):
             raise PlanError(f"{name}: step {self._number} does not depend on the model's output; use target='own'")
-        output = ((state - ends[0]).double() / slope).to(kind)
+        output = ((state - ends[0]).double() / slope).to(state.dtype)
         there = self._stepped(copy.deepcopy(self._scheduler), output)
         if not float((there - state).norm()) <= 1e-3 * float(state.norm()):
             raise PlanError(
@@ -102,6 +102,5 @@ class Trajectory:
         return output
 
     def _stepped(self, scheduler: Any, output: torch.Tensor) -> torch.Tensor:
-        latents = self.latents.to(output.dtype)
-        moved: torch.Tensor = scheduler.step(output, self._time, latents, **self._arguments, return_dict=False)[0]
+        moved: torch.Tensor = scheduler.step(output, self._time, self.latents, **self._arguments, return_dict=False)[0]
         return moved
