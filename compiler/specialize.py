@@ -219,14 +219,14 @@ def _check(gm: fx.GraphModule, context: PassContext, example: dict[str, Any], re
     """
     gm.recompile()
     present = {node.target: node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"}
-    given = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    given = {key: value for key, value in example.items() if isinstance(value, torch.Tensor)}
     for read in context.reads:
         for number, tensor in enumerate(_stored(context, read.site, read.part, example, reference)):
             given[slot_name(context.sites[read.site], read.part, read.age, number)] = tensor.clone()
-    for name, value in present.items():
-        if str(name).startswith("coefficients_"):
-            given[name] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-            given[name][0] = 1
+    for key, value in present.items():
+        if str(key).startswith("coefficients_"):
+            given[key] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            given[key][0] = 1
     with torch.no_grad():
         outputs = gm(**{k: v for k, v in given.items() if k in present})
     wanted = list(reference.results)
