@@ -1,6 +1,6 @@
 """What users of a plan should know before they run it."""
 
-from stepgraph.plan import COMPUTE, DEAD, REUSE, CachePlan
+from stepgraph.plan import COMPUTE, DEAD, LOWRANK, REUSE, CachePlan
 
 # Scheduler class -> the predictions under which its step is a straight line in the model's output, so that two steps with one
 # output are one longer step. DDIM: x / sqrt(alpha) over sqrt(1 - alpha) / sqrt(alpha) for epsilon, x / sqrt(1 - alpha) over the
@@ -15,7 +15,18 @@ STRAIGHT = {
 
 def plan_warnings(plan: CachePlan) -> tuple[str, ...]:
     """One sentence or two for everything about a plan that its numbers do not show."""
-    return tuple(filter(None, [_shorter_schedule(plan)]))
+    return tuple(filter(None, [_shorter_schedule(plan), _unfinished(plan)]))
+
+
+def _unfinished(plan: CachePlan) -> str:
+    """What the costs leave out while the plan has no factors."""
+    unbound = {i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK and not plan.sites[i].output}
+    if unbound <= set(plan.increments):
+        return ""
+    return (
+        "LOWRANK counts as a reuse of one value here: its real costs depend on the factors, which the plan is not bound to. "
+        "`stepgraph compile` with --factors shows them."
+    )
 
 
 def _shorter_schedule(plan: CachePlan) -> str:

@@ -10,6 +10,7 @@ from conftest import inputs, labels, noise
 from test_plan import HEADER, SITES
 
 import stepgraph as sg
+from stepgraph.corrections import Increment
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
 
@@ -155,3 +156,12 @@ def test_a_plan_that_does_not_record_its_prediction_is_told_what_to_look_for():
 )
 def test_what_is_recorded_of_the_prediction(scheduler, prediction):
     assert scheduler_facts(prepare_scheduler(scheduler, 4))["prediction"] == prediction
+
+
+def test_costs_without_factors_say_what_they_leave_out(dit):
+    plan = sg.make_plan("manual", model=dit, scheduler=ddim("epsilon"), steps=2, actions={"ff": "CL"})
+    (warning,) = plan.summary().warnings
+    assert "LOWRANK counts as a reuse of one value here" in warning
+    assert warning in str(plan.summary())
+    bound = replace(plan, increments={plan.index(f"transformer_blocks.{b}.ff"): Increment({}, 1, 1, 1) for b in (0, 1)})
+    assert bound.summary().warnings == ()
