@@ -192,33 +192,31 @@ def _routed(shop: Workshop, plan: CachePlan, rank: int) -> Made:
     return lowrank(plan), shop.factors("cov", rank)
 
 
-def measure(host: Host, progress: Progress, parts: list[str], folder: Path) -> list[dict[str, Any]]:
-    """All rows."""
+def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dict[str, Any]]:
+    """All rows of a part."""
     shop, rows = Workshop(host), []
     for count in fewer_steps(host.steps):
         compared = host.compare(host.images(host.model, count))
         rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
-    makers = {
+    makers: dict[str, Callable[[], Iterator[Row]]] = {
         "increments": lambda: increments(shop, (2, 3), RANKS),
-        "icc": lambda: increments(shop, (2,), (16, 32, 64)),
         "forecasts": lambda: forecasts(shop),
         "further": lambda: further(shop, folder, progress),
     }
-    for part in parts:
-        bar = progress.add_task(part, total=None)
-        for name, setting, make in makers[part]():
-            progress.update(bar, description=f"{name} {setting}", advance=1)
-            plan, factors = make()
-            executable = host.compiled(plan, factors)
-            facts = {"name": name, "setting": setting, "target": None, "fewer_macs": executable.macs().ideal_speedup}
-            slots = executable.memory().peak_slot_bytes / executable.default.batch
-            rows.append({**facts, "slot_bytes": slots, **host.compare(host.images(executable))})
+    bar = progress.add_task(part, total=None)
+    for name, setting, make in makers[part]():
+        progress.update(bar, description=f"{name} {setting}", advance=1)
+        plan, factors = make()
+        executable = host.compiled(plan, factors)
+        facts = {"name": name, "setting": setting, "target": None, "fewer_macs": executable.macs().ideal_speedup}
+        slots = executable.memory().peak_slot_bytes / executable.default.batch
+        rows.append({**facts, "slot_bytes": slots, **host.compare(host.images(executable))})
     against_fewer_steps(rows)
     return rows
 
 
 def main() -> None:
-    """Measure and write `corrections-<scheduler>-<steps>.json` and `.png`."""
+    """Measure and write `corrections-<part>-<scheduler>-<steps>.json` and `.png` for every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--steps", type=int, default=20)
@@ -229,17 +227,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
     host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
-    with Progress() as progress, TemporaryDirectory() as folder:
-        rows = measure(host, progress, arguments.parts, Path(folder))
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
-        "seeds": list(host.seeds), "guidance_scale": host.guidance, "calibration_samples": SAMPLES, "rows": rows,
-    }  # fmt: skip
     columns = ("setting", "fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "versus_fewer_steps")
-    show(f"glyph-dit, {results['scheduler']} {host.steps}, N = {host.count}", rows, columns)
-    path = arguments.out / f"corrections-{arguments.scheduler}-{arguments.steps}.json"
-    write_record(path, arguments.device, results)
-    plot_corrections(results, front(rows), path.with_suffix(".png"))
+    for part in arguments.parts:
+        with Progress() as progress, TemporaryDirectory() as folder:
+            rows = measure(host, progress, part, Path(folder))
+        results = {
+            "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
+            "seeds": list(host.seeds), "guidance_scale": host.guidance, "calibration_samples": SAMPLES, "part": part,
+            "rows": rows,
+        }  # fmt: skip
+        show(f"glyph-dit, {results['scheduler']} {host.steps}, N = {host.count}", rows, columns)
+        path = arguments.out / f"corrections-{part}-{arguments.scheduler}-{arguments.steps}.json"
+        write_record(path, arguments.device, results)
+        plot_corrections(results, front(rows), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

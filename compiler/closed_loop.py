@@ -16,7 +16,7 @@ from torch import nn
 from stepgraph.compiler.calibrate import check_guidance, check_samples, conditioning_of
 from stepgraph.compiler.correct import with_cells
 from stepgraph.compiler.describe import marked_graph
-from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.factors import AFFINE, Factors
 from stepgraph.compiler.least_squares import least_squares
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.specialize import numbered_forecasts
@@ -267,4 +267,4 @@ def with_affine(factors: Factors | None, affine: Mapping[str, torch.Tensor], pla
     if factors is not None:
         return replace(factors, affine={**factors.affine, **affine})
     header = plan.header
-    return Factors(header.model, header.fingerprint, header.dtype, "affine", {}, {}, dict(affine))
+    return Factors(header.model, header.fingerprint, header.dtype, AFFINE, {}, {}, dict(affine))

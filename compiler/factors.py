@@ -18,6 +18,8 @@ from stepgraph.plan import DTYPES, PlanError
 FORMAT = "stepgraph-factors"
 VERSION = 1
 METHODS = ("svd", "ca", "cd", "cov", "whole")
+# Factors without a map, of coefficients per channel alone.
+AFFINE = "affine"
 REMEDY = "make factors with `stepgraph factors make`"
 
 
@@ -29,7 +31,7 @@ class Factors:
         model: Class name of the model.
         fingerprint: Of the model (`stepgraph.fingerprint`).
         dtype: Of the model's weights; the factors themselves are float32.
-        method: One of `METHODS`.
+        method: One of `METHODS`, or `AFFINE`.
         arguments: What made them, as JSON keeps it.
         maps: Module path of an nn.Linear -> (A, B). With the method "whole" the path of a site's module: one map from the
             change of its input to that of its output.
@@ -51,8 +53,8 @@ class Factors:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise PlanError(f"unknown method {self.method!r} of factors; known: {', '.join(METHODS)}")
+        if self.method not in (*METHODS, AFFINE):
+            raise PlanError(f"unknown method {self.method!r} of factors; known: {', '.join((*METHODS, AFFINE))}")
         if self.dtype not in DTYPES:
             raise PlanError(f"factors of a model of dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         for path, (a, b) in self.maps.items():
