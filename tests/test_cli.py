@@ -256,7 +256,8 @@ def test_demo_writes_its_table_and_pictures(tmp_path: Path):
     facts = json.loads(invoke("demo", "--steps", 4, "--images", 4, "--rounds", 1, "--out", tmp_path, "--json"))
     rows = {row["name"]: row for row in facts["rows"]}
     assert list(rows) == ["eager diffusers", "full", "FORA N=2", "whole-step N=2"]
-    assert rows["full"]["relative_l2"] == 0
+    # Fused operations round in their own way.
+    assert rows["full"]["relative_l2"] <= 1e-5
     assert 0 < rows["FORA N=2"]["relative_l2"] < 1
     assert rows["eager diffusers"]["gmacs"] == pytest.approx(rows["full"]["gmacs"])
     assert rows["FORA N=2"]["gmacs"] < 0.6 * rows["full"]["gmacs"]

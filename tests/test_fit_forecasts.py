@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import inputs, labels, noise, tiny_dit, tiny_scheduler
-from forecast_oracle import ForecastOracle
-from oracle import run_loop
+from oracle import Oracle, run_loop
 from test_calibrate import watched_values
 from test_cli import error_of, invoke
 
@@ -161,7 +160,7 @@ def test_skipped_steps_among_corrected_ones_run_like_the_oracle(dit):
     assert made.rows[3][:2] == "FR"
     exe = sg.compile(dit, made, inputs(2), backend="eager", exact=True)
     got = sg.sample(exe, scheduler, noise(2), **labels(1, 2))
-    wanted, _ = run_loop(ForecastOracle.of(dit, made), scheduler, noise(2), 6, 1.0, labels(1, 2))
+    wanted, _ = run_loop(Oracle.of(dit, made), scheduler, noise(2), 6, 1.0, labels(1, 2))
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
@@ -209,7 +208,7 @@ def test_the_next_fit_is_on_the_runs_own_states(watched):
     scheduler = tiny_scheduler("ddim")
     plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=4, actions={"ff": "CCRR", "attn": "CCRR"})
     made = sg.fit_forecast(plan, model, scheduler, target="own", **OPTIONS)
-    oracle = ForecastOracle.of(model, made)
+    oracle = Oracle.of(model, made)
     states = []
 
     def predict(**given):
@@ -228,7 +227,7 @@ def test_the_next_fit_is_on_the_runs_own_states(watched):
     for hook in hooks:
         hook.remove()
     for path in paths:
-        past = [value for value, _ in oracle.history[0][path]]
+        past = oracle.history[0][path][::-1]
         wanted = solved(past[:2], seen[path])
         np.testing.assert_allclose(made.forecasts[3, made.index(path)].coefficients[0], wanted, rtol=1e-3, atol=1e-4)
 
@@ -247,7 +246,7 @@ def test_residual_affine(watched):
     assert made.forecasts[3, made.index("stack_residual")].per_channel
     exe = sg.compile(model, made, inputs(2), backend="eager", exact=True, factors=factors)
     got = sg.sample(exe, scheduler, noise(2), **labels(1, 2))
-    oracle = ForecastOracle.of(model, made, factors.affine)
+    oracle = Oracle.of(model, made, tables=factors.affine)
     wanted, _ = run_loop(oracle, scheduler, noise(2), 4, 1.0, labels(1, 2))
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 

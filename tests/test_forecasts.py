@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import inputs, labels, noise, tiny_scheduler
-from forecast_oracle import ForecastOracle, TaylorSeer
-from oracle import run_loop
+from oracle import Oracle, run_loop
+from taylorseer import TaylorSeer
 
 import stepgraph as sg
 from stepgraph.compiler.forecasts import RULES, adams_bashforth, polynomial, taylor
@@ -204,7 +204,7 @@ def test_modules_run_as_taylorseer_does(dit, scheduler, order):
     given = labels(1, 2)
     got = sg.sample(exe, chosen, noise(2), **given)
 
-    class Seer(ForecastOracle):
+    class Seer(Oracle):
         def value(self, site, compute):
             time = plan.header.timesteps[self.calls]
             letter = self.letter(site)
@@ -227,7 +227,7 @@ def test_every_kind_of_stream_is_forecast(dit, ddim, kind, guidance):
     made = sg.forecast(plan_of(dit, {kind: "CCRCRR"}, guidance=guidance), "polynomial", 1)
     exe = sg.compile(dit, made, inputs(2 if guidance == "separate" else 4), backend="eager", exact=True)
     got = sg.sample(exe, ddim, noise(2), 3.0, **labels(1, 2), **NULL)
-    oracle = ForecastOracle.of(dit, made)
+    oracle = Oracle.of(dit, made)
     uncond = {"class_labels": NULL["negative_class_labels"]}
     wanted, _ = run_loop(oracle, ddim, noise(2), 6, 3.0, labels(1, 2), uncond, guidance == "separate")
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
