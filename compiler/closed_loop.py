@@ -171,7 +171,7 @@ class ClosedLoop:
         plan = with_cells(self.plan, dict.fromkeys(self.cells, FORECAST), forecasts, {})
         if affine:
             plan, factors = plan.with_header(factors=""), with_affine(factors, affine, self.plan)
-        return compile_plan(model, plan, inputs, CompileConfig("eager"), factors).session()
+        return compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors).session()
 
     def step(self, own: Trajectory, full: Trajectory) -> None:
         """One step of both runs; what is open is fitted first."""
