@@ -58,7 +58,7 @@ def test_every_point_is_what_its_plan_gives(dit, swept):
         # Both halves of the guidance belong to an image.
         assert point.macs == exe.macs().computed / SAMPLES
     assert result.macs_full == exe.macs().total / SAMPLES
-    assert result.points[0].error < 1e-6 < result.points[1].error
+    assert result.points[0].error < 1e-5 < result.points[1].error
 
 
 def test_the_baseline_is_the_sampler_in_fewer_steps(dit, swept):
