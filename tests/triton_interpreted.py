@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from stepgraph.ops import OPS
+from stepgraph.triton_kernels import declines
 from stepgraph.triton_kernels import lowrank_delta as delta_file
 from stepgraph.triton_kernels import lowrank_input as input_file
 from stepgraph.triton_kernels.launch import Machine
@@ -42,6 +43,8 @@ def _bfloat16_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest))
         assert product() == 4.0
+        assert "computes wrongly" in declines.modulated_norm(*(torch.ones(1, 1, 8, dtype=torch.bfloat16) for _ in range(3)))
+        patch.setattr(declines, "INTERPRETED", declines.DTYPES)
         yield
 
 

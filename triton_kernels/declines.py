@@ -14,6 +14,8 @@ from torch import Tensor
 from stepgraph.triton_kernels.settings import MAX_CHANNELS, MAX_VALUES, interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter multiplies bfloat16's bit patterns as integers, and says nothing.
+INTERPRETED = (torch.float32, torch.float16)
 # Older ones have no matrix instructions for bfloat16, and Triton's code for them spills kilobytes.
 LEAST_CAPABILITY = (8, 0)
 
@@ -55,7 +57,10 @@ def _dtypes(tensors: Sequence[Tensor]) -> str:
     if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
     other = next((tensor.dtype for tensor in tensors if tensor.dtype != dtype), None)
-    return f"the dtypes differ: {dtype} and {other}" if other else ""
+    if other:
+        return f"the dtypes differ: {dtype} and {other}"
+    wrong = tensors[0].device.type == "cpu" and dtype not in INTERPRETED
+    return f"triton's interpreter computes wrongly with {dtype}" if wrong else ""
 
 
 def _rows(name: str, tensor: Tensor) -> str:

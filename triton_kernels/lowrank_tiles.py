@@ -8,7 +8,8 @@ machine, and only the rest is tuned.
 Left out of the tables for 16-bit dtypes was what spills registers on some target from sm_80 to gfx942 when compiled with
 modulation and gate: BLOCK_M = 128, accumulators of 128 ranks and 4 warps in the single kernel, BLOCK_R = 128 with 8 warps or
 a third stage, BLOCK_R = 64 with 32 rows. What does not fit a machine's shared memory is left out there. Ranks between powers
-of two are padded; 96 costs what 128 does.
+of two are padded; 96 costs what 128 does. Widths or ranks that are no multiple of 16 are loaded element by element, which is
+right, but slower, and may spill.
 """
 
 import torch
