@@ -14,7 +14,8 @@ from stepgraph.compiler.describe import example_inputs, make_header, marked_grap
 from stepgraph.compiler.increments import Watcher, find_targets, sampled_rows
 from stepgraph.compiler.records import read_record, write_record
 from stepgraph.fingerprint import model_dtype
-from stepgraph.plan import PlanError, PlanHeader, parse_record
+from stepgraph.plan import PlanError, PlanHeader
+from stepgraph.plan_json import parse_record
 from stepgraph.runtime.sampler import refuse_stochastic, sample
 
 FORMAT = "stepgraph-covariances"

@@ -14,7 +14,8 @@ from torch import nn
 
 from stepgraph.compiler.describe import make_header, marked_graph
 from stepgraph.compiler.importers import IMPORTERS
-from stepgraph.plan import FORMAT, CachePlan, PlanError, without_duplicates
+from stepgraph.plan import FORMAT, CachePlan, PlanError
+from stepgraph.plan_json import without_duplicates
 from stepgraph.runtime.sampler import refuse_stochastic
 
 

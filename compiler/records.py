@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stepgraph.files import save_tensors
-from stepgraph.plan import PlanError, PlanHeader, Site, parse_record
+from stepgraph.plan import PlanError, PlanHeader, Site
+from stepgraph.plan_json import parse_record
 
 
 def write_record(

@@ -7,7 +7,7 @@ one. Actions are written as one letter each; a row of the plan is the string of 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stepgraph.corrections import Forecast, Increment
 from stepgraph.corrections import PlanError as PlanError
 from stepgraph.files import whole_file
+from stepgraph.plan_json import corrections_in, parse_record, without_duplicates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -435,7 +436,7 @@ class CachePlan:
         distinct = [parse_record(Forecast, record, f"forecast {number}") for number, record in enumerate(listed)]
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
         header = parse_record(PlanHeader, known, "header")
-        forecasts, increments = _corrections(records, distinct)
+        forecasts, increments = corrections_in(records, distinct)
         columns: list[Any] = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
         sites = [parse_record(Site, record, f"site {number}") for number, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
@@ -450,30 +451,6 @@ class CachePlan:
         return replace(self, header=replace(self.header, **changes))
 
 
-def _corrections(
-    records: Sequence[Any], distinct: Sequence[Forecast]
-) -> tuple[dict[tuple[int, int], Forecast], dict[int, Increment]]:
-    """Take what the sites' parsed JSON says about corrections out of it."""
-    forecasts: dict[tuple[int, int], Forecast] = {}
-    increments: dict[int, Increment] = {}
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            continue
-        used = record.pop("forecasts", {})
-        if not isinstance(used, dict):
-            raise PlanError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
-        for step, number in used.items():
-            if not step.isascii() or not step.isdigit() or type(number) is not int or not 0 <= number < len(distinct):
-                raise PlanError(
-                    f"site {i}: forecasts has {step!r}: {number!r}; expected a step and the number of one of the "
-                    f"{len(distinct)} forecasts"
-                )
-            forecasts[int(step), i] = distinct[number]
-        if "increment" in record:
-            increments[i] = parse_record(Increment, record.pop("increment"), f"site {i}: increment")
-    return forecasts, increments
-
-
 def canonical(sites: Sequence[Site], row: str) -> str:
     """The row with every site inside a reused site DEAD, and all outputs of a call computed where one of them is."""
     letters = list(row)
@@ -484,46 +461,3 @@ def canonical(sites: Sequence[Site], row: str) -> str:
     for i in containers(sites, "".join(letters)):
         letters[i] = DEAD
     return "".join(letters)
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless it says two things under one name."""
-    names = [name for name, _ in pairs]
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if twice:
-        raise PlanError(f"the key {twice[0]!r} appears more than once in one object")
-    return dict(pairs)
-
-
-# What the parsed JSON of a field must be (and each member of it); every field that is not listed is a string.
-WHOLE = (int, object)
-FIELD_TYPES: dict[str, tuple[Any, Any]] = {
-    "steps": WHOLE, "macs": WHOLE, "call": WHOLE, "output": WHOLE, "bytes": WHOLE,
-    "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
-    "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
-    "terms": (list, str), "coefficients": (list, list), "ranks": (dict, int), "saved": WHOLE, "projection": WHOLE,
-}  # fmt: skip
-
-
-def _is(value: Any, expected: Any) -> bool:
-    """isinstance, where true and false are no numbers."""
-    return expected is object or (isinstance(value, expected) and not isinstance(value, bool))
-
-
-def parse_record(kind: Any, values: Any, what: str) -> Any:
-    """A dataclass from parsed JSON; unknown, missing and wrongly typed fields are refused by name."""
-    if not isinstance(values, dict):
-        raise PlanError(f"{what} is {type(values).__name__}; expected an object")
-    expected = [f.name for f in fields(kind)]
-    unknown = sorted(set(values) - set(expected))
-    if unknown:
-        raise PlanError(f"{what} has the unknown key {unknown[0]!r}; the keys are {', '.join(expected)}")
-    for name, value in values.items():
-        outer, inner = FIELD_TYPES.get(name, (str, object))
-        members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if isinstance(value, bool) or not isinstance(value, outer) or not all(_is(m, inner) for m in members):
-            raise PlanError(f"{what}: {name} is {value!r}, which is not of the type this field has")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise PlanError(f"{what} is incomplete: {error}") from error
