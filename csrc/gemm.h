@@ -1,8 +1,9 @@
 // Matrix products of a block of rows with a packed weight, for vectors of one level.
 //
 // The block lies in chunks [K / CHUNK, rows, CHUNK], the weight in panels [columns / 16, K, 16] (bfloat16 in pairs:
-// [columns / 16, K / 2, 16, 2]), both padded with zeros to whole chunks of K, of which only tiles read all. Every element of a product is summed in one
-// register in the order of K, whatever the block's shape is: so that equal rows give equal bits in every call.
+// [columns / 16, K / 2, 16, 2]), both padded with zeros to whole chunks of K, of which only tiles read all. Every element of a
+// product is summed in one register in the order of K, whatever the block's shape is: so that equal rows give equal bits in
+// every call.
 namespace stepgraph::STEPGRAPH_LEVEL {
 
 constexpr int64_t VECTORS = PANEL / W;
@@ -45,12 +46,11 @@ __attribute__((noinline)) static void fma_kernel(const float* x, int64_t x_strid
         for (int v = 0; v < P * VECTORS; ++v) store(c + i * c_stride + v * W, total[i][v]);
 }
 
-#if STEPGRAPH_LANES == 16
+#if STEPGRAPH_DOT
 // The same for bfloat16 on both sides, by the CPU's dot products of pairs.
 template <int MR, int P>
-__attribute__((noinline, target("avx512bf16"))) static void dot_kernel(const bf16* x, int64_t x_stride, const bf16* w,
-                                                                       int64_t w_stride, int64_t length, float* c,
-                                                                       int64_t c_stride) {
+__attribute__((noinline)) static void dot_kernel(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, int64_t length,
+                                                 float* c, int64_t c_stride) {
     __m512 total[MR][P] = {};
     for (; length > 0; length -= CHUNK<bf16>, x += x_stride, w += CHUNK<bf16> * PANEL)
         for (int64_t k = 0; k < (length < CHUNK<bf16> ? length : CHUNK<bf16>); k += 2) {
@@ -117,7 +117,7 @@ struct Fma {
     }
 };
 
-#if STEPGRAPH_LANES == 16
+#if STEPGRAPH_DOT
 struct Dot {
     using S = bf16;
     static constexpr int64_t ROWS = 48, WIDE = 512;

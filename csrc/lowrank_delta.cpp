@@ -231,7 +231,7 @@ template <class T>
 static void lowrank(const Lowrank& a, float eps) {
     if constexpr (sizeof(T) == sizeof(bf16)) {
         if (a.common.level == EMULATED_TILES) return run_blocks<T, TileEngine<EmulatedTiles>>(a, eps);
-#if STEPGRAPH_LANES == 16
+#if STEPGRAPH_DOT
         if (a.common.level == AMX) return run_blocks<T, TileEngine<HardwareTiles>>(a, eps);
         if (a.common.level == AVX512_BF16) return run_blocks<T, Dot>(a, eps);
 #endif

@@ -21,7 +21,8 @@ static inline V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// bfloat16 to float and back: rounded to the nearest, ties to even; NaN stays NaN.
+// bfloat16 to float and back: rounded to the nearest, ties to even; NaN stays NaN. The CPU's own instruction takes what is
+// smaller than the smallest normal number (1.2e-38) for zero.
 #if STEPGRAPH_LANES == 16
 static inline V widen(H bits) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16); }
 #else
@@ -29,6 +30,9 @@ static inline V widen(H bits) { return (V)(__builtin_convertvector(bits, U) << 1
 #endif
 
 static inline H narrow(V value) {
+#if STEPGRAPH_DOT
+    return (H)_mm512_cvtneps_pbh((__m512)value);
+#else
     const U bits = (U)value;
     const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #if STEPGRAPH_LANES == 16
@@ -37,6 +41,7 @@ static inline H narrow(V value) {
 #else
     const U nan = (U)(value != value);
     return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), H);
+#endif
 #endif
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stepgraph.bench.ops.shapes import Case
-from stepgraph.ops import REFERENCE
+from stepgraph.ops import REFERENCE, load_providers
 
 # Relative root-mean-square error against float64 that a contender may have; plain torch rounds p to bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -27,6 +27,7 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     found["torch.compile"] = torch.compile(case.torch, dynamic=False, fullgraph=True)
     if case.full is not None:
         found["full linear"] = case.full
+    load_providers()
     for name, provider in case.op.providers.items():
         if not provider.declines(**case.arguments):
             found[name] = lambda name=name: case.run(name)  # type: ignore[misc]
