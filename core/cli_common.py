@@ -121,10 +121,14 @@ def parse_dtype(name: str) -> torch.dtype:
     return known[name]
 
 
+def factors_beside(plan: Path) -> Path:
+    """Where a plan's factors are looked for."""
+    return plan.with_name(f"{plan.stem}.factors.safetensors")
+
+
 def load_factors(plan: Path, given: Path | None) -> Factors | None:
     """The factors that a plan is compiled with: the file named, or the one beside the plan."""
-    beside = plan.with_name(f"{plan.stem}.factors.safetensors")
-    path = given if given is not None else beside if beside.is_file() else None
+    path = given if given is not None else factors_beside(plan) if factors_beside(plan).is_file() else None
     return None if path is None else Factors.load(path)
 
 

@@ -11,10 +11,13 @@ from stepgraph.cli_common import (
     MODEL_HELP,
     Device,
     Dtype,
+    FactorsFile,
     Json,
     PlanFile,
     SchedulerName,
     Seed,
+    factors_beside,
+    load_factors,
     parse_device,
     parse_dtype,
     progress_bar,
@@ -22,13 +25,14 @@ from stepgraph.cli_common import (
     show_plan,
 )
 from stepgraph.compiler.correct import forecast, lowrank
-from stepgraph.compiler.fit_forecasts import TARGETS, fit_forecast, fit_whole_step
+from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.fit_forecasts import TARGETS, fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.forecasts import RULES
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.files import writable_folder
 from stepgraph.plan import CachePlan, PlanError
 
-FITS: dict[str, Callable[..., CachePlan]] = {"whole-step": fit_whole_step, "sites": fit_forecast}
+FITS: dict[str, Callable[..., Any]] = {"whole-step": fit_whole_step, "sites": fit_forecast, "residual-affine": residual_affine}
 
 
 @reports_errors
@@ -37,7 +41,12 @@ def plan_correct(
     model: Annotated[str | None, typer.Argument(help=f"needed for --fit: {MODEL_HELP}")] = None,
     by_rule: Annotated[str | None, typer.Option("--forecast", help=f"a formula: {', '.join(RULES)}")] = None,
     by_fit: Annotated[
-        str | None, typer.Option("--fit", help="whole-step (scalars for each skipped step) or sites (for each reused value)")
+        str | None,
+        typer.Option(
+            "--fit",
+            help="whole-step (scalars for each skipped step), sites (for each reused value) or residual-affine (a scale "
+            "and a shift per channel on a reused stack_residual)",
+        ),
     ] = None,
     by_increments: Annotated[bool, typer.Option("--lowrank", help="LOWRANK where modules are reused")] = False,
     order: Annotated[int, typer.Option(help="of --forecast or --around: 0 is the last value")] = 1,
@@ -48,6 +57,7 @@ def plan_correct(
     target: Annotated[str | None, typer.Option(help=f"with --fit: {', '.join(TARGETS)}")] = None,
     samples: Annotated[int, typer.Option(help="with --fit: sampling runs to fit on")] = 16,
     seed: Seed = 0,
+    factors: FactorsFile = None,
     guidance: Annotated[float, typer.Option(help="with --fit: classifier-free guidance scale of the runs; 1 for none")] = 1.0,
     scheduler: SchedulerName = None,
     device: Device = "cpu",
@@ -60,7 +70,7 @@ def plan_correct(
     if len(asked) != 1:
         raise PlanError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
     _refuse_strays(asked[0], {"--around": ("--lowrank", around), "--term": ("--fit", term), "--target": ("--fit", target)})
-    loaded = CachePlan.load(plan)
+    loaded, own = CachePlan.load(plan), load_factors(plan, factors)
     writable_folder(out.resolve().parent)
     chosen: dict[str, Any] = {"kinds": kind or None, "sites": site or None}
     if by_rule is not None:
@@ -70,8 +80,10 @@ def plan_correct(
     else:
         options: dict[str, Any] = {"terms": term or None, "target": target}
         settings = {name: value for name, value in options.items() if value is not None}
-        settings |= {"samples": samples, "seed": seed, "guidance_scale": guidance}
-        made = _fit(loaded, model, by_fit, scheduler, device, dtype, settings, chosen, as_json)
+        settings |= {"samples": samples, "seed": seed, "guidance_scale": guidance, "factors": own}
+        made, own = _fit(loaded, model, by_fit, scheduler, device, dtype, settings, chosen, as_json)
+    if own is not None:
+        own.save(factors_beside(out))
     made.save(out)
     note = f"wrote {out}: {json.dumps(made.header.arguments['corrections'][-1])}"
     show_plan(made, as_json, note)
@@ -93,16 +105,19 @@ def _fit(
     settings: dict[str, Any],
     chosen: dict[str, Any],
     as_json: bool,
-) -> CachePlan:
-    """Run the model."""
+) -> tuple[CachePlan, Factors | None]:
+    """Run the model: the corrected plan and its factors."""
     if kind not in FITS:
         raise PlanError(f"unknown fit {kind!r}; known: {', '.join(FITS)}")
-    if kind == "whole-step" and any(chosen.values()):
-        raise PlanError("--fit whole-step is of `output` alone; --kind and --site go with --fit sites")
+    if kind != "sites" and any(chosen.values()):
+        raise PlanError(f"--fit {kind} has its one site; --kind and --site go with --fit sites")
+    if kind == "residual-affine" and "terms" in settings:
+        raise PlanError("--fit residual-affine combines y1 and a constant; --term goes with the other fits")
     if model is None:
         raise PlanError("--fit runs the model: name it behind the plan, as in `plan correct PLAN glyph-dit --fit ...`")
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         given = {**settings, **(chosen if kind == "sites" else {})}
         chosen_scheduler = load_scheduler(model, scheduler)
-        return FITS[kind](plan, loaded, chosen_scheduler, on_step=lambda d, t: report("fitting", d, t), **given)
+        made = FITS[kind](plan, loaded, chosen_scheduler, on_step=lambda d, t: report("fitting", d, t), **given)
+    return made if isinstance(made, tuple) else (made, settings["factors"])

@@ -362,6 +362,20 @@ def test_the_command_line_corrects_plans(tmp_path):
     assert sg.CachePlan.load(out).forecasts[3, sg.CachePlan.load(out).index("output")].terms == ("y1", "y2", "x0", "x1")
 
 
+def test_the_command_line_keeps_factors_beside_the_plan(tmp_path):
+    plan, out, again = tmp_path / "plan.json", tmp_path / "affine.json", tmp_path / "again.json"
+    invoke("plan", "make", "--policy", "interval", "--steps", 4, "-a", "every=2", "-a", 'kinds=["stack_residual"]', "-o", plan)
+    text = invoke("plan", "correct", plan, "glyph-dit", "--fit", "residual-affine", "--samples", 1, "-o", out)
+    assert "residual_affine" in text
+    factors = sg.Factors.load(tmp_path / "affine.factors.safetensors")
+    assert sorted(factors.affine) == ["stack_residual/1", "stack_residual/3"]
+    assert sg.CachePlan.load(out).header.factors == factors.digest
+    beside = tmp_path / "affine.factors.safetensors"
+    invoke("plan", "correct", plan, "--forecast", "taylor", "--factors", beside, "-o", again)
+    assert sg.Factors.load(tmp_path / "again.factors.safetensors").digest == factors.digest
+    assert "y1 and a constant" in error_of("plan", "correct", plan, "glyph-dit", "--fit", "residual-affine", "--term", "x0")
+
+
 def test_the_command_line_says_what_is_wrong(tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "corrected.json"
     invoke("plan", "make", "--policy", "interval", "--steps", 4, "-o", plan)
