@@ -11,11 +11,12 @@ from torch import fx, nn
 
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.hoist import Inputs, hoist
 from stepgraph.compiler.linear_maps import bind_factors
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
-from stepgraph.compiler.specialize import numbered_forecasts, specialize
+from stepgraph.compiler.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
@@ -23,6 +24,7 @@ from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
+from stepgraph.runtime.tables import Hoisted
 
 
 def compile_plan(
@@ -62,11 +64,16 @@ def build_program(
     specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
     slots = assign_slots(plan)
     constants = coefficients_of(plan, factors, next(model.parameters()))
+    macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
     clock.stage("specialize")
+
+    # What depends on the prompt or the timestep alone leaves the loop.
+    hoisted, tables = hoist_tables(specialized, model, plan, marked.trace.inputs, config)
+    clock.stage("hoist")
 
     # Graphs become callables last, when nothing rewrites them any more.
     variants = tuple(
-        Variant(lower(gm, config), gm, context.row, specialized.macs(i), stored_counts(context), providers_of(gm))
+        Variant(lower(gm, config), gm, context.row, macs[i], stored_counts(context), providers_of(gm), tables[i])
         for i, (gm, context) in enumerate(zip(specialized.graphs, specialized.contexts, strict=True))
     )
     clock.stage("lower")
@@ -83,8 +90,23 @@ def build_program(
         batch=marked.batch,
         macs_total=marked.macs * marked.batch,
         seconds=clock.seconds,
+        hoisted=hoisted,
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
+
+
+def hoist_tables(
+    specialized: Specialized, model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig
+) -> tuple[Hoisted | None, tuple[tuple[int, ...], ...]]:
+    """What is computed before the loop, and the tables that each variant takes."""
+    if not config.hoist:
+        return None, ((),) * len(specialized.graphs)
+    limit = None if config.hoist_limit_mb is None else int(config.hoist_limit_mb * 1e6)
+    steps = 1 if config.exact else plan.steps
+    hoisted, tables = hoist(specialized.graphs, Inputs(tuple(inputs)), steps, family_of(model).timestep, limit)
+    for variant, gm in enumerate(specialized.graphs):
+        dump(gm, read_env(), variant, len(PASSES) + 1, "hoist")
+    return hoisted, tables
 
 
 def coefficients_of(

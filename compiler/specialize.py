@@ -136,7 +136,7 @@ def _rewrite(
     graph = fx.Graph()
     graph.output(graph.graph_copy(marked.graph, {}))
     gm = marked.trace.bind(model, graph)
-    _dump(gm, env, variant, 0, "traced")
+    dump(gm, env, variant, 0, "traced")
     reference = _run_marked(gm, context, example) if env.check and example else None
     for number, rewrite in enumerate(PASSES, start=1):
         name = rewrite.__name__
@@ -146,14 +146,15 @@ def _rewrite(
         count = rewrite(gm, context)
         gm.graph.lint()
         log.debug("variant %d: %s made %d rewrites in %.1f ms", variant, name, count, 1e3 * (time.perf_counter() - started))
-        _dump(gm, env, variant, number, name)
+        dump(gm, env, variant, number, name)
         if reference is not None and example is not None:
             _check(gm, context, example, reference, name)
     gm.recompile()
     return gm
 
 
-def _dump(gm: fx.GraphModule, env: Env, variant: int, number: int, name: str) -> None:
+def dump(gm: fx.GraphModule, env: Env, variant: int, number: int, name: str) -> None:
+    """STEPGRAPH_DUMP: write a graph to a file."""
     if env.dump is not None:
         folder = Path(env.dump)
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ def compile(
     backend: str = "inductor",
     exact: bool = False,
     factors: Factors | None = None,
+    **options: Any,
 ) -> Executable:
     """Compile a plan for a model.
 
@@ -57,13 +58,14 @@ def compile(
         backend: "inductor" or "eager".
         exact: Keep every operation, so that results are bit-equal to the eager model; needs backend="eager".
         factors: What LOWRANK sites are corrected with (`stepgraph.factorize`).
+        **options: Further fields of `CompileConfig`, such as `hoist_limit_mb=64`.
 
     Raises:
         PlanError: The plan does not fit the model or the inputs.
         TraceError: The model's forward cannot be a static graph.
         CompileError: Something else stands in the way; the message says what.
     """
-    return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact), factors)
+    return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact, **options), factors)
 
 
 __all__ = [

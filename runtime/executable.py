@@ -16,6 +16,7 @@ from stepgraph.env import read_env
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.slots import SlotPlan, SlotTable
+from stepgraph.runtime.tables import Hoisted, Tables
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Variant:
     """The specialised graph of one distinct (actions, stores).
 
     Attributes:
-        call: (*inputs, *tensors of the slots read, *constants) -> (*results, *tensors to store).
+        call: (*inputs, *tensors of the slots read, *constants, *tables) -> (*results, *tensors to store).
         graph: The same before lowering, for reading.
         row: One action letter per site.
-        macs: Multiply-accumulates of one call, for the whole batch.
+        macs: Multiply-accumulates of one call, for the whole batch, those of hoisted values included.
         tensors: How many tensors each stored value has.
         providers: "<op> by <provider>" -> number of calls, of the fused operations in the graph.
+        tables: Which of the program's tables it takes.
     """
 
     call: Callable[..., tuple[torch.Tensor, ...]]
@@ -37,6 +39,7 @@ class Variant:
     macs: int
     tensors: tuple[int, ...] = ()
     providers: Mapping[str, int] = field(default_factory=dict)
+    tables: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Program:
         batch: The batch size of the inputs.
         macs_total: Multiply-accumulates of one evaluation with nothing reused, for the whole batch.
         seconds: How long each stage of compilation took.
+        hoisted: What is computed before the loop, unless hoisting is off.
         factor_bytes: Size of the low-rank factors.
     """
 
@@ -69,6 +73,7 @@ class Program:
     batch: int
     macs_total: int
     seconds: Mapping[str, float]
+    hoisted: Hoisted | None = None
     factor_bytes: int = 0
 
 
@@ -88,12 +93,13 @@ class Macs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a run in bytes, for the compiled batch and all branches."""
+    """Memory of a run in bytes, for the compiled batch and all branches; `table_bytes` are those of hoisted values."""
 
     peak_slot_bytes: int
     slots: int
     values_stored: int
     weight_bytes: int
+    table_bytes: int
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
@@ -207,7 +213,8 @@ class Executable:
         """Bytes of stored values and weights of a run, known before it runs."""
         slots, branches = self.default.slots, len(self.plan.header.branches)
         weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
-        return Memory(slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights)
+        tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
+        return Memory(slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights, tables)
 
     def providers(self) -> dict[str, int]:
         """Calls of fused operations in one branch of a run: "<op> by <provider>" -> number of calls."""
@@ -237,6 +244,7 @@ class Session:
         self.step, self.branch = 0, 0
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
+        self._hoisted: list[Tables | None] = [None] * len(header.branches)
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -296,7 +304,8 @@ class Session:
         variant = program.variants[program.rows[self.step]]
         stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
         with torch.no_grad():
-            outputs = variant.call(*arguments, *stored, *program.constants[self.step][self.branch])
+            tables = self._hoisted_values(program, variant, inputs)
+            outputs = variant.call(*arguments, *stored, *program.constants[self.step][self.branch], *tables)
         results = list(outputs[: program.results])
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
@@ -309,6 +318,17 @@ class Session:
         self.branch = (self.branch + 1) % len(self._tables)
         self.step += self.branch == 0
         return results, program.output_spec
+
+    def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tables that a variant takes, as they are at this step."""
+        if program.hoisted is None or not variant.tables:
+            return []
+        tables = self._hoisted[self.branch]
+        if tables is None:
+            batched = not self.executable.config.exact
+            tables = self._hoisted[self.branch] = Tables(program.hoisted, program.plan.header.timesteps, batched)
+        values = tables.at(self.step, inputs)
+        return [values[number] for number in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
