@@ -1,22 +1,148 @@
-"""Turn a specialised graph into the callable that runs it."""
+"""Turn specialised graphs into the callables that run them."""
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.compile_fx import compile_fx
 
+from stepgraph.compiler.outline import Piece, Region, cut, lift
 from stepgraph.config import CompileConfig, CompileError
+from stepgraph.env import get_logger
+from stepgraph.runtime.flat import Call, Flat
 
 
-def lower(gm: fx.GraphModule, config: CompileConfig) -> Callable[..., Any]:
-    """The graph as a callable (*inputs, *slots) -> flat tuple of tensors.
+@dataclass
+class Lowered:
+    """The callables of a program's variants, and how many regions were compiled for them."""
 
-    "eager" is the graph's own generated Python. "inductor" compiles the whole graph with torch.compile, for static shapes;
-    it is called once here, so that compilation happens now and not in the first run.
+    calls: list[Callable[..., Any]]
+    regions: int = 0
+
+
+def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Callable[[str], bool]) -> Lowered:
+    """The variants as callables (*inputs, *slots, ...) -> flat tuple of tensors.
+
+    "eager" is a graph's own generated Python. "inductor" cuts the graphs into pieces and compiles each distinct region once,
+    for static shapes; without `config.regions`, each whole graph.
+
+    Args:
+        graphs: One per variant; their placeholders' meta says shapes, dtypes and devices.
+        config: The options.
+        is_block: Whether a module path is that of a transformer block.
     """
     if config.backend == "eager":
-        return gm
+        return Lowered([gm.forward for gm in graphs])
+    if not config.regions:
+        return Lowered([compile_whole(gm) for gm in graphs], len(graphs))
+    builder = _Builder(config)
+    variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
+    builder.compile()
+    return Lowered([builder.flat(gm, pieces) for gm, pieces in variants], len(builder.regions))
+
+
+@dataclass
+class _Builder:
+    """The distinct regions of a program."""
+
+    config: CompileConfig
+    regions: dict[str, Region] = field(default_factory=dict)
+    kernels: dict[str, Region] = field(default_factory=dict)
+    _runs: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def add(self, gm: fx.GraphModule, piece: Piece) -> Piece:
+        """Note a piece's region, and what the region has to return for it."""
+        region = lift(gm, piece, self.config.prepack)
+        known = self.kernels if piece.kernel else self.regions
+        found = known.setdefault(piece.key, region)
+        found.returned |= {piece.nodes.index(node) for node in piece.results}
+        return piece
+
+    def compile(self) -> None:
+        """Compile every region once."""
+        for key, region in self.kernels.items():
+            self._runs[key] = region.finish().forward
+        for number, (key, region) in enumerate(self.regions.items(), start=1):
+            started = time.perf_counter()
+            self._runs[key] = compile_region(region, self.config)
+            get_logger("lower").info(
+                "region %d of %d: %d nodes, %.1f s", number, len(self.regions), len(region.nodes), time.perf_counter() - started
+            )
+
+    def flat(self, gm: fx.GraphModule, pieces: Sequence[Piece]) -> Flat:
+        """A variant as calls of its regions."""
+        arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        registers: dict[Any, int] = {node: number for number, node in enumerate(arguments)}
+        weights = {id(tensor): tensor for piece in pieces for tensor in piece.weights}
+        output = next(iter(reversed(gm.graph.nodes)))
+        direct = {node: gm_attribute(gm, node) for node in output.all_input_nodes if node.op == "get_attr"}
+        weights |= {id(tensor): tensor for tensor in direct.values()}
+        for key in weights:
+            registers[key] = len(registers)
+        for piece in pieces:
+            for node in piece.results:
+                registers[node] = len(registers)
+        results = tuple(registers[id(direct[node]) if node in direct else node] for node in output.args[0])
+        last: dict[int, int] = {}
+        reads = []
+        for number, piece in enumerate(pieces):
+            own = (*(registers[n] for n in piece.inputs), *(registers[id(tensor)] for tensor in piece.weights))
+            reads.append(own)
+            last |= dict.fromkeys(own, number)
+        calls = tuple(self._call(piece, registers, reads[i], last, i, results) for i, piece in enumerate(pieces))
+        shapes = tuple(node.meta["val"].shape for node in arguments)
+        return Flat(calls, shapes, tuple(weights.values()), len(registers), results)
+
+    def _call(
+        self,
+        piece: Piece,
+        registers: dict[Any, int],
+        reads: tuple[int, ...],
+        last: dict[int, int],
+        at: int,
+        kept: tuple[int, ...],
+    ) -> Call:
+        region = (self.kernels if piece.kernel else self.regions)[piece.key]
+        own = {piece.nodes.index(node): registers[node] for node in piece.results}
+        writes = tuple(own.get(number) for number in sorted(region.returned))
+        frees = tuple(register for register in dict.fromkeys(reads) if last[register] == at and register not in kept)
+        return Call(self._runs[piece.key], reads, writes, frees)
+
+
+def gm_attribute(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor that a `get_attr` node stands for."""
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    found: torch.Tensor = value
+    return found
+
+
+def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
+    """Compile a region with inductor for arguments like its examples; what comes back compiles nothing more."""
+    gm = region.finish()
+    for node in gm.graph.nodes:
+        node.meta = {}
+    examples = [
+        torch.zeros(value.shape, dtype=value.dtype, device=value.device) if _is_fake(value) else value.detach()
+        for value in region.examples
+    ]
+    patches = {"max_autotune": True} if config.max_autotune else None
+    with torch.no_grad():
+        run: Callable[..., Any] = compile_fx(gm, examples, config_patches=patches)
+        run(*examples)
+    return run
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def compile_whole(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A whole graph through torch.compile; it is called once here, so that compilation happens now and not in the first run."""
     placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     compiled = Compiled(gm, [tuple(value.shape) for value in placeholders])
     with torch.no_grad():

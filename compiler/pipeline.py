@@ -72,9 +72,11 @@ def build_program(
     clock.stage("hoist")
 
     # Graphs become callables last, when nothing rewrites them any more.
+    stacks = family_of(model).stacks
+    lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks))
     variants = tuple(
-        Variant(lower(gm, config), gm, context.row, macs[i], stored_counts(context), providers_of(gm), tables[i])
-        for i, (gm, context) in enumerate(zip(specialized.graphs, specialized.contexts, strict=True))
+        Variant(call, gm, context.row, macs[i], stored_counts(context), providers_of(gm), tables[i])
+        for i, (call, gm, context) in enumerate(zip(lowered.calls, specialized.graphs, specialized.contexts, strict=True))
     )
     clock.stage("lower")
     get_logger("pipeline").info("%d variants for %d steps: %s", len(variants), plan.steps, clock.seconds)
@@ -91,6 +93,7 @@ def build_program(
         macs_total=marked.macs * marked.batch,
         seconds=clock.seconds,
         hoisted=hoisted,
+        regions=lowered.regions,
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 

@@ -18,12 +18,18 @@ class CompileConfig:
         exact: Keep every operation and its order, so that results are bit-equal to the eager model; needs "eager".
         hoist: Compute what depends on the prompt or the timestep alone before the loop; with `exact`, at every step.
         hoist_limit_mb: Most megabytes of such values per branch; the largest stay in the loop beyond it.
+        regions: With "inductor", compile each distinct piece of the variants once; else each whole variant.
+        prepack: In regions on CPUs, give linear maps a copy of their weights in the layout of oneDNN.
+        max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
     backend: str = "inductor"
     exact: bool = False
     hoist: bool = True
     hoist_limit_mb: float | None = None
+    regions: bool = True
+    prepack: bool = True
+    max_autotune: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

@@ -59,6 +59,7 @@ class Program:
         macs_total: Multiply-accumulates of one evaluation with nothing reused, for the whole batch.
         seconds: How long each stage of compilation took.
         hoisted: What is computed before the loop, unless hoisting is off.
+        regions: How many distinct regions were compiled.
         factor_bytes: Size of the low-rank factors.
     """
 
@@ -74,6 +75,7 @@ class Program:
     macs_total: int
     seconds: Mapping[str, float]
     hoisted: Hoisted | None = None
+    regions: int = 0
     factor_bytes: int = 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import stepgraph.csrc.lowrank as lowrank_module
 from stepgraph.csrc.library import at_level, levels, native
-from stepgraph.csrc.packed import PACKED, PackedWeights, pack
+from stepgraph.csrc.packed import PACKED, pack
 from stepgraph.ops import (
     OPS,
     OpError,
@@ -22,6 +22,7 @@ from stepgraph.ops import (
     lowrank_input,
     modulated_norm,
 )
+from stepgraph.packed import PackedWeights
 
 # Relative root mean square against float64.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -290,7 +291,7 @@ def test_no_rows_are_no_error(dtype):
 
 
 def test_weights_are_packed_once_and_again_when_written_to():
-    kept, weight = PackedWeights(), random(20, 40)
+    kept, weight = PackedWeights(pack), random(20, 40)
     first = kept.get(weight)
     assert kept.get(weight) is first
     assert kept.get(weight.view(20, 40)) is first
@@ -304,7 +305,7 @@ def test_weights_are_packed_once_and_again_when_written_to():
 
 
 def test_packed_weights_go_with_their_weights():
-    kept, weight = PackedWeights(), random(20, 40)
+    kept, weight = PackedWeights(pack), random(20, 40)
     kept.get(weight)
     kept.get(weight[:8])
     view = weight[2:]
@@ -318,7 +319,7 @@ def test_packed_weights_go_with_their_weights():
 
 def test_packed_weights_are_bounded():
     weights = [random(16, 16) for _ in range(4)]
-    kept = PackedWeights(limit=2 * pack(weights[0]).nbytes)
+    kept = PackedWeights(pack, limit=2 * pack(weights[0]).nbytes)
     for weight in weights:
         kept.get(weight)
     assert len(kept) == 2

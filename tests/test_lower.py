@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.lower import lower
+from stepgraph.compiler.lower import compile_whole, lower
 from stepgraph.config import CompileConfig, CompileError
 
 
@@ -36,7 +36,7 @@ def test_many_variants_all_stay_compiled():
     owner, x = Owner(), torch.randn(2, 4)
     graphs = [graph_number(number, owner) for number in range(10)]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled = [lower(gm, CompileConfig("inductor")) for gm in graphs]
+    compiled = [compile_whole(gm) for gm in graphs]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == len(graphs)
     for gm, call in zip(graphs, compiled, strict=True):
         torch.testing.assert_close(call(x)[0], gm(x)[0])
@@ -47,7 +47,7 @@ def test_many_variants_all_stay_compiled():
 
 @torch.no_grad()
 def test_other_shapes_are_refused():
-    compiled = lower(graph_number(0, Owner()), CompileConfig("inductor"))
+    compiled = compile_whole(graph_number(0, Owner()))
     with pytest.raises(CompileError, match=r"compiled for arguments of the shapes \[\(2, 4\)\]; given are \[\(3, 4\)\]"):
         compiled(torch.randn(3, 4))
 
@@ -56,7 +56,7 @@ def test_other_shapes_are_refused():
 def test_what_does_not_change_the_code_does_not_compile_it_again(change):
     owner = Owner().eval()
     gm, x = graph_number(0, owner), torch.randn(2, 4)
-    compiled = lower(gm, CompileConfig("inductor"))
+    compiled = compile_whole(gm)
     with torch.no_grad():
         wanted = gm(x)[0]
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -81,4 +81,7 @@ def test_what_does_not_change_the_code_does_not_compile_it_again(change):
 
 def test_eager_runs_the_graph_itself():
     gm = graph_number(0, Owner())
-    assert lower(gm, CompileConfig("eager")) is gm
+    x = torch.randn(2, 4)
+    (call,) = lower([gm], CompileConfig("eager"), lambda path: False).calls
+    assert torch.equal(call(x)[0], gm(x)[0])
+    assert call.__self__ is gm

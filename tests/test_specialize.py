@@ -17,7 +17,7 @@ BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
 
 def compile_actions(model, scheduler, steps: int, actions, batch: int = 1, **options) -> sg.Executable:
     plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=steps, actions=actions, **options)
-    return sg.compile(model, plan, inputs(batch), backend="eager", exact=True)
+    return sg.compile(model, plan, inputs(batch), backend="eager", exact=True, hoist=False)
 
 
 def graph_of(exe: sg.Executable, step: int) -> torch.fx.Graph:

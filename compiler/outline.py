@@ -1,0 +1,271 @@
+"""Outlining: a variant is cut into pieces, and equal pieces are one region, compiled once (DESIGN.md, decision 4).
+
+A piece is what lies within one transformer block, before the first or behind the last. Runs of reused sites, which are one
+operation across blocks, stand between them. A piece's weights are inputs of its region, so that blocks of one make share it;
+what a piece returns is not part of what a region is: it returns whatever one of its pieces does.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from stepgraph.compiler.graphs import written_storages
+from stepgraph.runtime.packed_linear import packed_linear, packs
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A module's forward with its parameters and buffers as arguments.
+
+    Attributes:
+        module: Without weights of its own: it is on the meta device.
+        names: Of the parameters and buffers, in the order of the arguments behind the first `inputs`.
+        inputs: How many arguments are the module's own.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    inputs: int
+
+    @property
+    def __name__(self) -> str:
+        """What torch.fx writes into a graph's source."""
+        return type(self.module).__name__
+
+    def __repr__(self) -> str:
+        """What tells one make of module from another."""
+        kind = type(self.module)
+        return f"{kind.__module__}.{kind.__qualname__}({self.module.extra_repr()})"
+
+    def __call__(self, *tensors: Any) -> Any:
+        """The module's result with these weights."""
+        return functional_call(self.module, dict(zip(self.names, tensors[self.inputs :], strict=True)), tensors[: self.inputs])
+
+
+@dataclass
+class Piece:
+    """A run of nodes of a variant.
+
+    Attributes:
+        nodes: In order.
+        kernel: Whether it is a single operation, which needs no compiling.
+        inputs: Nodes of the variant whose values it reads.
+        weights: Weights it reads, behind its inputs.
+        results: Nodes of its own whose values are read outside.
+        key: What its region is told by.
+    """
+
+    nodes: list[fx.Node]
+    kernel: bool = False
+    inputs: list[fx.Node] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    results: list[fx.Node] = field(default_factory=list)
+    key: str = ""
+
+
+@dataclass
+class Region:
+    """What equal pieces have in common.
+
+    Attributes:
+        graph: (*inputs, *weights) -> nothing yet; `finish` adds what it returns.
+        examples: Of its inputs and weights.
+        nodes: Its nodes, in the order of a piece's.
+        returned: Numbers of the nodes whose values some piece returns.
+    """
+
+    graph: fx.Graph
+    examples: tuple[torch.Tensor, ...]
+    nodes: list[fx.Node]
+    returned: set[int] = field(default_factory=set)
+
+    def finish(self) -> fx.GraphModule:
+        """The region's graph, with its results side by side in memory."""
+        results = []
+        for number in sorted(self.returned):
+            node = self.nodes[number]
+            value = self.graph.call_method("contiguous", (node,))
+            value.meta |= node.meta
+            results.append(value)
+        self.graph.output(tuple(results))
+        return fx.GraphModule({}, self.graph, class_name="Region")
+
+
+def cut(gm: fx.GraphModule, is_block: Callable[[str], bool]) -> list[Piece]:
+    """The pieces of a variant, in order; a graph that writes in place is one piece."""
+    nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    whole = bool(written_storages(gm.graph))
+    places = {node: "" if whole else _place(node, is_block) for node in nodes}
+    runs = _runs(nodes, places)
+    pieces = [Piece(run, kernel=_is_kernel(run)) for run in runs]
+    owner = {node: piece for piece in pieces for node in piece.nodes}
+    for piece in pieces:
+        own = set(piece.nodes)
+        read = dict.fromkeys(n for node in piece.nodes for n in node.all_input_nodes if n not in own)
+        piece.inputs = [node for node in read if node.op != "get_attr"]
+        piece.results = [n for n in piece.nodes if any(owner.get(user) is not piece for user in n.users)]
+    return pieces
+
+
+def _place(node: fx.Node, is_block: Callable[[str], bool]) -> str:
+    """The path of the block that a node belongs to, or a place of its own for one pass over several reused sites."""
+    if _passes_over_several(node):
+        return f"run {node.name}"
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    return next((path for path in _paths(stack) if is_block(path)), "")
+
+
+def _paths(stack: Mapping[str, Any]) -> Iterable[str]:
+    for key, entry in stack.items():
+        yield entry[0] if isinstance(entry, tuple) else key
+
+
+def _passes_over_several(node: fx.Node) -> bool:
+    return str(node.meta.get("provider", "")).startswith("gated_residual") and len(node.args[1]) > 1  # type: ignore[arg-type]
+
+
+def _is_kernel(run: Sequence[fx.Node]) -> bool:
+    return len(run) == 1 and _passes_over_several(run[0])
+
+
+def _runs(nodes: Sequence[fx.Node], places: Mapping[fx.Node, str]) -> list[list[fx.Node]]:
+    """Neighbours of one place together. A tuple is taken apart where it is made."""
+    home: dict[fx.Node, list[fx.Node]] = {}
+    runs = [list(run) for _, run in groupby(nodes, key=lambda node: places[node])]
+    for run in runs:
+        for node in run:
+            home[node] = run
+    for node in nodes:
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, fx.Node) or isinstance(source.meta.get("val"), torch.Tensor):
+            continue
+        if home.get(source, home[node]) is not home[node]:
+            home[node].remove(node)
+            home[source].append(node)
+            home[node] = home[source]
+    return [run for run in runs if run]
+
+
+def lift(gm: fx.GraphModule, piece: Piece, prepack: bool) -> Region:
+    """A piece as a region of its own; its key and weights are noted in the piece.
+
+    Args:
+        gm: The variant.
+        piece: Of it.
+        prepack: Let linear maps take packed weights where oneDNN has them.
+    """
+    graph, copies, weights = fx.Graph(), dict[fx.Node, fx.Node](), dict[int, tuple[torch.Tensor, fx.Node]]()
+    for number, node in enumerate(piece.inputs):
+        copies[node] = graph.placeholder(f"x{number}")
+        copies[node].meta |= {"val": node.meta["val"]}
+
+    def weight(tensor: torch.Tensor) -> fx.Node:
+        if id(tensor) not in weights:
+            with graph.inserting_after(last[0]):
+                last[0] = graph.placeholder(f"w{len(weights)}")
+            weights[id(tensor)] = tensor, last[0]
+        return weights[id(tensor)][1]
+
+    last = [list(copies.values())[-1] if copies else graph._root]
+    # What pieces hand on is contiguous.
+    lines, numbers = (
+        [_facts(node.meta["val"].contiguous()) for node in piece.inputs],
+        {n: f"x{i}" for i, n in enumerate(piece.inputs)},
+    )
+    nodes = []
+    for number, node in enumerate(piece.nodes):
+        for value in node.all_input_nodes:
+            if value not in copies:
+                copies[value] = weight(_attribute(gm, str(value.target)))
+                numbers[value] = str(copies[value].name)
+        copies[node], line = _copied(gm, graph, node, copies, numbers, weight, prepack)
+        numbers[node] = f"n{number}"
+        lines.append(line)
+        nodes.append(copies[node])
+    piece.weights = [tensor for tensor, _ in weights.values()]
+    piece.key = "\n".join([*lines, *(_facts(tensor) for tensor in piece.weights)])
+    graph.lint()
+    return Region(graph, tuple(n.meta["val"] for n in piece.inputs) + tuple(piece.weights), nodes)
+
+
+def _copied(
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    node: fx.Node,
+    copies: Mapping[fx.Node, fx.Node],
+    numbers: Mapping[fx.Node, str],
+    weight: Callable[[torch.Tensor], fx.Node],
+    prepack: bool,
+) -> tuple[fx.Node, str]:
+    """A node's copy in a region, and a line that says what it does there."""
+    named = fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+    if node.op != "call_module":
+        made = graph.node_copy(node, lambda n: copies[n])
+        return made, f"{node.op} {_target(node)} {named!r}"
+    module = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return _linear(graph, node, copies, named, module, weight, prepack)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    given = [weight(tensor) for tensor in tensors.values()]
+    template = Lifted(_without_weights(module), tuple(tensors), len(node.args))
+    own = [copies[n] if isinstance(n, fx.Node) else n for n in node.args]
+    made = graph.call_function(template, (*own, *given))
+    made.meta |= node.meta
+    return made, f"call_module {template!r} {named!r} {[n.name for n in given]}"
+
+
+def _linear(
+    graph: fx.Graph,
+    node: fx.Node,
+    copies: Mapping[fx.Node, fx.Node],
+    named: Any,
+    module: nn.Linear,
+    weight: Callable[[torch.Tensor], fx.Node],
+    prepack: bool,
+) -> tuple[fx.Node, str]:
+    """A linear map as a function of its weights."""
+    x, *_ = node.all_input_nodes
+    run = packed_linear if prepack and packs(x.meta["val"], module.weight) else F.linear
+    given = (weight(module.weight), weight(module.bias) if module.bias is not None else None)
+    made = graph.call_function(run, (copies[x], *given))
+    made.meta |= node.meta
+    return made, f"{run} {named!r} {[n.name for n in given if n is not None]}"
+
+
+class _Name(str):
+    """A node's number in a line, without quotation marks."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    kept = f" {id(target)}" if not hasattr(target, "__qualname__") and not isinstance(target, torch._ops.OpOverload) else ""
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}{kept}"
+
+
+def _facts(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
+    found: torch.Tensor = operator.attrgetter(path)(gm)
+    return found
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A module of the same make whose weights have no memory."""
+    memo = {id(t): torch.empty_like(t, device="meta") for t in (*module.parameters(), *module.buffers())}
+    made: nn.Module = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    return made

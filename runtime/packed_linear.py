@@ -1,0 +1,42 @@
+"""Linear maps on CPUs with weights in oneDNN's own layout, one packed copy for all regions (DESIGN.md, decision 8)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stepgraph.ops import LIBRARY
+from stepgraph.packed import PackedWeights
+
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
+
+
+PACKED = PackedWeights(_pack)
+
+
+def packs(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes a linear map of these, fake or real."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
+        and weight.ndim == 2
+        and weight.is_contiguous()
+        and x.numel() > 0
+        and (x.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def run_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(x, weight, bias)`: x [..., C_in], weight [C_out, C_in], bias [C_out]."""
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(weight), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
+torch.library.register_fake("stepgraph::packed_linear", F.linear, lib=LIBRARY)
+packed_linear = torch.ops.stepgraph.packed_linear.default
