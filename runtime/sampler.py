@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan import PlanError, PlanHeader
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.update import choose_update
 
 
 def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Any:
@@ -124,6 +125,7 @@ def sample(
     *,
     steps: int | None = None,
     eta: float = 0.0,
+    fused_update: bool | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **conditioning: Any,
 ) -> torch.Tensor:
@@ -137,6 +139,9 @@ def sample(
         guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
         steps: Number of inference steps; an executable brings its own.
         eta: Share of the noise that schedulers with such an argument (DDIM) put back; 0 is deterministic.
+        fused_update: Take guidance and the scheduler's step in one pass, with coefficients found before the loop; accumulated
+            in float32, so rounded otherwise. None: where the scheduler's steps are fixed linear combinations, for executables
+            that are not exact. True: or refuse. False: the scheduler's own step.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -145,27 +150,53 @@ def sample(
         Latents [B, C, ...] of `noise`'s dtype.
 
     Raises:
-        PlanError: The scheduler is not the one the plan was made for, or an input is missing.
+        PlanError: The scheduler is not the one the plan was made for, an input is missing, or `fused_update` is asked of a
+            scheduler that clips, thresholds or adds noise.
     """
-    if isinstance(runner, Executable):
-        header = runner.plan.header
-        if steps is not None and steps != header.steps:
-            raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
-        own = prepare_scheduler(scheduler, header.steps, noise.device)
-        refuse_other_schedule(header, own, "the scheduler of this call")
-        predict: Callable[..., Any] = runner.session()
-        separate = header.guidance == "separate"
-    else:
-        if steps is None:
-            raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
-        own = prepare_scheduler(scheduler, steps, noise.device)
-        predict, separate = runner, False
+    own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
-    stochastic = step_arguments(own, eta)
     # Flow-matching schedulers know neither of the two.
     latents: torch.Tensor = noise * getattr(own, "init_noise_sigma", 1.0)
+    wish = isinstance(runner, Executable) and not runner.config.exact if fused_update is None else fused_update
+    update, reason = choose_update(own, step_arguments(own, eta), latents, None if uncond is None else guidance_scale, wish)
+    if fused_update and reason:
+        raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
+    predict = _predictor(runner, cond, uncond, separate)
+    timesteps = own.timesteps
+    for number, t in enumerate(timesteps):
+        outputs = predict(update.scaled(latents, t), t)
+        # Models that also predict a variance return it behind the noise, in as many channels again.
+        outputs = [out.chunk(2, dim=1)[0] if out.shape[1] == 2 * latents.shape[1] else out for out in outputs]
+        latents = update(latents, outputs, t)
+        if on_step is not None:
+            on_step(number + 1, len(timesteps))
+    return latents
+
+
+def _scheduler_for(runner: Executable | nn.Module, scheduler: Any, steps: int | None, device: torch.device) -> tuple[Any, bool]:
+    """A copy of the scheduler, set to the run's steps, and whether cond and uncond are calls of their own."""
+    if not isinstance(runner, Executable):
+        if steps is None:
+            raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
+        return prepare_scheduler(scheduler, steps, device), False
+    header = runner.plan.header
+    if steps is not None and steps != header.steps:
+        raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
+    own = prepare_scheduler(scheduler, header.steps, device)
+    refuse_other_schedule(header, own, "the scheduler of this call")
+    return own, header.guidance == "separate"
+
+
+def _predictor(
+    runner: Executable | nn.Module, cond: dict[str, Any], uncond: dict[str, Any] | None, separate: bool
+) -> Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
+    """(latents, timestep) -> the model's output for them, or the wanted one and the base under guidance.
+
+    Conditioning is put into batches here, once: every step sees the same tensors.
+    """
+    predict: Callable[..., Any] = runner.session() if isinstance(runner, Executable) else runner
     # The class's own forward: the model's may be replaced by an attached executable.
     model = runner.model if isinstance(runner, Executable) else getattr(runner, "observed", runner)
     latents_name = list(inspect.signature(type(model).forward).parameters)[1]
@@ -176,25 +207,12 @@ def sample(
         prediction: torch.Tensor = predict(**inputs, return_dict=False)[0]
         return prediction
 
-    timesteps = own.timesteps
-    for number, t in enumerate(timesteps):
-        scaled = own.scale_model_input(latents, t) if hasattr(own, "scale_model_input") else latents
-        if uncond is None:
-            output = call(scaled, t, cond)
-        else:
-            if separate:
-                wanted, base = call(scaled, t, cond), call(scaled, t, uncond)
-            else:
-                both = {name: together(cond[name], uncond.get(name)) for name in cond}
-                wanted, base = call(torch.cat([scaled, scaled]), t, both).chunk(2)
-            output = base + guidance_scale * (wanted - base)
-        # Models that also predict a variance return it behind the noise, in as many channels again.
-        if output.shape[1] == 2 * latents.shape[1]:
-            output = output.chunk(2, dim=1)[0]
-        latents = own.step(output, t, latents, **stochastic, return_dict=False)[0]
-        if on_step is not None:
-            on_step(number + 1, len(timesteps))
-    return latents
+    if uncond is None:
+        return lambda latents, t: (call(latents, t, cond),)
+    if separate:
+        return lambda latents, t: (call(latents, t, cond), call(latents, t, uncond))
+    both = {name: together(cond[name], uncond.get(name)) for name in cond}
+    return lambda latents, t: call(torch.cat([latents, latents]), t, both).chunk(2)
 
 
 def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
