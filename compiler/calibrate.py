@@ -121,7 +121,9 @@ def calibrate(
         noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
         if number not in own or own.index(number) < done:
             continue
-        chosen = {name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()}
+        chosen: dict[str, Any] = {
+            name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()
+        }
         report = None if on_step is None else _shifted(on_step, done * evaluations, len(own) * evaluations)
         observer.begin()
         # Noise that the sampler itself adds comes from torch's own generators.

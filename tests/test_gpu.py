@@ -7,6 +7,9 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
+from stepgraph.runtime.linear_steps import linear_steps
+from stepgraph.runtime.sampler import prepare_scheduler
+from stepgraph.runtime.update import FusedUpdate
 
 pytestmark = pytest.mark.gpu
 ACTIONS = {"attn": "CRCRCR", "ff": "CRRRCC", "hidden": "CCCCCR"}
@@ -96,3 +99,26 @@ def test_inputs_on_another_device_are_refused(cuda_dit):
     plan = sg.make_plan("full", model=cuda_dit, scheduler=tiny_scheduler("ddim"), steps=2)
     with pytest.raises(sg.CompileError, match="the model is on cuda:0, but the input hidden_states is on cpu"):
         sg.compile(cuda_dit, plan, inputs(), backend="eager")
+
+
+def test_the_fused_update_never_waits_for_the_device(cuda_dit):
+    """Coefficients lie on the device from the start, so that nothing in the loop synchronises; the result is the CPU's."""
+    own = prepare_scheduler(diffusers.DPMSolverMultistepScheduler(), 6, "cuda")
+    found = linear_steps(own, {})
+    outputs = [tuple(noise(2, seed).cuda() for seed in (2 * step + 1, 2 * step + 2)) for step in range(6)]
+
+    def run(update, latents, device):
+        for given, t in zip(outputs, own.timesteps, strict=True):
+            latents = update(update.scaled(latents, t), [value.to(device) for value in given], t)
+        return latents
+
+    wanted = run(FusedUpdate(found, noise(2), 4.0), noise(2), "cpu")
+    # Kernels are tuned when first called, which waits.
+    run(FusedUpdate(found, noise(2).cuda(), 4.0), noise(2).cuda(), "cuda")
+    update, start = FusedUpdate(found, noise(2).cuda(), 4.0), noise(2).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = run(update, start, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (got.cpu() - wanted).norm() <= 1e-6 * wanted.norm()

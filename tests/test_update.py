@@ -45,6 +45,7 @@ LINEAR = {
     "dpm++ euler at final": (lambda: DPM(euler_at_final=True), 4, 1),
     "dpm++ all second order": (lambda: DPM(lower_order_final=False), 4, 1),
     "dpm++ flow": (lambda: DPM(prediction_type="flow_prediction", use_flow_sigmas=True), 4, 1),
+    "deis": (lambda: diffusers.DEISMultistepScheduler(), 3, 1),
     "heun": (lambda: diffusers.HeunDiscreteScheduler(), 3, 1),
     "flow heun": (lambda: diffusers.FlowMatchHeunDiscreteScheduler(), 3, 1),
     "plms": (lambda: diffusers.PNDMScheduler(skip_prk_steps=True), 5, 4),
