@@ -12,6 +12,7 @@ from stepgraph.compiler.passes.context import MapGroup, coefficient_dtype
 from stepgraph.compiler.site_maps import maps_of_sites
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.corrections import Increment
+from stepgraph.env import get_logger
 from stepgraph.plan import LOWRANK, CachePlan, PlanError
 
 
@@ -75,22 +76,27 @@ def bind_factors(
     """The plan with the costs of its LOWRANK sites under some factors, and these sites' maps; as it is where it has none.
 
     Raises:
-        PlanError: It has LOWRANK sites, and the factors are missing, of another model, or others than it was bound to.
+        PlanError: The factors are of another model, others than it was bound to, or missing where it has LOWRANK sites.
     """
     corrected = sorted(
         {i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK and not plan.sites[i].output}
     )
     tables = sorted({(step, i) for (step, i), forecast in plan.forecasts.items() if forecast.per_channel})
+    if factors is not None:
+        factors.refuse_other(model)
+        if plan.header.factors not in ("", factors.digest):
+            raise PlanError(f"the plan is bound to the factors {plan.header.factors}, but given are {factors.digest}")
     if not corrected and not tables:
+        if factors is not None:
+            get_logger("factors").warning(
+                "the plan corrects nothing with the factors given; see stepgraph.lowrank (plan correct)"
+            )
         return plan, {}
     if factors is None:
         what = f"LOWRANK, first at site {plan.sites[corrected[0]].name}" if corrected else "forecasts per channel"
         raise PlanError(
             f"the plan has {what}, but no factors are given; pass factors=stepgraph.factorize(...) (--factors FILE)"
         )
-    factors.refuse_other(model)
-    if plan.header.factors not in ("", factors.digest):
-        raise PlanError(f"the plan is bound to the factors {plan.header.factors}, but given are {factors.digest}")
     for step, i in tables:
         table = factors.affine.get(f"{plan.sites[i].name}/{step}")
         if table is None or len(table) != len(plan.forecasts[step, i].terms):

@@ -3,8 +3,9 @@
 The reference is an operation's meaning, its schema and its fallback. A provider (Triton on GPUs, C++ on CPUs) registers on it
 and says for which arguments it is there; the compiler asks once per graph node, for real shapes.
 
-B batch, N tokens, C channels, R rank. All references accumulate in at least float32. Tokens are the second dimension of what
-has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts against [B, N, C].
+B batch, N tokens, C channels, R rank. Products with factors and linear combinations accumulate in at least float32;
+`modulated_norm` and `gated_residual` round after every operation, as the eager model does. Tokens are the second dimension of
+what has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts against [B, N, C].
 """
 
 from collections.abc import Callable, Mapping
@@ -78,7 +79,7 @@ class Op:
         LIBRARY.define(operator + torch.library.infer_schema(self.reference, mutates_args=()))
         LIBRARY.impl(operator, _by_rows(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"stepgraph::{operator}", self.fake, lib=LIBRARY)
-        self.providers[name] = Provider(name, getattr(torch.ops.stepgraph, operator).default, declines)
+        self.providers[name] = Provider(name, getattr(torch.ops.stepgraph, operator).default, _by_rows(declines))
 
     def choose(self, *args: Any, **kwargs: Any) -> Provider:
         """The first provider in order of priority that takes these arguments.
@@ -113,6 +114,12 @@ class Op:
     def __repr__(self) -> str:
         """The operation's name with its providers."""
         return f"<op {self.name}: {', '.join(self.providers)}>"
+
+
+def forced() -> bool:
+    """Whether STEPGRAPH_PROVIDERS leaves no reference to fall back to: then being slower is no reason to decline."""
+    wanted = read_env().providers
+    return bool(wanted) and REFERENCE not in wanted
 
 
 LIBRARY = torch.library.Library("stepgraph", "DEF")
@@ -152,7 +159,7 @@ def rows(modulation: Tensor, x: Tensor) -> Tensor:
 
 
 def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A provider that gets every tensor with its channels side by side.
+    """A provider (or its `declines`) that gets every tensor with its channels side by side.
 
     The strides at run time can be others than those the provider was chosen for: operations in between may be free to choose.
     """
@@ -222,7 +229,12 @@ def lowrank_delta(
 
     Returns:
         One tensor per map, in the shape and dtype of its y.
+
+    Raises:
+        ValueError: Only one of scale and shift, or of gate and residual, is given.
     """
+    if (scale is None) != (shift is None) or (gate is None) != (residual is None):
+        raise ValueError("scale goes with shift and gate with residual; only one of a pair is given")
     if scale is not None and shift is not None:
         x = modulated_norm.reference(x, scale, shift, eps)
     t = lowrank_input.reference(x, b) - p
@@ -283,7 +295,12 @@ def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
 
     Returns:
         In the shape and dtype of the values.
+
+    Raises:
+        ValueError: The coefficients are neither as many as the values nor one more.
     """
+    if len(coefficients) - len(values) not in (0, 1):
+        raise ValueError(f"{len(coefficients)} coefficients for {len(values)} values; expected as many, or one more")
     total = coefficients[0] * _wide(values[0])
     for coefficient, value in zip(coefficients[1:], values[1:], strict=False):
         total = total + coefficient * _wide(value)

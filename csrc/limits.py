@@ -9,6 +9,7 @@ the lower rate of the two; no CPU with tiles was at hand.
 from torch import Tensor, float32
 
 from stepgraph.csrc.library import level, native
+from stepgraph.ops import forced
 
 NEVER = 2**62
 # Elements of the result from which on an elementwise pass pays for its call (about 10 microseconds of Python), by the number of
@@ -36,6 +37,8 @@ def declines_size(op: str, x: Tensor, terms: int = 1) -> str:
     """Why an elementwise pass over `x` is left to torch."""
     if terms == 0 or x.numel() == 0:
         return "nothing to compute"
+    if forced():
+        return ""
     narrow = 0 if x.dtype == float32 else 1 if level() == "avx2" else 2
     least = LEAST[op][min(terms, max(LEAST[op]))][narrow]
     return "" if x.numel() >= least else f"{x.numel()} elements are too few to gain from one pass"
@@ -56,6 +59,8 @@ def projects(x: Tensor, b: Tensor) -> bool:
 
 def declines_correction(x: Tensor, b: Tensor, ends: bool) -> str:
     """Why a correction is left to torch; `ends` says whether it has a prologue or an epilogue."""
+    if forced():
+        return ""
     if x.dtype != float32:
         alone = not ends and not projects(x, b) and b.shape[0] < 16
         return "the reference is as fast for a B of this size" if alone else ""

@@ -16,13 +16,15 @@ from stepgraph.csrc.places import (
     rows_of,
     words,
 )
-from stepgraph.ops import REFERENCE, lowrank_input
+from stepgraph.ops import REFERENCE, forced, lowrank_input
 
 NOWHERE = (0, 0, 0)
 
 
 def run_lowrank_input(x: Tensor, b: Tensor) -> Tensor:
     """See `ops.lowrank_input`."""
+    if not projects(x, b):
+        return lowrank_input.providers[REFERENCE].run(x, b)  # type: ignore[no-any-return]
     p = torch.empty((*x.shape[:-1], b.shape[0]), dtype=torch.float32)
     if p.numel():
         packed = PACKED.get(b)
@@ -38,7 +40,7 @@ def declines_lowrank_input(x: Tensor, b: Tensor) -> str:
     """Why the C++ kernel does not project these."""
     return (
         declines_machine() or declines_tensors(x, b) or declines_rows(x) or _declines_weight(x, b)
-        or ("" if projects(x, b) else "torch's matrix product is faster for these sizes")
+        or ("" if projects(x, b) or forced() else "torch's matrix product is faster for these sizes")
     )  # fmt: skip
 
 

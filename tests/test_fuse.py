@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from conftest import inputs, labels, noise, tiny_dit, tiny_scheduler
+from lowrank_runs import OPERATIONS, run_glyph_dit
 from test_corrections import both, error, factors_of, maps_of, plan_of
 from test_families import FLUX, flux_inputs
 
@@ -15,7 +16,8 @@ from stepgraph.compiler.passes.context import PassContext
 from stepgraph.compiler.passes.erase_identities import erase_identities
 from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
 from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
-from stepgraph.ops import gated_residual, lowrank_delta, modulated_norm
+from stepgraph.csrc.library import native
+from stepgraph.ops import OPS, gated_residual, lowrank_delta, modulated_norm
 
 # Per row: (modulated_norm, gated_residual, lowrank_delta, lowrank_input) in the graphs of a DiT of two blocks.
 ROWS = {
@@ -153,3 +155,60 @@ def test_latents_stay_the_callers_own(dit):
         session(**inputs(2, timestep=int(t))).sample.fill_(float("nan"))
     assert torch.isfinite(session(**inputs(2)).sample).all()
     assert torch.isfinite(wanted).all()
+
+
+# -- whole runs of the shipped model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(native().missing), reason="no native library")
+def test_the_kernels_of_the_cpu_run_by_default():
+    drift, providers = run_glyph_dit(steps=4)
+    assert drift < 1e-5
+    assert {"modulated_norm by cpu", "lowrank_delta by cpu"} <= set(providers)
+
+
+@pytest.mark.skipif(bool(native().missing), reason="no native library")
+def test_a_forced_provider_runs_everything(monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
+    drift, providers = run_glyph_dit(steps=4)
+    assert drift < 1e-5
+    assert set(providers) == {f"{op} by cpu" for op in OPERATIONS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unchanged_input_gives_the_stored_outputs(dtype, monkeypatch):
+    """By default, at a size that kernels take: the stored p and the new one come from the same provider. Fused gates and
+    residuals round once where others round twice, so they are left out here.
+    """
+    monkeypatch.setenv("STEPGRAPH_DISABLE_PASS", "fuse_lowrank,fuse_gated_residual,fuse_modulated_norm")
+    model = tiny_dit(num_attention_heads=16, attention_head_dim=72, sample_size=16).to(dtype)
+    plan = sg.lowrank(sg.make_plan("interval", model=model, scheduler=tiny_scheduler("ddim"), steps=2, every=2))
+    factors = sg.factorize(model, method="svd", rank=64)
+    given = {**sg.example_inputs(model, 4), "hidden_states": torch.randn(4, 4, 16, 16).to(dtype)}
+    given["timestep"] = torch.full((4,), 500)
+    session = sg.compile(model, plan, given, backend="eager", factors=factors, hoist=False).session()
+    assert torch.equal(session(**given).sample, session(**given).sample)
+
+
+def test_exact_mode_says_that_it_runs_the_references(dit, monkeypatch, caplog):
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
+    exe = both(dit, plan_of(dit, {"attn": "CL"}), maps_of(dit))[2]
+    assert all(name.endswith("by reference") for name in exe.providers())
+    assert "STEPGRAPH_PROVIDERS=cpu is not asked" in caplog.text
+
+
+def test_every_pass_is_right_on_the_shipped_model(monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_CHECK", "1")
+    assert run_glyph_dit(steps=2)[0] < 1e-5
+
+
+@pytest.mark.parametrize("pair", [{"scale": torch.zeros(1, 8)}, {"gate": torch.zeros(1, 8)}])
+def test_half_a_pair_is_refused(pair):
+    x = torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match="only one of a pair is given"):
+        OPS["lowrank_delta"].reference(x, [x], torch.zeros(1, 3, 2), [torch.zeros(8, 2)], torch.zeros(2, 8), **pair)
+
+
+def test_as_many_coefficients_as_values():
+    with pytest.raises(ValueError, match="4 coefficients for 2 values; expected as many, or one more"):
+        OPS["linear_combination"].reference([torch.zeros(3)] * 2, torch.zeros(4))

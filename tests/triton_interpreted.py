@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from lowrank_runs import OPERATIONS, run_glyph_dit
 from triton.runtime import interpreter
 
 from stepgraph.ops import OPS
@@ -284,3 +285,11 @@ def test_operators_agree_with_their_schemas():
     ]:
         operator = OPS[name].choose(*given, **keywords).run
         torch.library.opcheck(operator, given, keywords, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_whole_run_of_the_shipped_model(monkeypatch):
+    """Two steps of glyph-dit, the second of them corrected, with every operation in Triton."""
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
+    drift, providers = run_glyph_dit(steps=2)
+    assert drift < 1e-5
+    assert set(providers) == {f"{op} by triton" for op in OPERATIONS}

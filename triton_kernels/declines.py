@@ -107,7 +107,7 @@ def lowrank_delta(
 ) -> str:  # fmt: skip
     """See `stepgraph.ops.lowrank_delta`."""
     given = [tensor for tensor in (scale, shift, gate, residual) if tensor is not None]
-    # The reference ignores half a pair; a kernel that did so as well would hide the mistake.
+    # The reference says what is missing.
     if (scale is None) != (shift is None) or (gate is None) != (residual is None):
         return "only one of scale and shift, or of gate and residual, is given"
     if not (0 < len(y) == len(a) <= MAX_VALUES):

@@ -30,11 +30,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", nargs="*", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="*", help="float32, bfloat16, float16; the first two on a CPU unless given")
     parser.add_argument("--op", default="", help="one operation alone")
     parser.add_argument("--seconds", type=float, default=0.5, help="per case")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu"
+    arguments.dtypes = arguments.dtypes or ["float32", "bfloat16", *([] if on_cpu else ["float16"])]
     chosen = [f"({shape} and {dtype})" for shape in arguments.shapes for dtype in arguments.dtypes]
     with TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"

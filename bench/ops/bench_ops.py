@@ -17,7 +17,7 @@ def machine(dtype: torch.dtype, device: str) -> dict[str, float]:
     return ceilings(dtype, device)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @torch.no_grad()
 def test_ops(benchmark: Any, shape: Shape, dtype: str, request: pytest.FixtureRequest) -> None:
