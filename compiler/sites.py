@@ -52,6 +52,8 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(trace.graph, copies))
     blocks = _blocks(trace, family)
+    # What nothing reads, such as the text output of SD3's last attention, has no value to reuse.
+    live = live_nodes([next(iter(reversed(trace.graph.nodes)))])
     current: dict[fx.Node, fx.Node] = {}
 
     ends: dict[fx.Node, fx.Node] = {}
@@ -71,7 +73,8 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
                 call = trace.calls[f"{path}.{child}", number]
                 _refuse_other_outputs(f"{path}.{child}", len(call.outputs), kinds)
                 for position, (node, kind) in enumerate(zip(call.outputs, kinds, strict=True)):
-                    mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
+                    if node in live:
+                        mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
         call = trace.calls[path, 0]
         if stack.streams:
             mark(call.outputs[0], call.last, Site(path, "block"))

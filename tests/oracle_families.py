@@ -1,4 +1,4 @@
-"""The oracle for FLUX and U-ViT: as `oracle`, with the places where these models compute their sites."""
+"""The oracle for FLUX, SD3, PixArt and U-ViT: as `oracle`, with the places where these models compute their sites."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,7 +56,7 @@ class PatchingOracle(Oracle):
                     for name in self.names
                     if inside == name
                     or inside.startswith(f"{name}.net")
-                    or (inside.startswith(f"{name}.") and name.endswith((".attn", ".attn1")))
+                    or (inside.startswith(f"{name}.") and name.endswith((".attn", ".attn1", ".attn2")))
                 )
                 module = self.model.get_submodule(path)
                 # Patched already: what runs then decides whether the map is reached at all.
@@ -76,27 +76,8 @@ class PatchingOracle(Oracle):
         return module, forward
 
 
-class FluxOracle(PatchingOracle):
-    """Stands in for a FluxTransformer2DModel."""
-
-    def blocks(self) -> list[nn.Module]:
-        """Double blocks, then single ones."""
-        return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
-
-    def replacements(self) -> Iterator[tuple[nn.Module, Forward]]:
-        """Embedders, blocks, and what lies in them."""
-        yield self.run_unless(lambda: self.letter("hidden") in "RF", "x_embedder", lambda x: x)
-        yield self.run_unless(lambda: self.stack_is_dead, "context_embedder", lambda x: x)
-        for block in self.blocks():
-            yield block, self.run_two_streams(block, block.forward)
-        for number, block in enumerate(self.model.transformer_blocks):
-            path = f"transformer_blocks.{number}"
-            yield block.attn, self.run_joint(f"{path}.attn", block.attn.forward)
-            for child in ("ff", "ff_context"):
-                module = getattr(block, child)
-                yield module, self.run_module(f"{path}.{child}", module.forward)
-        for number in range(len(self.model.single_transformer_blocks)):
-            yield from self.run_side_by_side(f"single_transformer_blocks.{number}")
+class TwoStreamsOracle(PatchingOracle):
+    """An oracle for models whose blocks keep image and text tokens apart."""
 
     def run_two_streams(self, block: nn.Module, original: Forward) -> Forward:
         """A block, with the end of the stack behind the last."""
@@ -117,12 +98,37 @@ class FluxOracle(PatchingOracle):
         """Image and text outputs of one attention: both stored, or it runs."""
 
         def forward(**kwargs):
-            letters = self.letter(path) + self.letter(f"{path}:1")
+            # The text output of SD3's last attention goes nowhere and is no site.
+            both = f"{path}:1" in self.names
+            letters = self.letter(path) + self.letter(f"{path}:1" if both else path)
             assert letters in ("CC", "LL") or set(letters) <= {"R", "F"}, f"{path} has the actions {letters}"
             image, text = original(**kwargs) if letters in ("CC", "LL") else (None, None)
-            return self.value(path, lambda: image), self.value(f"{path}:1", lambda: text)
+            return self.value(path, lambda: image), self.value(f"{path}:1", lambda: text) if both else None
 
         return forward
+
+
+class FluxOracle(TwoStreamsOracle):
+    """Stands in for a FluxTransformer2DModel."""
+
+    def blocks(self) -> list[nn.Module]:
+        """Double blocks, then single ones."""
+        return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+
+    def replacements(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Embedders, blocks, and what lies in them."""
+        yield self.run_unless(lambda: self.letter("hidden") in "RF", "x_embedder", lambda x: x)
+        yield self.run_unless(lambda: self.stack_is_dead, "context_embedder", lambda x: x)
+        for block in self.blocks():
+            yield block, self.run_two_streams(block, block.forward)
+        for number, block in enumerate(self.model.transformer_blocks):
+            path = f"transformer_blocks.{number}"
+            yield block.attn, self.run_joint(f"{path}.attn", block.attn.forward)
+            for child in ("ff", "ff_context"):
+                module = getattr(block, child)
+                yield module, self.run_module(f"{path}.{child}", module.forward)
+        for number in range(len(self.model.single_transformer_blocks)):
+            yield from self.run_side_by_side(f"single_transformer_blocks.{number}")
 
     def run_side_by_side(self, path: str) -> Iterator[tuple[nn.Module, Forward]]:
         """Attention and MLP of a single block, and the projection of both."""
@@ -147,6 +153,43 @@ class FluxOracle(PatchingOracle):
         if f"{path}.proj_mlp" not in self.maps:
             yield self.run_unless(lambda: self.letter(f"{path}.act_mlp") != "C", f"{path}.proj_mlp", lambda x: x)
         yield from map(stored, ("attn", "act_mlp", "proj_out"))
+
+
+class SD3Oracle(TwoStreamsOracle):
+    """Stands in for an SD3Transformer2DModel."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The joint blocks."""
+        return list(self.model.transformer_blocks)
+
+    def replacements(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Embedders, blocks, and what lies in them."""
+        yield self.run_unless(lambda: self.letter("hidden") in "RF", "pos_embed", lambda x: x)
+        yield self.run_unless(lambda: self.stack_is_dead, "context_embedder", lambda x: x)
+        for number, block in enumerate(self.blocks()):
+            path = f"transformer_blocks.{number}"
+            yield block, self.run_two_streams(block, block.forward)
+            yield block.attn, self.run_joint(f"{path}.attn", block.attn.forward)
+            for child in ("attn2", "ff", "ff_context"):
+                module = getattr(block, child)
+                if module is not None:
+                    yield module, self.run_module(f"{path}.{child}", module.forward)
+
+
+class PixArtOracle(PatchingOracle):
+    """Stands in for a PixArtTransformer2DModel."""
+
+    def replacements(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Embedders, blocks, and what lies in them."""
+        yield self.run_unless(lambda: self.letter("hidden") in "RF", "pos_embed", lambda x: x)
+        width = self.model.inner_dim
+        yield self.run_unless(lambda: self.stack_is_dead, "caption_projection", lambda x: x.new_zeros(len(x), 1, width))
+        for number, block in enumerate(self.model.transformer_blocks):
+            path = f"transformer_blocks.{number}"
+            yield block, self.run_block(path, block.forward)
+            for child in ("attn1", "attn2", "ff"):
+                module = getattr(block, child)
+                yield module, self.run_module(f"{path}.{child}", module.forward)
 
 
 class UVitOracle(PatchingOracle):

@@ -5,10 +5,12 @@ from typing import Any
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.compiler.models.family import Family
 from stepgraph.compiler.models.flux import FLUX
+from stepgraph.compiler.models.pixart import PIXART
+from stepgraph.compiler.models.sd3 import SD3
 from stepgraph.compiler.models.uvit import UVIT
 from stepgraph.config import CompileError
 
-FAMILIES = (DIT, FLUX, UVIT)
+FAMILIES = (DIT, FLUX, PIXART, SD3, UVIT)
 
 
 def family_of(model: Any) -> Family:

@@ -15,7 +15,7 @@ class Stack:
     Attributes:
         blocks: Path of the blocks, with `*` for any one part of it: "transformer_blocks.*".
         values: Name of a block's child module -> the site kinds of what one call of it returns, in order. Several outputs are
-            those of a joint attention: reused all together or not at all.
+            those of a joint attention: reused all together or not at all. An output that nothing reads is no site.
         streams: Whether a block's first output is all that later blocks read, so that it is a site of kind `block`. It is
             not where two streams of tokens run side by side, or where later blocks read earlier ones past it.
     """
@@ -42,7 +42,7 @@ class Family:
         embedding: Path of a module whose output is an embedding of the timestep alone, [B, D].
         timestep: What the forward takes the scheduler's timestep times.
         random: Name -> configuration of published full-size models, built with random weights.
-        tokens: Which output of the last block are the (image) tokens that the output head takes.
+        tokens: Which output of the last block are the (image) tokens that the output head takes; -1 for its last.
         unbatched: Names of the inputs whose first dimension is not the batch.
         module: Where the classes are imported from.
         scheduler: Class name and configuration of the scheduler that models with random weights come with.

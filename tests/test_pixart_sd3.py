@@ -1,0 +1,254 @@
+"""PixArt and SD3: their sites, what these cost, and compiled plans against the oracle, bit for bit."""
+
+from collections import Counter
+
+import diffusers
+import pytest
+import torch
+from conftest import tiny_scheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import run_loop
+from oracle_families import PixArtOracle, SD3Oracle
+from test_corrections import error
+from test_families import compare, random_rows
+
+import stepgraph as sg
+from stepgraph.compiler.describe import marked_graph
+from stepgraph.compiler.models import family_of
+from stepgraph.config import CompileError
+from stepgraph.plan import CachePlan
+
+IMAGE, TEXT, WIDTH, STEPS = 16, 5, 32, 4
+PIXART = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+          "cross_attention_dim": 32, "sample_size": 8, "patch_size": 2, "caption_channels": 12}  # fmt: skip
+SD3 = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+       "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 32, "pooled_projection_dim": 10,
+       "out_channels": 4, "pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pixart() -> diffusers.PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return diffusers.PixArtTransformer2DModel(**PIXART).eval()
+
+
+@pytest.fixture(scope="module")
+def sd3() -> diffusers.SD3Transformer2DModel:
+    """Three blocks, the first of them with SD3.5's second attention."""
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(**SD3).eval()
+
+
+def pixart_inputs(batch: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    mask = torch.ones(batch, TEXT, dtype=torch.int64)
+    mask[:, -2:] = 0
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT, 12, generator=generator),
+        "timestep": torch.full((batch,), 500),
+        "encoder_attention_mask": mask,
+    }
+
+
+def sd3_inputs(batch: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT, 12, generator=generator),
+        "pooled_projections": torch.randn(batch, 10, generator=generator),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def run(predict, scheduler, steps: int, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Every output of the model in a plain sampling loop, and the final latents."""
+    conditioning = {name: value for name, value in inputs.items() if name not in ("hidden_states", "timestep")}
+    final, outputs = run_loop(predict, scheduler, inputs["hidden_states"], steps, cond=conditioning)
+    return [*outputs, final]
+
+
+def planned(model, inputs, actions: dict[str, str], steps: int = STEPS) -> CachePlan:
+    return sg.make_plan(
+        "manual", model=model, scheduler=scheduler_of(model), steps=steps, guidance="none", example_inputs=inputs,
+        actions=actions,
+    )  # fmt: skip
+
+
+def scheduler_of(model):
+    if isinstance(model, diffusers.PixArtTransformer2DModel):
+        return tiny_scheduler("dpm++")
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def checked(model, oracle: type, inputs, plan: CachePlan, unread: int | None = 0):
+    """A plan as program and as oracle; the oracle that ran."""
+    answers = oracle.of(model, plan)
+    compare(model, plan, answers, scheduler_of(model), inputs, run, unread)
+    return answers
+
+
+# -- PixArt --------------------------------------------------------------------------------------------------------------
+
+
+def test_pixart_sites_lie_where_its_blocks_compute_them(pixart):
+    blocks = [
+        (f"transformer_blocks.{i}{name}", kind)
+        for i in range(2)
+        for name, kind in ((".attn1", "attn"), (".attn2", "cross_attn"), (".ff", "ff"), ("", "block"))
+    ]
+    whole = [(kind, kind) for kind in ("stack_residual", "hidden", "output")]
+    assert [(site.name, site.kind) for site in marked_graph(pixart, pixart_inputs()).sites] == blocks + whole
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pixart_sites_cost_what_their_formulas_say(pixart, batch):
+    n, m, c = IMAGE, TEXT, WIDTH
+    expected = {
+        "transformer_blocks.0.attn1": 4 * n * c * c + 2 * n * n * c,
+        # Queries and output for every image token, keys and values for every text token.
+        "transformer_blocks.0.attn2": 2 * n * c * c + 2 * m * c * c + 2 * n * m * c,
+        "transformer_blocks.0.ff": 8 * n * c * c,
+    }
+    marked = marked_graph(pixart, pixart_inputs(batch))
+    sites = {site.name: site for site in marked.sites}
+    assert {name: sites[name].macs for name in expected} == expected
+    patches, head = n * 4 * 4 * c, n * c * 4 * 8
+    # The time embedding and its modulation, and the two layers of the text's projection.
+    shared, text = 256 * c + c * c + 6 * c * c, m * (12 * c + c * c)
+    assert marked.macs == 2 * sum(expected.values()) + patches + head + shared + text
+    assert {sites[name].bytes for name in expected} == {4 * n * c}
+
+
+@pytest.mark.parametrize("kind", ["attn", "cross_attn", "ff", "block", "stack_residual", "hidden", "output"])
+def test_pixart_reuses_every_kind_by_itself(pixart, kind):
+    plan = planned(pixart, pixart_inputs(), {kind: "CRCR"})
+    # Where every cross-attention is reused, nobody reads the projected text.
+    unread = 2 * TEXT * (12 * WIDTH + WIDTH * WIDTH) if kind == "cross_attn" else 0
+    oracle = checked(pixart, PixArtOracle, pixart_inputs(2), plan, unread)
+    assert sum(oracle.executed[1].values()) < sum(oracle.executed[0].values())
+    assert (kind == "output") == (not oracle.executed[1])
+
+
+def test_pixart_computing_everything_is_the_eager_model(pixart):
+    plan = planned(pixart, pixart_inputs(), {})
+    exe = sg.compile(pixart, plan, pixart_inputs(2), backend="eager", exact=True)
+    eager, got = (run(model, scheduler_of(pixart), STEPS, pixart_inputs(2)) for model in (pixart, exe.session()))
+    assert len(got) == STEPS + 1
+    assert all(map(torch.equal, eager, got))
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_pixart_runs_random_plans(pixart, data):
+    full = planned(pixart, pixart_inputs(), {}, steps=5)
+    plan = CachePlan(full.header, full.sites, data.draw(random_rows(full.sites, 5)))
+    checked(pixart, PixArtOracle, pixart_inputs(data.draw(st.sampled_from([1, 3]))), plan, unread=None)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_pixart_corrects_the_cross_attention(pixart, exact):
+    """Queries are corrected for the tokens' drift, and keys and values for the text's, which has none."""
+    names = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    paths = [f"transformer_blocks.{i}.{name}" for i in range(2) for name in names]
+    maps = {path: (torch.randn(WIDTH, 4) / 8, torch.randn(4, WIDTH) / 8) for path in paths}
+    plan = planned(pixart, pixart_inputs(), {"cross_attn": "CLLC", "ff": "CRCR"})
+    header = plan.header
+    factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps)
+    exe = sg.compile(pixart, plan, pixart_inputs(2), backend="eager", exact=exact, factors=factors)
+    got = run(exe.session(), scheduler_of(pixart), STEPS, pixart_inputs(2))
+    wanted = run(PixArtOracle.of(pixart, plan, maps), scheduler_of(pixart), STEPS, pixart_inputs(2))
+    reused = run(PixArtOracle.of(pixart, planned(pixart, pixart_inputs(), {"cross_attn": "CRRC", "ff": "CRCR"})),
+                 scheduler_of(pixart), STEPS, pixart_inputs(2))  # fmt: skip
+    assert error(got[-1], wanted[-1]) < 2e-6 < error(reused[-1], wanted[-1])
+    corrected = Counter(exe.default.variants[exe.default.rows[1]].providers)
+    # A block's queries; its keys and values, which read the same text; its output.
+    assert sum(count for name, count in corrected.items() if name.startswith("lowrank_delta")) == 2 * 3
+    n, m, c, rank = IMAGE, TEXT, WIDTH, 4
+    saved = 2 * (2 * n * c * c + 2 * m * c * c - (2 * n + 2 * m) * 2 * c * rank)
+    skipped = {site.name: site.macs for site in exe.plan.sites}
+    fresh = exe.macs().per_step[3] + 2 * sum(skipped[f"transformer_blocks.{i}.ff"] for i in range(2))
+    assert exe.macs().per_step[2] == fresh - 2 * saved
+
+
+def test_a_pixart_for_large_images_says_what_stands_against_it():
+    model = diffusers.PixArtTransformer2DModel(**(PIXART | {"use_additional_conditions": True, "num_layers": 1})).eval()
+    with pytest.raises(CompileError, match=r"resolution and aspect ratio .*added_cond_kwargs.*PixArt-XL-2-512x512"):
+        sg.example_inputs(model)
+    with pytest.raises(CompileError, match="conditioned on text embeddings"):
+        family_of(model).conditioning(PIXART, 1, torch.device("cpu"))
+
+
+# -- SD3 -----------------------------------------------------------------------------------------------------------------
+
+
+def test_sd3_sites_lie_where_its_blocks_compute_them(sd3):
+    joint = (("attn", "attn"), ("attn:1", "context_attn"))
+    rest = (("ff", "ff"), ("ff_context", "context_ff"))
+    # The second attention of the first block; no text behind the last.
+    children = ((*joint, ("attn2", "attn"), *rest), (*joint, *rest), (("attn", "attn"), ("ff", "ff")))
+    blocks = [(f"transformer_blocks.{i}.{name}", kind) for i, own in enumerate(children) for name, kind in own]
+    whole = [(kind, kind) for kind in ("stack_residual", "hidden", "output")]
+    assert [(site.name, site.kind) for site in marked_graph(sd3, sd3_inputs()).sites] == blocks + whole
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sd3_sites_cost_what_their_formulas_say(sd3, batch):
+    n, m, c = IMAGE, TEXT, WIDTH
+    joint = 3 * (n + m) * c * c + 2 * (n + m) * (n + m) * c
+    expected = {
+        "transformer_blocks.0.attn": joint + n * c * c,
+        "transformer_blocks.0.attn:1": m * c * c,
+        "transformer_blocks.0.attn2": 4 * n * c * c + 2 * n * n * c,
+        "transformer_blocks.0.ff": 8 * n * c * c,
+        "transformer_blocks.0.ff_context": 8 * m * c * c,
+        # Nothing else reads what comes before the last attention on the side of the text: the feed-forward of the block
+        # before, its attention's text output, and the last norm's modulation.
+        "transformer_blocks.2.attn": joint + n * c * c + 8 * m * c * c + m * c * c + 2 * c * c,
+    }
+    marked = marked_graph(sd3, sd3_inputs(batch))
+    sites = {site.name: site for site in marked.sites}
+    assert {name: sites[name].macs for name in expected} == expected
+    sizes = {"transformer_blocks.1.attn": n * c, "transformer_blocks.1.attn:1": m * c, "hidden": n * c}
+    assert {name: sites[name].bytes for name in sizes} == {name: 4 * size for name, size in sizes.items()}
+    assert sites["hidden"].macs - sites["stack_residual"].macs == n * 4 * 4 * c
+
+
+@pytest.mark.parametrize("kind", ["attn", "context_attn", "ff", "context_ff", "stack_residual", "hidden", "output"])
+def test_sd3_reuses_every_kind_by_itself(sd3, kind):
+    # The two outputs of a joint attention are reused together.
+    actions = {"attn": {"attn": "CRCR", "context_attn": "CRCR"}, "context_attn": {
+        f"transformer_blocks.1.attn{output}": "CRCR" for output in ("", ":1")}}.get(kind, {kind: "CRCR"})  # fmt: skip
+    plan = planned(sd3, sd3_inputs(), actions)
+    assert any("R" in row for row in plan.rows)
+    # Where every joint attention is reused, nobody reads the text.
+    oracle = checked(sd3, SD3Oracle, sd3_inputs(2), plan, None if kind == "attn" else 0)
+    assert sum(oracle.executed[1].values()) < sum(oracle.executed[0].values())
+    assert (kind == "output") == (not oracle.executed[1])
+
+
+def test_the_last_attention_of_sd3_is_reused_by_itself(sd3):
+    plan = planned(sd3, sd3_inputs(), {"transformer_blocks.2.attn": "CRRC"})
+    assert [row[plan.index("transformer_blocks.2.attn")] for row in plan.rows] == list("CRRC")
+    checked(sd3, SD3Oracle, sd3_inputs(2), plan)
+
+
+def test_sd3_computing_everything_is_the_eager_model(sd3):
+    exe = sg.compile(sd3, planned(sd3, sd3_inputs(), {}), sd3_inputs(2), backend="eager", exact=True)
+    eager, got = (run(model, scheduler_of(sd3), STEPS, sd3_inputs(2)) for model in (sd3, exe.session()))
+    assert len(got) == STEPS + 1
+    assert all(map(torch.equal, eager, got))
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_sd3_runs_random_plans(sd3, data):
+    full = planned(sd3, sd3_inputs(), {}, steps=5)
+    plan = CachePlan(full.header, full.sites, data.draw(random_rows(full.sites, 5)))
+    checked(sd3, SD3Oracle, sd3_inputs(data.draw(st.sampled_from([1, 3]))), plan, unread=None)
+
+
+def test_sd3_is_not_sampled_by_name(sd3):
+    with pytest.raises(CompileError, match="conditioned on text embeddings"):
+        family_of(sd3).conditioning(SD3, 1, torch.device("cpu"))
