@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import inputs, labels, noise, tiny_dit, tiny_scheduler
 from lowrank_runs import OPERATIONS, run_glyph_dit
+from oracle_families import FluxOracle, run_flow
 from test_corrections import both, error, factors_of, maps_of, plan_of
-from test_families import FLUX, flux_inputs
+from test_families import FLUX, IMAGE, TEXT, WIDTH, flux_inputs, flux_plan
 
 import stepgraph as sg
 from stepgraph.compiler.passes.context import PassContext
@@ -107,6 +108,23 @@ def test_rewrite_counts(family):
     if before is not None:
         with torch.no_grad():
             assert error(gm(**given)[0], before[0]) < 1e-6
+
+
+def test_what_flux_splits_and_joins_again_between_its_single_blocks_is_one_run():
+    torch.manual_seed(0)
+    model, scheduler = diffusers.FluxTransformer2DModel(**FLUX).eval(), diffusers.FlowMatchEulerDiscreteScheduler()
+    actions = dict.fromkeys(("attn", "context_attn", "ff", "context_ff", "proj_out"), "CRC")
+    plan = flux_plan(model, scheduler, actions, steps=3)
+    exe = sg.compile(model, plan, flux_inputs(2), backend="eager")
+    wanted, got = (run_flow(who, scheduler, 3, flux_inputs(2)) for who in (FluxOracle.of(model, plan), exe.session()))
+    assert error(got[-1], wanted[-1]) < 2e-6
+    nodes = exe.default.variants[exe.default.rows[1]].graph.graph.nodes
+    runs = [len(node.args[1]) for node in nodes if node.meta.get("provider", "").startswith("gated_residual")]
+    # Image and text of two double blocks, and both together in two single ones.
+    assert sorted(runs) == [2, 4, 4]
+    # Positions and time embeddings are joined still, and text and image once, before the first single block.
+    joined = [node for node in nodes if node.target is torch.cat and node.meta["val"].shape == (2, IMAGE + TEXT, WIDTH)]
+    assert len(joined) == 1
 
 
 def test_exact_graphs_are_left_alone(dit):

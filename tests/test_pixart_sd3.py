@@ -17,7 +17,7 @@ import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models import family_of
 from stepgraph.config import CompileError
-from stepgraph.plan import CachePlan
+from stepgraph.plan import MODULE_KINDS, CachePlan
 
 IMAGE, TEXT, WIDTH, STEPS = 16, 5, 32, 4
 PIXART = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
@@ -252,3 +252,32 @@ def test_sd3_runs_random_plans(sd3, data):
 def test_sd3_is_not_sampled_by_name(sd3):
     with pytest.raises(CompileError, match="conditioned on text embeddings"):
         family_of(sd3).conditioning(SD3, 1, torch.device("cpu"))
+
+
+# -- fused ---------------------------------------------------------------------------------------------------------------
+
+# Model -> norms and updates in each run where everything is computed, and updates in each run where all modules are reused.
+FUSED = {
+    "pixart": (PixArtOracle, 2 * 2 + 1, [1] * 4, [3 * 2]),
+    # The first block has three norms and updates for the image, those of its attentions one behind the other; the other two
+    # blocks have two. The text of the last has a norm only.
+    "sd3": (SD3Oracle, 3 + 2 + 2 + (2 + 2 + 1) + 1, [2] + [1] * 9, [7]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_modulations_and_gates_are_fused_and_give_the_same(name, batch, request):
+    model, (oracle, norms, fresh, reused) = request.getfixturevalue(name), FUSED[name]
+    given = (pixart_inputs if name == "pixart" else sd3_inputs)(batch)
+    kinds = {site.kind for site in marked_graph(model, given).sites} & set(MODULE_KINDS)
+    plan = planned(model, given, dict.fromkeys(kinds, "CRC"), steps=3)
+    exe = sg.compile(model, plan, given, backend="eager")
+    wanted, got = (run(who, scheduler_of(model), 3, given) for who in (oracle.of(model, plan), exe.session()))
+    assert error(got[-1], wanted[-1]) < 2e-6
+    found = []
+    for variant in exe.default.rows:
+        nodes = [n for n in exe.default.variants[variant].graph.graph.nodes if "provider" in n.meta]
+        ops = Counter(n.meta["provider"].partition(" by ")[0] for n in nodes)
+        found.append((ops["modulated_norm"], [len(n.args[1]) for n in nodes if n.meta["provider"].startswith("gated_res")]))
+    assert found == [(norms, fresh), (1, reused), (norms, fresh)]

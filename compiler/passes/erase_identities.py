@@ -1,5 +1,7 @@
 """Take out operations that return what they are given."""
 
+import operator
+
 import torch
 from torch import fx, nn
 
@@ -10,9 +12,11 @@ from stepgraph.compiler.passes.context import PassContext
 def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Feed the users of an operation that changes nothing from its argument.
 
-    These are a dropout in evaluation mode, a division or multiplication by 1, and a conversion to the dtype at hand. They stand
-    between a linear map and its gate, where the fused operations look for it. Not with `ctx.exact`, which keeps every
-    operation, not where something is written to in place, and not where the caller gets the value: both may want a copy.
+    These are a dropout in evaluation mode, a division or multiplication by 1, a conversion to the dtype at hand, and joining
+    what a tensor was just split into, as FLUX does with text and image between its single blocks. They stand between a linear
+    map and its gate, or between one residual and the next, where the fused operations look for these. Not with `ctx.exact`,
+    which keeps every operation, not where something is written to in place, and not where the caller gets the value: both may
+    want a copy.
 
     Before: `%dropped = call_module[to_out.1](%out)`, `%value = div(%dropped, 1.0)`, `%gated = mul(%gate, %value)`.
     After: `%gated = mul(%gate, %out)`.
@@ -22,12 +26,39 @@ def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
     for node in list(gm.graph.nodes) if not ctx.exact else ():
         if output in node.users:
             continue
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and _changes_nothing(gm, node, source) and not storages_of(source) & ctx.written:
+        source = _rejoined(node) or (node.args[0] if node.args else None)
+        if not isinstance(source, fx.Node) or storages_of(source) & ctx.written:
+            continue
+        if _rejoined(node) or _changes_nothing(gm, node, source):
+            parts = [part for part in node.all_input_nodes if part is not source]
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
+            for part in parts:
+                if not part.users:
+                    gm.graph.erase_node(part)
             count += 1
     return count
+
+
+def _rejoined(node: fx.Node) -> fx.Node | None:
+    """What a concatenation joins the slices of, if these are all of it, in order and once each."""
+    parts = node.args[0] if node.target is torch.cat and node.args else None
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in parts):
+        return None
+    source, dim = parts[0].args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)  # type: ignore[union-attr]
+    if not isinstance(source, fx.Node) or not isinstance(dim, int) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return None
+    shape, end = source.meta["val"].shape, 0
+    for part in parts:
+        index = part.args[1]  # type: ignore[union-attr]
+        if part.args[0] is not source or not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):  # type: ignore[union-attr]
+            return None
+        ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=False)]  # type: ignore[union-attr, misc]
+        own = ranges.pop() if len(ranges) == dim % len(shape) + 1 else None
+        if own is None or (own.start, own.step) != (end, 1) or any(len(r) != n for r, n in zip(ranges, shape, strict=False)):
+            return None
+        end = own.stop
+    return source if end == shape[dim] else None
 
 
 def _changes_nothing(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:

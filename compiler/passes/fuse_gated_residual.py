@@ -20,11 +20,20 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
         %gated_1 = mul(%gate_2, %slot_2)
         %x2 = add(%gated_1, %x1)
 
-    After: `%x2 = gated_residual(%x, [%gate_1, %gate_2], [%slot_1, %slot_2])`. Returns the number of additions that are gone.
+    After: `%x2 = gated_residual(%x, [%gate_1, %gate_2], [%slot_1, %slot_2])`. A reused value that is added without a gate, as
+    PixArt's cross-attention is, joins the run that it stands behind with a gate of ones. Returns the number of additions that
+    are gone.
     """
     count = 0
+    ones: fx.Node | None = None
     for node in list(gm.graph.nodes) if not ctx.exact else ():
         found = _matched(node)
+        ungated = _ungated(node) if found is None else None
+        if ungated is not None:
+            x, value = ungated
+            if ones is None:
+                ones = _ones_like(gm.graph, x.args[1][0], x)  # type: ignore[index, arg-type]
+            found = x, ones, value, node
         if found is None or any(storages_of(n) & ctx.written for n in found[:3]):
             continue
         x, gate, value, gated = found
@@ -36,7 +45,7 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
             fused = gm.graph.call_function(gated_residual, arguments)
         fused.meta |= {key: kept for key, kept in node.meta.items() if key != "macs"}
         node.replace_all_uses_with(fused)
-        for gone in (node, gated, x):
+        for gone in dict.fromkeys((node, gated, x)):
             if not gone.users:
                 gm.graph.erase_node(gone)
         count += 1
@@ -55,3 +64,26 @@ def _matched(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
             if shapes[0] in ((batch, 1, channels), (1, 1, channels)) and tokens > 1:
                 return x, gate, value, gated
     return None
+
+
+def _ungated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A run of gated residuals that nothing else reads, and the stored value that is added behind it."""
+    for value, x in factors_of(node, "add"):
+        shapes = [(n.meta["val"].shape, n.meta["val"].dtype) for n in (value, x, node) if "val" in n.meta]
+        if (
+            x.target is gated_residual
+            and len(x.users) == 1
+            and "slot" in value.meta
+            and len(shapes) == 3
+            and len(set(shapes)) == 1
+        ):
+            return x, value
+    return None
+
+
+def _ones_like(graph: fx.Graph, gate: fx.Node, before: fx.Node) -> fx.Node:
+    """A gate that changes nothing."""
+    with graph.inserting_before(before):
+        ones = graph.call_function(torch.ones_like, (gate,))
+    ones.meta |= {"val": torch.ones_like(gate.meta["val"])}
+    return ones

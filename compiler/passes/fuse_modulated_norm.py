@@ -45,7 +45,10 @@ def _matched(gm: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node, fx.Node,
     for scaled, shift in factors_of(node, "add"):
         for norm, more in factors_of(scaled, "mul") if len(scaled.users) == 1 else ():
             eps = _plain_norm(gm, norm)
-            if eps is None or len(norm.users) > 1 or not all(_per_channel(n, norm) for n in (more, shift)):
+            # One norm under several modulations (SD3.5) is part of each, unless something else reads it too.
+            if eps is None or not all(is_call(user, "mul") for user in norm.users):
+                continue
+            if not all(_per_channel(n, norm) for n in (more, shift)):
                 continue
             x, values = norm.args[0], [n.meta["val"] for n in (norm, more, shift, node)]
             if not isinstance(x, fx.Node) or len({v.dtype for v in values} | {x.meta["val"].dtype}) > 1:

@@ -1,0 +1,86 @@
+"""Full-size models without weights: published sizes, and how many operations are fused in their real graphs."""
+
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+from torch import fx, nn
+
+from stepgraph.compiler.describe import make_header, marked_graph
+from stepgraph.compiler.models.load import load_scheduler, load_to_plan
+from stepgraph.compiler.sites import MarkedGraph
+from stepgraph.compiler.specialize import specialize
+from stepgraph.ops import gated_residual, modulated_norm
+from stepgraph.plan import MODULE_KINDS, CachePlan
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, MarkedGraph]:
+    """A full-size model on the meta device, and its graph."""
+    model = load_to_plan(f"{name}:random", torch.bfloat16)
+    return model, marked_graph(model)
+
+
+def test_the_published_sizes():
+    (pixart, pixart_graph), (sd3, sd3_graph) = traced("pixart-alpha"), traced("sd3-medium")
+    assert {p.device.type for model in (pixart, sd3) for p in model.parameters()} == {"meta"}
+    # The papers count 0.6 and 2 billion parameters.
+    counts = [sum(p.numel() for p in model.parameters()) for model in (pixart, sd3)]
+    assert counts == pytest.approx([0.611e9, 2.03e9], rel=1e-3)
+    n, m, c = 32 * 32, 120, 1152
+    block = (4 + 2 + 8) * n * c * c + 2 * m * c * c + 2 * n * (n + m) * c
+    around = n * (4 * 4 * c + c * 4 * 8) + 256 * c + 7 * c * c + m * (4096 * c + c * c)
+    assert pixart_graph.macs == 28 * block + around
+    assert Counter(site.kind for site in pixart_graph.sites) == {
+        "attn": 28, "cross_attn": 28, "ff": 28, "block": 28, "stack_residual": 1, "hidden": 1, "output": 1,
+    }  # fmt: skip
+    n, m, c = 64 * 64, 333, 1536
+    # Per token: q, k, v, output and feed-forward; per block: two modulations of six times the width.
+    block = 12 * (n + m) * c * c + 2 * (n + m) * (n + m) * c + 12 * c * c
+    around = n * (16 * 4 * c + c * 4 * 16) + m * 4096 * c + (256 + 2048) * c + 2 * c * c + 2 * c * c
+    # Of the last block's text only q, k and v, and a modulation of twice the width.
+    assert sd3_graph.macs == 24 * block + around - (9 * m * c * c + 4 * c * c)
+    assert Counter(site.kind for site in sd3_graph.sites) == {
+        "attn": 24, "context_attn": 23, "ff": 24, "context_ff": 23, "stack_residual": 1, "hidden": 1, "output": 1,
+    }  # fmt: skip
+    assert type(load_scheduler("pixart-alpha:random")).__name__ == "DPMSolverMultistepScheduler"
+    assert load_scheduler("sd3-medium:random").config["shift"] == 3.0
+
+
+def fused(graph: fx.Graph) -> tuple[int, list[int]]:
+    """How many norms have their modulation in one operation, and how many updates each gated residual makes."""
+    ops = {node: node.meta["provider"].partition(" by ")[0] for node in graph.nodes if "provider" in node.meta}
+    residuals = [len(node.args[1]) for node, op in ops.items() if op == gated_residual.name]
+    return list(ops.values()).count(modulated_norm.name), residuals
+
+
+# Model -> (norms, gated residuals of single updates) where everything is computed, and what is left of them where every module
+# site is reused: the norm of the output head, and one gated residual for each run of updates.
+FUSED = {
+    # Two norms and two updates in each of 28 blocks, and the head.
+    "dit-xl-2-256": (2 * 28 + 1, 2 * 28, [2 * 28]),
+    # The cross-attentions of 28 blocks are added without a norm and without a gate; as stored values they join the run.
+    "pixart-alpha": (2 * 28 + 1, 2 * 28, [3 * 28]),
+    # 24 joint blocks: two norms and two updates for the image and as many for the text, whose last block has a norm only.
+    # Nobody reads the text where every attention is reused.
+    "sd3-medium": (2 * 24 + 2 * 23 + 1 + 1, 2 * 24 + 2 * 23, [2 * 24]),
+    # 19 double blocks like those, and 38 single ones with one of each; where all are reused, text and image are joined between.
+    "flux-dev": (4 * 19 + 38 + 1, 4 * 19 + 38, [2 * 19, 2 * 19, 38]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_modulation_and_gate_of_a_full_size_model_is_fused(name):
+    model, marked = traced(name)
+    norms, gates, runs = FUSED[name]
+    kinds = {site.kind for site in marked.sites} & set(MODULE_KINDS)
+    header = make_header(model, load_scheduler(f"{name}:random"), 3, marked)
+    plan = CachePlan.build(header, marked.sites, dict.fromkeys(kinds, "CRC"))
+    specialized = specialize(marked, model, plan, exact=False)
+    assert specialized.rows == (0, 1, 2)
+    storing, reusing, full = (graph.graph for graph in specialized.graphs)
+    assert fused(full) == (norms, [1] * gates)
+    assert fused(storing) == (norms, [1] * gates)
+    assert fused(reusing) == (1, runs)
+    assert not [node for node in reusing.nodes if node.op == "call_module" and ".attn" in str(node.target)]
