@@ -160,7 +160,7 @@ class _Cones:
         live = live_nodes([next(iter(reversed(gm.graph.nodes)))])
         while True:
             border = _border(gm.graph, live, levels)
-            copies = self._copied(gm, border, levels)
+            copies = self._copied(gm, border)
             demoted = [node for node in border if copies[node].name in kept]
             if not demoted:
                 break
@@ -168,16 +168,16 @@ class _Cones:
         self.tables |= dict.fromkeys(copies[node] for node in border)
         return {node: copies[node] for node in border}
 
-    def _copied(self, gm: fx.GraphModule, border: Sequence[fx.Node], levels: Mapping[fx.Node, Level]) -> dict[fx.Node, fx.Node]:
+    def _copied(self, gm: fx.GraphModule, border: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
         """The nodes of a graph that a border depends on, each with its one copy here."""
         copies: dict[fx.Node, fx.Node] = {}
         cone = live_nodes(border) if border else set()
         for node in gm.graph.nodes:
             if node in cone:
-                copies[node] = self._copy(gm, node, copies, levels[node])
+                copies[node] = self._copy(gm, node, copies)
         return copies
 
-    def _copy(self, gm: fx.GraphModule, node: fx.Node, copies: Mapping[fx.Node, fx.Node], level: Level) -> fx.Node:
+    def _copy(self, gm: fx.GraphModule, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         target = node.target
         if node.op in ("get_attr", "call_module"):
             target = self._attribute(gm, str(target))
@@ -186,7 +186,8 @@ class _Cones:
         if key not in self._known:
             made = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
             made.meta |= node.meta
-            self._known[key], self.levels[made] = made, level
+            self._known[key] = made
+            self.levels[made] = max((self.levels[n] for n in made.all_input_nodes), default=Level.PROMPT)
         return self._known[key]
 
     def _attribute(self, gm: fx.GraphModule, path: str) -> str:
@@ -232,7 +233,10 @@ class _Cones:
 
 
 def _border(graph: fx.Graph, live: Collection[fx.Node], levels: dict[fx.Node, Level]) -> list[fx.Node]:
-    """The hoisted tensors that the loop reads. A tuple is unpacked in the loop, so what it is made of is read there."""
+    """The hoisted tensors that the loop reads. A tuple is unpacked in the loop, so what it is made of is read there; so is a
+    view of a weight, which costs nothing there.
+    """
+    weights = frozenset().union(*(storages_of(node) for node in graph.nodes if node.op == "get_attr"))
     border: dict[fx.Node, None] = {}
     for node in reversed(graph.nodes):
         if node not in live or levels[node] != Level.LATENT:
@@ -240,7 +244,7 @@ def _border(graph: fx.Graph, live: Collection[fx.Node], levels: dict[fx.Node, Le
         for value in node.all_input_nodes:
             if levels[value] == Level.LATENT or value.op in ("placeholder", "get_attr"):
                 continue
-            if _is_tensor(value):
+            if _is_tensor(value) and not storages_of(value) & weights:
                 border[value] = None
             else:
                 levels[value] = Level.LATENT

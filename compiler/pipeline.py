@@ -17,6 +17,7 @@ from stepgraph.compiler.lower import lower
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
 from stepgraph.compiler.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
+from stepgraph.compiler.split_projections import split_projections
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
@@ -56,6 +57,9 @@ def build_program(
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
     marked = marked_graph(model, inputs)
     refuse_other_sites(plan, marked)
+    # Where two values meet in one projection, each is stored as its own part of the product.
+    if not config.exact and split_projections.__name__ not in read_env().disabled_passes:
+        marked = split_projections(marked, model, plan)
     # Sizes are measured on this model; a plan file only reports them.
     plan, groups = bind_factors(replace(plan, sites=marked.sites), marked, model, factors)
     clock.stage("trace")

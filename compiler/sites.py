@@ -139,13 +139,20 @@ def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
     total = macs_of(live_nodes([output]))
     markers = [node for node in graph.nodes if "marker" in node.meta]
     found: list[Site] = [node.meta["marker"] for node in markers]
-    saved = savings(markers, found, macs_of)
-    sites = []
-    for number, (node, site, macs) in enumerate(zip(markers, found, saved, strict=True)):
-        value: torch.Tensor = node.meta["val"]
-        sites.append(replace(site, macs=int(macs) // batch, bytes=value.numel() * value.element_size() // batch))
+    sites = sized(markers, found, batch)
+    for number, node in enumerate(markers):
         node.meta["marker"] = number
-    return MarkedGraph(trace, graph, tuple(sites), total // batch, batch)
+    return MarkedGraph(trace, graph, sites, total // batch, batch)
+
+
+def sized(markers: Sequence[fx.Node], sites: Sequence[Site], batch: int) -> tuple[Site, ...]:
+    """The sites with what a reuse of each saves and how large its value is, per sample, as their markers stand."""
+    found = []
+    for node, site, macs in zip(markers, sites, savings(markers, sites, macs_of), strict=True):
+        value: torch.Tensor = node.meta["val"]
+        size = value.numel() * value.element_size()
+        found.append(replace(site, macs=int(macs) // batch, bytes=size // batch))
+    return tuple(found)
 
 
 def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable[[set[fx.Node]], float]) -> list[float]:

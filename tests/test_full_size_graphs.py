@@ -1,18 +1,25 @@
 """Full-size models without weights: published sizes, and how many operations are fused in their real graphs."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
 
 from stepgraph.compiler.describe import make_header, marked_graph
+from stepgraph.compiler.importers import invardiff_flux_book
 from stepgraph.compiler.models.load import load_scheduler, load_to_plan
 from stepgraph.compiler.sites import MarkedGraph
 from stepgraph.compiler.specialize import specialize
+from stepgraph.compiler.split_projections import split_projections
 from stepgraph.ops import gated_residual, modulated_norm
 from stepgraph.plan import MODULE_KINDS, CachePlan
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "plans"
 
 
 @cache
@@ -84,3 +91,35 @@ def test_every_modulation_and_gate_of_a_full_size_model_is_fused(name):
     assert fused(storing) == (norms, [1] * gates)
     assert fused(reusing) == (1, runs)
     assert not [node for node in reusing.nodes if node.op == "call_module" and ".attn" in str(node.target)]
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published plan files are not at hand")
+@pytest.mark.parametrize(("name", "whole", "split"), [("fast", 3.54, 3.98), ("med1", 3.00, 3.06)])
+def test_the_published_flux_books_save_more_where_the_projection_is_split(name, whole, split):
+    """The multiplications of the specialised graphs, against the book's own table of hits and a block's formulas."""
+    model, marked = traced("flux-dev")
+    book = json.loads((PUBLISHED / f"invardiff_flux_28_{name}.json").read_text())
+    header = make_header(model, load_scheduler("flux-dev:random"), 28, marked)
+    plan = CachePlan.build(header, marked.sites, invardiff_flux_book.actions(book, marked.sites, 28))
+    halves = split_projections(marked, model, plan)
+    specialized = specialize(halves, model, replace(plan, sites=halves.sites), exact=False)
+    macs = [specialized.macs(variant) for variant in specialized.rows]
+    n, m, c = 4096 + 512, 512, 3072
+    # q, k, v and the attention over all tokens; then image and text projected, or a half of the single block's projection.
+    attention = 4 * n * c * c + 2 * n * n * c
+    cost = {"attn": attention, "ff": 8 * (n - m) * c * c, "context_ff": 8 * m * c * c}
+    double, single = book["transformer_cache_book"], book["single_transformer_cache_book"]
+    # A joint attention is skipped where both of its tables say so; nothing is in the first step.
+    joint = [
+        [image and text for image, text in zip(*rows, strict=True)]
+        for rows in zip(double["attn"], double["context_attn"], strict=True)
+    ]
+    saved = [0]
+    for step in range(1, 28):
+        own = sum(cost[kind] * sum((joint if kind == "attn" else double[kind])[step]) for kind in cost)
+        saved.append(own + attention * sum(single["attn"][step]) + 8 * n * c * c * sum(single["mlp"][step]))
+    hidden = next(site.macs for site in marked.sites if site.kind == "hidden")
+    gates = book["step_cache_book"]
+    assert macs == [marked.macs - (hidden if gate else own) for gate, own in zip([False, *gates[1:]], saved, strict=True)]
+    assert round(28 * marked.macs / sum(macs), 2) == split
+    assert round(plan.summary().ideal_speedup, 2) == whole
