@@ -26,10 +26,11 @@ def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
     for node in list(gm.graph.nodes) if not ctx.exact else ():
         if output in node.users:
             continue
-        source = _rejoined(node) or (node.args[0] if node.args else None)
+        joined = _rejoined(node)
+        source = joined or (node.args[0] if node.args else None)
         if not isinstance(source, fx.Node) or storages_of(source) & ctx.written:
             continue
-        if _rejoined(node) or _changes_nothing(gm, node, source):
+        if joined or _changes_nothing(gm, node, source):
             parts = [part for part in node.all_input_nodes if part is not source]
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
@@ -45,15 +46,15 @@ def _rejoined(node: fx.Node) -> fx.Node | None:
     parts = node.args[0] if node.target is torch.cat and node.args else None
     if not isinstance(parts, (list, tuple)) or not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in parts):
         return None
-    source, dim = parts[0].args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)  # type: ignore[union-attr]
+    source, dim = parts[0].args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(source, fx.Node) or not isinstance(dim, int) or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
     shape, end = source.meta["val"].shape, 0
     for part in parts:
-        index = part.args[1]  # type: ignore[union-attr]
-        if part.args[0] is not source or not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):  # type: ignore[union-attr]
+        index = part.args[1]
+        if part.args[0] is not source or not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):
             return None
-        ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=False)]  # type: ignore[union-attr, misc]
+        ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=False)]
         own = ranges.pop() if len(ranges) == dim % len(shape) + 1 else None
         if own is None or (own.start, own.step) != (end, 1) or any(len(r) != n for r, n in zip(ranges, shape, strict=False)):
             return None
