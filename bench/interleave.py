@@ -1,0 +1,180 @@
+"""Sampling loops of several contenders, run in turns, and the time each one takes.
+
+Contenders take turns step by step: all of them make step 0, then all make step 1. Whatever the machine does meanwhile then
+falls on all alike. The time of a loop is put together from the median time of each kind of step (`Contender.kinds`), over all
+steps and rounds of that kind, times how often it occurs.
+"""
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepgraph.bench.contenders import Contender
+from stepgraph.compiler.models import family_of
+from stepgraph.config import CompileError
+from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.metrics import relative_l2
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where every run begins, and what it is conditioned on.
+
+    Attributes:
+        scheduler: Set to its steps; copied for every run.
+        noise: [B, C, H, W].
+        conditioning: The model's other inputs, for all rows.
+        guidance: Scale of the classifier-free guidance; 1 for none. With guidance the model's input has 2 B rows.
+    """
+
+    scheduler: Any
+    noise: torch.Tensor
+    conditioning: Mapping[str, torch.Tensor]
+    guidance: float
+
+    def run(self, predict: Callable[..., Any]) -> Iterator[torch.Tensor]:
+        """The latents after each step."""
+        scheduler, latents = copy.deepcopy(self.scheduler), self.noise
+        guided = self.guidance > 1
+        for t in scheduler.timesteps:
+            rows = torch.cat([latents, latents]) if guided else latents
+            timestep = t.to(rows.device).expand(len(rows))
+            output = predict(hidden_states=rows, timestep=timestep, **self.conditioning, return_dict=False)[0]
+            if guided:
+                wanted, base = output.chunk(2)
+                output = base + self.guidance * (wanted - base)
+            latents = scheduler.step(output[:, : latents.shape[1]], t, latents, return_dict=False)[0]
+            yield latents
+
+
+def loop_of(model: torch.nn.Module, scheduler: Any, steps: int, batch: int, guidance: float, seed: int = 0) -> Loop:
+    """A loop of `batch` rows: half of them unconditional with guidance.
+
+    Raises:
+        CompileError: Guidance with an odd number of rows.
+    """
+    device, config = next(model.parameters()).device, config_of(model)
+    images = batch // 2 if guidance > 1 else batch
+    if guidance > 1 and batch % 2:
+        raise CompileError(
+            f"batch is {batch}; with guidance half of the rows are unconditional: pass an even batch, or --guidance 1"
+        )
+    cond, uncond = family_of(model).conditioning(config, images, device)
+    both = {name: torch.cat([cond[name], uncond[name]]) if guidance > 1 else cond[name] for name in cond}
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    shape = (images, config["in_channels"], config["sample_size"], config["sample_size"])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(model))
+    return Loop(own, noise, both, guidance)
+
+
+@dataclass
+class Timed:
+    """What was measured of one contender.
+
+    Attributes:
+        contender: It.
+        samples: Seconds of every step of every round, by kind.
+        latents: What the first round ended with.
+    """
+
+    contender: Contender
+    samples: dict[Hashable, list[float]]
+    latents: torch.Tensor | None = None
+    error: float | None = None
+
+    def seconds(self, steps: int) -> float:
+        """Of its first steps: per kind the median, times how often it occurs."""
+        return sum(statistics.median(self.samples[kind]) for kind in self.contender.kinds[:steps])
+
+    def spread(self, steps: int) -> float:
+        """Half the distance of the kinds' quartiles, added up as `seconds` is: what a typical step moves by."""
+        halves = 0.0
+        for kind in self.contender.kinds[:steps]:
+            own = sorted(self.samples[kind])
+            halves += (own[(3 * len(own) - 1) // 4] - own[len(own) // 4]) / 2
+        return halves
+
+
+@torch.no_grad()
+def take_turns(
+    contenders: Sequence[Contender],
+    loop: Loop,
+    steps: int,
+    rounds: int,
+    warm: int = 3,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Timed]:
+    """Run the first `steps` steps of every contender's loop, `rounds` times, in turns.
+
+    Args:
+        contenders: In the order in which they take turns; every other round goes through them backwards.
+        loop: Where runs begin.
+        steps: Of each run.
+        rounds: How many runs each has.
+        warm: Steps of the run before, which is not timed. Code that compiles in its first call does so there.
+        on_step: Called with (steps done, steps in all).
+
+    Raises:
+        PlanError: Other modules ran than a plan says.
+        RuntimeError: Something was compiled again after it was warm.
+    """
+    timed = [Timed(contender, defaultdict(list)) for contender in contenders]
+    total = rounds * steps
+    for contender in contenders:
+        run = loop.run(contender.start())
+        for _ in range(min(warm, steps)):
+            next(run)
+    for number in range(rounds):
+        runs = [loop.run(entry.contender.start()) for entry in timed]
+        places = list(range(len(timed)))[:: -1 if number % 2 else 1]
+        for step in range(steps):
+            for place in places:
+                seconds, latents = _step(runs[place], loop.noise.is_cuda)
+                timed[place].samples[timed[place].contender.kinds[step]].append(seconds)
+                if number == 0 and step == steps - 1:
+                    timed[place].latents = latents.clone()
+            on_step(number * steps + step + 1, total)
+        for entry in timed:
+            entry.contender.check(steps)
+    return timed
+
+
+def _step(run: Iterator[torch.Tensor], cuda: bool) -> tuple[float, torch.Tensor]:
+    with torch.compiler.set_stance("fail_on_recompile"):
+        started = time.perf_counter()
+        latents = next(run)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, latents
+
+
+def refuse_wrong_results(timed: Sequence[Timed], tolerance: float) -> None:
+    """Compare every contender's latents with its reference's.
+
+    Args:
+        timed: After at least one round; their `error` is set to the relative L2 distance from the reference.
+        tolerance: The most it may be.
+
+    Raises:
+        CompileError: A result is further off, or not finite; the message names all that are.
+    """
+    by_name = {entry.contender.name: entry for entry in timed}
+    wrong = []
+    for entry in timed:
+        if entry.contender.reference is None or entry.latents is None:
+            continue
+        reference = by_name[entry.contender.reference].latents
+        if reference is None:
+            raise CompileError(f"{entry.contender.reference} has not run; {entry.contender.name} cannot be checked")
+        entry.error = relative_l2(entry.latents, reference)
+        if not entry.error <= tolerance:
+            wrong.append(f"{entry.contender.name} is {entry.error:.2e} from {entry.contender.reference}")
+    if wrong:
+        raise CompileError(f"results are off by more than {tolerance:g}, so no figure is worth printing: {'; '.join(wrong)}")
