@@ -197,8 +197,9 @@ def first_block_and_residual(setting: Setting) -> Contender:
 
 def mask_macs(full: CachePlan, mask: Sequence[bool]) -> list[int]:
     """Per step, multiply-accumulates where a masked step runs the first block only."""
+    # A block's MACs are those of the whole model up to its end.
     blocks = [site.macs for site in full.sites if site.kind == "block"]
-    return [full.header.macs - (0 if computed else sum(blocks[1:])) for computed in mask]
+    return [full.header.macs - (0 if computed else blocks[-1] - blocks[0]) for computed in mask]
 
 
 def ablations() -> dict[str, Callable[[Setting], Contender]]:
