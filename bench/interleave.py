@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Loop:
     noise: torch.Tensor
     conditioning: Mapping[str, torch.Tensor]
     guidance: float
+
+    def in_float64(self) -> "Loop":
+        """The same from the same noise, in double precision."""
+        return replace(self, noise=self.noise.double())
 
     def run(self, predict: Callable[..., Any]) -> Iterator[torch.Tensor]:
         """The latents after each step."""

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from stepgraph.cli_bench import bench_app
 from stepgraph.cli_common import (
     AllowStochastic,
     Backend,
@@ -54,6 +55,7 @@ from stepgraph.runtime.sampler import sample
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.strip() if __doc__ else None, rich_markup_mode=None)
 app.add_typer(plan_app, name="plan")
 app.add_typer(factors_app, name="factors")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()
