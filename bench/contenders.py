@@ -21,6 +21,7 @@ from stepgraph.config import CompileConfig, CompileError
 from stepgraph.liveness import traffic
 from stepgraph.plan import CachePlan
 from stepgraph.plan_report import row_macs
+from stepgraph.runtime.executable import Executable
 
 # Whole optimisations, as fields of CompileConfig, and passes; each is left out of the slow book's executable in turn.
 OPTIONS = ("hoist", "regions", "prepack")
@@ -69,6 +70,7 @@ class Contender:
         check: Called with the number of steps after a run: raises where other modules ran than should have.
         build_s: Seconds it took to build, compilation included where it is not left to the first call.
         facts: What else the record says of it.
+        executable: The executable, of those that are one.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Contender:
     check: Callable[[int], None] = lambda _: None
     build_s: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    executable: Executable | None = None
 
     def ideal(self, steps: int) -> float:
         """How much faster than full compute its first steps were if time were proportional to MACs."""
@@ -154,6 +157,7 @@ def ours(name: str, setting: Setting, without: str | None = None) -> Contender:
     return Contender(
         title, executable.session, kinds_of(plan), macs_of(plan), plan.header.macs,
         "eager" if name == "full" else f"hooks: {name}", build_s=seconds, facts=facts,
+        executable=executable,
     )  # fmt: skip
 
 

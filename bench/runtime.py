@@ -16,9 +16,9 @@ import argparse
 import copy
 import json
 import sys
-import time
 from collections import deque
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from stepgraph.bench.books import PUBLISHED
 from stepgraph.bench.compile_once import sized_model
+from stepgraph.bench.compile_times import seconds_of
 from stepgraph.bench.contenders import CONTENDERS, Setting, chosen
 from stepgraph.bench.interleave import Loop, Timed, loop_of, refuse_wrong_results, take_turns
 from stepgraph.bench.record import write_record
@@ -40,6 +41,7 @@ from stepgraph.config import CompileError
 from stepgraph.env import read_env
 from stepgraph.metrics import relative_l2
 from stepgraph.plan import PlanError
+from stepgraph.runtime.sampler import sample
 
 PARTS = ("table", "overhead", "compile", "memory", "scaling")
 USUAL = PARTS[:-1]
@@ -121,7 +123,7 @@ def table_part(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any
         "tolerance_small_float32": small_tolerance,
         "rows": [row_of(entry, timed, steps, small) for entry in timed],
         "ratios": ratios(timed, steps, COMPARED if arguments.model.endswith(":random") else COMPARED_SMALL),
-        "whole_loop": whole_loop(timed, loop, steps),
+        "whole_loop": whole_loop(timed, loop, setting, steps),
     }
 
 
@@ -154,17 +156,31 @@ def ratios(timed: list[Timed], steps: int, compared: tuple[tuple[str, str, float
 
 
 @torch.no_grad()
-def whole_loop(timed: list[Timed], loop: Loop, steps: int) -> dict[str, Any]:
-    """One contender's loop without taking turns, beside the time that was put together for it."""
+def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int) -> dict[str, Any]:
+    """One contender's loop without taking turns, beside the time that was put together for it.
+
+    Where it is an executable and the loop complete, `stepgraph.sample` runs it too; `sample_error` is the distance of its
+    latents from those of this loop.
+    """
     names = {entry.contender.name: entry for entry in timed}
     entry = names.get(SLOW) or timed[-1]
-    started, runs = time.perf_counter(), loop.run(entry.contender.start())
-    for _ in range(steps):
-        next(runs)
-    if loop.noise.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return {"name": entry.contender.name, "seconds": seconds, "over_combined": seconds / entry.seconds(steps)}
+    runs = loop.run(entry.contender.start())
+    seconds, latents = seconds_of(lambda: deque(islice(runs, steps), 1).pop(), str(loop.noise.device))
+    found: dict[str, Any] = {
+        "name": entry.contender.name, "seconds": seconds, "over_combined": seconds / entry.seconds(steps),
+    }  # fmt: skip
+    executable = entry.contender.executable
+    if executable is not None and steps == setting.steps:
+        given = dict(loop.conditioning)
+        if loop.guidance > 1:
+            halves = {name: value.chunk(2) for name, value in given.items()}
+            given = {name: both[0] for name, both in halves.items()}
+            given |= {f"negative_{name}": both[1] for name, both in halves.items()}
+        found["sample_seconds"], sampled = seconds_of(
+            lambda: sample(executable, setting.scheduler, loop.noise, loop.guidance, **given), str(loop.noise.device)
+        )
+        found["sample_error"] = relative_l2(sampled, latents)
+    return found
 
 
 def show_table(console: Console, part: dict[str, Any], title: str) -> None:

@@ -126,6 +126,7 @@ def test_missing_books_and_unknown_names_are_errors(dit, ddim, tmp_path: Path):
         books.plan_named("fast", dit, ddim, 4, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_published_books_have_the_published_ideals():
     if not books.PUBLISHED.is_dir():
         pytest.skip("the published plans are not beside the checkout")
@@ -145,7 +146,7 @@ def test_the_published_books_have_the_published_ideals():
 
 
 def test_contenders_agree_and_take_turns(setting: Setting):
-    names = chosen(["stepgraph", "hooks"], "eager")
+    names = chosen(["stepgraph: full", "stepgraph: slow", "stepgraph: fora2"], "eager")
     loop = loop_of(setting.model, setting.scheduler, 4, 2, 2.0)
     timed = take_turns([CONTENDERS[name](setting) for name in names], loop, 4, 2)
     refuse_wrong_results(timed, 1e-5)
@@ -275,12 +276,9 @@ def test_overheads_are_measured_for_each_kind(setting: Setting):
 
 def test_a_fresh_process_compiles(plans: Path):
     found = runtime_costs.in_fresh_process(
-        {"model": "glyph-dit", "plan": "fora2", "steps": 4, "dtype": "float32", "backend": "eager", "overhead": 1}, str(plans)
+        {"model": "glyph-dit", "plan": "fora2", "steps": 4, "dtype": "float32", "backend": "eager"}, str(plans)
     )
     assert found["variants"] == 2
-    assert set(found["overhead_us"]) == {"output", "modules"}
-    with pytest.raises(CompileError, match="needs NAME:random"):
-        runtime_costs.in_fresh_process({"model": "glyph-dit", "blocks": 2}, str(plans))
 
 
 def test_sizes_of_random_models():
@@ -288,10 +286,12 @@ def test_sizes_of_random_models():
         model = compile_once.sized_model("dit-xl-2-256:random", "meta", torch.bfloat16, blocks=3, tokens=1024)
     assert len(model.transformer_blocks) == 3
     assert model.config.sample_size == 64
+    with pytest.raises(CompileError, match="glyph-dit has the size it has"):
+        compile_once.sized_model("glyph-dit", "cpu", torch.float32, blocks=2)
 
 
 def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
-    rows = ["eager", "stepgraph: full", "stepgraph: fora2"]
+    rows = ["stepgraph: full", "stepgraph: fora2"]
     runtime.main(
         ["--model", "glyph-dit", "--batch", "1", "--dtype", "float32", "--backend", "eager", "--steps", "4",
          "--plans", str(plans), "--out", str(tmp_path), "--name", "small", "--part", "table", "memory", "--json",
@@ -301,7 +301,7 @@ def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
     record = json.loads((tmp_path / "small.json").read_text())
     assert record["results"] == printed
     table = printed["table"]
-    assert [row["name"] for row in table["rows"]] == ["eager", "stepgraph: full", "stepgraph: fora2", "hooks: fora2"]
+    assert [row["name"] for row in table["rows"]] == chosen(rows, "eager")
     by_name = {row["name"]: row for row in table["rows"]}
     full, fora = by_name["stepgraph: full"], by_name["stepgraph: fora2"]
     assert fora["over_full"] == full["seconds"] / fora["seconds"]
@@ -310,6 +310,7 @@ def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
     assert {(row["faster"], row["than"]) for row in table["ratios"]} == {
         ("stepgraph: full", "eager"), ("stepgraph: fora2", "stepgraph: full"),
     }  # fmt: skip
+    assert table["whole_loop"]["sample_error"] <= 1e-5
     assert printed["memory"]["fora2"]["tensor_steps_always"] == (2 * 10 + 1) * 4
     assert (tmp_path / "small.png").stat().st_size > 1000
 
