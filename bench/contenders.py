@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -210,23 +211,17 @@ def ablations() -> dict[str, Callable[[Setting], Contender]]:
     """The slow book without each optimisation that can be switched off in this build."""
     there = {option.name for option in fields(CompileConfig)}
     names = [name for name in OPTIONS if name in there] + list(PASSES)
-    return {f"stepgraph: slow, without {name}": _without(name) for name in names}
-
-
-def _without(name: str) -> Callable[[Setting], Contender]:
-    return lambda setting: ours("slow", setting, name)
+    return {f"stepgraph: slow, without {name}": partial(ours, "slow", without=name) for name in names}
 
 
 CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "eager": eager,
     "torch.compile": whole_compile,
-    **{
-        f"stepgraph: {name}": (lambda s, name=name: ours(name, s)) for name in ("full", "slow", "mask", "l2c", "fora2", "fora3")
-    },
-    **{f"hooks: {name}": (lambda s, name=name: hooked(name, s)) for name in ("slow", "mask", "l2c", "fora2", "fora3")},
+    **{f"stepgraph: {name}": partial(ours, name) for name in ("full", "slow", "mask", "l2c", "fora2", "fora3")},
+    **{f"hooks: {name}": partial(hooked, name) for name in ("slow", "mask", "l2c", "fora2", "fora3")},
     "first block and residual": first_block_and_residual,
-    "cache-dit: mask, eager": lambda s: cache_dit(s, False),
-    "cache-dit: mask, regional compile": lambda s: cache_dit(s, True),
+    "cache-dit: mask, eager": partial(cache_dit, regional=False),
+    "cache-dit: mask, regional compile": partial(cache_dit, regional=True),
     **ablations(),
 }
 

@@ -38,10 +38,11 @@ class CacheDit:
         except ImportError as error:
             raise CompileError(f"cache-dit is not installed ({error}); pip install 'stepgraph[peers]'") from error
         self._library, self.mask = cache_dit, list(mask)
-        self.model: Any = sharing_weights(model)
+        twin: Any
+        self.model = twin = sharing_weights(model)
         if regional:
-            self.model._repeated_blocks = REPEATED
-            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            twin._repeated_blocks = REPEATED
+            twin.compile_repeated_blocks(fullgraph=True, dynamic=False)
         cache_dit.enable_cache(self.model, cache_config=self._config())
 
     def _config(self) -> Any:

@@ -114,16 +114,17 @@ def table_part(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any
         timed = take_turns(
             contenders, loop, steps, arguments.rounds, on_step=lambda done, _: progress.update(bar, completed=done)
         )
-    refuse_wrong_results(timed, TOLERANCES[arguments.dtype])
+    tolerance = TOLERANCES[arguments.dtype]
+    refuse_wrong_results(timed, tolerance)
     return {
         "steps_timed": steps,
         "guidance_scale": arguments.guidance,
         "method": "in turns step by step; per kind of step the median, times how often it occurs",
-        "tolerance": TOLERANCES[arguments.dtype],
+        "tolerance": tolerance,
         "tolerance_small_float32": small_tolerance,
         "rows": [row_of(entry, timed, steps, small) for entry in timed],
         "ratios": ratios(timed, steps, COMPARED if arguments.model.endswith(":random") else COMPARED_SMALL),
-        "whole_loop": whole_loop(timed, loop, setting, steps),
+        "whole_loop": whole_loop(timed, loop, setting, steps, tolerance),
     }
 
 
@@ -156,14 +157,18 @@ def ratios(timed: list[Timed], steps: int, compared: tuple[tuple[str, str, float
 
 
 @torch.no_grad()
-def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int) -> dict[str, Any]:
+def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tolerance: float) -> dict[str, Any]:
     """One contender's loop without taking turns, beside the time that was put together for it.
 
     Where it is an executable and the loop complete, `stepgraph.sample` runs it too; `sample_error` is the distance of its
     latents from those of this loop.
+
+    Raises:
+        CompileError: They are further apart than the tolerance.
     """
-    names = {entry.contender.name: entry for entry in timed}
-    entry = names.get(SLOW) or timed[-1]
+    # The slow book's executable, or another one, or whoever was last.
+    order = sorted(timed, key=lambda entry: (entry.contender.executable is not None, entry.contender.name == SLOW))
+    entry = order[-1]
     runs = loop.run(entry.contender.start())
     seconds, latents = seconds_of(lambda: deque(islice(runs, steps), 1).pop(), str(loop.noise.device))
     found: dict[str, Any] = {
@@ -171,7 +176,7 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int) -> 
     }  # fmt: skip
     executable = entry.contender.executable
     if executable is not None and steps == setting.steps:
-        given = dict(loop.conditioning)
+        given: dict[str, Any] = dict(loop.conditioning)
         if loop.guidance > 1:
             halves = {name: value.chunk(2) for name, value in given.items()}
             given = {name: both[0] for name, both in halves.items()}
@@ -180,6 +185,8 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int) -> 
             lambda: sample(executable, setting.scheduler, loop.noise, loop.guidance, **given), str(loop.noise.device)
         )
         found["sample_error"] = relative_l2(sampled, latents)
+        if not found["sample_error"] <= tolerance:
+            raise CompileError(f"stepgraph.sample is {found['sample_error']:.2e} from the same executable in a plain loop")
     return found
 
 
