@@ -6,8 +6,9 @@ demands at least one; what the other blocks added at the last computed step is a
 single blocks by step, has no setting there.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,16 +34,17 @@ class CacheDit:
         Raises:
             CompileError: cache-dit is not installed.
         """
+        # It tells every step of its set-up unless told not to before it is imported.
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
         try:
             import cache_dit
         except ImportError as error:
             raise CompileError(f"cache-dit is not installed ({error}); pip install 'stepgraph[peers]'") from error
         self._library, self.mask = cache_dit, list(mask)
-        twin: Any
-        self.model = twin = sharing_weights(model)
+        self.model = cast("Any", sharing_weights(model))
         if regional:
-            twin._repeated_blocks = REPEATED
-            twin.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            self.model._repeated_blocks = REPEATED
+            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
         cache_dit.enable_cache(self.model, cache_config=self._config())
 
     def _config(self) -> Any:
@@ -63,7 +65,8 @@ class CacheDit:
         Raises:
             PlanError: They differ within the first `steps` steps.
         """
-        used = sorted({step for stats in self._library.summary(self.model, logging=False) for step in stats.cached_steps})
+        # Its summary is filled in at the end of a whole run only.
+        used = sorted(self.model._context_manager.get_cached_steps())
         expected = [step for step, computed in enumerate(self.mask[:steps]) if not computed]
         if used != expected:
             raise PlanError(f"cache-dit used its cache at the steps {used}; the mask says {expected}")

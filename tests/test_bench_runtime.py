@@ -17,7 +17,7 @@ from stepgraph.bench import books, compile_once, runtime, runtime_costs
 from stepgraph.bench.contenders import CONTENDERS, Contender, Setting, chosen, hooked, mask_macs, ours
 from stepgraph.bench.hook_runtime import HookRuntime, counted_linears
 from stepgraph.bench.interleave import Timed, loop_of, refuse_wrong_results, take_turns
-from stepgraph.bench.peer_cache_dit import FirstBlockAndResidual
+from stepgraph.bench.peer_cache_dit import CacheDit, FirstBlockAndResidual
 from stepgraph.config import CompileError
 from stepgraph.plan import PlanError
 
@@ -245,13 +245,24 @@ def test_a_masked_step_runs_the_first_block_only(setting: Setting):
     assert 0 < whole - masked - inside < 0.35 * inside
 
 
-def test_cache_dit_computes_first_block_and_residual(setting: Setting):
+@pytest.mark.parametrize("steps", [3, 4])
+def test_cache_dit_computes_first_block_and_residual(setting: Setting, steps: int):
     pytest.importorskip("cache_dit")
     names = chosen(["cache-dit: mask, eager"], "eager")
     loop = loop_of(setting.model, setting.scheduler, 4, 2, 2.0)
-    timed = take_turns([CONTENDERS[name](setting) for name in names], loop, 4, 2)
+    timed = take_turns([CONTENDERS[name](setting) for name in names], loop, steps, 2)
     refuse_wrong_results(timed, 1e-6)
     assert "forward" not in vars(setting.model)
+
+
+def test_cache_dit_that_used_its_cache_elsewhere_is_refused(dit, ddim):
+    pytest.importorskip("cache_dit")
+    runner = CacheDit(dit, [True, False, True], regional=False)
+    run_loop(runner.start(), ddim, noise(), 3, 1.0, COND)
+    runner.refuse_other_steps(3)
+    runner.mask = [True, True, False]
+    with pytest.raises(PlanError, match=r"at the steps \[1\]; the mask says \[2\]"):
+        runner.refuse_other_steps(3)
 
 
 def test_residual_of_the_other_blocks_by_hand(dit):
