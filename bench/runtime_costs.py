@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def memory(plan: CachePlan, batch: int) -> dict[str, Any]:
 
 
 def in_fresh_process(arguments: Mapping[str, Any], cache: str) -> dict[str, Any]:
-    """What `bench.compile_once` measures, with inductor's disk cache in a folder.
+    """What `bench.compile_once` measures, with the disk caches of inductor and stepgraph in a folder.
 
     Raises:
         CompileError: The process failed; the message has the end of what it said.
@@ -87,7 +88,8 @@ def in_fresh_process(arguments: Mapping[str, Any], cache: str) -> dict[str, Any]
     options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, "-m", "stepgraph.bench.compile_once", *options],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True, check=False,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "STEPGRAPH_CACHE": str(Path(cache) / "stepgraph")},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise CompileError(f"compile_once {' '.join(options)} failed: {done.stderr.strip()[-500:]}")

@@ -292,6 +292,21 @@ def test_a_fresh_process_compiles(plans: Path):
     assert found["variants"] == 2
 
 
+def test_one_size_is_varied_at_a_time(monkeypatch):
+    asked = []
+
+    def noted(arguments, cache):
+        asked.append(arguments)
+        return {"number": len(asked)}
+
+    monkeypatch.setattr(runtime_costs, "in_fresh_process", noted)
+    rows = list(runtime_costs.scaled({"model": "m"}, {"tokens": (256, 1024), "blocks": (28, 7)}))
+    assert [(row["varied"], row["value"], row["number"]) for row in rows] == [
+        ("tokens", 256, 1), ("tokens", 1024, 2), ("blocks", 28, 1), ("blocks", 7, 3),
+    ]  # fmt: skip
+    assert [(given["tokens"], given["blocks"]) for given in asked] == [(256, 28), (1024, 28), (256, 7)]
+
+
 def test_sizes_of_random_models():
     with torch.device("meta"):
         model = compile_once.sized_model("dit-xl-2-256:random", "meta", torch.bfloat16, blocks=3, tokens=1024)
