@@ -9,7 +9,8 @@ tokens, blocks, steps and batch; not among the usual parts, as it takes long).
 
 Contenders take turns step by step. A loop's time is the median time of each kind of step times how often it occurs; one loop is
 also run as a whole, and the record says how far the two are apart. Before any figure is printed, results are compared: all
-contenders on a small model in float32, then the timed runs themselves, each with the hook runtime on the same plan and noise.
+contenders on a small model in float32 at the end of whole runs, then the timed runs themselves: there each goes on from the
+latents of the hook runtime on the same plan, and the model's output is compared at every step.
 """
 
 import argparse
@@ -45,8 +46,8 @@ from stepgraph.runtime.sampler import sample
 
 PARTS = ("table", "overhead", "compile", "memory", "scaling")
 USUAL = PARTS[:-1]
-# Relative L2 of the latents at the end. In float32 what DESIGN.md allows a whole run; the others round at every operation, and
-# guidance multiplies what the two halves differ by.
+# Relative L2 of the model's output at any step, given the same latents. In float32 what a whole run is allowed; the others
+# round at every operation of every block.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
@@ -90,7 +91,7 @@ def check_small(names: list[str], setting: Setting) -> tuple[dict[str, float], f
     small = replace(setting, model=model, scheduler=DDIMScheduler(), batch=2, made={})
     loop = loop_of(model, small.scheduler, steps, 2, 1.0)
     exact = copy.deepcopy(model).double()
-    ends = [deque(own.run(runner), 1).pop() for own, runner in ((loop, model), (loop.in_float64(), exact))]
+    ends = [deque(own.run(runner), 1).pop()[1] for own, runner in ((loop, model), (loop.in_float64(), exact))]
     tolerance = max(TOLERANCES["float32"], 4 * relative_l2(*ends))
     timed = take_turns([CONTENDERS[name](small) for name in names], loop, steps, 1)
     refuse_wrong_results(timed, tolerance)
@@ -112,7 +113,7 @@ def table_part(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any
             progress.advance(bar)
         bar = progress.add_task("measuring", total=arguments.rounds * steps)
         timed = take_turns(
-            contenders, loop, steps, arguments.rounds, on_step=lambda done, _: progress.update(bar, completed=done)
+            contenders, loop, steps, arguments.rounds, forced=True, on_step=lambda done, _: progress.update(bar, completed=done)
         )
     tolerance = TOLERANCES[arguments.dtype]
     refuse_wrong_results(timed, tolerance)
@@ -164,13 +165,13 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tol
     latents from those of this loop.
 
     Raises:
-        CompileError: They are further apart than the tolerance.
+        CompileError: They are further apart than the tolerance, in float32.
     """
     # The slow book's executable, or another one, or whoever was last.
     order = sorted(timed, key=lambda entry: (entry.contender.executable is not None, entry.contender.name == SLOW))
     entry = order[-1]
     runs = loop.run(entry.contender.start())
-    seconds, latents = seconds_of(lambda: deque(islice(runs, steps), 1).pop(), str(loop.noise.device))
+    seconds, latents = seconds_of(lambda: deque(islice(runs, steps), 1).pop()[1], str(loop.noise.device))
     found: dict[str, Any] = {
         "name": entry.contender.name, "seconds": seconds, "over_combined": seconds / entry.seconds(steps),
     }  # fmt: skip
@@ -185,7 +186,8 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tol
             lambda: sample(executable, setting.scheduler, loop.noise, loop.guidance, **given), str(loop.noise.device)
         )
         found["sample_error"] = relative_l2(sampled, latents)
-        if not found["sample_error"] <= tolerance:
+        # In 16 bits, runs that round apart at one step part company by the last.
+        if loop.noise.dtype == torch.float32 and not found["sample_error"] <= tolerance:
             raise CompileError(f"stepgraph.sample is {found['sample_error']:.2e} from the same executable in a plain loop")
     return found
 

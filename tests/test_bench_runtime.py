@@ -180,9 +180,19 @@ def test_a_wrong_result_is_refused(setting: Setting):
     timed = take_turns([hooked("slow", setting), wrong], loop, 4, 1)
     with pytest.raises(CompileError, match=r"stepgraph: slow is .* from hooks: slow"):
         refuse_wrong_results(timed, 1e-3)
-    timed[1].latents = timed[0].latents * float("nan")
+    timed[1].latents, timed[1].error = timed[0].latents * float("nan"), None
     with pytest.raises(CompileError, match="nan from hooks: slow"):
         refuse_wrong_results(timed, 1e-3)
+
+
+def test_a_wrong_output_shows_on_the_trajectory_of_the_reference(setting: Setting):
+    other = replace(setting, made={"slow": setting.plan("fora2")})
+    loop = loop_of(setting.model, setting.scheduler, 4, 2, 1.0)
+    right, wrong = (
+        take_turns([hooked("slow", setting), ours("slow", given)], loop, 4, 1, forced=True)[1] for given in (setting, other)
+    )
+    assert right.error < 1e-5
+    assert wrong.error > 1e-3
 
 
 def test_the_small_check_fails_before_anything_is_timed(setting: Setting, monkeypatch):
