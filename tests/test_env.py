@@ -19,8 +19,8 @@ def plan(dit, ddim):
     return sg.make_plan("manual", model=dit, scheduler=ddim, steps=3, actions={"ff": "CRC", "hidden": "CCR"})
 
 
-def build(model, plan) -> sg.Executable:
-    return sg.compile(model, plan, inputs(), backend="eager", exact=True)
+def build(model, plan, **options) -> sg.Executable:
+    return sg.compile(model, plan, inputs(), backend="eager", exact=True, **options)
 
 
 def test_defaults(monkeypatch):
@@ -128,7 +128,7 @@ def test_dump_writes_a_file_per_variant_and_pass(monkeypatch, dit, plan, tmp_pat
     wanted = {
         f"variant{variant:03d}-{number:02d}-{name}.py"
         for variant in range(len(exe.default.variants))
-        for number, name in enumerate(["traced", *names])
+        for number, name in enumerate(["traced", *names, "hoist"])
     }
     files = {path.name: path.read_text() for path in (tmp_path / "deep" / "dumps").iterdir()}
     assert set(files) == wanted
@@ -142,11 +142,11 @@ def test_dump_writes_a_file_per_variant_and_pass(monkeypatch, dit, plan, tmp_pat
 
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_optional_passes_can_be_left_out(monkeypatch, dit, plan, ddim, check):
-    whole = build(dit, plan)
+    whole = build(dit, plan, hoist=False)
     wanted = sg.sample(whole, ddim, noise(), **labels(1))
     monkeypatch.setenv("STEPGRAPH_DISABLE_PASS", " eliminate_dead_code, ")
     monkeypatch.setenv("STEPGRAPH_CHECK", check)
-    exe = build(dit, plan)
+    exe = build(dit, plan, hoist=False)
     assert exe.macs().computed > whole.macs().computed
     assert len(exe.default.variants[1].graph.graph.nodes) > len(whole.default.variants[1].graph.graph.nodes)
     assert torch.equal(sg.sample(exe, ddim, noise(), **labels(1)), wanted)
