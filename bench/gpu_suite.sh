@@ -11,8 +11,9 @@ usage: bench/gpu_suite.sh PART OUT [WHEELS]
           compile  how long compilation takes
           ops      fused operations against plain torch, torch.compile and the machine's ceilings
           lowrank  milliseconds per step of corrected rows of DiT-XL/2
+          runtime  the static runtime on DiT-XL/2 against eager, torch.compile and hooks
           train    train glyph-dit-l; exit status 3 says that a checkpoint was left: run it again
-          all      tests, demo, ops, lowrank and compile
+          all      tests, demo, ops, lowrank, runtime and compile
   OUT     folder for logs, results and suite.json
   WHEELS  folder of wheel files; what this checkout needs and Python lacks is installed from it
 
@@ -24,8 +25,8 @@ TEXT
 
 [[ $# -eq 2 || $# -eq 3 ]] || usage
 case $1 in
-tests | demo | compile | ops | lowrank | train) parts=("$1") limit=460 ;;
-all) parts=(tests demo ops lowrank compile) limit=120 ;;
+tests | demo | compile | ops | lowrank | runtime | train) parts=("$1") limit=460 ;;
+all) parts=(tests demo ops lowrank runtime compile) limit=120 ;;
 *)
     echo "gpu_suite: unknown part '$1'" >&2
     usage
@@ -168,6 +169,11 @@ run_ops() {
 run_lowrank() {
     run_part lowrank "$out/lowrank.txt" "$python" -m stepgraph.bench.lowrank_steps --device cuda --out "$out"
 }
+
+run_runtime() {
+    run_part runtime "$out/runtime.txt" "$python" -m stepgraph.bench.runtime --device cuda --part table overhead memory \
+        --rounds 3 --out "$out"
+}
 run_train() {
     run_part train "$out/train.txt" \
         "$python" -m stepgraph.bench.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
@@ -188,6 +194,7 @@ if has_cuda; then
         compile) run_compile ;;
         ops) run_ops ;;
         lowrank) run_lowrank ;;
+        runtime) run_runtime ;;
         train) run_train ;;
         esac
     done
