@@ -127,4 +127,4 @@ def increment_of(marked: MarkedGraph, index: int, groups: Sequence[MapGroup]) ->
     left = live_nodes([output, *(nodes[group.input] for group in groups)], cut=maps) - maps
     saved = macs_of(live_nodes([output]) - left) - new - projection
     batch = marked.batch
-    return Increment(ranks, max(saved // batch, 0), projection // batch, size // batch)
+    return Increment(ranks, saved // batch, projection // batch, size // batch)

@@ -71,7 +71,7 @@ class Increment:
 
     Attributes:
         ranks: Path of each linear map inside the site (the site's own where one map spans it) -> rank.
-        saved: Multiply-accumulates that LOWRANK saves against COMPUTE.
+        saved: Multiply-accumulates that LOWRANK saves against COMPUTE; below 0 where the ranks are so large that it costs more.
         projection: Multiply-accumulates of projecting the maps' inputs, in steps that store them for a later LOWRANK.
         bytes: Size of what such a step stores: the maps' outputs, and their inputs in rank space.
     """
@@ -82,6 +82,9 @@ class Increment:
     bytes: int = 0
 
     def __post_init__(self) -> None:
-        values: list[Any] = [*self.ranks.values(), self.saved, self.projection, self.bytes]
-        if any(type(value) is not int or value < 0 for value in values):
-            raise PlanError(f"an increment's ranks, MACs and bytes are whole numbers of at least 0; got {self}")
+        values: list[Any] = [*self.ranks.values(), self.projection, self.bytes]
+        if type(self.saved) is not int or any(type(value) is not int or value < 0 for value in values):
+            raise PlanError(
+                f"an increment's ranks, projection and bytes are whole numbers of at least 0, and saved is any whole number; "
+                f"got {self}"
+            )

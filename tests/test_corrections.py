@@ -130,9 +130,13 @@ def test_lowrank_is_deterministic_under_inductor(dit):
     assert exe.default.variants
 
 
-def test_costs_are_the_formulas(dit):
-    """Increment-calibrated caching's own formulas: 2 r C per square map and token, softmax attention as ever."""
-    rank, width, tokens = 4, 32, 16
+@pytest.mark.parametrize("rank", [4, 30])
+def test_costs_are_the_formulas(dit, rank):
+    """Increment-calibrated caching's own formulas: 2 r C per square map and token, softmax attention as ever.
+
+    At rank 30 the increments cost more than the maps themselves.
+    """
+    width, tokens = 32, 16
     maps = maps_of(dit, rank)
     plan = plan_of(dit, {"attn": "CLRC", "ff": "CCCL"})
     exe = both(dit, plan, maps)[2]
@@ -150,6 +154,7 @@ def test_costs_are_the_formulas(dit):
     assert list(exe.macs().per_step) == [2 * macs for macs in steps]
     rows = [row_macs(exe.plan, row, moved.stores) for row, moved in zip(exe.plan.rows, traffic(exe.plan), strict=True)]
     assert rows == steps
+    assert sg.CachePlan.from_json(exe.plan.to_json()) == exe.plan
     # float32 outputs of four maps of the attention, and its two inputs in rank space (3 r and r numbers a token).
     assert exe.plan.increments[plan.index("transformer_blocks.0.attn1")].bytes == 4 * tokens * (4 * width + 4 * rank)
 
