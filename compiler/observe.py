@@ -212,12 +212,16 @@ class ChannelSums:
 
     For a value x [N, C] of one sample: v = mean over tokens of |x| (magnitude) or of |x - x at the step before| (change), and
     beside it v scaled to (v - min + 1e-6) / (max - min + 1e-6), where minimum and maximum are taken over the channels, and for
-    outputs over those of all linear maps that share an input (q, k and v): the scales of increment-calibrated caching
-    (arXiv 2505.05829) are made of the latter.
+    outputs over those of all maps of one module that share an input: q, k and v of an attention, but not the MLP's projection
+    of FLUX's single blocks, which reads the same. The scales of increment-calibrated caching (arXiv 2505.05829) are made of the
+    scaled means.
     """
 
     def __init__(self, names: Sequence[str], input_of: Sequence[int], inputs: int) -> None:
         self.names, self.input_of, self.inputs = list(names), list(input_of), inputs
+        modules = [(own, name.rpartition(".")[0]) for name, own in zip(self.names, self.input_of, strict=True)]
+        self.families = [[own] for own in range(inputs)]
+        self.families += [[inputs + i for i, other in enumerate(modules) if other == own] for own in dict.fromkeys(modules)]
         self.sums: dict[str, torch.Tensor] = {}
         self.before: list[torch.Tensor] | None = None
 
@@ -237,18 +241,13 @@ class ChannelSums:
 
     def _grow(self, what: str, means: list[torch.Tensor]) -> None:
         """Add per-channel means [B, C] of one step, averaged over the branches."""
-        family = [*range(self.inputs), *(self.inputs + i for i in self.input_of)]
-        low = [mean.amin(1, keepdim=True) for mean in means]
-        high = [mean.amax(1, keepdim=True) for mean in means]
-        lowest = [
-            torch.stack([low[j] for j in range(len(means)) if family[j] == own]).amin(0) for own in range(2 * self.inputs)
-        ]
-        highest = [
-            torch.stack([high[j] for j in range(len(means)) if family[j] == own]).amax(0) for own in range(2 * self.inputs)
-        ]
+        limits: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for members in self.families:
+            joint = torch.cat([means[j] for j in members], dim=1)
+            limits |= dict.fromkeys(members, (joint.amin(1, keepdim=True), joint.amax(1, keepdim=True)))
         for number, name in enumerate(self.names):
             for side, at in (("input", self.input_of[number]), ("output", self.inputs + number)):
-                least, most = lowest[family[at]], highest[family[at]]
+                least, most = limits[at]
                 scaled = (means[at] - least + 1e-6) / (most - least + 1e-6)
                 for form, value in (("", means[at]), ("_scaled", scaled)):
                     key = f"{name}/{side}_{what}{form}"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import tiny_dit, tiny_scheduler
 from oracle import run_loop
+from oracle_families import run_flow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_families import FLUX, flux_inputs
 
 import stepgraph as sg
 from stepgraph.plan import PlanError
@@ -180,6 +182,31 @@ def test_channel_means_are_those_of_hooks_on_the_linear_maps(dit, stats):
                     assert torch.allclose(found, torch.stack(wanted).mean(0), rtol=1e-6, atol=1e-9), (name, side, what, form)
     assert len(stats.channels) == 2 * 6 * 8
     assert not sg.calibrate(dit, tiny_scheduler("ddim"), steps=STEPS, samples=1, channels=False).channels
+
+
+def test_flux_normalises_an_attentions_maps_together_and_the_mlps_projection_alone():
+    """In a single block q, k, v and the MLP's projection read one value; only the first three are one attention's."""
+    torch.manual_seed(0)
+    model, scheduler = diffusers.FluxTransformer2DModel(**FLUX).eval(), diffusers.FlowMatchEulerDiscreteScheduler()
+    block = "single_transformer_blocks.1"
+    names = [f"{block}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    given = flux_inputs(1)
+    conditioning = {name: value for name, value in given.items() if name not in ("hidden_states", "timestep")}
+    settings = {"steps": STEPS, "samples": 1, "seed": SEED, "inputs": given, "conditioning": conditioning}
+    found = sg.calibrate(model, scheduler, **settings).channels
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for name, taken in seen.items():
+        hook = lambda _, __, out, taken=taken: taken.append(out.double().abs().mean((0, 1)))  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    noise = torch.randn(given["hidden_states"].shape, generator=torch.Generator().manual_seed(SEED))
+    run_flow(model, scheduler, STEPS, {**given, "hidden_states": noise})
+    for number, name in enumerate(names):
+        family = names[:3] if number < 3 else names[3:]
+        wanted = []
+        for step, own in enumerate(seen[name]):
+            together = torch.cat([seen[other][step] for other in family])
+            wanted.append((own - together.min() + 1e-6) / (together.max() - together.min() + 1e-6))
+        assert torch.allclose(found[f"{name}/output_magnitude_scaled"], torch.stack(wanted).mean(0), rtol=1e-4), name
 
 
 def test_a_killed_calibration_goes_on_where_it_was(dit, stats, tmp_path):
