@@ -11,7 +11,8 @@ from torch import nn
 
 from stepgraph.compiler.calibrate import calibrate, digest
 from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
-from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.list_policies import describe_policy
+from stepgraph.compiler.make_plan import make_plan, runs_model
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.stats import CalibrationStats
@@ -31,9 +32,9 @@ def accelerate(
     policy: str = "interval",
     arguments: Mapping[str, Any] | None = None,
     *,
-    samples: int = 16,
-    seed: int = 0,
-    guidance_scale: float = 1.0,
+    samples: int | None = None,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
     conditioning: Mapping[str, Any] | None = None,
     allow_stochastic: bool = False,
     batch: int = 2,
@@ -52,9 +53,9 @@ def accelerate(
         steps: The `num_inference_steps` it will be called with.
         policy: Name of a policy; the model is calibrated where the policy needs it.
         arguments: The policy's own.
-        samples: Sampling runs of the calibration.
-        seed: Of their noise.
-        guidance_scale: Of the calibration's runs; 1 for none.
+        samples: Sampling runs of the calibration, or of a policy's own fit; 16 unless given.
+        seed: Of their noise, or of a policy's own training; 0 unless given.
+        guidance_scale: Of these runs; 1 for none, which is the default.
         conditioning: What they are conditioned on, as for `stepgraph.calibrate`.
         allow_stochastic: Go on although the sampler adds noise.
         batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
@@ -69,7 +70,8 @@ def accelerate(
         The attached executable; `detach()` undoes it.
 
     Raises:
-        PlanError: The policy is unknown or refuses its arguments, or the model or sampler cannot be calibrated.
+        PlanError: The policy is unknown or refuses its arguments, `samples`, `seed` or `guidance_scale` is given for one that
+            runs nothing with it, or the model or sampler cannot be calibrated.
         CompileError: The pipeline has no transformer, or it cannot be compiled.
     """
     transformer = getattr(pipe, "transformer", None)
@@ -77,11 +79,12 @@ def accelerate(
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:
         raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
-    own = _policy_arguments(arguments, more)
+    asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
+    own, settings = _divided(policy, _policy_arguments(arguments, more), asked)
     if not allow_stochastic:
         refuse_stochastic(pipe.scheduler, steps)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
-    runs = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale, "conditioning": digest(conditioning)}
+    runs = {**settings, "conditioning": digest(conditioning)}
     circumstances = _circumstances(transformer, pipe.scheduler, steps)
     measured = POLICIES[policy].wants_stats(own)
 
@@ -90,8 +93,8 @@ def accelerate(
 
     def measure() -> CalibrationStats:
         return calibrate(
-            transformer, pipe.scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
-            conditioning=conditioning, allow_stochastic=allow_stochastic, checkpoint=unfinished(stats_file), on_step=on_step,
+            transformer, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
+            checkpoint=unfinished(stats_file), on_step=on_step, **settings,
         )  # fmt: skip
 
     def decide() -> CachePlan:
@@ -103,7 +106,13 @@ def accelerate(
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
-    planned = {**circumstances, **(runs if measured else {}), "policy": policy, "arguments": own, "files": _contents(own)}
+    planned = {
+        **circumstances,
+        **(runs if measured or runs_model(policy) else {}),
+        "policy": policy,
+        "arguments": own,
+        "files": _contents(own),
+    }
     plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
     plan = _kept(plan_file, CachePlan.load, decide)
     unfinished(plan_file).unlink(missing_ok=True)
@@ -121,6 +130,21 @@ def _policy_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, An
     if twice:
         raise PlanError(f"the policy's argument {twice[0]!r} is given twice, in arguments and by name")
     return {**(arguments or {}), **more}
+
+
+def _divided(policy: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The policy's arguments, with what it takes of the settings asked for, and all settings of the calibration.
+
+    Raises:
+        PlanError: A setting is asked for that neither the calibration nor the policy takes, or is given twice.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    taken = {argument.name for argument in describe_policy(policy, POLICIES[policy]).arguments}
+    for name, value in given.items():
+        if not POLICIES[policy].wants_stats(arguments) and name not in taken:
+            raise PlanError(f"{name}={value!r} has no effect: the policy {policy!r} runs nothing with it; leave it out")
+    passed = {name: value for name, value in given.items() if name in taken}
+    return _policy_arguments(arguments, passed), {"samples": 16, "seed": 0, "guidance_scale": 1.0, **given}
 
 
 def _contents(arguments: Mapping[str, Any]) -> dict[str, str]:

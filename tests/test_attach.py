@@ -304,6 +304,38 @@ def test_accelerate_calibrates_once_and_keeps_what_it_made(pipe, tmp_path, monke
         run("nose")
 
 
+def test_accelerate_hands_on_what_the_calibration_is_asked_for_or_refuses_it(pipe, monkeypatch):
+    # The rule lands on states, which a sampler that clips cannot be made to do.
+    monkeypatch.setattr(pipe, "scheduler", diffusers.DDIMScheduler(clip_sample=False))
+    common = {"backend": "eager", "exact": True}
+    runs = {"guidance_scale": 3.0, "samples": 2, "seed": 5}
+    exe = sg.accelerate(pipe, STEPS, "whole-step", **common, **runs)
+    exe.detach()
+    skipped = sg.make_plan("interval", model=pipe.transformer, scheduler=pipe.scheduler, steps=STEPS, every=2, kinds=["output"])
+    fitted = sg.fit_whole_step(skipped, pipe.transformer, pipe.scheduler, **runs)
+    assert exe.plan.forecasts == fitted.forecasts
+    assert {name: exe.plan.header.arguments[name] for name in runs} == runs
+    # What is kept is found again for the same runs only.
+    sg.accelerate(pipe, STEPS, "whole-step", **common, **runs | {"seed": 6}).detach()
+    other = sg.accelerate(
+        pipe,
+        STEPS,
+        "whole-step",
+        conditioning=labels(7, 8) | {"negative_class_labels": torch.full((2,), NULL_CLASS)},
+        **common,
+        **runs,
+    )
+    other.detach()
+    assert other.plan.forecasts != fitted.forecasts
+    for name, value in runs.items():
+        with pytest.raises(sg.PlanError, match=rf"{name}={value} has no effect: the policy 'interval' runs nothing with it"):
+            sg.accelerate(pipe, STEPS, "interval", **common, **{name: value})
+    with pytest.raises(sg.PlanError, match="samples=2 has no effect: the policy 'l2c'"):
+        sg.accelerate(pipe, STEPS, "l2c", samples=2, **common)
+    with pytest.raises(sg.PlanError, match="'samples' is given twice"):
+        sg.accelerate(pipe, STEPS, "whole-step", {"samples": 3}, samples=2, **common)
+
+
 def test_accelerate_looks_into_files_and_at_the_sampler(pipe, tmp_path):
     def reused(logit: float) -> int:
         header = sg.make_plan("full", model=pipe.transformer, scheduler=pipe.scheduler, steps=STEPS, guidance="none")
