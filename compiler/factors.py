@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ VERSION = 1
 METHODS = ("svd", "ca", "cd", "cov", "whole")
 # Factors without a map, of coefficients per channel alone.
 AFFINE = "affine"
+# Factors of several methods, merged.
+MIXED = "mixed"
 REMEDY = "make factors with `stepgraph factors make`"
 
 
@@ -31,7 +34,7 @@ class Factors:
         model: Class name of the model.
         fingerprint: Of the model (`stepgraph.fingerprint`).
         dtype: Of the model's weights; the factors themselves are float32.
-        method: One of `METHODS`, or `AFFINE`.
+        method: One of `METHODS`, or `AFFINE` or `MIXED`.
         arguments: What made them, as JSON keeps it.
         maps: Module path of an nn.Linear -> (A, B). With the method "whole" the path of a site's module: one map from the
             change of its input to that of its output.
@@ -53,8 +56,8 @@ class Factors:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in (*METHODS, AFFINE):
-            raise PlanError(f"unknown method {self.method!r} of factors; known: {', '.join((*METHODS, AFFINE))}")
+        if self.method not in (*METHODS, AFFINE, MIXED):
+            raise PlanError(f"unknown method {self.method!r} of factors; known: {', '.join((*METHODS, AFFINE, MIXED))}")
         if self.dtype not in DTYPES:
             raise PlanError(f"factors of a model of dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         for path, (a, b) in self.maps.items():
@@ -65,6 +68,9 @@ class Factors:
         unknown = sorted(set(self.errors) - set(self.maps))
         if unknown:
             raise PlanError(f"an error is given for {unknown[0]!r}, which has no map")
+        for path, error in self.errors.items():
+            if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 <= error < math.inf:
+                raise PlanError(f"the error of {path!r} is {error!r}; expected a finite number of at least 0")
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -90,7 +96,9 @@ class Factors:
         return replace(self, affine=dict(affine))
 
     def merge(self, other: "Factors") -> "Factors":
-        """These and other maps of the same model and kind (linear or whole) together.
+        """These and other maps of the same model and kind (linear or whole) together; which comes first makes no difference.
+
+        The method is that of the factors that have maps, `MIXED` where those are of two.
 
         Raises:
             PlanError: They are of different models or kinds, or both have a map of one module.
@@ -99,7 +107,8 @@ class Factors:
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
                 raise PlanError(f"factors of different models cannot be merged: {name} is {own} and {theirs}")
-        if (self.method == "whole") != (other.method == "whole"):
+        methods = {own.method for own in (self, other) if own.maps} or {AFFINE}
+        if "whole" in methods and len(methods) > 1:
             raise PlanError(f"{self.method!r} and {other.method!r} factors cannot be merged: one kind is of whole modules")
         twice = sorted(set(self.maps) & set(other.maps)) + sorted(set(self.affine) & set(other.affine))
         if twice:
@@ -108,9 +117,13 @@ class Factors:
             "merged": [dict(self.arguments) | {"method": self.method}, dict(other.arguments) | {"method": other.method}]
         }
         return replace(
-            self, arguments=arguments, maps={**self.maps, **other.maps}, affine={**self.affine, **other.affine},
+            self,
+            method=methods.pop() if len(methods) == 1 else MIXED,
+            arguments=arguments,
+            maps={**self.maps, **other.maps},
+            affine={**self.affine, **other.affine},
             errors={**self.errors, **other.errors},
-        )  # fmt: skip
+        )
 
     def refuse_other(self, model: nn.Module) -> None:
         """Compare a model with the one the factors were made of.
@@ -135,22 +148,25 @@ class Factors:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
         names = ("model", "fingerprint", "dtype", "method", "arguments", "errors")
         described = {name: getattr(self, name) for name in names}
-        write_record(path, FORMAT, VERSION, described | {"maps": list(self.maps)}, self._tensors())
+        write_record(path, FORMAT, VERSION, described | {"maps": list(self.maps), "digest": self.digest}, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> "Factors":
         """Read a file written by `save`.
 
         Raises:
-            PlanError: The file is missing, cut short, of another format or version, or holds tensors that are not valid.
+            PlanError: The file is missing, cut short, of another format or version, holds tensors that are not valid, or others
+                than were saved.
         """
         described, tensors = read_record(path, FORMAT, VERSION, REMEDY)
         names, texts = described.get("maps"), [described.get(n) for n in ("model", "fingerprint", "dtype", "method")]
         arguments, errors = described.get("arguments"), described.get("errors")
-        if not isinstance(names, list) or not isinstance(arguments, dict) or not isinstance(errors, dict):
-            raise PlanError(f"{path}: maps, arguments or errors are missing in its metadata")
-        if not all(isinstance(text, str) for text in texts):
-            raise PlanError(f"{path}: model, fingerprint, dtype and method are {texts}; expected four texts")
+        for what, value, kind in (("maps", names, list), ("arguments", arguments, dict), ("errors", errors, dict)):
+            if not isinstance(value, kind):
+                found = f"{what} is {type(value).__name__}"
+                raise PlanError(f"{path}: in its metadata {found}; expected a {kind.__name__}; {REMEDY}")
+        if not all(isinstance(text, str) for text in (*texts, *names)):
+            raise PlanError(f"{path}: model, fingerprint, dtype, method and maps are {texts} and {names[:4]}; expected texts")
         missing = [key for name in names for key in _keys(name) if key not in tensors]
         if missing:
             raise PlanError(f"{path}: the tensor {missing[0]!r} is missing")
@@ -158,9 +174,15 @@ class Factors:
         affine = {key.removeprefix("affine/"): t for key, t in tensors.items() if key.startswith("affine/")}
         try:
             model, own, dtype, method = map(str, texts)
-            return cls(model, own, dtype, method, arguments, maps, affine, errors)
+            read = cls(model, own, dtype, method, arguments, maps, affine, errors)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+        if described.get("digest") != read.digest:
+            raise PlanError(
+                f"{path}: its contents have the digest {read.digest}, its metadata says {described.get('digest')!r}; the file "
+                f"is damaged or was changed: {REMEDY}"
+            )
+        return read
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors by their names in the file."""

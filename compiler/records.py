@@ -37,8 +37,9 @@ def read_record(path: str | Path, form: str, version: int, remedy: str = "") -> 
         raise PlanError(f"{path}: not a complete {form} file ({error})") from error
     if not isinstance(described, dict):
         raise PlanError(f"{path}: its metadata is not an object")
-    if described.get("format") != form or described.get("version") != version:
-        found = f"{described.get('format')} {described.get('version')}"
+    given = described.get("version")
+    if described.get("format") != form or type(given) is not int or given != version:
+        found = f"{described.get('format')} {given!r}"
         raise PlanError(f"{path}: expected {form} version {version}; got {found}")
     return described, tensors
 

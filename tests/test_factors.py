@@ -1,10 +1,12 @@
 """The factors record: what it accepts, what it refuses, and its file."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_dit
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stepgraph.compiler.factorize import factorize
@@ -116,6 +118,25 @@ def test_merge_joins_maps_of_one_model(dit):
         attn.merge(replace(ff, method="whole"))
 
 
+def test_the_order_of_a_merge_makes_no_difference(dit):
+    attn, ff = (factorize(dit, method="svd", rank=4, kinds=[kind]) for kind in ("attn", "ff"))
+    table = {"stack_residual/1": torch.ones(2, 32)}
+    affine = Factors(attn.model, attn.fingerprint, attn.dtype, "affine", {}, {}, table)
+    whole = replace(ff, method="whole")
+    other = replace(ff, method="ca")
+    for one, two, method in (
+        (attn, ff, "svd"), (affine, attn, "svd"), (affine, whole, "whole"), (attn, other, "mixed"),
+        (affine, replace(affine, affine={"hidden/1": torch.ones(2, 32)}), "affine"),
+    ):  # fmt: skip
+        both, turned = one.merge(two), two.merge(one)
+        assert both.method == turned.method == method
+        assert both.digest == turned.digest
+        assert set(both.affine) == {*one.affine, *two.affine}
+    # What is mixed stays a set of linear maps.
+    with pytest.raises(PlanError, match="'mixed' and 'whole' factors cannot be merged"):
+        attn.merge(other).merge(replace(whole, maps={"x": whole.maps[FF]}, errors={}))
+
+
 def test_refuses_damaged_files(factors, tmp_path):
     path = tmp_path / "factors.safetensors"
     with pytest.raises(PlanError, match=r"no file at .*; make factors with `stepgraph factors make`"):
@@ -129,8 +150,6 @@ def test_refuses_damaged_files(factors, tmp_path):
     with pytest.raises(PlanError, match="expected stepgraph-factors version 1; got None None"):
         Factors.load(path)
     path.write_bytes(whole)
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -141,6 +160,51 @@ def test_refuses_damaged_files(factors, tmp_path):
     tensors[f"maps/{FF}/b"] = torch.full((4, 128), torch.nan)
     save_file(tensors, path, metadata)
     with pytest.raises(PlanError, match=r"factors\.safetensors: the factors of .* hold NaN"):
+        Factors.load(path)
+
+
+def changed(path, **changes) -> None:
+    """Write a record anew with some of its metadata changed."""
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["stepgraph"])
+    save_file(load_file(path), path, {"stepgraph": json.dumps(described | changes)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"errors": {FF: "0.25"}}, rf"the error of '{FF}' is '0\.25'; expected a finite number of at least 0"),
+        ({"errors": {FF: True}}, "is True; expected a finite number"),
+        ({"errors": {FF: -1.0}}, r"is -1\.0; expected a finite number of at least 0"),
+        ({"errors": {FF: float("nan")}}, "is nan; expected a finite number"),
+        ({"errors": []}, "in its metadata errors is list; expected a dict; make factors with"),
+        ({"maps": [1, FF]}, r"and \[1, .*\]; expected texts"),
+        ({"version": "1"}, "expected stepgraph-factors version 1; got stepgraph-factors '1'"),
+        ({"version": True}, "expected stepgraph-factors version 1; got stepgraph-factors True"),
+        ({"digest": None}, "its metadata says None; the file is damaged or was changed: make factors with"),
+        ({"fingerprint": "0/0"}, "its contents have the digest .*, its metadata says"),
+    ],
+)
+def test_refuses_changed_metadata(factors, tmp_path, changes, message):
+    path = tmp_path / "factors.safetensors"
+    factors.save(path)
+    changed(path, **changes)
+    with pytest.raises(PlanError, match=r"factors\.safetensors: .*" + message):
+        Factors.load(path)
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_a_flipped_bit_is_noticed(factors, tmp_path, which):
+    path = tmp_path / "factors.safetensors"
+    factors.save(path)
+    size = len(path.read_bytes())
+    flat = (factors.maps[FF][0] if which == "a" else factors.maps[FF][1]).numpy().tobytes()
+    at = path.read_bytes().index(flat)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert len(data) == size
+    with pytest.raises(PlanError, match=rf"its contents have the digest \w+, its metadata says '{factors.digest}'"):
         Factors.load(path)
 
 
