@@ -79,7 +79,7 @@ def lowrank(
     kinds: Sequence[str] | None = None,
     sites: Sequence[str] | None = None,
     around: str | None = None,
-    order: int = 1,
+    order: int | None = None,
 ) -> CachePlan:
     """Correct reused modules by low-rank increments: every REUSE of a module becomes LOWRANK.
 
@@ -92,16 +92,20 @@ def lowrank(
         sites: Their names, likewise.
         around: Rule of a forecast around which the increments are taken, as `forecast` knows it; the last stored value unless
             given.
-        order: Of that forecast.
+        order: Of that forecast, 0 to 4; 1 unless given.
 
     Raises:
-        PlanError: An unknown kind, site or rule, a kind that is no module's, or nothing that is reused.
+        PlanError: An unknown kind, site or rule, a kind or site that is no module's, an order out of range or without `around`,
+            or nothing that is reused.
     """
+    if order is not None and around is None:
+        raise PlanError(f"order is {order!r}, but no forecast to take increments around; pass around= too, or leave out order")
     present = [kind for kind in dict.fromkeys(site.kind for site in plan.sites) if kind in MODULE_KINDS]
-    streams = sorted(set(kinds or ()) - set(MODULE_KINDS))
-    if streams:
-        raise PlanError(f"{streams[0]} is no module, and has no linear maps to correct; this model's modules: {present}")
     indices = set(find_sites(plan, present if kinds is None and sites is None else kinds, sites))
+    streams = [plan.sites[i] for i in sorted(indices) if plan.sites[i].kind not in MODULE_KINDS]
+    if streams:
+        name = streams[0].kind if streams[0].kind in (kinds or ()) else streams[0].name
+        raise PlanError(f"{name} is no module, and has no linear maps to correct; this model's modules: {present}")
     changed: dict[tuple[int, int], str] = {}
     for step, row in enumerate(plan.rows):
         own = {i for i in indices if row[i] == REUSE}
@@ -121,7 +125,9 @@ def lowrank(
     made = with_cells(kept, changed, {}, {"by": "lowrank"} | chosen(kinds, sites))
     if around is None:
         return made
-    return forecast(made, around, order, sites=[plan.sites[i].name for i in sorted(indices)], around=True)
+    return forecast(
+        made, around, 1 if order is None else order, sites=[plan.sites[i].name for i in sorted(indices)], around=True
+    )
 
 
 def find_sites(plan: CachePlan, kinds: Sequence[str] | None, sites: Sequence[str] | None) -> list[int]:

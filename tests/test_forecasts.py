@@ -176,6 +176,12 @@ BAD = {
     "site": (lambda p: sg.forecast(p, sites=["nose"]), "unknown site 'nose'; the sites are"),
     "nothing": (lambda p: sg.forecast(p, kinds=["attn"]), "nothing to forecast: the chosen sites are nowhere R or F"),
     "stream": (lambda p: sg.lowrank(p, kinds=["hidden"]), "hidden is no module, and has no linear maps to correct"),
+    "site of a stream": (
+        lambda p: sg.lowrank(p, sites=["output"]),
+        r"output is no module, and has no linear maps to correct; this model's modules: \['attn', 'ff'\]",
+    ),
+    "order around nothing": (lambda p: sg.lowrank(p, order=1), "order is 1, but no forecast to take increments around"),
+    "order around": (lambda p: sg.lowrank(p, around="taylor", order=7), r"the order is 7; expected a whole number in 0\.\.4"),
     "no reuse": (lambda p: sg.lowrank(p, kinds=["attn"]), "nothing to correct: none of the chosen modules is reused"),
 }
 
