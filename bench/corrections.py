@@ -86,6 +86,14 @@ class Workshop:
             )
         return self._covariances[period, whole]
 
+    def refined(self, method: str, rank: int, period: int = 2) -> Factors:
+        """Factors made once more, on the runs of the plan that `factors` corrects."""
+        source = measure_covariances(
+            self.host.model, self.host.scheduler, plan=lowrank(self.interval(period)),
+            factors=self.factors(method, rank, period), whole=method == "whole", **self.runs,
+        )  # fmt: skip
+        return factorize(self.host.model, source, method=method, rank=rank)
+
     def whole_step(self, plan: CachePlan, factors: Factors | None = None) -> CachePlan:
         """The plan with its skipped steps fitted."""
         return fit_whole_step(plan, self.host.model, self.host.scheduler, factors=factors, **self.runs)
@@ -158,12 +166,24 @@ def further(shop: Workshop, folder: Path, progress: Progress) -> Iterator[Row]:
     yield "Learning-to-Cache + Taylor 1", "pairs", lambda: (forecast(routed), None)
 
 
+def refined(shop: Workshop) -> Iterator[Row]:
+    """Factors fitted on full runs, and once more on the runs of the plan that they correct."""
+    for method, name in (("whole", "whole modules"), ("cov", "cov")):
+        for rank in (16, 32):
+            yield name, f"p2 r{rank}", partial(_lowrank, shop, 2, method, rank)
+            yield f"{name}, own runs", f"p2 r{rank}", partial(_refined, shop, 2, method, rank)
+
+
 def _plain(make: Callable[..., CachePlan], *arguments: Any) -> Made:
     return make(*arguments), None
 
 
 def _lowrank(shop: Workshop, period: int, method: str, rank: int, around: str | None = None) -> Made:
     return lowrank(shop.interval(period), around=around), shop.factors(method, rank, period)
+
+
+def _refined(shop: Workshop, period: int, method: str, rank: int) -> Made:
+    return lowrank(shop.interval(period)), shop.refined(method, rank, period)
 
 
 def _forecast(shop: Workshop, period: int, rule: str, order: int, *kinds: str) -> Made:
@@ -202,6 +222,7 @@ def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dic
         "increments": lambda: increments(shop, (2, 3), RANKS),
         "forecasts": lambda: forecasts(shop),
         "further": lambda: further(shop, folder, progress),
+        "refined": lambda: refined(shop),
     }
     bar = progress.add_task(part, total=None)
     for name, setting, make in makers[part]():
@@ -222,7 +243,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=128, help="images, in four groups of one seed each")
     parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--parts", nargs="*", default=["increments", "forecasts", "further"])
+    parser.add_argument("--parts", nargs="*", default=["increments", "forecasts", "further", "refined"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()

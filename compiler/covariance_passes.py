@@ -18,10 +18,8 @@ from stepgraph.plan import PlanError
 GIGA = 10**9
 
 
-def plan_passes(
-    targets: Sequence[Target], memory_gb: float | None, sketch: int | None, periods: Sequence[int]
-) -> list[list[Target]]:
-    """Targets in graph order, cut where the sums and the held values of a pass would exceed the memory.
+def plan_passes(targets: Sequence[Target], memory_gb: float | None, sketch: int | None, held: int = 1) -> list[list[Target]]:
+    """Targets in graph order, cut where a pass, with its sums and `held` earlier values of each, would exceed the memory.
 
     Raises:
         PlanError: One target alone exceeds it.
@@ -29,7 +27,7 @@ def plan_passes(
     groups: list[list[Target]] = [[]]
     filled = 0
     for target in targets:
-        size = bytes_of(target, sketch, len(periods))
+        size = bytes_of(target, sketch, held)
         if memory_gb is not None and size > memory_gb * GIGA:
             raise PlanError(
                 f"measuring {target.key} alone takes {size / GIGA:.3g} GB, more than the {memory_gb:g} GB allowed; raise "
@@ -43,15 +41,15 @@ def plan_passes(
     return groups
 
 
-def bytes_of(target: Target, sketch: int | None, periods: int = 1) -> int:
-    """Memory that a target's sums take, with its float32 values: of this step, stored for each period, and their difference."""
+def bytes_of(target: Target, sketch: int | None, held: int = 1) -> int:
+    """Memory that a target's sums take, with its float32 values: of this step, `held` earlier ones, and a difference."""
     width = target.channels + sum(target.output_channels.values())
-    held = (2 + periods) * target.rows * width
+    values = (2 + held) * target.rows * width
     # A sketch is shrunk in float64, together with as many rows again and their Gram matrix.
     sums = target.channels * (target.channels if sketch is None else 7 * sketch) + target.channels * (
         sum(target.output_channels.values())
     )
-    return 4 * (held + sums)
+    return 4 * (values + sums)
 
 
 @dataclass

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.compiler.calibrate import check_guidance, check_samples, digest
+from stepgraph.compiler.check_moments import check_moments
 from stepgraph.compiler.covariance_passes import Measured, new_sum, plan_passes
 from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
+from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.increments import Watcher, find_targets, sampled_rows
+from stepgraph.compiler.plan_increments import PlanRuns, PlanWatcher
 from stepgraph.compiler.records import read_record, write_record
 from stepgraph.fingerprint import model_dtype
-from stepgraph.plan import PlanError, PlanHeader
+from stepgraph.plan import CachePlan, PlanError, PlanHeader
 from stepgraph.plan_json import parse_record
 from stepgraph.runtime.sampler import refuse_stochastic, sample
 
@@ -29,7 +32,7 @@ class Covariances:
     Attributes:
         header: Model, scheduler and steps they belong to, with seed and number of samples.
         guidance_scale: Of the runs; 1 for none.
-        periods: Every how many steps a plan computes; increments of several periods count alike.
+        periods: Every how many steps a plan computes; increments of several periods count alike. Empty where a plan was given.
         conditioning: Digest of the conditioning that was passed in; empty for the family's example conditioning.
         inputs: Module path of a linear map (in whole mode also of a site's module) -> name of what it reads.
         tensors: "xx/<name>" E[dx dx^T] [C, C], or "sketch/<name>" S [l, C] with S^T S below it; "yx/<site>" E[dy dx^T]
@@ -37,6 +40,7 @@ class Covariances:
         numbers: Per name: rows, trace E||dx||^2, fourth E||dx||^4; for sketches removed, a bound on the spectral norm of
             E[dx dx^T] - S^T S. Per site in whole mode: yy, E||dy||^2.
         passes: How many times the sampling runs were made to keep to the memory limit.
+        plan: Digest of the corrected plan whose own runs were measured; empty for runs of the full model.
     """
 
     header: PlanHeader
@@ -47,6 +51,7 @@ class Covariances:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Mapping[str, float]]
     passes: int = 1
+    plan: str = ""
 
     def name_of(self, path: str) -> str:
         """Name of what a linear map, or a site's module, reads.
@@ -109,7 +114,7 @@ class Covariances:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
-        names = ("guidance_scale", "periods", "conditioning", "inputs", "numbers", "passes")
+        names = ("guidance_scale", "periods", "conditioning", "inputs", "numbers", "passes", "plan")
         described = {name: getattr(self, name) for name in names} | {"header": asdict(self.header)}
         write_record(path, FORMAT, VERSION, described, {name: self.tensors[name] for name in self.tensors})
 
@@ -127,23 +132,24 @@ class Covariances:
             scale, used, passes = float(described["guidance_scale"]), str(described["conditioning"]), int(described["passes"])
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: its metadata is not complete ({type(error).__name__}: {error})") from error
-        lacking = [
-            name for name in inputs.values() if not {f"xx/{name}", f"sketch/{name}"} & set(tensors) or name not in numbers
-        ]
-        if lacking:
-            raise PlanError(f"{path}: the covariance of {lacking[0]!r} is missing")
-        return cls(header, scale, periods, used, inputs, tensors, numbers, passes)
+        try:
+            check_moments(inputs, tensors, numbers)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+        return cls(header, scale, periods, used, inputs, tensors, numbers, passes, str(described.get("plan", "")))
 
 
 def measure_covariances(
     model: nn.Module,
     scheduler: Any,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     samples: int = 8,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    period: int | Sequence[int] = 2,
+    period: int | Sequence[int] | None = None,
+    plan: CachePlan | None = None,
+    factors: Factors | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     kinds: Sequence[str] | None = None,
@@ -155,16 +161,21 @@ def measure_covariances(
     """Run the sampler and average dx dx^T of what every linear map inside module sites reads.
 
     The runs are those of the full model, from the noise of `seed`; dx is the difference from the last step that a plan of the
-    given period computes, so that only skipped steps count.
+    given period computes, so that only skipped steps count. With a corrected plan the runs are its own instead: the full model
+    is evaluated on the states that the plan comes to, and dx counts at its LOWRANK steps, from the value at the site's last
+    COMPUTE (or from the forecast that its increments are taken around). Factors of full runs are what such a plan is first
+    run with; factors made of its own runs are fitted where they will be used.
 
     Args:
         model: On any device.
         scheduler: A deterministic diffusers scheduler; it is copied and not changed.
-        steps: Number of inference steps.
+        steps: Number of inference steps; 50, or the plan's, unless given.
         samples: Number of sampling runs, one sample each.
         seed: Of the noise.
         guidance_scale: Above 1, classifier-free guidance in one batch; both halves count.
-        period: Every how many steps a plan computes, at least 2; or several such numbers.
+        period: Every how many steps a plan computes, at least 2; or several such numbers. 2 unless given; not with a plan.
+        plan: A plan with LOWRANK sites, on whose own runs to measure; these sites alone are measured.
+        factors: Its factors.
         conditioning: As for `stepgraph.calibrate`.
         inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
         kinds: Of the sites whose maps are measured; all module sites unless given.
@@ -176,32 +187,40 @@ def measure_covariances(
         on_step: Called with (evaluations done, evaluations in all passes).
 
     Raises:
-        PlanError: An argument is out of range, the sampler adds noise, one map alone exceeds the memory, or whole modules
-            are to be sketched.
+        PlanError: An argument is out of range, the sampler adds noise, one map alone exceeds the memory, whole modules are to
+            be sketched, or the plan has no LOWRANK sites or is for something else.
     """
     check_samples(samples, 1)
     guided = check_guidance(guidance_scale)
-    periods = _periods(period)
+    steps, periods = _steps_and_periods(steps, period, plan, factors)
     _check_limits(memory_gb, sketch, whole)
     refuse_stochastic(scheduler, steps)
-    given = dict(inputs or example_inputs(model, 2 if guided else 1))
+    guidance = plan.header.guidance if plan is not None else "batched" if guided else "none"
+    given = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1))
     marked = marked_graph(model, given)
-    header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
+    header = make_header(model, scheduler, steps, marked, guidance=guidance)
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if evaluations <= 1:
         raise PlanError(f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps")
-    groups = plan_passes(find_targets(model, marked, kinds, whole), memory_gb, sketch, periods)
+    runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale) if plan is not None else None
+    targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
+    if not targets:
+        raise PlanError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
+    groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = Measured(groups, samples * evaluations, on_step)
     latents = next(iter(given.values()))
     for number, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
-        watcher = Watcher(model, marked, sums, periods)
+        watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)
         generator = torch.Generator().manual_seed(seed)
         for run, rows in enumerate(sampled_rows(model, conditioning, samples, guided, latents.device)):
             noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
-            watcher.begin()
             report = measured.reporter(number, run, evaluations)
+            watcher.begin()
+            if isinstance(watcher, PlanWatcher):
+                watcher.run(noise, rows, report)
+                continue
             sample(watcher, scheduler, noise, guidance_scale, steps=steps, on_step=report, **rows)
         measured.keep(number, sums)
     return Covariances(
@@ -213,7 +232,23 @@ def measure_covariances(
         measured.tensors,
         measured.numbers,
         len(groups),
+        runs.digest if runs is not None else "",
     )
+
+
+def _steps_and_periods(
+    steps: int | None, period: int | Sequence[int] | None, plan: CachePlan | None, factors: Factors | None
+) -> tuple[int, tuple[int, ...]]:
+    """What is run, with defaults; a plan has its own steps and no period."""
+    if plan is None:
+        if factors is not None:
+            raise PlanError("factors are given without the plan that they correct; pass plan= too")
+        return 50 if steps is None else steps, _periods(2 if period is None else period)
+    if period is not None:
+        raise PlanError(f"period is {period!r}, but a plan is given, which says itself what it computes; leave out period")
+    if steps is not None and steps != plan.header.steps:
+        raise PlanError(f"the plan is of {plan.header.steps} steps, asked for are {steps}; leave out steps")
+    return plan.header.steps, ()
 
 
 def _periods(period: int | Sequence[int]) -> tuple[int, ...]:

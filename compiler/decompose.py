@@ -13,6 +13,8 @@ from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import PlanError
 
 SCALES = ("in", "out", "both")
+# Methods that take an option of their own.
+TAKES = {"scale": ("ca", "cd"), "shrinkage": ("cov", "whole")}
 CHANNEL_OF = {"ca": "magnitude", "cd": "change"}
 
 
@@ -89,8 +91,13 @@ def weighted_svd(weight: Tensor, covariance: Tensor) -> Decomposition:
     With U the left singular vectors of W covariance^(1/2), the best A B of rank r is U_r U_r^T W: neither the root nor an
     inverse is needed, only the eigenvectors of W covariance W^T, or, where the map has more outputs than inputs, those of the
     same product with W's triangular factor.
+
+    Raises:
+        PlanError: The covariance is of another size.
     """
     w = weight.detach().double().cpu()
+    if len(covariance) != w.shape[1]:
+        raise PlanError(f"the covariance is {list(covariance.shape)}; expected [{w.shape[1]}, {w.shape[1]}], as the map reads")
     basis, inner = (None, w) if w.shape[0] <= w.shape[1] else torch.linalg.qr(w)
     squares, u = torch.linalg.eigh(inner @ covariance @ inner.T)
     u, squares = u.flip(1), squares.flip(0).clamp_min(0)
@@ -142,10 +149,14 @@ def shrunk(source: Covariances, path: str, shrinkage: float | None) -> Tensor:
     return found
 
 
-def check_choice(scale: str, shrinkage: float | None) -> None:
-    """Refuse a scale or shrinkage that there is not."""
-    if scale not in SCALES:
+def check_choice(method: str, scale: str | None, shrinkage: float | None) -> None:
+    """Refuse a scale or shrinkage that there is not, or that a method does not take."""
+    if scale is not None and scale not in SCALES:
         raise PlanError(f"scale is {scale!r}; expected {', '.join(SCALES)}")
     whole = shrinkage is None or (isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool))
     if not whole or (shrinkage is not None and not 0 <= shrinkage <= 1):
         raise PlanError(f"shrinkage is {shrinkage!r}; expected a number in 0..1, or None to estimate it")
+    for name, value in (("scale", scale), ("shrinkage", shrinkage)):
+        if value is not None and method not in TAKES[name]:
+            takers = " and ".join(TAKES[name])
+            raise PlanError(f"{name} is {value!r}, which the method {method!r} does not take; it is for {takers}: leave it out")

@@ -49,7 +49,7 @@ def factorize(
     method: str = "cov",
     rank: int | None = None,
     budget: float | None = None,
-    scale: str = "both",
+    scale: str | None = None,
     kinds: Sequence[str] | None = None,
     shrinkage: float | None = None,
     chunk: int = 8,
@@ -66,20 +66,20 @@ def factorize(
         rank: r of every map; or
         budget: share of the maps' own multiply-accumulates that all A B x together may cost (B x once more at computed steps is
             not counted); the ranks are then allocated by the method's own weights.
-        scale: Side of W that "ca" and "cd" scale: "in", "out" or "both".
-        kinds: Of the sites; all module sites unless given.
+        scale: Side of W that "ca" and "cd" scale: "in", "out" or "both"; "both" unless given.
+        kinds: Of the sites; all module sites unless given, or those that a plan corrects where its own runs were measured.
         shrinkage: How far "cov" and "whole" draw the covariance towards a multiple of the identity, 0..1; estimated unless
             given.
         chunk: In what steps a budget gives out ranks.
         inputs: The forward's arguments, where the model's usual shapes are not meant.
 
     Raises:
-        PlanError: Unknown method, a source of another kind or model, a rank that a map cannot have, a degenerate covariance,
-            or kinds without a linear map.
+        PlanError: Unknown method, an option that the method does not take, a source of another kind or model, a rank that a map
+            cannot have, a degenerate covariance, or kinds without a linear map.
     """
     check_arguments(model, source, method, rank, budget, scale, shrinkage)
     marked = marked_graph(model, inputs)
-    rows = find_paths(model, marked, method, kinds)
+    rows = find_paths(model, marked, method, kinds, source)
     if rank is not None:
         check_rank(model, marked, rank, list(rows), method, source)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -128,26 +128,38 @@ def source_kind(method: str) -> type[CalibrationStats] | type[Covariances] | Non
 
 
 def decompositions(
-    model: nn.Module, source: Source, paths: Sequence[str], method: str, scale: str = "both", shrinkage: float | None = None
+    model: nn.Module,
+    source: Source,
+    paths: Sequence[str],
+    method: str,
+    scale: str | None = None,
+    shrinkage: float | None = None,
 ) -> Iterator[tuple[str, Decomposition]]:
     """Every map's terms, one after the other: at full size they take more memory than the weights."""
     for path in paths:
-        if method == "whole":
-            assert isinstance(source, Covariances)
-            cross, _ = source.cross(path)
-            try:
-                yield path, reduced_rank_regression(cross, shrunk(source, path, shrinkage))
-            except PlanError as error:
-                raise PlanError(f"{path}: {error}") from error
+        if isinstance(source, Covariances):
+            yield path, _fitted(model, source, path, method, shrinkage)
             continue
         weight = model.get_submodule(path).weight
         assert isinstance(weight, Tensor)
-        if isinstance(source, Covariances):
-            yield path, weighted_svd(weight, shrunk(source, path, shrinkage))
-        elif isinstance(source, CalibrationStats):
-            yield path, scaled_svd(weight, *channel_scales(source, path, method, scale))
+        if isinstance(source, CalibrationStats):
+            yield path, scaled_svd(weight, *channel_scales(source, path, method, scale or "both"))
         else:
             yield path, plain_svd(weight)
+
+
+def _fitted(model: nn.Module, source: Covariances, path: str, method: str, shrinkage: float | None) -> Decomposition:
+    """The terms of one map, or of one whole module, that covariances give."""
+    cross = source.cross(path)[0] if method == "whole" else None
+    covariance = shrunk(source, path, shrinkage)
+    try:
+        if cross is not None:
+            return reduced_rank_regression(cross, covariance)
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        return weighted_svd(weight, covariance)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def _shortened(terms: Decomposition, most: int) -> Decomposition:
@@ -155,26 +167,40 @@ def _shortened(terms: Decomposition, most: int) -> Decomposition:
     return replace(terms, left=terms.left[:, :most].float(), right=terms.right[:most].float())
 
 
-def find_paths(model: nn.Module, marked: MarkedGraph, method: str, kinds: Sequence[str] | None) -> dict[str, int]:
-    """Paths of what is factorised -> tokens that go through it per sample."""
+def find_paths(
+    model: nn.Module, marked: MarkedGraph, method: str, kinds: Sequence[str] | None, source: Source = None
+) -> dict[str, int]:
+    """Paths of what is factorised -> tokens that go through it per sample.
+
+    Of covariances of a plan's own runs, what the plan corrects alone.
+    """
     if method == "whole":
         calls = {path: [marked.trace.calls[path, 0].inputs[0]] for path in find_sites(marked, kinds)}
     else:
         maps = find_maps(model, marked, kinds)
         calls = {path: [node.all_input_nodes[0] for node in nodes] for path, nodes in maps.items()}
+    if isinstance(source, Covariances) and source.plan:
+        # Where nothing fits, what is missing is named further on.
+        calls = {path: nodes for path, nodes in calls.items() if path in source.inputs} or calls
     return {path: sum(n.meta["val"].shape[:-1].numel() for n in nodes) // marked.batch for path, nodes in calls.items()}
 
 
 def check_arguments(
-    model: nn.Module, source: Source, method: str, rank: int | None, budget: float | None, scale: str, shrinkage: float | None
+    model: nn.Module,
+    source: Source,
+    method: str,
+    rank: int | None,
+    budget: float | None,
+    scale: str | None,
+    shrinkage: float | None,
 ) -> None:
     """Refuse arguments of `factorize` that are wrong by themselves, or a source of another model.
 
     Raises:
         PlanError: See there.
     """
-    check_choice(scale, shrinkage)
     wanted = source_kind(method)
+    check_choice(method, scale, shrinkage)
     if not (isinstance(source, wanted) if wanted is not None else source is None):
         raise PlanError(f"the method {method!r} is made from {WANTS[wanted]}; got {type(source).__name__}")
     if (rank is None) == (budget is None):
@@ -214,12 +240,12 @@ def check_rank(model: nn.Module, marked: MarkedGraph, rank: int, paths: Sequence
 
 
 def _arguments(
-    source: Source, method: str, rank: int | None, budget: float | None, scale: str, shrinkage: float | None, chunk: int
+    source: Source, method: str, rank: int | None, budget: float | None, scale: str | None, shrinkage: float | None, chunk: int
 ) -> dict[str, object]:
     """What made the factors."""
     made: dict[str, object] = {"rank": rank} if rank is not None else {"budget": budget, "chunk": chunk}
     if method in ("ca", "cd"):
-        made |= {"scale": scale}
+        made |= {"scale": scale or "both"}
     if source is not None:
         header = source.header
         made |= {
@@ -228,6 +254,8 @@ def _arguments(
         }  # fmt: skip
     if isinstance(source, Covariances):
         made |= {"shrinkage": "estimated" if shrinkage is None else shrinkage, "periods": list(source.periods)}
+        if source.plan:
+            made |= {"plan": source.plan}
         if source.sketch_errors:
             made |= {"sketch_error": max(source.sketch_errors.values())}
     return made

@@ -4,7 +4,7 @@ The increment of a value at a step is its difference from the last step that a p
 several maps read (those of q, k and v) are one target.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Target:
         rows: Tokens of one evaluation, over the whole batch.
         outputs: Whole mode: site path -> node of its output.
         output_channels: Whole mode: C_out of each.
+        sites: Index of the site that each value is read in.
     """
 
     readers: tuple[str, ...]
@@ -40,6 +41,7 @@ class Target:
     rows: int
     outputs: Mapping[str, fx.Node] = field(default_factory=dict)
     output_channels: Mapping[str, int] = field(default_factory=dict)
+    sites: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -105,9 +107,16 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
 
 
 def find_targets(
-    model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None = None, whole: bool = False
+    model: nn.Module,
+    marked: MarkedGraph,
+    kinds: Sequence[str] | None = None,
+    whole: bool = False,
+    corrected: Collection[int] | None = None,
 ) -> list[Target]:
     """What has to be measured, in the order of the graph.
+
+    Given the indices of the sites that a plan corrects, these sites' maps alone; what the maps of two sites read is then
+    measured apart, for each at its own steps.
 
     Raises:
         PlanError: Kinds without a linear map; in whole mode, sites that one map cannot stand for.
@@ -115,22 +124,31 @@ def find_targets(
     if not whole:
         find_maps(model, marked, kinds)
     nodes = {node.name: node for node in marked.graph.nodes}
-    by_values: dict[tuple[fx.Node, ...], list[tuple[str, tuple[fx.Node, ...]]]] = {}
+    owners = maps_of_sites(marked, model)
+    indices = {site.name: i for i, site in enumerate(marked.sites)}
+    by_values: dict[tuple[tuple[fx.Node, int], ...], list[tuple[str, tuple[fx.Node, ...]]]] = {}
+
+    def add(path: str, values: Sequence[fx.Node], calls: Sequence[fx.Node], sites: Sequence[int]) -> None:
+        if corrected is None or set(sites) <= set(corrected):
+            own = sites if corrected is not None else [0] * len(sites)
+            by_values.setdefault(tuple(zip(values, own, strict=True)), []).append((path, tuple(calls)))
+
     for path, (_, calls) in _maps(model, marked, check_kinds(marked, kinds)).items():
-        by_values.setdefault(tuple(call.all_input_nodes[0] for call in calls), []).append((path, tuple(calls)))
+        add(path, [call.all_input_nodes[0] for call in calls], calls, [owners[call] for call in calls])
     outputs: dict[str, fx.Node] = {}
     for path in find_sites(marked, kinds) if whole else ():
         call = marked.trace.calls[path, 0]
-        by_values.setdefault((nodes[call.inputs[0].name],), []).append((path, (nodes[call.before.name].next,)))
+        add(path, [nodes[call.inputs[0].name]], [nodes[call.before.name].next], [indices[path]])
         outputs[path] = nodes[call.outputs[0].name]
     targets = []
     for values, readers in by_values.items():
         paths = tuple(dict.fromkeys(path for path, _ in readers))
         own = {path: outputs[path] for path in paths if path in outputs}
         widths = {path: node.meta["val"].shape[-1] for path, node in own.items()}
-        shapes = [value.meta["val"].shape for value in values]
+        shapes = [value.meta["val"].shape for value, _ in values]
         rows = sum(shape[:-1].numel() for shape in shapes)
-        targets.append(Target(paths, tuple(zip(values, readers[0][1], strict=True)), shapes[0][-1], rows, own, widths))
+        read = tuple((value, call) for (value, _), call in zip(values, readers[0][1], strict=True))
+        targets.append(Target(paths, read, shapes[0][-1], rows, own, widths, tuple(site for _, site in values)))
     return targets
 
 
@@ -170,19 +188,23 @@ class Watcher(nn.Module):
         """One evaluation; the sums grow by this step's increments."""
         if self.timestep != 1:
             inputs["timestep"] = inputs["timestep"] * self.timestep
-        outputs = self.graph(*(inputs[name] for name in self.names))
-        results, values = outputs[: self.results], outputs[self.results :]
+        results, values = self.evaluate(inputs)
         for period in self.periods:
             if self.step % period == 0:
                 self.stored[period] = values
             else:
                 self._add(values, self.stored[period])
         self.step += 1
-        return tuple(results)
+        return results
+
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's results at its own timesteps, and all values that are watched."""
+        outputs = self.graph(*(inputs[name] for name in self.names))
+        return tuple(outputs[: self.results]), tuple(outputs[self.results :])
 
     def _add(self, values: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
         pairs = zip(values, stored, strict=True)
-        increments: Iterator[Tensor] = ((now.to(torch.float32) - then.to(torch.float32)).flatten(0, -2) for now, then in pairs)
+        increments = ((now.to(torch.float32) - then.to(torch.float32)).flatten(0, -2) for now, then in pairs)
         for target, sums in self.sums.items():
             xs = [next(increments) for _ in target.values]
             sums.add(xs, {path: next(increments) for path in target.outputs})

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stepgraph.compiler.covariances import Covariances
 from stepgraph.compiler.factors import Factors, refuse_model
+from stepgraph.plan import PlanError
 
 
 def measured_errors(model: nn.Module, factors: Factors, covariances: Covariances) -> dict[str, float]:
@@ -21,8 +22,15 @@ def measured_errors(model: nn.Module, factors: Factors, covariances: Covariances
 
 
 def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, covariances: Covariances) -> float:
-    """Relative weighted error of A [C_out, r] and B [r, C_in] of one map, or of one site's whole module."""
+    """Relative weighted error of A [C_out, r] and B [r, C_in] of one map, or of one site's whole module.
+
+    Raises:
+        PlanError: The map was not measured, or its covariance is of another size.
+    """
     covariance = covariances.matrix(path)
+    if len(covariance) != b.shape[1]:
+        size = b.shape[1]
+        raise PlanError(f"{path}: the covariance is {list(covariance.shape)}; expected [{size}, {size}], as its factors read")
     product = a.double().cpu() @ b.double().cpu()
     if method == "whole":
         cross, square = covariances.cross(path)

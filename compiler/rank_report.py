@@ -49,7 +49,7 @@ def rank_report(
     ranks: Sequence[int],
     *,
     method: str = "cov",
-    scale: str = "both",
+    scale: str | None = None,
     kinds: Sequence[str] | None = None,
     shrinkage: float | None = None,
     inputs: Mapping[str, Tensor] | None = None,
@@ -77,7 +77,7 @@ def rank_report(
     if isinstance(source, Covariances) and source.header.seed == held_out.header.seed:
         raise PlanError(f"both sets of covariances are of seed {source.header.seed}; hold out runs of another one")
     marked = marked_graph(model, inputs)
-    paths = list(find_paths(model, marked, method, kinds))
+    paths = list(find_paths(model, marked, method, kinds, source))
     for rank in ranks:
         check_rank(model, marked, rank, paths, method, source)
     errors: dict[int, dict[str, float]] = {rank: {} for rank in sorted(set(ranks))}

@@ -1,5 +1,7 @@
 """Covariances of increments, against forward hooks on the same sampling runs."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -11,7 +13,9 @@ from stepgraph.compiler.covariance_passes import SpilledTensors, bytes_of, plan_
 from stepgraph.compiler.covariance_sums import SketchSum
 from stepgraph.compiler.covariances import Covariances, measure_covariances
 from stepgraph.compiler.describe import marked_graph
+from stepgraph.compiler.factorize import factorize
 from stepgraph.compiler.increments import find_maps, find_sites, find_targets
+from stepgraph.compiler.map_errors import measured_errors
 from stepgraph.plan import PlanError
 from stepgraph.runtime.sampler import sample
 
@@ -123,7 +127,7 @@ def test_a_memory_limit_makes_several_passes_with_the_same_result(dit, whole, mo
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in whole.tensors.items())
     assert (found.inputs, found.numbers) == (whole.inputs, whole.numbers)
     targets = find_targets(dit, marked_graph(dit, sg.example_inputs(dit, 2)), whole=True)
-    groups = plan_passes(targets, limit, None, (2,))
+    groups = plan_passes(targets, limit, None)
     assert len(groups) == found.passes
     assert [target for group in groups for target in group] == targets
     assert all(sum(bytes_of(target, None) for target in group) <= limit * 1e9 for group in groups)
@@ -184,6 +188,41 @@ def test_round_trip_and_damaged_files(whole, tmp_path):
         Covariances.load(path)
     with pytest.raises(PlanError, match=r"no file at .*make covariances with"):
         Covariances.load(tmp_path / "none")
+
+
+FF = "transformer_blocks.0.ff.net.2"
+ATTN = "transformer_blocks.0.attn1"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "numbers", "message"),
+    [
+        ({f"xx/{FF}": torch.zeros(128)}, {}, rf"xx/{FF} is float32 \[128\]; expected float32 \[rows, C\]"),
+        ({f"xx/{FF}": torch.zeros(128, 64)}, {}, rf"xx/{FF} is float32 \[128, 64\]; expected float32 \[C, C\]"),
+        ({f"xx/{FF}": torch.zeros(128, 128).double()}, {}, "is float64"),
+        ({f"xx/{FF}": None}, {}, rf"the covariance of '{FF}' is missing; expected a tensor xx/{FF} or sketch/{FF}"),
+        ({f"yx/{ATTN}": torch.zeros(32, 31)}, {}, rf"yx/{ATTN} is float32 \[32, 31\]; expected float32 \[rows, 32\]"),
+        ({"yx/nose": torch.zeros(32, 32)}, {}, "yx/nose is given, but no input of 'nose'"),
+        ({}, {FF: {"rows": 1, "trace": 1.0}}, rf"the numbers of '{FF}' are .*; expected a finite number 'fourth' among them"),
+        ({}, {FF: {"rows": 1, "trace": "1", "fourth": 1}}, "expected a finite number 'trace'"),
+        ({}, {FF: None}, rf"the numbers of '{FF}' are None; expected a finite number 'rows'"),
+        ({}, {ATTN: {}}, rf"the numbers of '{ATTN}' are .*; expected a finite number"),
+    ],
+)
+def test_refuses_damaged_tensors_and_numbers(whole, tmp_path, tensors, numbers, message):
+    path = tmp_path / "covariances.safetensors"
+    kept = {name: tensor for name, tensor in {**whole.tensors, **tensors}.items() if tensor is not None}
+    replace(whole, tensors=kept, numbers={**whole.numbers, **numbers}).save(path)
+    with pytest.raises(PlanError, match=r"covariances\.safetensors: .*" + message):
+        Covariances.load(path)
+
+
+def test_a_covariance_of_another_size_than_its_map_is_refused(dit, whole):
+    other = replace(whole, tensors={**whole.tensors, f"xx/{FF}": torch.eye(64)})
+    with pytest.raises(PlanError, match=rf"{FF}: the covariance is \[64, 64\]; expected \[128, 128\]"):
+        factorize(dit, other, rank=4)
+    with pytest.raises(PlanError, match=rf"{FF}: the covariance is \[64, 64\]; expected \[128, 128\]"):
+        measured_errors(dit, factorize(dit, method="svd", rank=4), other)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +318,6 @@ def test_joint_attention_has_maps_but_no_whole_map():
 
 
 def test_a_value_that_never_changes_is_a_degenerate_covariance(dit, whole):
-    from dataclasses import replace
-
     path = "transformer_blocks.0.ff.net.2"
     name = whole.name_of(path)
     still = replace(

@@ -105,7 +105,7 @@ def test_channel_weighted_factors_follow_the_papers_formula(dit, stats, method, 
         wanted = np.diag(1 / s_out) @ truncated(np.diag(s_out) @ w @ np.diag(s_in), 6) @ np.diag(1 / s_in)
         assert np.allclose(product(made, path), wanted, atol=2e-6), path
     assert made.arguments["scale"] == scale
-    other = factorize(dit, stats, method="svd" if method == "none" else {"ca": "cd", "cd": "ca"}[method], scale=scale, rank=6)
+    other = factorize(dit, stats, method={"ca": "cd", "cd": "ca"}[method], scale=scale, rank=6)
     assert made.digest != other.digest
 
 
@@ -153,7 +153,7 @@ def test_covariance_weighted_factors_beat_all_others_on_what_they_were_made_from
     made = factorize(dit, covariances, method="cov", rank=6, shrinkage=0.0)
     best = measured_errors(dit, made, covariances)
     assert made.errors == pytest.approx(best)
-    others = {"svd": (None, ""), "ca": (stats, "in"), "cd": (stats, "both")}
+    others = {"svd": (None, None), "ca": (stats, "in"), "cd": (stats, "both")}
     for method, (source, scale) in others.items():
         for path, terms in decompositions(dit, source, list(made.maps), method, scale):
             assert best[path] <= error_on(dit, path, *terms.cut(6), method, covariances) + 1e-6, (method, path)
@@ -345,6 +345,13 @@ def test_a_sketch_of_twice_the_rank_is_enough_and_less_is_refused(dit, covarianc
         ({"rank": 4, "method": "cur"}, "unknown method 'cur'; known: svd, ca, cd, cov, whole"),
         ({"rank": 4, "scale": "left"}, "scale is 'left'; expected in, out, both"),
         ({"rank": 4, "shrinkage": 1.5}, r"shrinkage is 1.5; expected a number in 0\.\.1"),
+        ({"rank": 4, "scale": "both"}, "scale is 'both', which the method 'cov' does not take; it is for ca and cd"),
+        ({"rank": 4, "method": "whole", "scale": "in"}, "scale is 'in', which the method 'whole' does not take"),
+        (
+            {"rank": 4, "method": "svd", "shrinkage": 0.1},
+            "shrinkage is 0.1, which the method 'svd' does not take; .* cov and w",
+        ),
+        ({"rank": 4, "method": "cd", "shrinkage": 0.0}, "shrinkage is 0.0, which the method 'cd' does not take"),
         ({"rank": 4, "kinds": ["proj_out"]}, r"kinds is \['proj_out'\]; this model's module sites are of the kinds attn, ff"),
         ({"rank": 4, "method": "svd"}, "the method 'svd' is made from no source; got Covariances"),
         ({"rank": 4, "method": "ca"}, r"the method 'ca' is made from stepgraph\.calibrate.*; got Covariances"),
