@@ -1,7 +1,7 @@
 """What the commands share: arguments, errors, progress bars, output."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -119,6 +119,30 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise CompileError(f"unknown dtype {name!r}; expected {', '.join(known)}")
     return known[name]
+
+
+def refuse_strays(
+    context: typer.Context, belongs: Mapping[str, tuple[str, Collection[str]]], asked: Collection[str], what: str
+) -> None:
+    """Refuse options that were given on the command line and have no effect.
+
+    Args:
+        context: Of the command.
+        belongs: Parameter -> what it goes with, in words, and by name.
+        asked: Names of what was asked for.
+        what: The same in words.
+
+    Raises:
+        PlanError: A parameter was given that goes with none of it.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        # By name: some releases of typer bring a click of their own.
+        given = source is not None and source.name == "COMMANDLINE"
+        words, names = belongs.get(parameter.name or "", ("", asked))
+        if given and not set(names) & set(asked):
+            shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+            raise PlanError(f"{shown} goes with {words}, not with {what}")
 
 
 def factors_beside(plan: Path) -> Path:

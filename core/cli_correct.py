@@ -21,6 +21,7 @@ from stepgraph.cli_common import (
     parse_device,
     parse_dtype,
     progress_bar,
+    refuse_strays,
     reports_errors,
     show_plan,
 )
@@ -34,9 +35,17 @@ from stepgraph.plan import CachePlan, PlanError
 
 FITS: dict[str, Callable[..., Any]] = {"whole-step": fit_whole_step, "sites": fit_forecast, "residual-affine": residual_affine}
 
+RUNS = ("model", "term", "target", "samples", "seed", "guidance", "scheduler", "device", "dtype")
+BELONGS = {
+    "around": ("--lowrank", ("--lowrank",)),
+    "order": ("--forecast or --around", ("--forecast", "--around")),
+    **dict.fromkeys(RUNS, ("--fit", ("--fit",))),
+}
+
 
 @reports_errors
 def plan_correct(
+    context: typer.Context,
     plan: PlanFile,
     model: Annotated[str | None, typer.Argument(help=f"needed for --fit: {MODEL_HELP}")] = None,
     by_rule: Annotated[str | None, typer.Option("--forecast", help=f"a formula: {', '.join(RULES)}")] = None,
@@ -49,7 +58,7 @@ def plan_correct(
         ),
     ] = None,
     by_increments: Annotated[bool, typer.Option("--lowrank", help="LOWRANK where modules are reused")] = False,
-    order: Annotated[int, typer.Option(help="of --forecast or --around: 0 is the last value")] = 1,
+    order: Annotated[int, typer.Option(help="of --forecast or --around, 0 (the last value) to 4")] = 1,
     around: Annotated[str | None, typer.Option(help="with --lowrank: the formula that increments are taken around")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="only sites of this kind; may be given again")] = None,
     site: Annotated[list[str] | None, typer.Option(help="only this site; may be given again")] = None,
@@ -69,14 +78,14 @@ def plan_correct(
     asked = [name for name, given in (("--forecast", by_rule), ("--fit", by_fit), ("--lowrank", by_increments)) if given]
     if len(asked) != 1:
         raise PlanError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
-    _refuse_strays(asked[0], {"--around": ("--lowrank", around), "--term": ("--fit", term), "--target": ("--fit", target)})
+    refuse_strays(context, BELONGS, [*asked, *(["--around"] if around is not None else [])], asked[0])
     loaded, own = CachePlan.load(plan), load_factors(plan, factors)
     writable_folder(out.resolve().parent)
     chosen: dict[str, Any] = {"kinds": kind or None, "sites": site or None}
     if by_rule is not None:
         made = forecast(loaded, by_rule, order, **chosen)
     elif by_fit is None:
-        made = lowrank(loaded, around=around, order=order, **chosen)
+        made = lowrank(loaded, around=around, order=order if around is not None else None, **chosen)
     else:
         options: dict[str, Any] = {"terms": term or None, "target": target}
         settings = {name: value for name, value in options.items() if value is not None}
@@ -87,12 +96,6 @@ def plan_correct(
     made.save(out)
     note = f"wrote {out}: {json.dumps(made.header.arguments['corrections'][-1])}"
     show_plan(made, as_json, note)
-
-
-def _refuse_strays(asked: str, options: dict[str, tuple[str, Any]]) -> None:
-    for name, (belongs, given) in options.items():
-        if given and asked != belongs:
-            raise PlanError(f"{name} goes with {belongs}, not with {asked}")
 
 
 def _fit(

@@ -13,14 +13,17 @@ from torch import nn
 from stepgraph.cli_common import (
     Device,
     Dtype,
+    FactorsFile,
     Json,
     Model,
     SchedulerName,
     Seed,
     Steps,
+    load_factors,
     parse_device,
     parse_dtype,
     progress_bar,
+    refuse_strays,
     reports_errors,
     show,
 )
@@ -33,38 +36,52 @@ from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.rank_report import rank_report
 from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.files import writable_folder
-from stepgraph.plan import PlanError
+from stepgraph.plan import CachePlan, PlanError
 
 factors_app = typer.Typer(
     no_args_is_help=True, help="Make low-rank factors of linear maps, show them, and compare ranks.", rich_markup_mode=None
 )
 
 Method = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; cov minimises the error on measured increments")]
-Scale = Annotated[str, typer.Option(help="side that ca and cd scale: in, out or both")]
+Scale = Annotated[str | None, typer.Option(help="side that ca and cd scale: in, out or both; both unless given")]
+PlanToRun = Annotated[
+    Path | None, typer.Option("--plan", help="measure on the runs of this corrected plan, not on those of the full model")
+]
 Kinds = Annotated[str | None, typer.Option(help="kinds of sites, such as attn,ff; all module sites unless given")]
 Samples = Annotated[int, typer.Option(min=1, help="sampling runs to measure, one sample each")]
 Guidance = Annotated[float, typer.Option(help="classifier-free guidance scale of the runs; 1 for none")]
-Period = Annotated[str, typer.Option(help="every how many steps a plan computes; several as 2,3")]
+Period = Annotated[str | None, typer.Option(help="every how many steps a plan computes, 2 unless given; several as 2,3")]
 Shrinkage = Annotated[float | None, typer.Option(help="of the covariances towards the identity, 0..1; estimated unless given")]
 MemoryGb = Annotated[float | None, typer.Option(help="most gigabytes for covariances; more make several passes")]
 Sketch = Annotated[int | None, typer.Option(help="keep this many directions, at least twice the rank, not whole covariances")]
 Stats = Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate` for ca and cd; else they are measured")]
 
+COVARIANCES = ("the methods cov and whole", ("cov", "whole"))
+# Parameter -> what it goes with, in words and by name.
+BELONGS = {"scale": ("the methods ca and cd", ("ca", "cd")), "shrinkage": COVARIANCES}
+MEASURED = {
+    **dict.fromkeys(("period", "plan", "factors", "memory_gb", "sketch"), COVARIANCES),
+    **dict.fromkeys(("steps", "samples", "seed", "guidance", "scheduler"), ("sampling runs", ("runs",))),
+}
+
 
 @factors_app.command(name="make")
 @reports_errors
 def factors_make(
+    context: typer.Context,
     model: Model,
     method: Method = "cov",
     rank: Annotated[int | None, typer.Option(help="rank of every map; 32 unless there is a budget")] = None,
     budget: Annotated[float | None, typer.Option(help="or the share of the maps' own MACs that all may cost: 0.25")] = None,
-    scale: Scale = "both",
+    scale: Scale = None,
     kinds: Kinds = None,
-    steps: Steps = 50,
+    steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or the plan's, unless given")] = None,
     samples: Samples = 8,
     seed: Seed = 0,
     guidance: Guidance = 1.0,
-    period: Period = "2",
+    period: Period = None,
+    plan: PlanToRun = None,
+    factors: FactorsFile = None,
     shrinkage: Shrinkage = None,
     memory_gb: MemoryGb = None,
     sketch: Sketch = None,
@@ -75,16 +92,27 @@ def factors_make(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the factors")] = Path("factors.safetensors"),
     as_json: Json = False,
 ) -> None:
-    """Measure sampling runs where the method asks for it, and factorise every linear map inside module sites."""
+    """Measure sampling runs where the method asks for it, and factorise every linear map inside module sites.
+
+    With --plan the runs are those of a plan with LOWRANK sites under its factors (--factors): one more round of factors, fitted
+    where they are used.
+    """
+    _refuse_strays(context, method, stats, MEASURED)
     writable_folder(out.resolve().parent)
     rank = 32 if rank is None and budget is None else rank
     chosen = kinds.split(",") if kinds is not None else None
+    if factors is not None and plan is None:
+        raise PlanError("--factors goes with --plan, whose factors they are")
+    corrected = CachePlan.load(plan) if plan is not None else None
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         source = measured(
-            loaded, load_scheduler(model, scheduler), method, stats, report, steps=steps, samples=samples, seed=seed,
-            guidance_scale=guidance,
-            limits={"period": parse_period(period), "kinds": chosen, "memory_gb": memory_gb, "sketch": sketch},
+            loaded, load_scheduler(model, scheduler), method, stats, report, samples=samples, seed=seed,
+            steps=50 if steps is None and plan is None else steps, guidance_scale=guidance,
+            limits={
+                "period": parse_period(period), "kinds": chosen, "memory_gb": memory_gb, "sketch": sketch,
+                "plan": corrected, "factors": load_factors(plan, factors) if plan is not None else None,
+            },
         )  # fmt: skip
         report("factorising", 0, 1)
         made = factorize(
@@ -104,16 +132,17 @@ def factors_show(file: Annotated[Path, typer.Argument(help="a factors file")], a
 @factors_app.command(name="ranks")
 @reports_errors
 def factors_ranks(
+    context: typer.Context,
     model: Model,
     ranks: Annotated[str, typer.Option(help="to compare: 8,16,32")] = "8,16,32,64",
     method: Method = "cov",
-    scale: Scale = "both",
+    scale: Scale = None,
     kinds: Kinds = None,
     steps: Steps = 50,
     samples: Samples = 8,
     seed: Seed = 0,
     guidance: Guidance = 1.0,
-    period: Period = "2",
+    period: Period = None,
     shrinkage: Shrinkage = None,
     memory_gb: MemoryGb = None,
     stats: Stats = None,
@@ -123,6 +152,7 @@ def factors_ranks(
     as_json: Json = False,
 ) -> None:
     """Compare ranks on increments of as many runs with other noise; maps where a larger rank is worse are named."""
+    _refuse_strays(context, method, stats, {})
     chosen = kinds.split(",") if kinds is not None else None
     tried = [int(text) for text in ranks.split(",") if text.strip().isdigit()]
     if len(tried) != len(ranks.split(",")):
@@ -162,8 +192,6 @@ def measured(
 ) -> Source:
     """What a method is made from."""
     wanted = source_kind(method)
-    if stats is not None and wanted is not CalibrationStats:
-        raise PlanError(f"--stats is for the methods ca and cd; {method} is not made from statistics")
     if wanted is CalibrationStats:
         if stats is not None:
             return CalibrationStats.load(stats)
@@ -174,8 +202,18 @@ def measured(
     return None
 
 
-def parse_period(text: str) -> list[int]:
+def _refuse_strays(context: typer.Context, method: str, stats: Path | None, more: Mapping[str, Any]) -> None:
+    """Refuse what has no effect with a method, or where statistics of earlier runs are given."""
+    if stats is not None and source_kind(method) is not CalibrationStats:
+        raise PlanError(f"--stats is for the methods ca and cd; {method} is not made from statistics")
+    asked = [method, *(["runs"] if stats is None and source_kind(method) is not None else [])]
+    refuse_strays(context, {**BELONGS, **more}, asked, f"the method {method}" if stats is None else "--stats")
+
+
+def parse_period(text: str | None) -> list[int] | None:
     """Whole numbers from "2" or "2,3"."""
+    if text is None:
+        return None
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise PlanError(f"--period is {text!r}; expected a whole number such as 2, or several as 2,3")
     return [int(part) for part in text.split(",")]

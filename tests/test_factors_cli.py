@@ -8,9 +8,11 @@ import torch
 from typer.testing import CliRunner
 
 from stepgraph.cli import app
+from stepgraph.compiler.correct import lowrank
 from stepgraph.compiler.covariances import measure_covariances
 from stepgraph.compiler.factorize import factorize
 from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models.load import load_model, load_scheduler
 
 QUICK = ("--steps", 4, "--samples", 1, "--seed", 5)
@@ -68,7 +70,20 @@ def test_make_writes_what_factorize_gives(tmp_path: Path):
 def test_other_methods(tmp_path: Path, method: str):
     path = tmp_path / "factors.safetensors"
     facts = json.loads(
-        call("make", "glyph-dit", *QUICK, "--method", method, "--rank", 4, "--kinds", "ff", "-o", path, "--json")
+        call(
+            "make",
+            "glyph-dit",
+            *(QUICK if method != "svd" else ()),
+            "--method",
+            method,
+            "--rank",
+            4,
+            "--kinds",
+            "ff",
+            "-o",
+            path,
+            "--json",
+        )
     )
     assert (facts["method"], facts["maps"]) == (method, 10 if method == "whole" else 20)
     assert Factors.load(path).arguments["rank"] == 4
@@ -87,6 +102,45 @@ def test_ranks_reports_errors_on_other_runs():
     assert 0 < facts["held_out_error"]["16"] < facts["held_out_error"]["4"] < 1
     assert facts["worse"] == {}
     assert "rank 4 " in call("ranks", "glyph-dit", *QUICK, "--ranks", "4", "--method", "svd", "--kinds", "attn")
+
+
+def test_one_more_round_on_the_plans_own_runs(tmp_path: Path):
+    model, scheduler = load_model("glyph-dit"), load_scheduler("glyph-dit")
+    plan = lowrank(make_plan("interval", model=model, scheduler=scheduler, steps=4, every=2, kinds=["ff"]))
+    plan.save(tmp_path / "plan.json")
+    first = factorize(model, method="svd", rank=4, kinds=["ff"])
+    first.save(tmp_path / "plan.factors.safetensors")
+    arguments = ("make", "glyph-dit", "--samples", 1, "--seed", 5, "--rank", 4, "--plan", tmp_path / "plan.json")
+    facts = json.loads(call(*arguments, "-o", tmp_path / "next.safetensors", "--json"))
+    source = measure_covariances(model, scheduler, plan=plan, factors=first, samples=1, seed=5)
+    wanted = factorize(model, source, rank=4)
+    assert set(wanted.maps) == set(first.maps)
+    assert facts["arguments"]["plan"] == source.plan
+    read = Factors.load(tmp_path / "next.safetensors")
+    for name, pair in wanted.maps.items():
+        assert all(torch.allclose(own, other, atol=1e-5) for own, other in zip(pair, read.maps[name], strict=True)), name
+    out = ("-o", tmp_path / "none.safetensors")
+    assert "no covariance of" not in call(*arguments, "--factors", tmp_path / "next.safetensors", "--json", *out)
+    assert "the plan is of 4 steps, asked for are 9" in error_of(*arguments, "--steps", 9, *out)
+    assert "period is [2], but a plan is given" in error_of(*arguments, "--period", 2, *out)
+
+
+def test_options_without_effect_are_refused(tmp_path: Path):
+    make = ("make", "glyph-dit", "--method")
+    cov = "goes with the methods cov and whole, not with the method"
+    for option in ("--sketch", "--memory-gb", "--shrinkage", "--period", "--plan", "--factors"):
+        assert error_of(*make, "svd", option, 1) == f"{option} {cov} svd"
+        assert error_of(*make, "cd", option, 1) == f"{option} {cov} cd"
+    for method in ("svd", "cov", "whole"):
+        assert (
+            error_of(*make, method, "--scale", "in") == f"--scale goes with the methods ca and cd, not with the method {method}"
+        )
+    for option in ("--steps", "--samples", "--seed", "--guidance", "--scheduler"):
+        assert error_of(*make, "svd", option, 1) == f"{option} goes with sampling runs, not with the method svd"
+        assert error_of(*make, "ca", "--stats", "x", option, 1) == f"{option} goes with sampling runs, not with --stats"
+    assert error_of("ranks", "glyph-dit", "--scale", "in") == "--scale goes with the methods ca and cd, not with the method cov"
+    assert "--shrinkage" in error_of("ranks", "glyph-dit", "--method", "svd", "--shrinkage", 0.1)
+    assert error_of(*make, "cov", "--factors", "x") == "--factors goes with --plan, whose factors they are"
 
 
 def test_clear_errors(tmp_path: Path):

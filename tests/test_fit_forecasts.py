@@ -385,6 +385,15 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
     assert (
         error_of(*correct, "--forecast", "taylor", "--around", "taylor") == "--around goes with --lowrank, not with --forecast"
     )
+    increments = (*correct, "--lowrank")
+    assert error_of(*increments, "--order", 7) == "--order goes with --forecast or --around, not with --lowrank"
+    assert "the order is 7; expected a whole number in 0..4" in error_of(*increments, "--around", "taylor", "--order", 7)
+    assert "--order goes with" in error_of(*correct, "glyph-dit", "--fit", "whole-step", "--order", 2)
+    for option in ("--samples", "--seed", "--guidance", "--scheduler", "--dtype"):
+        stray = (option, "ddim" if option == "--scheduler" else "float32" if option == "--dtype" else 3)
+        for asked in (("--forecast", "taylor"), ("--lowrank",)):
+            assert error_of(*correct, *asked, *stray) == f"{option} goes with --fit, not with {asked[0]}"
+    assert error_of("plan", "correct", plan, "glyph-dit", "--lowrank") == "MODEL goes with --fit, not with --lowrank"
     assert "--fit runs the model: name it" in error_of(*correct, "--fit", "sites")
     assert "unknown fit 'all'; known: whole-step, sites" in error_of(*correct, "glyph-dit", "--fit", "all")
     assert "--kind and --site go with --fit sites" in error_of(*correct, "glyph-dit", "--fit", "whole-step", "--kind", "ff")
