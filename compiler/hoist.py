@@ -78,7 +78,8 @@ def hoist(
     taken = tuple(
         _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(graphs, borders, strict=True)
     )
-    return Hoisted(inputs.prompt, prompt, timestep, tables, kept, scale), taken
+    # Bound methods: vmap would write the whole module out to have a name for it.
+    return Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, kept, scale), taken
 
 
 def _largest(sizes: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -267,5 +267,5 @@ def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
 def _without_weights(module: nn.Module) -> nn.Module:
     """A module of the same make whose weights have no memory."""
     memo = {id(t): torch.empty_like(t, device="meta") for t in (*module.parameters(), *module.buffers())}
-    made: nn.Module = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    made: nn.Module = copy.deepcopy(module, memo)
     return made

@@ -48,7 +48,12 @@ def test_refuses_missing_wheels(tmp_path: Path):
 @needs_no_device
 @pytest.mark.parametrize(
     ("part", "expected"),
-    [("tests", ["tests"]), ("demo", ["demo"]), ("train", ["train"]), ("all", ["tests", "demo", "ops", "lowrank", "runtime", "compile"])],
+    [
+        ("tests", ["tests"]),
+        ("demo", ["demo"]),
+        ("train", ["train"]),
+        ("all", ["tests", "demo", "ops", "lowrank", "runtime", "compile"]),
+    ],
 )
 def test_fails_without_a_device(part: str, expected: list[str], tmp_path: Path):
     result = suite(part, "out", cwd=tmp_path)
