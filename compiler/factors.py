@@ -159,12 +159,12 @@ class Factors:
                 than were saved.
         """
         described, tensors = read_record(path, FORMAT, VERSION, REMEDY)
-        names, texts = described.get("maps"), [described.get(n) for n in ("model", "fingerprint", "dtype", "method")]
-        arguments, errors = described.get("arguments"), described.get("errors")
-        for what, value, kind in (("maps", names, list), ("arguments", arguments, dict), ("errors", errors, dict)):
-            if not isinstance(value, kind):
-                found = f"{what} is {type(value).__name__}"
+        for what, kind in (("maps", list), ("arguments", dict), ("errors", dict)):
+            if not isinstance(described.get(what), kind):
+                found = f"{what} is {type(described.get(what)).__name__}"
                 raise PlanError(f"{path}: in its metadata {found}; expected a {kind.__name__}; {REMEDY}")
+        names, arguments, errors = described["maps"], described["arguments"], described["errors"]
+        texts = [described.get(name) for name in ("model", "fingerprint", "dtype", "method")]
         if not all(isinstance(text, str) for text in (*texts, *names)):
             raise PlanError(f"{path}: model, fingerprint, dtype, method and maps are {texts} and {names[:4]}; expected texts")
         missing = [key for name in names for key in _keys(name) if key not in tensors]
