@@ -155,9 +155,7 @@ def test_only_corrected_sites_are_measured(dit, first):
     assert sg.compile(dit, plan, inputs(2), backend="eager", factors=made).plan.header.factors == made.digest
     with pytest.raises(PlanError, match=r"no covariance of 'transformer_blocks\.0\.attn1\.to_q' was measured"):
         factorize(dit, found, rank=4, kinds=["attn"])
-    with pytest.raises(
-        PlanError, match=r"the outputs of 'transformer_blocks\.0\.attn1' were not measured; measure with whole=True"
-    ):
+    with pytest.raises(PlanError, match=r"no covariance of 'transformer_blocks\.0\.attn1' was measured; .* whole=True"):
         factorize(dit, found, method="whole", rank=4)
     with pytest.raises(PlanError, match=r"the plan corrects no site of the kinds \['attn'\]; leave out kinds"):
         measure_covariances(dit, tiny_scheduler("ddim"), plan=plan, factors=first["cov"], kinds=["attn"], **RUNS)
