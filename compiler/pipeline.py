@@ -66,7 +66,7 @@ def build_program(
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
     specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
-    slots = assign_slots(plan)
+    slots = assign_slots(plan, config.storage)
     constants = coefficients_of(plan, factors, next(model.parameters()))
     macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
     clock.stage("specialize")
@@ -79,7 +79,7 @@ def build_program(
     stacks = family_of(model).stacks
     lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks))
     variants = tuple(
-        Variant(call, gm, context.row, macs[i], stored_counts(context), providers_of(gm), tables[i])
+        Variant(call, gm, context.row, macs[i], stored_counts(context), parts_stored(context), providers_of(gm), tables[i])
         for i, (call, gm, context) in enumerate(zip(lowered.calls, specialized.graphs, specialized.contexts, strict=True))
     )
     clock.stage("lower")
@@ -140,6 +140,11 @@ def stored_counts(context: PassContext) -> tuple[int, ...]:
     return tuple(
         sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1 for site, part in context.stores
     )
+
+
+def parts_stored(context: PassContext) -> tuple[str, ...]:
+    """Which part of its site each stored value of a variant is."""
+    return tuple(part for _, part in context.stores)
 
 
 def providers_of(gm: fx.GraphModule) -> dict[str, int]:

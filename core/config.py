@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
 BACKENDS = ("eager", "inductor")
+SLOT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 
 
 class CompileError(RuntimeError):
@@ -20,6 +23,8 @@ class CompileConfig:
         hoist_limit_mb: Most megabytes of such values per branch; the largest stay in the loop beyond it.
         regions: With "inductor", compile each distinct piece of the variants once; else each whole variant.
         prepack: In regions on CPUs, give linear maps a copy of their weights in the layout of oneDNN.
+        slot_dtype: Keep stored values in this narrower dtype ("bfloat16", "float16", "float8_e4m3fn" with a scale per sample);
+            values of linear maps that increments are added to keep theirs. None stores values as they are.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -29,6 +34,7 @@ class CompileConfig:
     hoist_limit_mb: float | None = None
     regions: bool = True
     prepack: bool = True
+    slot_dtype: str | None = None
     max_autotune: bool = False
 
     def __post_init__(self) -> None:
@@ -36,5 +42,16 @@ class CompileConfig:
             raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":
             raise ValueError(f"exact=True keeps the eager operations, but backend is {self.backend!r}; pass backend='eager'")
+        if self.slot_dtype not in (None, *SLOT_DTYPES):
+            raise ValueError(f"slot_dtype is {self.slot_dtype!r}; expected None or one of {', '.join(SLOT_DTYPES)}")
+        if self.exact and self.slot_dtype:
+            raise ValueError(
+                f"exact=True keeps stored values as they are, but slot_dtype is {self.slot_dtype!r}; leave one out"
+            )
         if self.hoist_limit_mb is not None and not self.hoist_limit_mb >= 0:
             raise ValueError(f"hoist_limit_mb is {self.hoist_limit_mb!r}; expected megabytes, 0 or more, or None for no limit")
+
+    @property
+    def storage(self) -> torch.dtype | None:
+        """`slot_dtype` as torch has it."""
+        return None if self.slot_dtype is None else getattr(torch, self.slot_dtype)  # type: ignore[no-any-return]

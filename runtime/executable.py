@@ -29,6 +29,7 @@ class Variant:
         row: One action letter per site.
         macs: Multiply-accumulates of one call, for the whole batch, those of hoisted values included.
         tensors: How many tensors each stored value has.
+        parts: Of its site, each stored value: "value", "maps" or "input".
         providers: "<op> by <provider>" -> number of calls, of the fused operations in the graph.
         tables: Which of the program's tables it takes.
     """
@@ -38,6 +39,7 @@ class Variant:
     row: str
     macs: int
     tensors: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
     providers: Mapping[str, int] = field(default_factory=dict)
     tables: tuple[int, ...] = ()
 
@@ -294,7 +296,7 @@ class Session:
         slots = program.slots.steps[self.step]
         table = self._tables[self.branch]
         if table is None:
-            table = self._tables[self.branch] = SlotTable(program.slots.count)
+            table = self._tables[self.branch] = SlotTable(program.slots.count, self.executable.config.storage)
         arguments = [inputs[name] for name in program.input_names]
         if torch.is_autocast_enabled(arguments[0].device.type):
             raise CompileError(
@@ -312,8 +314,8 @@ class Session:
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
         rest = iter(outputs[program.results :])
-        for slot, count in zip(slots.stores, variant.tensors, strict=True):
-            table.store(slot, tuple(islice(rest, count)))
+        for slot, count, part in zip(slots.stores, variant.tensors, variant.parts, strict=True):
+            table.store(slot, tuple(islice(rest, count)), part)
         self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in slots.frees:
             table.free(slot)

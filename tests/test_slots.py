@@ -191,3 +191,50 @@ def test_the_batch_cannot_change_within_a_run(dit, ddim):
     with pytest.raises(sg.CompileError, match=r"changed within a run, at step 1 \(batch 1 before, 2 now\)"):
         session(**inputs(2))
     assert (session.step, session.slot_bytes) == (0, 0)
+
+
+# -- narrower dtypes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3fn", 2**-4)])
+def test_narrow_values_are_rounded_once(dtype, bound):
+    """Relative to the value, or for eight bits, whose smallest step is 2 ** -9 of the largest over 448, to the sample."""
+    table, value = SlotTable(1, getattr(torch, dtype)), torch.randn(3, 5, 8) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
+    table.store(0, [value])
+    (found,) = table.read(0)
+    assert found.dtype == torch.float32
+    floor = value.abs().amax((1, 2), keepdim=True) * 2**-9 / 448 if "8" in dtype else 1e-5
+    assert bool(((found - value).abs() <= bound * value.abs() + floor).all())
+    assert table.bytes == value.numel() * (1 if "8" in dtype else 2) + (3 * 4 if "8" in dtype else 0)
+    table.store(0, [torch.zeros(3, 5, 8)])
+    assert bool((table.read(0)[0] == 0).all())
+
+
+def test_what_increments_are_added_to_keeps_its_dtype():
+    table, value = SlotTable(1, torch.bfloat16), torch.randn(2, 3)
+    for part in ("maps", "input"):
+        table.store(0, [value], part)
+        assert table.read(0)[0] is value
+
+
+@pytest.mark.parametrize(("dtype", "worst"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3fn", 2**-4)])
+@pytest.mark.parametrize("kinds", [["attn", "ff"], ["hidden"]])
+def test_a_run_holds_what_was_promised(dit, dtype, worst, kinds):
+    plan = sg.make_plan("interval", model=dit, scheduler=tiny_scheduler("ddim"), steps=6, every=2, kinds=kinds)
+    exe = sg.compile(dit, plan, inputs(2), backend="eager", slot_dtype=dtype)
+    wide = sg.compile(dit, plan, inputs(2), backend="eager")
+    outputs = []
+    for runner in (exe, wide):
+        session = runner.session()
+        outputs.append([session(**inputs(2, seed=step)).sample for step in range(6)][-1])
+        assert session.peak_slot_bytes == runner.memory().peak_slot_bytes
+    assert 0 < float((outputs[0] - outputs[1]).norm() / outputs[1].norm()) < worst
+    assert exe.memory().peak_slot_bytes < 0.51 * wide.memory().peak_slot_bytes
+
+
+def test_other_storage_is_refused(dit, ddim):
+    plan = sg.make_plan("full", model=dit, scheduler=ddim, steps=2)
+    with pytest.raises(ValueError, match="slot_dtype is 'int8'; expected None or one of bfloat16"):
+        sg.compile(dit, plan, inputs(), slot_dtype="int8")
+    with pytest.raises(ValueError, match="exact=True keeps stored values as they are"):
+        sg.compile(dit, plan, inputs(), backend="eager", exact=True, slot_dtype="bfloat16")
