@@ -42,7 +42,7 @@ from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.config import CompileConfig
+from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.demo import Demo, run_demo
 from stepgraph.doctor import examine
 from stepgraph.files import save_tensors, whole_file, writable_folder
@@ -116,6 +116,9 @@ def compile_command(
     backend: Backend = "inductor",
     factors: FactorsFile = None,
     exact: Annotated[bool, typer.Option(help="bit-equal to the eager model; needs --backend eager")] = False,
+    hoist_limit_mb: Annotated[float | None, typer.Option(help="most megabytes of what is computed before the loop")] = None,
+    prepack: Annotated[bool, typer.Option(help="with inductor on a CPU: a copy of linear weights in oneDNN's layout")] = True,
+    slot_dtype: Annotated[str | None, typer.Option(help=f"keep stored values as {', '.join(SLOT_DTYPES)}")] = None,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
     as_json: Json = False,
 ) -> None:
@@ -125,7 +128,7 @@ def compile_command(
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         report("compiling", 1, 3)
         inputs = example_inputs(loaded, batch)
-        config = CompileConfig(backend, exact)
+        config = CompileConfig(backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, slot_dtype=slot_dtype)
         executable = compile_plan(loaded, CachePlan.load(plan), inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)
         started = time.perf_counter()
@@ -139,6 +142,8 @@ def compile_command(
         "steps": executable.plan.steps,
         "variants": len(program.variants),
         "nodes_per_variant": [len(variant.graph.graph.nodes) for variant in program.variants],
+        "regions": program.regions,
+        "tables": len(program.hoisted.tables) if program.hoisted is not None else 0,
         "seconds": {**program.seconds, "first_step": first},
         "macs": macs.computed,
         "macs_total": macs.total,
