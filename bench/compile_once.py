@@ -60,14 +60,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     compiled = time.perf_counter()
     executable.session()(**inputs)
     ready = time.perf_counter()
-    regions = getattr(executable.default, "regions", None)
     found: dict[str, Any] = {
         "compile_s": compiled - started,
         "first_step_s": ready - compiled,
         "ready_s": ready - started,
         "stages_s": dict(executable.default.seconds),
         "variants": len(executable.default.variants),
-        "regions": len(regions) if regions is not None else None,
+        "regions": executable.default.regions,
     }
     if arguments.overhead:
         found["overhead_us"] = {name: row["median_us"] for name, row in overheads(setting, ("output", "modules"), 2).items()}

@@ -146,10 +146,9 @@ def ours(name: str, setting: Setting, without: str | None = None) -> Contender:
     with pass_disabled(without if without in PASSES else None):
         executable = compile_plan(setting.model, plan, example_inputs(setting.model, setting.batch), config)
     seconds = time.perf_counter() - started
-    regions = getattr(executable.default, "regions", None)
     facts = {
         "variants": len(executable.default.variants),
-        "regions": len(regions) if regions is not None else None,
+        "regions": executable.default.regions,
         "stages_s": dict(executable.default.seconds),
         "fused_operations": executable.providers(),
         "peak_slot_bytes": executable.memory().peak_slot_bytes,

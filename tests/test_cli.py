@@ -238,6 +238,9 @@ def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
     assert facts["variants"] == 2
     assert facts["nodes_per_variant"][1] < facts["nodes_per_variant"][0]
     assert facts["memory"]["peak_slot_bytes"] == 20 * 2 * 36 * 128 * 4
+    # Six modulations of each of the ten blocks, two of the head; and what the prompt gives them.
+    assert facts["tables"] >= 62
+    assert facts["regions"] == 0
     sources = [Path(path).read_text() for path in facts["dumped"]]
     assert "self.transformer_blocks" in sources[0]
     assert "slot_transformer_blocks_0_ff" in sources[1]
