@@ -45,7 +45,7 @@ def measure(host: Host) -> list[dict[str, Any]]:
             exe = compile_plan(host.model, plan, inputs, CompileConfig("eager", slot_dtype=dtype))
             images = host.images(exe)
             wide = images if wide is None else wide
-            facts = {"plan": name, "slot_dtype": dtype or "float32"}
+            facts: dict[str, Any] = {"plan": name, "slot_dtype": dtype or "float32"}
             facts["peak_slot_bytes"] = exe.memory().peak_slot_bytes // exe.default.batch
             facts["versus_wide"] = float(relative_errors(images, wide).mean())
             rows.append({**facts, **host.compare(images)})

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
-from stepgraph.compiler.outline import Piece, Region, cut, lift
+from stepgraph.compiler.outline import Piece, Region, attribute, cut, lift
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger
 from stepgraph.runtime.flat import Call, Flat
@@ -78,7 +78,7 @@ class _Builder:
         registers: dict[Any, int] = {node: number for number, node in enumerate(arguments)}
         weights = {id(tensor): tensor for piece in pieces for tensor in piece.weights}
         output = next(iter(reversed(gm.graph.nodes)))
-        direct = {node: gm_attribute(gm, node) for node in output.all_input_nodes if node.op == "get_attr"}
+        direct = {node: attribute(gm, str(node.target)) for node in output.all_input_nodes if node.op == "get_attr"}
         weights |= {id(tensor): tensor for tensor in direct.values()}
         for key in weights:
             registers[key] = len(registers)
@@ -110,15 +110,6 @@ class _Builder:
         writes = tuple(own.get(number) for number in sorted(region.returned))
         frees = tuple(register for register in dict.fromkeys(reads) if last[register] == at and register not in kept)
         return Call(self._runs[piece.key], reads, writes, frees)
-
-
-def gm_attribute(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    """The tensor that a `get_attr` node stands for."""
-    value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    found: torch.Tensor = value
-    return found
 
 
 def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:

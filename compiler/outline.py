@@ -184,7 +184,7 @@ def lift(gm: fx.GraphModule, piece: Piece, prepack: bool) -> Region:
     for number, node in enumerate(piece.nodes):
         for value in node.all_input_nodes:
             if value not in copies:
-                copies[value] = weight(_attribute(gm, str(value.target)))
+                copies[value] = weight(attribute(gm, str(value.target)))
                 numbers[value] = str(copies[value].name)
         copies[node], line = _copied(gm, graph, node, copies, numbers, weight, prepack)
         numbers[node] = f"n{number}"
@@ -259,7 +259,8 @@ def _facts(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
 
 
-def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
+def attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
+    """The tensor that a `get_attr` node of this path stands for."""
     found: torch.Tensor = operator.attrgetter(path)(gm)
     return found
 

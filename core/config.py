@@ -54,4 +54,4 @@ class CompileConfig:
     @property
     def storage(self) -> torch.dtype | None:
         """`slot_dtype` as torch has it."""
-        return None if self.slot_dtype is None else getattr(torch, self.slot_dtype)  # type: ignore[no-any-return]
+        return None if self.slot_dtype is None else getattr(torch, self.slot_dtype)
