@@ -119,7 +119,7 @@ def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def levels_of(graph: fx.Graph, inputs: Inputs, kept: Collection[fx.Node] = ()) -> dict[fx.Node, Level]:
+def levels_of(graph: fx.Graph, inputs: Inputs) -> dict[fx.Node, Level]:
     """The level of every node. What touches memory that is written to, is random, or runs on a kernel stays in the loop."""
     written = written_storages(graph)
     levels: dict[fx.Node, Level] = {}

@@ -17,7 +17,7 @@ class CompileConfig:
     """Options of `stepgraph.compile`.
 
     Attributes:
-        backend: "inductor" compiles each variant with torch.compile; "eager" runs its generated Python as it is.
+        backend: "inductor" compiles what is distinct in the variants; "eager" runs its generated Python as it is.
         exact: Keep every operation and its order, so that results are bit-equal to the eager model; needs "eager".
         hoist: Compute what depends on the prompt or the timestep alone before the loop; with `exact`, at every step.
         hoist_limit_mb: Most megabytes of such values per branch; the largest stay in the loop beyond it.

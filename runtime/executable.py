@@ -321,6 +321,9 @@ class Session:
             table.free(slot)
         self.branch = (self.branch + 1) % len(self._tables)
         self.step += self.branch == 0
+        for tables in self._hoisted if self.finished else ():
+            if tables is not None:
+                tables.finish()
         return results, program.output_spec
 
     def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:

@@ -69,16 +69,15 @@ class Tables:
         self._rows: list[tuple[torch.Tensor, ...]] = []
         self._expected: torch.Tensor | None = None
         self._late: torch.Tensor | None = None
+        self._changes = 0
 
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """The values that a step reads, in the order of `Hoisted.tables`.
-
-        Raises:
-            CompileError: On an accelerator, at the last step: the timesteps were others than the scheduler's. They are compared
-                there without waiting for each.
-        """
+        """The values that a step reads, in the order of `Hoisted.tables`."""
         given = [inputs[name] for name in self.hoisted.inputs]
         if not self._seen_before(given):
+            # A caller who makes the conditioning anew at every step would have all steps computed each time.
+            self.batched = self.batched and self._changes < 2
+            self._changes += 1
             self._seen = [_mark(value) for value in given]
             self._prompt = self.hoisted.prompt(*given)
             self._rows = []
@@ -117,12 +116,19 @@ class Tables:
         if not _waits(timestep.device):
             return not differs
         self._late = differs if self._late is None else self._late | differs
-        if step == len(self.timesteps) - 1 and bool(self._late):
+        return True
+
+    def finish(self) -> None:
+        """The end of the run: on an accelerator, where timesteps are compared without waiting, say what the comparisons found.
+
+        Raises:
+            CompileError: The timesteps were others than the scheduler's.
+        """
+        if self._late is not None and bool(self._late):
             raise CompileError(
                 "the timesteps of this run were not the scheduler's that the plan was made for; tables had been computed for "
                 "those. Pass the scheduler's own timesteps, or compile with hoist=False"
             )
-        return True
 
 
 def _waits(device: torch.device) -> bool:

@@ -195,10 +195,35 @@ def test_an_accelerators_wrong_timesteps_are_refused_at_the_end(dit, monkeypatch
     monkeypatch.setattr(tables, "_waits", lambda device: True)
     sequence, label = run_inputs(), torch.tensor([1, 2])
     sequence[3]["timestep"] = sequence[3]["timestep"] + 1
-    for step, given in enumerate(sequence[:-1]):
+    for step, given in enumerate(sequence):
         held.at(step, {**given, "class_labels": label})
     with pytest.raises(CompileError, match="not the scheduler's"):
-        held.at(STEPS - 1, {**sequence[-1], "class_labels": label})
+        held.finish()
+
+
+def test_the_end_of_a_run_is_checked_where_its_last_step_reads_no_table(dit, monkeypatch):
+    actions = {"output": "C" * (STEPS - 1) + "R"}
+    plan = sg.make_plan("manual", model=dit, scheduler=tiny_scheduler("ddim"), steps=STEPS, actions=actions)
+    session = sg.compile(dit, plan, inputs(2), backend="eager").session()
+    monkeypatch.setattr(tables, "_waits", lambda device: True)
+    sequence, label = run_inputs(), torch.tensor([1, 2])
+    sequence[3]["timestep"] = sequence[3]["timestep"] + 1
+    for given in sequence[:-1]:
+        session(**{**given, "class_labels": label})
+    assert not session.executable.default.variants[-1].tables
+    with pytest.raises(CompileError, match="not the scheduler's"):
+        session(**{**sequence[-1], "class_labels": label})
+
+
+def test_conditioning_made_anew_at_every_step_is_not_batched_each_time(dit, monkeypatch):
+    monkeypatch.setattr(tables, "_waits", lambda device: True)
+    exe, batches = compiled(dit, every=1), []
+    compute = tables.Tables._compute_all
+    monkeypatch.setattr(tables.Tables, "_compute_all", lambda self, *given: batches.append(1) or compute(self, *given))
+    sequence = [{**given, "class_labels": torch.tensor([1, 2])} for given in run_inputs()]
+    for found, given in zip(steps_of(exe, sequence), sequence, strict=True):
+        assert error(found, dit(**given).sample) < 1e-5
+    assert len(batches) == 2
 
 
 def test_three_blocks_have_three_blocks_tables():
