@@ -12,19 +12,20 @@ from torch._inductor.compile_fx import compile_fx
 from stepgraph.compiler.outline import Piece, Region, attribute, cut, lift
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger
-from stepgraph.runtime.flat import Call, Flat
+from stepgraph.runtime.arena import Place, Span, assign_offsets
+from stepgraph.runtime.flat import Call, Flat, Run, Whole
 
 
 @dataclass
 class Lowered:
-    """The callables of a program's variants, and how many regions were compiled for them."""
+    """What runs a program's variants, and how many regions were compiled for them."""
 
-    calls: list[Callable[..., Any]]
+    runs: list[Run]
     regions: int = 0
 
 
-def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Callable[[str], bool]) -> Lowered:
-    """The variants as callables (*inputs, *slots, ...) -> flat tuple of tensors.
+def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Callable[[str], bool], results: int) -> Lowered:
+    """The variants as what runs them.
 
     "eager" is a graph's own generated Python. "inductor" cuts the graphs into pieces and compiles each distinct region once,
     for static shapes; without `config.regions`, each whole graph.
@@ -33,12 +34,13 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
         graphs: One per variant; their placeholders' meta says shapes, dtypes and devices.
         config: The options.
         is_block: Whether a module path is that of a transformer block.
+        results: How many of the graphs' outputs are the model's.
     """
     if config.backend == "eager":
-        return Lowered([gm.forward for gm in graphs])
+        return Lowered([Whole(gm.forward, results) for gm in graphs])
     if not config.regions:
-        return Lowered([compile_whole(gm) for gm in graphs], len(graphs))
-    builder = _Builder(config)
+        return Lowered([Whole(compile_whole(gm), results) for gm in graphs], len(graphs))
+    builder = _Builder(config, results)
     variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
     builder.compile()
     return Lowered([builder.flat(gm, pieces) for gm, pieces in variants], len(builder.regions))
@@ -49,6 +51,7 @@ class _Builder:
     """The distinct regions of a program."""
 
     config: CompileConfig
+    results: int
     regions: dict[str, Region] = field(default_factory=dict)
     kernels: dict[str, Region] = field(default_factory=dict)
     _runs: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -56,10 +59,12 @@ class _Builder:
     def add(self, gm: fx.GraphModule, piece: Piece) -> Piece:
         """Note a piece's region, and what the region has to return for it."""
         region = lift(gm, piece, self.config.prepack)
-        known = self.kernels if piece.kernel else self.regions
-        found = known.setdefault(piece.key, region)
+        found = self._known(piece).setdefault(piece.key, region)
         found.returned |= {piece.nodes.index(node) for node in piece.results}
         return piece
+
+    def _known(self, piece: Piece) -> dict[str, Region]:
+        return self.kernels if piece.kernel else self.regions
 
     def compile(self) -> None:
         """Compile every region once."""
@@ -75,51 +80,67 @@ class _Builder:
     def flat(self, gm: fx.GraphModule, pieces: Sequence[Piece]) -> Flat:
         """A variant as calls of its regions."""
         arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        registers: dict[Any, int] = {node: number for number, node in enumerate(arguments)}
+        (outputs,) = next(iter(reversed(gm.graph.nodes))).args
+        direct = {node: attribute(gm, str(node.target)) for node in outputs if node.op == "get_attr"}
         weights = {id(tensor): tensor for piece in pieces for tensor in piece.weights}
-        output = next(iter(reversed(gm.graph.nodes)))
-        direct = {node: attribute(gm, str(node.target)) for node in output.all_input_nodes if node.op == "get_attr"}
         weights |= {id(tensor): tensor for tensor in direct.values()}
-        for key in weights:
-            registers[key] = len(registers)
-        for piece in pieces:
-            for node in piece.results:
-                registers[node] = len(registers)
-        results = tuple(registers[id(direct[node]) if node in direct else node] for node in output.args[0])
-        last: dict[int, int] = {}
-        reads = []
-        for number, piece in enumerate(pieces):
-            own = (*(registers[n] for n in piece.inputs), *(registers[id(tensor)] for tensor in piece.weights))
-            reads.append(own)
-            last |= dict.fromkeys(own, number)
-        calls = tuple(self._call(piece, registers, reads[i], last, i, results) for i, piece in enumerate(pieces))
-        shapes = tuple(node.meta["val"].shape for node in arguments)
-        return Flat(calls, shapes, tuple(weights.values()), len(registers), results)
+        returned, stored = outputs[: self.results], outputs[self.results :]
+        written = [self._written(piece) for piece in pieces]
+        made = list(dict.fromkeys(node for node in returned if any(node in nodes for nodes in written)))
+        kept = list(dict.fromkeys(node for node in stored if node not in made and any(node in nodes for nodes in written)))
+        crossing = [node for nodes in written for node in nodes if node not in made and node not in kept]
 
-    def _call(
-        self,
-        piece: Piece,
-        registers: dict[Any, int],
-        reads: tuple[int, ...],
-        last: dict[int, int],
-        at: int,
-        kept: tuple[int, ...],
-    ) -> Call:
-        region = (self.kernels if piece.kernel else self.regions)[piece.key]
-        own = {piece.nodes.index(node): registers[node] for node in piece.results}
-        writes = tuple(own.get(number) for number in sorted(region.returned))
-        frees = tuple(register for register in dict.fromkeys(reads) if last[register] == at and register not in kept)
-        return Call(self._runs[piece.key], reads, writes, frees)
+        registers: dict[Any, int] = {key: number for number, key in enumerate([*arguments, *weights, *crossing, *made, *kept])}
+        registers |= {node: registers[id(tensor)] for node, tensor in direct.items()}
+        work, work_bytes = _places(crossing, pieces, written)
+        return Flat(
+            calls=tuple(
+                Call(
+                    self._runs[piece.key],
+                    (*(registers[n] for n in piece.inputs), *(registers[id(tensor)] for tensor in piece.weights)),
+                    tuple(registers[node] for node in nodes),
+                )
+                for piece, nodes in zip(pieces, written, strict=True)
+            ),
+            shapes=tuple(node.meta["val"].shape for node in arguments),
+            weights=tuple(weights.values()),
+            work=work,
+            work_bytes=work_bytes,
+            made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in made),
+            results=tuple(registers[node] for node in returned),
+            stores=tuple(registers[node] for node in stored),
+            direct=tuple(node in kept and node not in stored[:number] for number, node in enumerate(stored)),
+        )
+
+    def _written(self, piece: Piece) -> list[fx.Node]:
+        """The nodes of a piece whose values its region writes, whether anyone reads them here or not."""
+        return [piece.nodes[number] for number in sorted(self._known(piece)[piece.key].returned)]
+
+
+def _places(
+    crossing: Sequence[fx.Node], pieces: Sequence[Piece], written: Sequence[Sequence[fx.Node]]
+) -> tuple[tuple[Place, ...], int]:
+    """Places of the values that regions hand each other, and the bytes they take."""
+    first = {node: number for number, nodes in enumerate(written) for node in nodes}
+    last = dict(first)
+    for number, piece in enumerate(pieces):
+        last |= dict.fromkeys((node for node in piece.inputs if node in first), number)
+    values = [node.meta["val"] for node in crossing]
+    spans = [Span(value.nbytes, first[node], last[node]) for node, value in zip(crossing, values, strict=True)]
+    offsets, total = assign_offsets(spans)
+    places = (Place(offset, tuple(v.shape), v.dtype, v.dtype) for offset, v in zip(offsets, values, strict=True))
+    return tuple(places), total
 
 
 def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
     """Compile a region with inductor for arguments like its examples; what comes back compiles nothing more."""
+    targets = [region.nodes[number].meta["val"] for number in sorted(region.returned)]
     gm = region.finish()
     for node in gm.graph.nodes:
         node.meta = {}
     examples = [
         torch.zeros(value.shape, dtype=value.dtype, device=value.device) if _is_fake(value) else value.detach()
-        for value in region.examples
+        for value in (*region.examples, *targets)
     ]
     patches = {"max_autotune": True} if config.max_autotune else None
     with torch.no_grad():

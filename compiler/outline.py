@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from stepgraph.compiler.graphs import written_storages
+from stepgraph.ops import INTO
 from stepgraph.runtime.packed_linear import packed_linear, packs
 
 
@@ -88,15 +89,48 @@ class Region:
     returned: set[int] = field(default_factory=set)
 
     def finish(self) -> fx.GraphModule:
-        """The region's graph, with its results side by side in memory."""
-        results = []
-        for number in sorted(self.returned):
-            node = self.nodes[number]
-            value = self.graph.call_method("contiguous", (node,))
-            value.meta |= node.meta
-            results.append(value)
-        self.graph.output(tuple(results))
+        """The region's graph: (*inputs, *weights, *memory for its results) -> nothing."""
+        values = [self.nodes[number] for number in sorted(self.returned)]
+        _fuse_activations(self.graph, values)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        with self.graph.inserting_after(placeholders[-1] if placeholders else self.graph._root):
+            # Each goes behind the same node, so the last comes first.
+            targets = [self.graph.placeholder(f"out{i}") for i in reversed(range(len(values)))][::-1]
+        for target, value in zip(targets, values, strict=True):
+            target.meta |= {"val": value.meta["val"].contiguous()}
+            if value.target in INTO:
+                with self.graph.inserting_before(value):
+                    self.graph.call_function(INTO[value.target], value.args, {**value.kwargs, "out": target})
+                value.replace_all_uses_with(target)
+                self.graph.erase_node(value)
+            else:
+                self.graph.call_method("copy_", (target, value))
+        self.graph.output(())
         return fx.GraphModule({}, self.graph, class_name="Region")
+
+
+def _fuse_activations(graph: fx.Graph, returned: Sequence[fx.Node]) -> None:
+    """Let packed linear maps apply the activation behind them, if nothing else reads what they give."""
+    for node in list(graph.nodes):
+        activation, (source,) = _activation(node), node.all_input_nodes[:1] or (None,)
+        if not activation or source is None or source.target is not packed_linear or source in returned:
+            continue
+        if len(source.users) == 1 and node not in returned and len(source.args) == 3:
+            source.args = (*source.args, activation)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _activation(node: fx.Node) -> str:
+    """Which of the activations of `packed_linear` a node is."""
+    target = node.target.module if isinstance(node.target, Lifted) else node.target
+    if target is F.gelu:
+        approximate = node.kwargs.get("approximate", "none")
+    elif isinstance(target, nn.GELU):
+        approximate = target.approximate
+    else:
+        return "silu" if target is F.silu or isinstance(target, nn.SiLU) else ""
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
 def cut(gm: fx.GraphModule, is_block: Callable[[str], bool]) -> list[Piece]:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
-from stepgraph.runtime.slots import assign_slots
+from stepgraph.runtime.slots import assign_slots, kept_dtype, lay_out
 from stepgraph.runtime.tables import Hoisted
 
 
@@ -77,11 +78,15 @@ def build_program(
 
     # Graphs become callables last, when nothing rewrites them any more.
     stacks = family_of(model).stacks
-    lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks))
+    results = marked.trace.output_spec.num_leaves
+    lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks), results)
     variants = tuple(
-        Variant(call, gm, context.row, macs[i], stored_counts(context), parts_stored(context), providers_of(gm), tables[i])
-        for i, (call, gm, context) in enumerate(zip(lowered.calls, specialized.graphs, specialized.contexts, strict=True))
+        Variant(run, gm, context.row, macs[i], providers_of(gm), tables[i])
+        for i, (run, gm, context) in enumerate(zip(lowered.runs, specialized.graphs, specialized.contexts, strict=True))
     )
+    kept = [tensors_kept(gm, context, results, config.storage) for gm, context in zip(specialized.graphs, specialized.contexts)]
+    work = max(run.work_bytes for run in lowered.runs)
+    layout = lay_out(slots, [kept[i] for i in specialized.rows], len(plan.header.branches), work)
     clock.stage("lower")
     get_logger("pipeline").info("%d variants for %d steps: %s", len(variants), plan.steps, clock.seconds)
     return Program(
@@ -90,8 +95,9 @@ def build_program(
         variants=variants,
         rows=specialized.rows,
         slots=slots,
+        layout=layout,
         constants=constants,
-        results=marked.trace.output_spec.num_leaves,
+        results=results,
         output_spec=marked.trace.output_spec,
         batch=marked.batch,
         macs_total=marked.macs * marked.batch,
@@ -135,16 +141,18 @@ def coefficients_of(
     return tuple(steps)
 
 
-def stored_counts(context: PassContext) -> tuple[int, ...]:
-    """How many tensors each stored value of a variant has."""
-    return tuple(
-        sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1 for site, part in context.stores
-    )
-
-
-def parts_stored(context: PassContext) -> tuple[str, ...]:
-    """Which part of its site each stored value of a variant is."""
-    return tuple(part for _, part in context.stores)
+def tensors_kept(
+    gm: fx.GraphModule, context: PassContext, results: int, storage: torch.dtype | None
+) -> list[list[tuple[torch.Tensor, torch.dtype]]]:
+    """Of every value that a variant stores, its tensors and the dtypes they are kept in."""
+    (outputs,) = next(iter(reversed(gm.graph.nodes))).args
+    rest = iter(outputs[results:])
+    kept = []
+    for site, part in context.stores:
+        count = sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1
+        values = [node.meta["val"] for node in islice(rest, count)]
+        kept.append([(value, kept_dtype(value, part, storage)) for value in values])
+    return kept
 
 
 def providers_of(gm: fx.GraphModule) -> dict[str, int]:

@@ -67,8 +67,14 @@ class Op:
     fake: Callable[..., Any]
     providers: dict[str, Provider] = field(default_factory=dict)
 
-    def register(self, name: str, run: Callable[..., Any], declines: Callable[..., str]) -> None:
+    def register(self, name: str, run: Callable[..., Any], declines: Callable[..., str], into: bool = False) -> None:
         """Add a provider; `run` becomes the torch operator `stepgraph::<op>_<provider>`.
+
+        Args:
+            name: The provider's.
+            run: Called like the reference.
+            declines: See `Provider`.
+            into: Whether `run` also takes the memory for its result, `out`: then `INTO` has the operator that writes there.
 
         Raises:
             OpError: There is one of that name.
@@ -79,7 +85,10 @@ class Op:
         LIBRARY.define(operator + torch.library.infer_schema(self.reference, mutates_args=()))
         LIBRARY.impl(operator, _by_rows(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"stepgraph::{operator}", self.fake, lib=LIBRARY)
-        self.providers[name] = Provider(name, getattr(torch.ops.stepgraph, operator).default, _by_rows(declines))
+        made = getattr(torch.ops.stepgraph, operator).default
+        self.providers[name] = Provider(name, made, _by_rows(declines))
+        if into:
+            INTO[made] = _writing(operator, run)
 
     def choose(self, *args: Any, **kwargs: Any) -> Provider:
         """The first provider in order of priority that takes these arguments.
@@ -122,6 +131,24 @@ def forced() -> bool:
     return bool(wanted) and REFERENCE not in wanted
 
 
+def _writing(operator: str, run: Callable[..., Any]) -> Any:
+    """The operator `stepgraph::<operator>_out`, which writes its result to the memory `out`."""
+    arguments, _ = (
+        str(getattr(torch.ops.stepgraph, operator).default._schema).removeprefix(f"stepgraph::{operator}").split(" -> ")
+    )
+    separator = ", " if "*" in arguments else ", *, "
+    LIBRARY.define(f"{operator}_out{arguments.removesuffix(')')}{separator}Tensor(a!) out) -> ()")
+
+    def called(*args: Any, out: Tensor, **kwargs: Any) -> None:
+        _by_rows(run)(*args, **kwargs, out=out)
+
+    LIBRARY.impl(f"{operator}_out", called, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stepgraph::{operator}_out", lambda *_, **__: None, lib=LIBRARY)
+    return getattr(torch.ops.stepgraph, f"{operator}_out").default
+
+
+# Operators of providers -> operators that do the same and write to memory they are given.
+INTO: dict[Any, Any] = {}
 LIBRARY = torch.library.Library("stepgraph", "DEF")
 OPS: dict[str, Op] = {}
 

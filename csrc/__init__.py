@@ -19,7 +19,7 @@ from stepgraph.ops import gated_residual, linear_combination, lowrank_delta, low
 lowrank_input.register("cpu", run_lowrank_input, declines_lowrank_input)
 lowrank_delta.register("cpu", run_lowrank_delta, declines_lowrank_delta)
 modulated_norm.register("cpu", run_modulated_norm, declines_modulated_norm)
-gated_residual.register("cpu", run_gated_residual, declines_gated_residual)
+gated_residual.register("cpu", run_gated_residual, declines_gated_residual, into=True)
 linear_combination.register("cpu", run_linear_combination, declines_linear_combination)
 
 

@@ -33,9 +33,9 @@ def declines_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float 
     )  # fmt: skip
 
 
-def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
-    """See `ops.gated_residual`."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """See `ops.gated_residual`; written to `out`, if given."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if out.numel():
         terms: list[int] = []
         for gate, value in zip(gates, values, strict=True):

@@ -4,7 +4,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import read_env
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
-from stepgraph.runtime.slots import SlotPlan, SlotTable
+from stepgraph.runtime.arena import Arena
+from stepgraph.runtime.flat import Run
+from stepgraph.runtime.slots import Layout, SlotPlan, SlotTable
 from stepgraph.runtime.tables import Hoisted, Tables
 
 
@@ -24,22 +25,18 @@ class Variant:
     """The specialised graph of one distinct (actions, stores).
 
     Attributes:
-        call: (*inputs, *tensors of the slots read, *constants, *tables) -> (*results, *tensors to store).
+        run: Takes the inputs, the tensors of the slots read, constants and tables.
         graph: The same before lowering, for reading.
         row: One action letter per site.
         macs: Multiply-accumulates of one call, for the whole batch, those of hoisted values included.
-        tensors: How many tensors each stored value has.
-        parts: Of its site, each stored value: "value", "maps" or "input".
         providers: "<op> by <provider>" -> number of calls, of the fused operations in the graph.
         tables: Which of the program's tables it takes.
     """
 
-    call: Callable[..., tuple[torch.Tensor, ...]]
+    run: Run
     graph: fx.GraphModule
     row: str
     macs: int
-    tensors: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
     providers: Mapping[str, int] = field(default_factory=dict)
     tables: tuple[int, ...] = ()
 
@@ -54,6 +51,7 @@ class Program:
         variants: The distinct specialised graphs.
         rows: Which variant each step runs.
         slots: What each step reads, stores and frees.
+        layout: Where in a session's arena that lies.
         constants: Per step and branch, the coefficients of its forecasts.
         results: How many of a variant's outputs are the model's.
         output_spec: Rebuilds the model's return value from them.
@@ -70,6 +68,7 @@ class Program:
     variants: tuple[Variant, ...]
     rows: tuple[int, ...]
     slots: SlotPlan
+    layout: Layout
     constants: tuple[tuple[tuple[torch.Tensor, ...], ...], ...]
     results: int
     output_spec: pytree.TreeSpec
@@ -97,13 +96,25 @@ class Macs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a run in bytes, for the compiled batch and all branches; `table_bytes` are those of hoisted values."""
+    """Memory of a run in bytes, for the compiled batch and all branches.
+
+    Attributes:
+        peak_slot_bytes: The most bytes of stored values held at once.
+        slots: How many slots there are.
+        values_stored: How many values are stored in the course of a run.
+        weight_bytes: The model's weights and the factors.
+        table_bytes: Hoisted values.
+        arena_bytes: What a session allocates for stored values and for activations that cross regions.
+        work_bytes: What of it is for these activations.
+    """
 
     peak_slot_bytes: int
     slots: int
     values_stored: int
     weight_bytes: int
     table_bytes: int
+    arena_bytes: int
+    work_bytes: int
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
@@ -215,10 +226,13 @@ class Executable:
 
     def memory(self) -> Memory:
         """Bytes of stored values and weights of a run, known before it runs."""
-        slots, branches = self.default.slots, len(self.plan.header.branches)
+        slots, layout, branches = self.default.slots, self.default.layout, len(self.plan.header.branches)
         weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
         tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
-        return Memory(slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights, tables)
+        return Memory(
+            slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights, tables,
+            layout.nbytes, layout.work_bytes,
+        )  # fmt: skip
 
     def providers(self) -> dict[str, int]:
         """Calls of fused operations in one branch of a run: "<op> by <provider>" -> number of calls."""
@@ -243,12 +257,13 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the first step; all stored values are dropped."""
+        """Back to the first step; all stored values and their memory are dropped."""
         header = self.executable.plan.header
         self.step, self.branch = 0, 0
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
         self._hoisted: list[Tables | None] = [None] * len(header.branches)
+        self._arenas: dict[int, Arena] = {}
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -256,6 +271,11 @@ class Session:
     def finished(self) -> bool:
         """Whether every step has run."""
         return self.step == self.executable.plan.steps
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes allocated for stored values and activations."""
+        return sum(arena.memory.nbytes for arena in self._arenas.values())
 
     @property
     def slot_bytes(self) -> int:
@@ -294,9 +314,6 @@ class Session:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
         program = self._program(inputs)
         slots = program.slots.steps[self.step]
-        table = self._tables[self.branch]
-        if table is None:
-            table = self._tables[self.branch] = SlotTable(program.slots.count, self.executable.config.storage)
         arguments = [inputs[name] for name in program.input_names]
         if torch.is_autocast_enabled(arguments[0].device.type):
             raise CompileError(
@@ -305,17 +322,20 @@ class Session:
             )
         if self._check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
+        table = self._table(program, arguments[0].device)
         variant = program.variants[program.rows[self.step]]
         stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
+        places = program.layout.stores[self.step][self.branch]
         with torch.no_grad():
             tables = self._hoisted_values(program, variant, inputs)
-            outputs = variant.call(*arguments, *stored, *program.constants[self.step][self.branch], *tables)
-        results = list(outputs[: program.results])
+            arguments += [*stored, *program.constants[self.step][self.branch], *tables]
+            outputs = variant.run(arguments, [place for value in places for place in value], table.arena)
+            # The arena is written to again; what is returned is the caller's.
+            results = [value.clone() if table.arena.owns(value) else value for value in outputs]
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
-        rest = iter(outputs[program.results :])
-        for slot, count, part in zip(slots.stores, variant.tensors, variant.parts, strict=True):
-            table.store(slot, tuple(islice(rest, count)), part)
+        for slot, value in zip(slots.stores, places, strict=True):
+            table.hold(slot, value)
         self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in slots.frees:
             table.free(slot)
@@ -325,6 +345,16 @@ class Session:
             if tables is not None:
                 tables.finish()
         return results, program.output_spec
+
+    def _table(self, program: Program, device: torch.device) -> SlotTable:
+        """The stored values of this branch; branches that run one program share its arena."""
+        table = self._tables[self.branch]
+        if table is None:
+            if id(program) not in self._arenas:
+                self._arenas[id(program)] = Arena.of(program.layout.nbytes, device)
+            table = SlotTable(self._arenas[id(program)], program.slots.count, spoil=self._check)
+            self._tables[self.branch] = table
+        return table
 
     def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The tables that a variant takes, as they are at this step."""

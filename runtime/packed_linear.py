@@ -31,12 +31,21 @@ def packs(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def run_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(x, weight, bias)`: x [..., C_in], weight [C_out, C_in], bias [C_out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(weight), bias, "none", [], "")  # type: ignore[no-any-return]
+# What oneDNN applies to a product before it is rounded, by the names of `packed_linear` -> its own name and algorithm.
+ACTIVATIONS = {"": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
-LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+def run_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+    """`F.linear(x, weight, bias)`, and one of `ACTIVATIONS` of it: x [..., C_in], weight [C_out, C_in], bias [C_out]."""
+    name, algorithm = ACTIVATIONS[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(weight), bias, name, [], algorithm)  # type: ignore[no-any-return]
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation='') -> Tensor")
 LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
-torch.library.register_fake("stepgraph::packed_linear", F.linear, lib=LIBRARY)
+torch.library.register_fake("stepgraph::packed_linear", _fake, lib=LIBRARY)
 packed_linear = torch.ops.stepgraph.packed_linear.default

@@ -1,12 +1,13 @@
 """Slots: where stored values are kept between steps, assigned by liveness."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from stepgraph.liveness import BYTES, VALUE, Stored, peak_bytes, traffic
 from stepgraph.plan import CachePlan
+from stepgraph.runtime.arena import Arena, Place, Span, aligned, assign_offsets
 
 
 @dataclass(frozen=True)
@@ -72,77 +73,107 @@ def _narrowed(plan: CachePlan, dtype: torch.dtype | None) -> CachePlan:
     return replace(plan, sites=tuple(replace(s, bytes=s.bytes * dtype.itemsize // own + scale) for s in plan.sites))
 
 
+# A stored value is several tensors where it is the linear maps' of a LOWRANK site.
+Places = tuple[Place, ...]
+
+
 @dataclass(frozen=True)
-class Narrow:
-    """A value kept in a narrower dtype.
+class Layout:
+    """A session's arena: activations that cross regions at its beginning, stored values behind them.
 
     Attributes:
-        data: The value over its scale.
-        scale: Of every sample, [B, 1, ...] float32, for dtypes with few exponents; None for 1.
-        dtype: What it is read as.
+        nbytes: Its size.
+        work_bytes: What of it is for activations.
+        stores: Per step and branch, the places of the values stored there, in the order of the variant's stores.
     """
 
-    data: torch.Tensor
-    scale: torch.Tensor | None
-    dtype: torch.dtype
+    nbytes: int
+    work_bytes: int
+    stores: tuple[tuple[tuple[Places, ...], ...], ...]
 
-    @classmethod
-    def of(cls, value: torch.Tensor, dtype: torch.dtype) -> "Narrow":
-        """Round a value."""
-        if dtype.itemsize > 1:
-            return cls(value.to(dtype), None, value.dtype)
-        largest = value.abs().flatten(1).amax(1).float().clamp_min(1e-30)
-        scale = (largest / torch.finfo(dtype).max).reshape(-1, *[1] * (value.ndim - 1))
-        return cls((value.float() / scale).to(dtype), scale, value.dtype)
 
-    def read(self) -> torch.Tensor:
-        """The value."""
-        return self.data.to(self.dtype) if self.scale is None else (self.data.float() * self.scale).to(self.dtype)
+def lay_out(
+    slots: SlotPlan, kept: Sequence[Sequence[Sequence[tuple[torch.Tensor, torch.dtype]]]], branches: int, work_bytes: int
+) -> Layout:
+    """Give every stored tensor its place, for as long as its slot holds it.
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What it occupies."""
-        return (self.data,) if self.scale is None else (self.data, self.scale)
+    Args:
+        slots: Of the plan.
+        kept: Per step and stored value its tensors (fake ones) and the dtypes they are kept in.
+        branches: Which take turns at every step.
+        work_bytes: What activations need.
+    """
+    spans: list[Span] = []
+    made: list[tuple[torch.Tensor, torch.dtype]] = []
+    moments = len(slots.steps) * branches
+    freed = {(slot, step): end for slot, step, end in _lives(slots)}
+    for moment in range(moments):
+        step, branch = divmod(moment, branches)
+        for number, slot in enumerate(slots.steps[step].stores):
+            last = freed[slot, step] * branches + branch
+            for part, (tensor, dtype) in enumerate(kept[step][number]):
+                spans.append(Span(_place(0, tensor, dtype)[1], moment, last, (branch, slot, part)))
+                made.append((tensor, dtype))
+    offsets, total = assign_offsets(spans)
+    found = iter(_place(work_bytes + offset, *one)[0] for offset, one in zip(offsets, made, strict=True))
+    stores = tuple(
+        tuple(tuple(tuple(next(found) for _ in value) for value in kept[step]) for _ in range(branches))
+        for step in range(len(slots.steps))
+    )
+    return Layout(work_bytes + total, work_bytes, stores)
+
+
+def _lives(slots: SlotPlan) -> Iterator[tuple[int, int, int]]:
+    """(slot, step that stores to it, step that frees it) of every stored value."""
+    born: dict[int, int] = {}
+    for step, moves in enumerate(slots.steps):
+        born |= dict.fromkeys(moves.stores, step)
+        yield from ((slot, born.pop(slot), step) for slot in moves.frees)
+
+
+def _place(offset: int, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[Place, int]:
+    """A tensor's place, and the bytes up to the end of its scale, if it has one."""
+    shape = tuple(tensor.shape)
+    end = aligned(tensor.numel() * dtype.itemsize)
+    if dtype.itemsize > 1 or dtype == tensor.dtype:
+        return Place(offset, shape, dtype, tensor.dtype), end
+    return Place(offset, shape, dtype, tensor.dtype, offset + end), end + 4 * shape[0]
+
+
+def kept_dtype(tensor: torch.Tensor, part: str, storage: torch.dtype | None) -> torch.dtype:
+    """What a stored tensor is kept in.
+
+    What increments are added to must cancel, and the latents are the sampler's: they keep their dtype.
+    """
+    narrower = storage is not None and part == VALUE and storage.itemsize < tensor.dtype.itemsize
+    return storage if narrower and storage is not None else tensor.dtype
 
 
 class SlotTable:
-    """The stored values of one branch of a running session.
+    """Which stored values one branch of a running session holds, and where."""
 
-    Values are kept by reference, without a copy, or rounded to `dtype` where that is narrower; `bytes` counts the memory they
-    really occupy.
-    """
-
-    def __init__(self, count: int, dtype: torch.dtype | None = None) -> None:
-        self._values: list[tuple[torch.Tensor | Narrow, ...] | None] = [None] * count
-        self.dtype = dtype
-        self.peak_bytes = 0
+    def __init__(self, arena: Arena, count: int, spoil: bool = False) -> None:
+        self.arena, self.spoil = arena, spoil
+        self._held: list[Places | None] = [None] * count
 
     def read(self, slot: int) -> tuple[torch.Tensor, ...]:
-        """The tensors of the value in a slot."""
-        value = self._values[slot]
-        if value is None:
+        """The tensors of the value in a slot; not to be written to, nor kept beyond the step."""
+        places = self._held[slot]
+        if places is None:
             raise RuntimeError(f"slot {slot} is empty: the plan's liveness and the session have come apart")
-        return tuple(kept.read() if isinstance(kept, Narrow) else kept for kept in value)
+        return tuple(self.arena.read(place) for place in places)
 
-    def store(self, slot: int, value: Sequence[torch.Tensor], part: str = VALUE) -> None:
-        """Keep a value; a view into something larger is copied, so that the larger thing is not kept with it."""
-        self._values[slot] = tuple(self._kept(tensor, part) for tensor in value)
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-
-    def _kept(self, value: torch.Tensor, part: str) -> torch.Tensor | Narrow:
-        # What increments are added to must cancel, and the latents are the sampler's: they keep their dtype.
-        if self.dtype is not None and part == VALUE and self.dtype.itemsize < value.dtype.itemsize:
-            return Narrow.of(value, self.dtype)
-        return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    def hold(self, slot: int, places: Places) -> None:
+        """Note that a value was written to its places."""
+        self._held[slot] = places
 
     def free(self, slot: int) -> None:
         """Forget a value."""
-        self._values[slot] = None
+        for place in self._held[slot] or () if self.spoil else ():
+            self.arena.spoil(place)
+        self._held[slot] = None
 
     @property
     def bytes(self) -> int:
-        """Bytes of the storages held now, each counted once."""
-        kept = [one for value in self._values if value is not None for one in value]
-        tensors = [tensor for one in kept for tensor in (one.tensors if isinstance(one, Narrow) else (one,))]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        """Bytes of the values held now."""
+        return sum(place.nbytes for places in self._held if places is not None for place in places)

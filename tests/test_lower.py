@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from stepgraph.compiler.lower import compile_whole, lower
 from stepgraph.config import CompileConfig, CompileError
+from stepgraph.runtime.arena import Arena
 
 
 class Owner(nn.Module):
@@ -82,6 +83,6 @@ def test_what_does_not_change_the_code_does_not_compile_it_again(change):
 def test_eager_runs_the_graph_itself():
     gm = graph_number(0, Owner())
     x = torch.randn(2, 4)
-    (call,) = lower([gm], CompileConfig("eager"), lambda path: False).calls
-    assert torch.equal(call(x)[0], gm(x)[0])
-    assert call.__self__ is gm
+    (run,) = lower([gm], CompileConfig("eager"), lambda path: False, 1).runs
+    assert torch.equal(run([x], [], Arena.of(0, x.device))[0], gm(x)[0])
+    assert run.forward.__self__ is gm

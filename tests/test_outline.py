@@ -1,14 +1,18 @@
 """Regions: equal pieces of a program's variants are compiled once, and calling them one after the other changes nothing."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from conftest import TINY, inputs, noise, tiny_dit, tiny_scheduler
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 import stepgraph as sg
 from stepgraph.compiler.lower import lower
-from stepgraph.compiler.outline import cut
+from stepgraph.compiler.outline import cut, lift
 from stepgraph.config import CompileConfig, CompileError
+from stepgraph.runtime.arena import Arena
 from stepgraph.runtime.packed_linear import PACKED, packed_linear, packs
 
 STEPS = 6
@@ -36,7 +40,7 @@ def test_regions_are_shared_by_blocks_and_steps(dit, regions):
     """Before the blocks, a block that computes (all of them in every computing step), and the head; the reusing step has the
     tokens' part before the one pass over all sites."""
     program = regions.default
-    computing, reusing = (program.variants[program.rows[step]].call for step in (0, 1))
+    computing, reusing = (program.variants[program.rows[step]].run for step in (0, 1))
     assert len(computing.calls) == 1 + TINY["num_layers"] + 1
     assert len(reusing.calls) == 3
     assert len({id(call.run) for call in computing.calls[1:-1]}) == 1
@@ -58,13 +62,26 @@ def test_regions_change_nothing_but_rounding(dit, regions):
     assert torch.equal(sampled(regions), sampled(regions))
 
 
-def test_a_program_keeps_values_no_longer_than_they_are_read(regions):
-    """Every register but arguments, weights and results is freed by the last call that reads it."""
+def test_activations_overlap_with_nothing_that_is_still_read(regions):
+    """From the call that writes a register of the work area to the last that reads it, its bytes are its own."""
     for variant in regions.default.variants:
-        flat = variant.call
-        for number, call in enumerate(flat.calls):
-            later = {register for other in flat.calls[number + 1 :] for register in other.reads}
-            assert set(call.frees) == set(call.reads) - later - set(flat.results)
+        flat = variant.run
+        first = len(flat.shapes) + len(flat.weights)
+        lives = []
+        for register, place in enumerate(flat.work, start=first):
+            made = next(i for i, call in enumerate(flat.calls) if register in call.writes)
+            read = [i for i, call in enumerate(flat.calls) if register in call.reads]
+            lives.append((place.offset, place.offset + place.nbytes, made, max(read, default=made)))
+            assert place.offset + place.nbytes <= flat.work_bytes <= regions.default.layout.work_bytes
+        assert lives
+        for one, other in combinations(lives, 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] < other[2] or other[3] < one[2]
+
+
+def test_two_activations_suffice_for_a_chain_of_blocks(regions):
+    """A block reads the tokens and writes the next ones; the blocks' own stores go to slots."""
+    tokens = 2 * 16 * TINY["num_attention_heads"] * TINY["attention_head_dim"] * 4
+    assert regions.default.layout.work_bytes == 2 * tokens
 
 
 def test_weights_are_used_by_reference(dit):
@@ -82,11 +99,11 @@ def test_weights_are_used_by_reference(dit):
 
 
 def test_other_shapes_are_refused(regions):
-    call = regions.default.variants[0].call
-    arguments = [torch.zeros(shape) for shape in call.shapes]
+    run = regions.default.variants[0].run
+    arguments = [torch.zeros(shape) for shape in run.shapes]
     arguments[0] = torch.zeros(3, 4, 8, 8)
     with pytest.raises(CompileError, match=r"compiled for arguments of the shapes .*; given are \[\(3, 4, 8, 8\)"):
-        call(*arguments)
+        run(arguments, [], Arena.of(0, arguments[0].device))
 
 
 def test_other_batches_compile_regions_of_their_own(dit):
@@ -121,12 +138,13 @@ def test_a_tuple_is_taken_apart_where_it_is_made():
     gm = fx.GraphModule(owner, graph)
     pieces = cut(gm, lambda path: path.startswith("blocks."))
     assert [len(piece.nodes) for piece in pieces] == [4, 2]
-    run = lower([gm], CompileConfig("inductor"), lambda path: path.startswith("blocks."))
+    run = lower([gm], CompileConfig("inductor"), lambda path: path.startswith("blocks."), 2)
     # The two blocks differ in what surrounds them.
     assert run.regions == 2
     given = torch.randn(2, 4)
     with torch.no_grad():
-        for found, expected in zip(run.calls[0](given), gm(given), strict=True):
+        arena = Arena.of(run.runs[0].work_bytes, given.device)
+        for found, expected in zip(run.runs[0]([given], [], arena), gm(given), strict=True):
             torch.testing.assert_close(found, expected)
 
 
@@ -142,6 +160,47 @@ def test_a_packed_linear_map_is_the_linear_map(dtype, shape, bias):
     found = packed_linear(x, linear.weight, linear.bias)
     assert found.dtype == dtype
     assert error(found.double(), expected) < (1e-6 if dtype == torch.float32 else 8e-3)
+
+
+class Activated(nn.Module):
+    """A linear map and an activation."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.linear, self.activation = nn.Linear(24, 40), activation
+
+    def forward(self, x):
+        return self.activation(self.linear(x)) + 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "reference", "fused"),
+    [
+        (nn.GELU(), lambda y: y * (1 + torch.erf(y / 2**0.5)) / 2, "gelu"),
+        (lambda y: nn.functional.gelu(y, approximate="tanh"),
+         lambda y: y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))) / 2, "gelu_tanh"),
+        (nn.SiLU(), lambda y: y / (1 + torch.exp(-y)), "silu"),
+        (nn.ReLU(), lambda y: y.clamp_min(0), None),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_activations_are_applied_by_the_linear_map(activation, reference, fused):
+    owner = Activated(activation)
+    x = torch.randn(2, 5, 24)
+    gm = fx.GraphModule(owner, fx.Tracer().trace(owner))
+    ShapeProp(gm).propagate(x)
+    for node in gm.graph.nodes:
+        node.meta["val"] = torch.empty(node.meta["tensor_meta"].shape) if "tensor_meta" in node.meta else None
+    (piece,) = cut(gm, lambda path: False)
+    region = lift(gm, piece, prepack=True)
+    region.returned.add(len(piece.nodes) - 1)
+    finished = region.finish()
+    packed = [node for node in finished.graph.nodes if node.target is packed_linear]
+    assert [node.args[3:] for node in packed] == ([(fused,)] if fused else [()])
+    out = torch.empty(2, 5, 40)
+    finished(x, *piece.weights, out)
+    y = nn.functional.linear(x.double(), owner.linear.weight.double(), owner.linear.bias.double())
+    assert error(out.double(), reference(y) + 1) < 1e-6
 
 
 @torch.no_grad()

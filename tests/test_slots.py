@@ -11,7 +11,8 @@ from test_oracle import plan_with_rows, random_rows
 import stepgraph as sg
 from stepgraph.liveness import traffic
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.slots import SlotTable, assign_slots
+from stepgraph.runtime.arena import Arena, Place
+from stepgraph.runtime.slots import SlotTable, assign_slots, kept_dtype
 
 
 def lives(plan: CachePlan) -> list[tuple[int, int, int]]:
@@ -156,21 +157,34 @@ def test_known_plans(dit, ddim, actions, slots, stored, values_held):
     assert run_and_watch(exe, 1, False)[1] == [count * tokens for count in values_held]
 
 
-def test_table_keeps_whole_values_only():
-    table, whole = SlotTable(2), torch.arange(8.0)
-    table.store(0, [whole])
-    table.store(1, [whole[:2]])
-    assert table.read(0)[0] is whole
+def test_a_table_says_what_it_holds():
+    arena = Arena.of(128, torch.device("cpu"))
+    first, second = Place(0, (8,), torch.float32, torch.float32), Place(64, (2,), torch.float32, torch.float32)
+    table = SlotTable(arena, 2, spoil=True)
+    arena.write(first, torch.arange(8.0))
+    table.hold(0, (first,))
+    table.hold(1, (second,))
     assert table.bytes == 32 + 8
-    whole.zero_()
-    assert table.read(1)[0].tolist() == [0.0, 1.0]
+    assert table.read(0)[0].tolist() == list(range(8))
     table.free(0)
-    assert (table.bytes, table.peak_bytes) == (8, 40)
+    assert table.bytes == 8
+    assert bool(arena.target(first).isnan().all())
     with pytest.raises(RuntimeError, match="slot 0 is empty"):
         table.read(0)
-    # One storage in two slots is counted once.
-    table.store(0, table.read(1))
-    assert table.bytes == 8
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_what_a_step_returns_is_the_callers(dit, ddim, backend):
+    """The stored output of the model is returned at every other step; later steps do not write to what was returned."""
+    plan = sg.make_plan("interval", model=dit, scheduler=ddim, steps=4, every=2, kinds=["output"])
+    session = sg.compile(dit, plan, inputs(), backend=backend).session()
+    outputs = [session(**inputs(seed=step)).sample for step in range(4)]
+    copies = [output.clone() for output in outputs[:2]]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    session.reset()
+    session(**inputs(seed=9))
+    assert all(torch.equal(one, other) for one, other in zip(outputs, copies, strict=False))
 
 
 def test_a_run_that_is_over_takes_no_more_calls(dit, ddim):
@@ -199,22 +213,27 @@ def test_the_batch_cannot_change_within_a_run(dit, ddim):
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3fn", 2**-4)])
 def test_narrow_values_are_rounded_once(dtype, bound):
     """Relative to the value, or for eight bits, whose smallest step is 2 ** -9 of the largest over 448, to the sample."""
-    table, value = SlotTable(1, getattr(torch, dtype)), torch.randn(3, 5, 8) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
-    table.store(0, [value])
-    (found,) = table.read(0)
+    value = torch.randn(3, 5, 8) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
+    kept, scale = getattr(torch, dtype), 512 if "8" in dtype else None
+    place, arena = Place(0, (3, 5, 8), kept, torch.float32, scale), Arena.of(1024, torch.device("cpu"))
+    arena.write(place, value)
+    found = arena.read(place)
     assert found.dtype == torch.float32
     floor = value.abs().amax((1, 2), keepdim=True) * 2**-9 / 448 if "8" in dtype else 1e-5
     assert bool(((found - value).abs() <= bound * value.abs() + floor).all())
-    assert table.bytes == value.numel() * (1 if "8" in dtype else 2) + (3 * 4 if "8" in dtype else 0)
-    table.store(0, [torch.zeros(3, 5, 8)])
-    assert bool((table.read(0)[0] == 0).all())
+    assert place.nbytes == value.numel() * (1 if "8" in dtype else 2) + (3 * 4 if "8" in dtype else 0)
+    arena.write(place, torch.zeros(3, 5, 8))
+    assert bool((arena.read(place) == 0).all())
 
 
 def test_what_increments_are_added_to_keeps_its_dtype():
-    table, value = SlotTable(1, torch.bfloat16), torch.randn(2, 3)
+    value = torch.randn(2, 3)
+    assert kept_dtype(value, "value", torch.bfloat16) == torch.bfloat16
+    assert kept_dtype(value, "value", None) == torch.float32
     for part in ("maps", "input"):
-        table.store(0, [value], part)
-        assert table.read(0)[0] is value
+        assert kept_dtype(value, part, torch.bfloat16) == torch.float32
+    # Nothing is made wider.
+    assert kept_dtype(value.half(), "value", torch.bfloat16) == torch.float16
 
 
 @pytest.mark.parametrize(("dtype", "worst"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3fn", 2**-4)])

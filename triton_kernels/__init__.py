@@ -19,6 +19,8 @@ DECLINES: dict[str, Callable[..., str]] = {
     "gated_residual": declines.gated_residual,
     "linear_combination": declines.linear_combination,
 }
+# Whose launchers take the memory for their result.
+INTO = frozenset({"gated_residual"})
 
 
 def _launcher(name: str) -> Callable[..., Any]:
@@ -31,4 +33,4 @@ def _launcher(name: str) -> Callable[..., Any]:
 
 
 for _name, _declines in DECLINES.items():
-    OPS[_name].register(PROVIDER, _launcher(_name), _declines)
+    OPS[_name].register(PROVIDER, _launcher(_name), _declines, into=_name in INTO)

@@ -54,9 +54,8 @@ def stream_configs(channels: int) -> list[Config]:
     return [Config.of(warps, BLOCK_N=max(1, size // block), BLOCK_C=block) for size, warps in ((2048, 4), (4096, 8), (1024, 4))]
 
 
-def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> Tensor:
     """At most MAX_VALUES values."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, tokens, channels = as_rows(x).shape
     gate_strides = tuple(modulation_strides(gate, x) for gate in gates)
     per_token = any(token for _, token, _ in gate_strides)
@@ -74,10 +73,12 @@ def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor
     return out
 
 
-def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
-    """See `stepgraph.ops.gated_residual`; a run of more than MAX_VALUES values takes several passes."""
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, len(values), MAX_VALUES):
-        x = _run(x, gates[start : start + MAX_VALUES], values[start : start + MAX_VALUES])
-    return x
+def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """See `stepgraph.ops.gated_residual`; a run of more than MAX_VALUES values takes several passes.
+
+    The result is written to `out`, if given; later passes read there what earlier ones wrote, each element by who writes it.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    for start in range(0, len(values) if x.numel() else 0, MAX_VALUES):
+        x = _run(x, gates[start : start + MAX_VALUES], values[start : start + MAX_VALUES], out)
+    return out

@@ -1,0 +1,95 @@
+"""Offsets in a session's arena: nothing that is needed at one moment shares bytes."""
+
+import pytest
+import torch
+from conftest import inputs, tiny_scheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_oracle import random_rows
+
+import stepgraph as sg
+from stepgraph.plan import CachePlan
+from stepgraph.runtime.arena import ALIGNMENT, Span, aligned, assign_offsets
+
+SPANS = st.lists(
+    st.builds(
+        lambda nbytes, first, length, name: Span(nbytes, first, first + length, name),
+        st.integers(1, 500), st.integers(0, 20), st.integers(0, 8), st.sampled_from([None, "a", "b"]),
+    ),
+    max_size=25,
+)  # fmt: skip
+
+
+def most_alive(spans: list[Span]) -> int:
+    """The most bytes, in whole cache lines, needed at one moment: no arrangement takes less."""
+    return max((sum(aligned(s.nbytes) for s in spans if s.first <= t <= s.last) for t in range(30)), default=0)
+
+
+@given(spans=SPANS)
+def test_no_two_spans_share_bytes_and_time(spans):
+    offsets, total = assign_offsets(spans)
+    assert len(offsets) == len(spans)
+    for i, (one, start) in enumerate(zip(spans, offsets, strict=True)):
+        assert start % ALIGNMENT == 0
+        assert start + one.nbytes <= total
+        for other, begin in list(zip(spans, offsets, strict=True))[:i]:
+            apart = one.last < other.first or other.last < one.first
+            assert apart or start + one.nbytes <= begin or begin + other.nbytes <= start
+    assert total >= most_alive(spans)
+
+
+@given(lives=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=25))
+def test_equal_sizes_take_what_is_alive_at_once(lives):
+    spans = [Span(100, first, first + length) for first, length in lives]
+    assert assign_offsets(spans)[1] == most_alive(spans)
+
+
+def test_what_recurs_keeps_its_place():
+    """Two values in turns, the second of which outlives the first: the lowest gap alone would swap their places."""
+    spans = [Span(64, 0, 1, "a"), Span(64, 1, 3, "b"), Span(64, 2, 4, "a"), Span(64, 4, 6, "b"), Span(64, 5, 7, "a")]
+    offsets, total = assign_offsets(spans)
+    assert total == 128
+    assert len({offset for offset, span in zip(offsets, spans, strict=True) if span.name == "a"}) == 1
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_values_that_are_kept_at_once_are_apart(dit, data):
+    header = sg.make_plan("full", model=dit, scheduler=tiny_scheduler("ddim"), steps=5).header
+    sites = sg.make_plan("full", model=dit, scheduler=tiny_scheduler("ddim"), steps=5).sites
+    plan = CachePlan(header, sites, data.draw(random_rows(sites, 5)))
+    exe = sg.compile(dit, plan, inputs(), backend="eager", exact=True)
+    program, held = exe.default, {}
+    for step, moves in enumerate(program.slots.steps):
+        for slot, places in zip(moves.stores, program.layout.stores[step][0], strict=True):
+            held[slot] = places[0]
+        ranges = sorted((place.offset, place.offset + place.nbytes) for place in held.values())
+        assert all(one[1] <= other[0] for one, other in zip(ranges, ranges[1:], strict=False))
+        assert all(end <= program.layout.nbytes for _, end in ranges)
+        for slot in moves.frees:
+            del held[slot]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_the_arena_is_what_was_promised(dit, backend):
+    """All values of the tiny model are of one size, so that nothing is lost between them."""
+    plan = sg.make_plan("interval", model=dit, scheduler=tiny_scheduler("ddim"), steps=6, every=2)
+    exe = sg.compile(dit, plan, inputs(2), backend=backend)
+    session, memory = exe.session(), exe.memory()
+    assert session.arena_bytes == 0
+    session(**inputs(2))
+    assert session.arena_bytes == memory.arena_bytes == memory.peak_slot_bytes + memory.work_bytes
+    assert (memory.work_bytes == 0) == (backend == "eager")
+
+
+def test_freed_values_are_not_read_under_the_check(dit, ddim, monkeypatch):
+    """With STEPGRAPH_CHECK freed places are NaN: a step that read one would give NaN, which the check refuses."""
+    plan = sg.make_plan("interval", model=dit, scheduler=ddim, steps=6, every=3)
+    exe = sg.compile(dit, plan, inputs(), backend="eager")
+    plain, checked = exe.session(), None
+    monkeypatch.setenv("STEPGRAPH_CHECK", "1")
+    checked = exe.session()
+    for step in range(6):
+        assert torch.equal(plain(**inputs(seed=step)).sample, checked(**inputs(seed=step)).sample)
+    (arena,) = checked._arenas.values()
+    assert bool(arena.memory.view(torch.float32).isnan().all())
