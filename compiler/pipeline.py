@@ -25,7 +25,8 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
-from stepgraph.runtime.slots import assign_slots, kept_dtype, lay_out
+from stepgraph.runtime.layout import kept_dtype, lay_out
+from stepgraph.runtime.slots import assign_slots
 from stepgraph.runtime.tables import Hoisted
 
 
@@ -67,7 +68,7 @@ def build_program(
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
     specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
-    slots = assign_slots(plan, config.storage)
+    slots = assign_slots(plan)
     constants = coefficients_of(plan, factors, next(model.parameters()))
     macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
     clock.stage("specialize")
@@ -86,7 +87,7 @@ def build_program(
     )
     kept = [tensors_kept(gm, context, results, config.storage) for gm, context in zip(specialized.graphs, specialized.contexts)]
     work = max(run.work_bytes for run in lowered.runs)
-    layout = lay_out(slots, [kept[i] for i in specialized.rows], len(plan.header.branches), work)
+    layout = lay_out(slots, [kept[i] for i in specialized.rows], len(plan.header.branches), work, config.offload)
     clock.stage("lower")
     get_logger("pipeline").info("%d variants for %d steps: %s", len(variants), plan.steps, clock.seconds)
     return Program(

@@ -25,6 +25,8 @@ class CompileConfig:
         prepack: In regions on CPUs, give linear maps a copy of their weights in the layout of oneDNN.
         slot_dtype: Keep stored values in this narrower dtype ("bfloat16", "float16", "float8_e4m3fn" with a scale per sample);
             values of linear maps that increments are added to keep theirs. None stores values as they are.
+        offload: Keep stored values in host memory between uses that are more than three steps apart; on CUDA it is pinned and
+            copies run beside the steps.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -35,6 +37,7 @@ class CompileConfig:
     regions: bool = True
     prepack: bool = True
     slot_dtype: str | None = None
+    offload: bool = False
     max_autotune: bool = False
 
     def __post_init__(self) -> None:

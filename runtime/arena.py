@@ -105,9 +105,9 @@ class Arena:
     _views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, nbytes: int, device: torch.device) -> "Arena":
+    def of(cls, nbytes: int, device: torch.device, pinned: bool = False) -> "Arena":
         """An arena of this size."""
-        return cls(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        return cls(torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned))
 
     def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The bytes from an offset on as a tensor."""
@@ -137,6 +137,13 @@ class Arena:
             self.at(place.scale, place.scales, torch.float32).copy_(scale)
             value = value.float() / scale
         self.target(place).copy_(value)
+
+    def copy(self, place: Place, other: "Arena", source: Place) -> None:
+        """Copy what lies at a place of another arena, as it is kept there; without waiting, where the memory is pinned."""
+        self.target(place).copy_(other.target(source), non_blocking=True)
+        if place.scale is not None and source.scale is not None:
+            scale = other.at(source.scale, source.scales, torch.float32)
+            self.at(place.scale, place.scales, torch.float32).copy_(scale, non_blocking=True)
 
     def spoil(self, place: Place) -> None:
         """Fill a place that nobody may read any more with NaN."""

@@ -16,7 +16,9 @@ from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.arena import Arena
 from stepgraph.runtime.flat import Run
-from stepgraph.runtime.slots import Layout, SlotPlan, SlotTable
+from stepgraph.runtime.layout import Layout
+from stepgraph.runtime.slot_table import SlotTable
+from stepgraph.runtime.slots import SlotPlan
 from stepgraph.runtime.tables import Hoisted, Tables
 
 
@@ -106,6 +108,7 @@ class Memory:
         table_bytes: Hoisted values.
         arena_bytes: What a session allocates for stored values and for activations that cross regions.
         work_bytes: What of it is for these activations.
+        host_bytes: Host memory that it allocates for values that are off-loaded.
     """
 
     peak_slot_bytes: int
@@ -115,6 +118,7 @@ class Memory:
     table_bytes: int
     arena_bytes: int
     work_bytes: int
+    host_bytes: int
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
@@ -230,8 +234,8 @@ class Executable:
         weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
         tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
         return Memory(
-            slots.peak_bytes * self.default.batch, slots.count * branches, slots.stored * branches, weights, tables,
-            layout.nbytes, layout.work_bytes,
+            layout.peak_bytes, slots.count * branches, slots.stored * branches, weights, tables, layout.nbytes,
+            layout.work_bytes, layout.host_bytes,
         )  # fmt: skip
 
     def providers(self) -> dict[str, int]:
@@ -263,7 +267,7 @@ class Session:
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
         self._hoisted: list[Tables | None] = [None] * len(header.branches)
-        self._arenas: dict[int, Arena] = {}
+        self._arenas: dict[int, tuple[Arena, Arena]] = {}
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -274,8 +278,8 @@ class Session:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes allocated for stored values and activations."""
-        return sum(arena.memory.nbytes for arena in self._arenas.values())
+        """Bytes allocated for stored values and activations on the device."""
+        return sum(arena.memory.nbytes for arena, _ in self._arenas.values())
 
     @property
     def slot_bytes(self) -> int:
@@ -324,20 +328,22 @@ class Session:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
         variant = program.variants[program.rows[self.step]]
-        stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
-        places = program.layout.stores[self.step][self.branch]
+        moves = program.layout.steps[self.step][self.branch]
+        places = [place for value in moves.stores for place in value]
         with torch.no_grad():
+            table.begin(moves)
             tables = self._hoisted_values(program, variant, inputs)
+            stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
             arguments += [*stored, *program.constants[self.step][self.branch], *tables]
-            outputs = variant.run(arguments, [place for value in places for place in value], table.arena)
+            outputs = variant.run(arguments, places, table.arena)
             # The arena is written to again; what is returned is the caller's.
             results = [value.clone() if table.arena.owns(value) else value for value in outputs]
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
-        for slot, value in zip(slots.stores, places, strict=True):
+        for slot, value in zip(slots.stores, moves.stores, strict=True):
             table.hold(slot, value)
         self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
-        for slot in slots.frees:
+        for slot in (*slots.frees, *(slot for slot, _ in moves.leave)):
             table.free(slot)
         self.branch = (self.branch + 1) % len(self._tables)
         self.step += self.branch == 0
@@ -351,8 +357,10 @@ class Session:
         table = self._tables[self.branch]
         if table is None:
             if id(program) not in self._arenas:
-                self._arenas[id(program)] = Arena.of(program.layout.nbytes, device)
-            table = SlotTable(self._arenas[id(program)], program.slots.count, spoil=self._check)
+                arena = Arena.of(program.layout.nbytes, device)
+                host = Arena.of(program.layout.host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+                self._arenas[id(program)] = arena, host
+            table = SlotTable(*self._arenas[id(program)], program.slots.count, spoil=self._check)
             self._tables[self.branch] = table
         return table
 

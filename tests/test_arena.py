@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import inputs, tiny_scheduler
+from conftest import TINY, inputs, tiny_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_oracle import random_rows
@@ -61,7 +61,7 @@ def test_values_that_are_kept_at_once_are_apart(dit, data):
     exe = sg.compile(dit, plan, inputs(), backend="eager", exact=True)
     program, held = exe.default, {}
     for step, moves in enumerate(program.slots.steps):
-        for slot, places in zip(moves.stores, program.layout.stores[step][0], strict=True):
+        for slot, places in zip(moves.stores, program.layout.steps[step][0].stores, strict=True):
             held[slot] = places[0]
         ranges = sorted((place.offset, place.offset + place.nbytes) for place in held.values())
         assert all(one[1] <= other[0] for one, other in zip(ranges, ranges[1:], strict=False))
@@ -91,5 +91,45 @@ def test_freed_values_are_not_read_under_the_check(dit, ddim, monkeypatch):
     checked = exe.session()
     for step in range(6):
         assert torch.equal(plain(**inputs(seed=step)).sample, checked(**inputs(seed=step)).sample)
-    (arena,) = checked._arenas.values()
+    ((arena, _),) = checked._arenas.values()
     assert bool(arena.memory.view(torch.float32).isnan().all())
+
+
+# -- off-loading ---------------------------------------------------------------------------------------------------------
+
+
+def far_apart(dit, ddim):
+    """The model's output is reused at steps 1 to 6; ff values of step 0 are read at step 7 alone."""
+    actions = {"output": "CRRRRRRCC", "ff": "CRRRRRRRC"}
+    return sg.make_plan("manual", model=dit, scheduler=ddim, steps=9, actions=actions)
+
+
+def test_values_leave_between_uses_that_are_far_apart(dit, ddim):
+    exe = sg.compile(dit, far_apart(dit, ddim), inputs(), backend="eager", exact=True, offload=True)
+    layout, layers = exe.default.layout, TINY["num_layers"]
+    assert [len(moves[0].leave) for moves in layout.steps] == [0, layers, 0, 0, 0, 0, 0, 0, 0]
+    assert [len(moves[0].come) for moves in layout.steps] == [0, 0, 0, 0, 0, 0, layers, 0, 0]
+    tokens, output = exe.plan.sites[0].bytes, exe.plan.sites[-1].bytes
+    assert layout.host_bytes == layers * aligned(tokens)
+    assert layout.peak_bytes == layers * tokens + output
+    session = exe.session()
+    held = []
+    for step in range(9):
+        session(**inputs(seed=step))
+        held.append(session.slot_bytes)
+    both = layers * tokens + output
+    assert held == [both, output, output, output, output, output, layers * tokens, 0, 0]
+
+
+@pytest.mark.parametrize("slot_dtype", [None, "float8_e4m3fn"])
+def test_offloaded_values_are_the_same(dit, ddim, slot_dtype, monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_CHECK", "1")
+    plan = far_apart(dit, ddim)
+    near = sg.compile(dit, plan, inputs(2), backend="eager", slot_dtype=slot_dtype)
+    far = sg.compile(dit, plan, inputs(2), backend="eager", slot_dtype=slot_dtype, offload=True)
+    one, other = near.session(), far.session()
+    for step in range(plan.steps):
+        assert torch.equal(one(**inputs(2, seed=step)).sample, other(**inputs(2, seed=step)).sample)
+    assert other.peak_slot_bytes == far.memory().peak_slot_bytes
+    assert one.peak_slot_bytes == near.memory().peak_slot_bytes
+    assert far.memory().host_bytes > near.memory().host_bytes == 0
