@@ -119,6 +119,7 @@ def compile_command(
     hoist_limit_mb: Annotated[float | None, typer.Option(help="most megabytes of what is computed before the loop")] = None,
     prepack: Annotated[bool, typer.Option(help="with inductor on a CPU: a copy of linear weights in oneDNN's layout")] = True,
     slot_dtype: Annotated[str | None, typer.Option(help=f"keep stored values as {', '.join(SLOT_DTYPES)}")] = None,
+    offload: Annotated[bool, typer.Option(help="keep stored values in host memory between uses that are far apart")] = False,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +129,9 @@ def compile_command(
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         report("compiling", 1, 3)
         inputs = example_inputs(loaded, batch)
-        config = CompileConfig(backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, slot_dtype=slot_dtype)
+        config = CompileConfig(
+            backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, slot_dtype=slot_dtype, offload=offload
+        )
         executable = compile_plan(loaded, CachePlan.load(plan), inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)
         started = time.perf_counter()
