@@ -62,6 +62,32 @@ def test_computing_everything_is_the_eager_model(cuda_dit):
     assert torch.equal(sg.sample(exe, tiny_scheduler("ddim"), noise().cuda(), **given), eager)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_device_allocates_what_was_promised(offload):
+    """Stored values that are large beside the activations of a block: the peak is the arena, the tables and a step's own work."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = tiny_dit(num_attention_heads=8, attention_head_dim=64, num_layers=12, sample_size=64).cuda()
+    # The output is reused at steps 1 to 6, the values of step 0 are read again at step 7.
+    actions = {"output": "CRRRRRRCC", "ff": "CRRRRRRRC", "attn": "CRRRRRRRC"}
+    plan = sg.make_plan("manual", model=model, scheduler=tiny_scheduler("ddim"), steps=9, actions=actions)
+    given = to_cuda({**inputs(2), "hidden_states": torch.randn(2, 4, 64, 64)})
+    exe, peaks = sg.compile(model, plan, given, backend="inductor", offload=offload), []
+    memory, session = exe.memory(), exe.session()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for step in range(9):
+        torch.cuda.reset_peak_memory_stats()
+        session(**{**given, "timestep": torch.full((2,), plan.header.timesteps[step]).cuda().long()})
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    tokens = 2 * 1024 * 512 * 4
+    held = memory.arena_bytes + memory.table_bytes
+    # Within a block: queries, keys, values, attention's output, and twice the feed-forward's four times wider tokens.
+    assert held <= max(peaks) <= held + 16 * tokens
+    assert (memory.host_bytes >= 24 * tokens) == offload
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_bf16_is_finite_and_close(cuda_dit, backend):
     scheduler, given = tiny_scheduler("ddim"), to_cuda(labels(3))
