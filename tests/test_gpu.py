@@ -64,7 +64,7 @@ def test_computing_everything_is_the_eager_model(cuda_dit):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_device_allocates_what_was_promised(offload):
-    """Stored values that are large beside the activations of a block: the peak is the arena, the tables and a step's own work."""
+    """Values are large beside a block's activations: the peak is the arena, the tables and a step's own work."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = tiny_dit(num_attention_heads=8, attention_head_dim=64, num_layers=12, sample_size=64).cuda()
