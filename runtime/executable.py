@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,8 +15,9 @@ from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import read_env
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
+from stepgraph.runtime.cudagraph import Captured
 from stepgraph.runtime.slots import SlotPlan, SlotTable
-from stepgraph.runtime.tables import Hoisted, Tables
+from stepgraph.runtime.tables import FixedTables, Hoisted, Tables
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Executable:
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
+        captured: Runs of it that were captured in graphs.
     """
 
     model: nn.Module
@@ -157,6 +159,7 @@ class Executable:
     parts: Mapping[str, Any]
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    captured: Captured = field(default_factory=Captured, repr=False)
 
     def __repr__(self) -> str:
         """Model, plan and backend in one line."""
@@ -248,7 +251,7 @@ class Session:
         self.step, self.branch = 0, 0
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
-        self._hoisted: list[Tables | None] = [None] * len(header.branches)
+        self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -261,6 +264,15 @@ class Session:
     def slot_bytes(self) -> int:
         """Bytes of the values held now, over all branches."""
         return sum(table.bytes for table in self._tables if table is not None)
+
+    @property
+    def tables(self) -> tuple[Tables | FixedTables | None, ...]:
+        """Of every branch, its tables; None before its first step, and where nothing is hoisted."""
+        return tuple(self._hoisted)
+
+    def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
+        """Read the tables of every branch from there, in place of computing them; before the first step."""
+        self._hoisted = list(tables)
 
     def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
         """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
