@@ -117,7 +117,7 @@ class Tables:
     def _matches(self, step: int, timestep: torch.Tensor) -> bool:
         assert self._expected is not None
         differs = (timestep != self._expected[step]).any()
-        if not _waits(timestep.device):
+        if not waits(timestep.device):
             return not differs
         self._late = differs if self._late is None else self._late | differs
         return True
@@ -201,7 +201,7 @@ def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
     return list(zip(*(value.unbind(0) for value in stacked), strict=True))
 
 
-def _waits(device: torch.device) -> bool:
+def waits(device: torch.device) -> bool:
     """Whether reading a result would wait for a device that works on its own."""
     return device.type != "cpu"
 
@@ -218,7 +218,7 @@ def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torc
     untouched = not seen.is_inference() and seen._version == version
     if value is seen:
         return untouched
-    return untouched and not _waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
+    return untouched and not waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
 
 
 def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], scale: float) -> torch.Tensor | None:

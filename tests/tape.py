@@ -90,3 +90,10 @@ def replay_operators(seen):
             for tensor, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
                 if isinstance(tensor, torch.Tensor):
                     tensor.copy_(value)
+
+
+@contextmanager
+def no_host_reads():
+    """Refuse what would wait for a device."""
+    with _Functions(), _Operators():
+        yield
