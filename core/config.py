@@ -25,6 +25,9 @@ class CompileConfig:
         prepack: In regions on CPUs, give linear maps a copy of their weights in the layout of oneDNN.
         slot_dtype: Keep stored values in this narrower dtype ("bfloat16", "float16", "float8_e4m3fn" with a scale per sample);
             values of linear maps that increments are added to keep theirs. None stores values as they are.
+        cuda_graphs: Replay each distinct call of a variant as a CUDA graph, compared with the call when it is captured. None:
+            on CUDA from its second use on, where that goes and `exact` does not ask for the eager model's bits. True: from
+            the first, or refuse. False: launch every kernel.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -35,6 +38,7 @@ class CompileConfig:
     regions: bool = True
     prepack: bool = True
     slot_dtype: str | None = None
+    cuda_graphs: bool | None = None
     max_autotune: bool = False
 
     def __post_init__(self) -> None:

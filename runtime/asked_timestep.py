@@ -34,7 +34,7 @@ class Schedule:
         same = given.dtype == own.dtype and given.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
         if not same or self._version is None or own._version != self._version or not _repeated(given):
             return None
-        place, rest = divmod(given.storage_offset() - own.storage_offset(), own.stride(0))
+        place, rest = divmod(int(given.storage_offset()) - int(own.storage_offset()), own.stride(0))
         return self._values[place] if rest == 0 and 0 <= place < len(self._values) else None
 
     def compare(self, given: torch.Tensor, step: int) -> None:

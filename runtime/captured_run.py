@@ -1,20 +1,16 @@
 """A whole sampling run as one graph: every model call, guidance and the scheduler's steps, from buffers that stay."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepgraph.runtime.cudagraph import CaptureError, Recorder
+from stepgraph.runtime.cudagraph import CaptureError, Recorder, addresses, ordinary_tensors, refuse_difference
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.loop import Loop
 from stepgraph.runtime.tables import FixedTables, Tables
 from stepgraph.runtime.update import Update
-
-# How far a replay may be from the loop, relative L2: the kernels are the same, but may add up in another order.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class CapturedRun:
@@ -48,10 +44,10 @@ class CapturedRun:
         """
         self._executable, self._loop, self._recorder = executable, loop, recorder
         self._seen: list[tuple[Tensor, int]] | None = None
-        with recorder.turn(), _ordinary_tensors():
+        with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in given.items()} for given in calls]
-            session = executable.session()
+            session = executable.session(capture=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result = torch.empty_like(expected)
             self._tables = self._fixed_tables(session.tables)
@@ -59,12 +55,12 @@ class CapturedRun:
             self._updates = [new_update(), new_update()]
             self._capture()
             self._compare(expected)
-        self._weights = _addresses(executable)
+        self._weights = addresses(executable.model)
 
     def _fixed_tables(self, tables: Sequence[Tables | FixedTables | None]) -> list[FixedTables | None]:
         """The tables that a run has computed, for every branch, in buffers."""
         rows = self._noise.shape[0] * (2 if self._loop.doubled else 1)
-        timestep = self._loop.scheduler.timesteps[:1].to(self._noise.device).expand(rows)
+        timestep = self._loop.timesteps[:1].expand(rows)
         return [
             own.fixed({**given, "timestep": timestep}) if isinstance(own, Tables) else None
             for own, given in zip(tables, self._calls, strict=True)
@@ -87,7 +83,7 @@ class CapturedRun:
                     tables.compute()
 
     def _run(self, update: Update) -> None:
-        session = self._executable.session()
+        session = self._executable.session(capture=False)
         session.use_tables(self._tables)
         self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
 
@@ -96,15 +92,7 @@ class CapturedRun:
         self._result.zero_()
         self._replay_tables()
         self._replay()
-        if not torch.equal(self._result.isnan(), expected.isnan()):
-            raise CaptureError("a replay of the captured run has NaN where the loop has none, or the other way round")
-        got, wanted = (value.double().nan_to_num() for value in (self._result, expected))
-        error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        if error > TOLERANCE[expected.dtype]:
-            raise CaptureError(
-                f"a replay of the captured run differs from the loop by {error:.1e} of its norm; at most "
-                f"{TOLERANCE[expected.dtype]:.0e} is expected in {expected.dtype}"
-            )
+        refuse_difference(self._result, expected, "run")
 
     def __call__(self, noise: Tensor, given: Mapping[str, Any], calls: Callable[[], Sequence[Mapping[str, Any]]]) -> Tensor:
         """Replay the run.
@@ -149,22 +137,9 @@ class CapturedRun:
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""
-        return self._weights == _addresses(self._executable)
-
-
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Buffers can be written to from anywhere only if they are not made in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+        return self._weights == addresses(self._executable.model)
 
 
 def _own(value: Any) -> Any:
     """A tensor in a buffer of its own; anything else as it is."""
     return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
-
-
-def _addresses(executable: Executable) -> tuple[int, ...]:
-    """Where the model's parameters and buffers lie."""
-    model = executable.model
-    return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)

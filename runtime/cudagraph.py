@@ -7,13 +7,16 @@ from logging import INFO, WARNING
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from stepgraph.config import CompileError
 from stepgraph.env import get_logger, read_env
 
 T = TypeVar("T")
-# How many captures an executable keeps: each holds the memory of a whole run.
-KEPT = 4
+# How many captures of a kind an executable keeps, where each holds the memory of a whole run.
+LIMITS = {"run": 4}
+# How far a replay may be from the work itself, relative L2: the kernels are the same, but may add up in another order.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class CaptureError(CompileError):
@@ -33,7 +36,7 @@ class Recorder(Protocol):
     def warm_up(self, run: Callable[[], T]) -> T:
         """Run work as it will be captured, so that kernels are loaded and tuned; within a turn."""
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def record(self, run: Callable[[], object]) -> Callable[[], None]:
         """Capture work, and give what replays it; both within a turn.
 
         Raises:
@@ -49,6 +52,9 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self._stream, self._last = torch.cuda.Stream(), torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool whose last graph is gone is no longer there for the next one.
+        with self.turn():
+            self._anchor = self.record(lambda: torch.zeros(1, device=device))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -70,7 +76,7 @@ class CudaRecorder:
         current.wait_stream(self._stream)
         return result
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def record(self, run: Callable[[], object]) -> Callable[[], None]:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         # Another thread may allocate memory meanwhile, which the default mode would take for this one's mistake.
@@ -97,13 +103,43 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Buffers can be written to from anywhere only if they are not made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where a model's parameters and buffers lie."""
+    return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    """Compare what a replay gave with what the work itself gives.
+
+    Raises:
+        CaptureError: They differ by more than rounding.
+    """
+    if not torch.equal(got.isnan(), wanted.isnan()):
+        raise CaptureError(f"a replay of the captured {what} has NaN where the loop has none, or the other way round")
+    # Values of eight bits are roundings of values that differ by rounding.
+    most = TOLERANCE.get(wanted.dtype, 6e-2)
+    got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    if error > most:
+        raise CaptureError(
+            f"a replay of the captured {what} differs from the loop by {error:.1e} of its norm; at most {most:.0e} is expected"
+        )
+
+
 class Captured:
-    """What was captured for an executable, by what it was captured for; the oldest makes room."""
+    """What was captured for an executable, by its kind and what it was captured for; the oldest of a kind makes room."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._recorders: dict[torch.device, Recorder] = {}
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
 
     def recorder(self, device: torch.device) -> Recorder:
         """The recorder of a device."""
@@ -112,11 +148,11 @@ class Captured:
                 self._recorders[device] = RECORDERS[device.type](device)
             return self._recorders[device]
 
-    def find(self, key: Any, make: Callable[[], T], valid: Callable[[T], bool], at_once: bool) -> T | str:
-        """What was captured for a key; the reason where it cannot be.
+    def find(self, key: tuple[Any, ...], make: Callable[[], T], valid: Callable[[T], bool], at_once: bool) -> T | str | None:
+        """What was captured for a key; the reason where it cannot be; None where it is asked for the first time.
 
         Args:
-            key: What it is captured for.
+            key: Its kind, and what it is captured for.
             make: Captures it, or raises a CaptureError; then it is not tried again.
             valid: Whether it can still be replayed; else it is captured anew.
             at_once: Capture when it is asked for the first time; else when it is asked for again, so that what runs once
@@ -126,7 +162,7 @@ class Captured:
             found = self._kept.get(key)
             if found is None and not at_once and key not in self._kept:
                 self._keep(key, None)
-                return "this run is made for the first time"
+                return None
             if found is None or not (isinstance(found, str) or valid(found)):
                 # What cannot be replayed any more gives its memory back first.
                 self._keep(key, None)
@@ -138,10 +174,10 @@ class Captured:
                 self._keep(key, found)
             return found
 
-    def _keep(self, key: Any, value: Any) -> None:
+    def _keep(self, key: tuple[Any, ...], value: Any) -> None:
         self._kept.pop(key, None)
         self._kept[key] = value
-        for old in [name for name, kept in self._kept.items() if kept is None][:-KEPT]:
-            del self._kept[old]
-        for old in [name for name, kept in self._kept.items() if kept is not None][:-KEPT]:
+        # What has only been asked for so far is no capture.
+        same = [name for name, kept in self._kept.items() if name[0] == key[0] and (kept is None) == (value is None)]
+        for old in same[: -LIMITS.get(key[0], len(same))]:
             del self._kept[old]

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,12 +12,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from stepgraph.config import CompileConfig, CompileError
-from stepgraph.env import read_env
+from stepgraph.env import get_logger, read_env
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
-from stepgraph.runtime.cudagraph import Captured
+from stepgraph.runtime.captured_steps import CapturedSteps, FixedSlots
+from stepgraph.runtime.cudagraph import Captured, CaptureError, why_not
 from stepgraph.runtime.slots import SlotPlan, SlotTable
-from stepgraph.runtime.tables import FixedTables, Hoisted, Tables
+from stepgraph.runtime.tables import FixedTables, Hoisted, Tables, waits
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Executable:
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
-        captured: Runs of it that were captured in graphs.
+        captured: What was captured of it in graphs.
     """
 
     model: nn.Module
@@ -167,8 +168,12 @@ class Executable:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self) -> "Session":
+    def session(self, capture: bool = True) -> "Session":
         """A fresh run of the plan, with no stored values.
+
+        Args:
+            capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
+                them; others launch every kernel.
 
         Raises:
             CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
@@ -182,7 +187,7 @@ class Executable:
                 f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
                 f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
             )
-        return Session(self)
+        return Session(self, capture)
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
@@ -241,8 +246,9 @@ class Executable:
 class Session:
     """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
 
-    def __init__(self, executable: Executable) -> None:
-        self.executable = executable
+    def __init__(self, executable: Executable, capture: bool = True) -> None:
+        self.executable, self.capture = executable, capture
+        self._steps: list[CapturedSteps | None] = []
         self.reset()
 
     def reset(self) -> None:
@@ -252,6 +258,8 @@ class Session:
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
         self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
+        self._release()
+        self._steps = [None] * len(header.branches)
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -306,10 +314,10 @@ class Session:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
         program = self._program(inputs)
         slots = program.slots.steps[self.step]
+        arguments = [inputs[name] for name in program.input_names]
         table = self._tables[self.branch]
         if table is None:
-            table = self._tables[self.branch] = SlotTable(program.slots.count, self.executable.config.storage)
-        arguments = [inputs[name] for name in program.input_names]
+            table = self._tables[self.branch] = self._new_slots(program, arguments[0].device)
         if torch.is_autocast_enabled(arguments[0].device.type):
             raise CompileError(
                 "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
@@ -318,16 +326,12 @@ class Session:
         if self._check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         variant = program.variants[program.rows[self.step]]
-        stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
         with torch.no_grad():
             tables = self._hoisted_values(program, variant, inputs)
-            outputs = variant.call(*arguments, *stored, *program.constants[self.step][self.branch], *tables)
-        results = list(outputs[: program.results])
+            constants = program.constants[self.step][self.branch]
+            results = self._call(program, table, arguments, constants, tables)
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
-        rest = iter(outputs[program.results :])
-        for slot, count, part in zip(slots.stores, variant.tensors, variant.parts, strict=True):
-            table.store(slot, tuple(islice(rest, count)), part)
         self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in slots.frees:
             table.free(slot)
@@ -336,7 +340,70 @@ class Session:
         for tables in self._hoisted if self.finished else ():
             if tables is not None:
                 tables.finish()
+        if self.finished:
+            self._release()
         return results, program.output_spec
+
+    def _call(
+        self,
+        program: Program,
+        table: SlotTable,
+        arguments: Sequence[torch.Tensor],
+        constants: Sequence[torch.Tensor],
+        tables: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Read the slots, call the variant and store; a replay where that is captured."""
+        slots, row = program.slots.steps[self.step], program.rows[self.step]
+        variant = program.variants[row]
+
+        def work(given: Mapping[Hashable, torch.Tensor]) -> list[torch.Tensor]:
+            values = list(given.values())
+            stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
+            outputs = variant.call(*values[: len(arguments)], *stored, *values[len(arguments) :])
+            rest = iter(outputs[program.results :])
+            for slot, count, part in zip(slots.stores, variant.tensors, variant.parts, strict=True):
+                table.store(slot, tuple(islice(rest, count)), part)
+            return list(outputs[: program.results])
+
+        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        given |= {("constant", row, number): value for number, value in enumerate(constants)}
+        given |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        steps = self._steps[self.branch]
+        if steps is not None and not steps.refused:
+            try:
+                return steps.run(row, slots.reads, slots.stores, given, work)
+            except CaptureError as error:
+                if self.executable.config.cuda_graphs:
+                    raise
+                steps.refused = str(error)
+                get_logger("capture").warning("not captured: %s", error)
+        return work(given)
+
+    def _new_slots(self, program: Program, device: torch.device) -> SlotTable:
+        """The slots of this branch: those of captured steps where there are any to be had."""
+        executable, config = self.executable, self.executable.config
+        wish = not config.exact and waits(device) if config.cuda_graphs is None else config.cuda_graphs
+        if wish and self.capture:
+            reason = why_not(device)
+            if reason and config.cuda_graphs:
+                raise CompileError(f"cuda_graphs=True, but {reason}; leave it out to launch every kernel")
+
+            def make() -> CapturedSteps:
+                slots = FixedSlots(program.slots.count, config.storage)
+                return CapturedSteps(executable.captured.recorder(device), slots, executable.model, bool(config.cuda_graphs))
+
+            key = ("steps", id(program), self.branch)
+            steps = None if reason else executable.captured.find(key, make, CapturedSteps.valid, at_once=True)
+            if isinstance(steps, CapturedSteps) and steps.lease(self):
+                self._steps[self.branch] = steps
+                return steps.slots
+        return SlotTable(program.slots.count, config.storage)
+
+    def _release(self) -> None:
+        """Let another run have the captured steps."""
+        for steps in self._steps:
+            if steps is not None:
+                steps.release(self)
 
     def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The tables that a variant takes, as they are at this step."""

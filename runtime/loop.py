@@ -18,11 +18,13 @@ class Loop:
         scheduler: Set to its steps.
         latents_name: Of the model's first input.
         doubled: Whether both guidance halves are one call of the model.
+        timesteps: The scheduler's [T], on the latents' device: a copy per step would wait for it.
     """
 
     scheduler: Any
     latents_name: str
     doubled: bool
+    timesteps: Tensor
 
     def run(
         self,
@@ -47,15 +49,13 @@ class Loop:
         """
         # Flow-matching schedulers know no such factor.
         latents: Tensor = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        timesteps = self.scheduler.timesteps
-        # One copy for all steps; a copy per step would wait for the device.
-        for number, (own, t) in enumerate(zip(timesteps, timesteps.to(latents.device), strict=True)):
+        for number, (own, t) in enumerate(zip(self.scheduler.timesteps, self.timesteps, strict=True)):
             outputs = self._outputs(predict, update.scaled(latents, own), t, calls)
             # Models that also predict a variance return it behind the noise, in as many channels again.
             outputs = [out.chunk(2, dim=1)[0] if out.shape[1] == 2 * latents.shape[1] else out for out in outputs]
             latents = update(latents, outputs, own)
             if on_step is not None:
-                on_step(number + 1, len(timesteps))
+                on_step(number + 1, len(self.timesteps))
         return latents
 
     def _outputs(

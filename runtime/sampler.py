@@ -17,6 +17,7 @@ from stepgraph.runtime.cudagraph import why_not
 from stepgraph.runtime.executable import Executable, signature
 from stepgraph.runtime.linear_steps import state_of
 from stepgraph.runtime.loop import Loop
+from stepgraph.runtime.tables import waits
 from stepgraph.runtime.update import FusedUpdate, Update, choose_update
 
 
@@ -152,7 +153,7 @@ def sample(
         capture: On CUDA, replay the whole run as one CUDA graph, which waits for nothing; the first replay is compared with the
             loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
             None: from the second run with the same scheduler, scale and shapes on, where that goes. True: at once, or
-            refuse. False: the loop.
+            refuse. False: the loop, without graphs of its steps (`CompileConfig.cuda_graphs`) either.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -177,30 +178,43 @@ def sample(
     update, reason = new_update()
     if fused_update and reason:
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
-    loop = Loop(own, latents_name(runner), doubled=uncond is not None and not separate)
+    loop = Loop(own, latents_name(runner), uncond is not None and not separate, own.timesteps.to(noise.device))
 
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
 
-    if capture or (capture is None and noise.device.type != "cpu"):
+    graphs = capture is not False
+    if capture or (capture is None and waits(noise.device)):
         refusal = _why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning)
+        found: CapturedRun | str | None = refusal
         if not refusal and isinstance(runner, Executable):
             key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(own))
-            found = runner.captured.find(
-                key,
-                lambda: CapturedRun(
-                    runner, loop, lambda: new_update()[0], runner.captured.recorder(noise.device), noise, calls()
-                ),
-                CapturedRun.valid,
-                at_once=bool(capture),
-            )
-            if isinstance(found, CapturedRun):
-                return found(noise, conditioning, calls)
-            refusal = found
+            found = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
+        if isinstance(found, CapturedRun):
+            return found(noise, conditioning, calls)
         if capture:
-            raise CompileError(f"capture=True, but {refusal}; leave it out to run the loop")
-    predict: Callable[..., Any] = runner.session() if isinstance(runner, Executable) else runner
+            raise CompileError(f"capture=True, but {found}; leave it out to run the loop")
+        # The second run will be captured as a whole.
+        graphs = found is not None
+    predict: Callable[..., Any] = runner.session(graphs) if isinstance(runner, Executable) else runner
     return loop.run(predict, update, noise, calls(), on_step)
+
+
+def _captured_run(
+    executable: Executable,
+    key: tuple[Any, ...],
+    loop: Loop,
+    new_update: Callable[[], Update],
+    noise: torch.Tensor,
+    calls: Callable[[], Sequence[Mapping[str, Any]]],
+    at_once: bool,
+) -> CapturedRun | str | None:
+    """The captured run of a key; the reason where there is none; None where it is to be captured the next time."""
+
+    def make() -> CapturedRun:
+        return CapturedRun(executable, loop, new_update, executable.captured.recorder(noise.device), noise, calls())
+
+    return executable.captured.find(("run", *key), make, CapturedRun.valid, at_once)
 
 
 def _why_uncaptured(

@@ -277,10 +277,10 @@ def test_without_a_wish_the_second_run_is_captured():
         made.append(2)
         raise cudagraph.CaptureError("no")
 
-    assert captured.find("a", make, bool, at_once=False) == "this run is made for the first time"
-    assert captured.find("a", make, bool, at_once=False) == [1]
-    assert captured.find("b", refuse, bool, at_once=True) == "no"
-    assert captured.find("b", refuse, bool, at_once=True) == "no"
+    assert captured.find(("run", "a"), make, bool, at_once=False) is None
+    assert captured.find(("run", "a"), make, bool, at_once=False) == [1]
+    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
+    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
     assert made == [1, 2]
 
 
