@@ -89,6 +89,9 @@ class Attachment:
                 f"{asked:g}; run the schedule from its beginning"
             )
         self.schedule = Schedule(self.pipe.scheduler.timesteps)
+        if needs_waiting(inputs["timestep"]):
+            # The copy of all timesteps is made here, not at a later step, which would wait for it.
+            self.schedule.compare(inputs["timestep"], 0)
         self.first_latents = inputs[next(iter(self.signature.parameters))]
 
     def _asked(self, given: Any, going_on: bool) -> float | None:

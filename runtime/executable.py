@@ -393,10 +393,11 @@ class Session:
                 return CapturedSteps(executable.captured.recorder(device), slots, executable.model, bool(config.cuda_graphs))
 
             key = ("steps", id(program), self.branch)
-            steps = None if reason else executable.captured.find(key, make, CapturedSteps.valid, at_once=True)
-            if isinstance(steps, CapturedSteps) and steps.lease(self):
-                self._steps[self.branch] = steps
-                return steps.slots
+            if not reason:
+                steps = executable.captured.find(key, make, CapturedSteps.valid, at_once=True)
+                if isinstance(steps, CapturedSteps) and steps.lease(self):
+                    self._steps[self.branch] = steps
+                    return steps.slots
         return SlotTable(program.slots.count, config.storage)
 
     def _release(self) -> None:
