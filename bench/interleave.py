@@ -8,9 +8,10 @@ steps and rounds of that kind, times how often it occurs.
 import copy
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ def take_turns(
         loop: Where runs begin.
         steps: Of each run.
         rounds: How many runs each has.
-        warm: Steps of the run before, which is not timed. Code that compiles in its first call does so there.
+        warm: Steps of the run before, which is not timed. Code that compiles in its first call does so there. Executables on
+            CUDA have two runs of all steps.
         forced: Every contender goes on from its reference's latents at each step, and its outputs are compared with those of
             the reference. Over a whole run of their own, rounding to 16 bits grows until runs have little in common.
         on_step: Called with (steps done, steps in all).
@@ -142,9 +144,7 @@ def take_turns(
     total, order = rounds * steps, [contender.name for contender in contenders]
     followed = {i: order.index(c.reference) for i, c in enumerate(contenders) if c.reference in order}
     for contender in contenders:
-        run = loop.run(contender.start())
-        for _ in range(min(warm, steps)):
-            next(run)
+        _warm_up(contender, loop, steps, min(warm, steps))
     for number in range(rounds):
         runs = [loop.run(entry.contender.start()) for entry in timed]
         places = list(range(len(timed)))[:: -1 if number % 2 else 1]
@@ -168,6 +168,13 @@ def take_turns(
         for entry in timed:
             entry.contender.check(steps)
     return timed
+
+
+def _warm_up(contender: Contender, loop: Loop, steps: int, warm: int) -> None:
+    """Run what compiles, tunes or captures in its first calls; an executable's steps are captured when they are met again."""
+    captured = contender.executable is not None and loop.noise.is_cuda
+    for _ in range(2 if captured else 1):
+        deque(islice(loop.run(contender.start()), steps if captured else warm), maxlen=0)
 
 
 def _step(run: Generator[Made, Any, None], sent: torch.Tensor | None, cuda: bool) -> tuple[float, Made]:

@@ -42,6 +42,7 @@ from stepgraph.config import CompileError
 from stepgraph.env import read_env
 from stepgraph.metrics import relative_l2
 from stepgraph.plan import PlanError
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampler import sample
 
 PARTS = ("table", "overhead", "compile", "memory", "scaling")
@@ -189,7 +190,23 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tol
         # In 16 bits, runs that round apart at one step part company by the last.
         if loop.noise.dtype == torch.float32 and not found["sample_error"] <= tolerance:
             raise CompileError(f"stepgraph.sample is {found['sample_error']:.2e} from the same executable in a plain loop")
+        if loop.noise.device.type == "cuda":
+            found |= captured_loop(executable, loop, setting, given, sampled)
     return found
+
+
+def captured_loop(
+    executable: Executable, loop: Loop, setting: Setting, given: dict[str, Any], latents: torch.Tensor
+) -> dict[str, Any]:
+    """Seconds of `stepgraph.sample` as one CUDA graph, those of its capture, and its distance from the same without."""
+
+    def run() -> torch.Tensor:
+        return sample(executable, setting.scheduler, loop.noise, loop.guidance, capture=True, **given)
+
+    device = str(loop.noise.device)
+    capture, _ = seconds_of(run, device)
+    seconds, found = seconds_of(run, device)
+    return {"captured_seconds": seconds, "capture_seconds": capture, "captured_error": relative_l2(found, latents)}
 
 
 def show_table(console: Console, part: dict[str, Any], title: str) -> None:

@@ -27,6 +27,9 @@ class CompileConfig:
             values of linear maps that increments are added to keep theirs. None stores values as they are.
         offload: Keep stored values in host memory between uses that are more than three steps apart; on CUDA it is pinned and
             copies run beside the steps.
+        cuda_graphs: Replay each distinct call of a variant as a CUDA graph, compared with the call when it is captured. None:
+            on CUDA from its second use on, where that goes and `exact` does not ask for the eager model's bits. True: from
+            the first, or refuse. False: launch every kernel.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -38,6 +41,7 @@ class CompileConfig:
     prepack: bool = True
     slot_dtype: str | None = None
     offload: bool = False
+    cuda_graphs: bool | None = None
     max_autotune: bool = False
 
     def __post_init__(self) -> None:

@@ -120,6 +120,11 @@ class Arena:
         """What to write a tensor of this place to; not for narrow ones."""
         return self.at(place.offset, place.shape, place.dtype)
 
+    def tensors(self, place: Place) -> tuple[Tensor, ...]:
+        """All that lies at a place: the tensor as it is kept, and its scale."""
+        scale = () if place.scale is None else (self.at(place.scale, place.scales, torch.float32),)
+        return (self.target(place), *scale)
+
     def read(self, place: Place) -> Tensor:
         """The tensor at a place: the arena's own memory, unless it is narrow."""
         data = self.target(place)
@@ -140,10 +145,8 @@ class Arena:
 
     def copy(self, place: Place, other: "Arena", source: Place) -> None:
         """Copy what lies at a place of another arena, as it is kept there; without waiting, where the memory is pinned."""
-        self.target(place).copy_(other.target(source), non_blocking=True)
-        if place.scale is not None and source.scale is not None:
-            scale = other.at(source.scale, source.scales, torch.float32)
-            self.at(place.scale, place.scales, torch.float32).copy_(scale, non_blocking=True)
+        for target, value in zip(self.tensors(place), other.tensors(source), strict=True):
+            target.copy_(value, non_blocking=True)
 
     def spoil(self, place: Place) -> None:
         """Fill a place that nobody may read any more with NaN."""

@@ -13,8 +13,10 @@ from torch import nn
 from stepgraph.config import CompileError
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.plan import PlanError
+from stepgraph.runtime.asked_timestep import NEAR, Schedule, needs_waiting, read_timestep
 from stepgraph.runtime.executable import Executable, Session
 from stepgraph.runtime.sampler import refuse_other_schedule
+from stepgraph.runtime.tables import waits
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -33,7 +35,7 @@ class Attachment:
     signature: inspect.Signature
     replaced: Any = None
     session: Session = field(init=False)
-    timesteps: torch.Tensor | None = None
+    schedule: Schedule | None = None
     first_latents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +55,10 @@ class Attachment:
         except BaseException:
             self.session.reset()
             raise
-        return self.session(**inputs)
+        result = self.session(**inputs)
+        if self.session.finished and self.schedule is not None:
+            self.schedule.finish()
+        return result
 
     def _find_step(self, inputs: dict[str, Any]) -> None:
         """Make sure that the session's next step is the one the pipeline asks for.
@@ -61,12 +66,14 @@ class Attachment:
         Raises:
             PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
         """
-        header, asked = self.executable.plan.header, _timestep(inputs)
-        step = self.session.step
+        header, step = self.executable.plan.header, self.session.step
         begun = step > 0 or self.session.branch > 0
+        asked = self._asked(inputs.get("timestep"), going_on=begun and not self.session.finished)
+        if asked is None:
+            return
         expected = None if self.session.finished else header.timesteps[step]
-        at_start = abs(asked - header.timesteps[0]) <= 1e-3
-        if begun and expected is not None and abs(asked - expected) <= 1e-3 and not (at_start and self._begins_again(inputs)):
+        at_start = abs(asked - header.timesteps[0]) <= NEAR
+        if begun and expected is not None and abs(asked - expected) <= NEAR and not (at_start and self._begins_again(inputs)):
             return
         if begun and expected is not None and not at_start:
             calls = f"{len(header.branches)} calls ({', '.join(header.branches)})" if len(header.branches) > 1 else "one call"
@@ -81,36 +88,35 @@ class Attachment:
                 f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
                 f"{asked:g}; run the schedule from its beginning"
             )
-        self.timesteps = self.pipe.scheduler.timesteps
+        self.schedule = Schedule(self.pipe.scheduler.timesteps)
+        if needs_waiting(inputs["timestep"]):
+            # The copy of all timesteps is made here, not at a later step, which would wait for it.
+            self.schedule.compare(inputs["timestep"], 0)
         self.first_latents = inputs[next(iter(self.signature.parameters))]
+
+    def _asked(self, given: Any, going_on: bool) -> float | None:
+        """The timestep that a call asks for; None for the next one, to be compared on its device.
+
+        At a run's beginning it is read in any case.
+        """
+        same_run = going_on and self.schedule is not None and self.pipe.scheduler.timesteps is self.schedule.timesteps
+        if not needs_waiting(given) or not same_run or self.schedule is None:
+            return read_timestep(given)
+        value = self.schedule.value(given)
+        if value is None:
+            self.schedule.compare(given, self.session.step)
+        return value
 
     def _begins_again(self, inputs: dict[str, Any]) -> bool:
         """Whether the call for a later branch of step 0 is really the first call of a new run.
 
-        A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents.
+        A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents, which
+        are not waited for.
         """
-        if self.pipe.scheduler.timesteps is not self.timesteps:
+        if self.schedule is None or self.pipe.scheduler.timesteps is not self.schedule.timesteps:
             return True
-        latents = next(iter(self.signature.parameters))
-        return self.session.step == 0 and not _equal(inputs[latents], self.first_latents)
-
-
-def _timestep(inputs: dict[str, Any]) -> float:
-    """The timestep that a call asks for; one for the whole batch.
-
-    Raises:
-        PlanError: There is none, or the samples of the batch have several.
-    """
-    given = inputs.get("timestep")
-    if not isinstance(given, (torch.Tensor, int, float)) or (isinstance(given, torch.Tensor) and not given.numel()):
-        raise PlanError(f"the call has the timestep {given!r}; expected a number or a tensor of one per sample")
-    if not isinstance(given, torch.Tensor):
-        return float(given)
-    flat = given.flatten()
-    # Samplers expand one number over the batch; then there is nothing to compare.
-    if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
-        raise PlanError(f"the call has several timesteps, {flat.tolist()}; a plan has one for all samples of a step")
-    return float(flat[0])
+        latents = inputs[next(iter(self.signature.parameters))]
+        return self.session.step == 0 and not waits(latents.device) and not _equal(latents, self.first_latents)
 
 
 def _equal(one: Any, other: Any) -> bool:

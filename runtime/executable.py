@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from stepgraph.config import CompileConfig, CompileError
-from stepgraph.env import read_env
+from stepgraph.env import get_logger, read_env
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.arena import Arena
+from stepgraph.runtime.captured_steps import CapturedSteps
+from stepgraph.runtime.cudagraph import Captured, CaptureError, why_not
 from stepgraph.runtime.flat import Run
-from stepgraph.runtime.layout import Layout
+from stepgraph.runtime.layout import Layout, Moves
 from stepgraph.runtime.slot_table import SlotTable
 from stepgraph.runtime.slots import SlotPlan
-from stepgraph.runtime.tables import Hoisted, Tables
+from stepgraph.runtime.tables import FixedTables, Hoisted, Tables, waits
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Executable:
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
+        captured: What was captured of it in graphs.
     """
 
     model: nn.Module
@@ -172,6 +175,7 @@ class Executable:
     parts: Mapping[str, Any]
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    captured: Captured = field(default_factory=Captured, repr=False)
 
     def __repr__(self) -> str:
         """Model, plan and backend in one line."""
@@ -179,8 +183,12 @@ class Executable:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self) -> "Session":
+    def session(self, capture: bool = True) -> "Session":
         """A fresh run of the plan, with no stored values.
+
+        Args:
+            capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
+                them; others launch every kernel.
 
         Raises:
             CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
@@ -194,7 +202,7 @@ class Executable:
                 f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
                 f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
             )
-        return Session(self)
+        return Session(self, capture)
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
@@ -256,8 +264,9 @@ class Executable:
 class Session:
     """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
 
-    def __init__(self, executable: Executable) -> None:
-        self.executable = executable
+    def __init__(self, executable: Executable, capture: bool = True) -> None:
+        self.executable, self.capture = executable, capture
+        self._steps: dict[int, CapturedSteps] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -266,7 +275,9 @@ class Session:
         self.step, self.branch = 0, 0
         self._tables: list[SlotTable | None] = [None] * len(header.branches)
         self._programs: list[Program | None] = [None] * len(header.branches)
-        self._hoisted: list[Tables | None] = [None] * len(header.branches)
+        self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
+        self._release()
+        self._steps = {}
         self._arenas: dict[int, tuple[Arena, Arena]] = {}
         self.peak_slot_bytes = 0
         self._check = read_env().check
@@ -285,6 +296,24 @@ class Session:
     def slot_bytes(self) -> int:
         """Bytes of the values held now, over all branches."""
         return sum(table.bytes for table in self._tables if table is not None)
+
+    @property
+    def tables(self) -> tuple[Tables | FixedTables | None, ...]:
+        """Of every branch, its tables; None before its first step, and where nothing is hoisted."""
+        return tuple(self._hoisted)
+
+    @property
+    def memory(self) -> dict[int, tuple[Arena, Arena]]:
+        """The arenas of the programs that run, on the device and in host memory."""
+        return self._arenas
+
+    def use_memory(self, memory: Mapping[int, tuple[Arena, Arena]]) -> None:
+        """Work in the arenas of another session, which is over; before the first step."""
+        self._arenas = dict(memory)
+
+    def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
+        """Read the tables of every branch from there, in place of computing them; before the first step."""
+        self._hoisted = list(tables)
 
     def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
         """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
@@ -329,15 +358,11 @@ class Session:
         table = self._table(program, arguments[0].device)
         variant = program.variants[program.rows[self.step]]
         moves = program.layout.steps[self.step][self.branch]
-        places = [place for value in moves.stores for place in value]
         with torch.no_grad():
             table.begin(moves)
             tables = self._hoisted_values(program, variant, inputs)
-            stored = [tensor for slot in slots.reads for tensor in table.read(slot)]
-            arguments += [*stored, *program.constants[self.step][self.branch], *tables]
-            outputs = variant.run(arguments, places, table.arena)
-            # The arena is written to again; what is returned is the caller's.
-            results = [value.clone() if table.arena.owns(value) else value for value in outputs]
+            constants = program.constants[self.step][self.branch]
+            results = self._call(program, table, moves, arguments, constants, tables)
         if self._check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
         for slot, value in zip(slots.stores, moves.stores, strict=True):
@@ -350,19 +375,82 @@ class Session:
         for tables in self._hoisted if self.finished else ():
             if tables is not None:
                 tables.finish()
+        if self.finished:
+            self._release()
         return results, program.output_spec
 
+    def _call(
+        self,
+        program: Program,
+        table: SlotTable,
+        moves: Moves,
+        arguments: Sequence[torch.Tensor],
+        constants: Sequence[torch.Tensor],
+        tables: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Run this step's variant, from the slots it reads to the places of what it stores; a replay where that is captured."""
+        row = program.rows[self.step]
+        variant, reads = program.variants[row], program.slots.steps[self.step].reads
+        places = [place for value in moves.stores for place in value]
+
+        def work(given: Mapping[Hashable, torch.Tensor]) -> list[torch.Tensor]:
+            values = list(given.values())
+            stored = [tensor for slot in reads for tensor in table.read(slot)]
+            outputs = variant.run([*values[: len(arguments)], *stored, *values[len(arguments) :]], places, table.arena)
+            # The arena is written to again; what is returned is the caller's.
+            return [value.clone() if table.arena.owns(value) else value for value in outputs]
+
+        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        given |= {("constant", row, number): value for number, value in enumerate(constants)}
+        given |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        steps = self._steps.get(id(program))
+        if steps is not None and not steps.refused:
+            try:
+                return steps.run((row, tuple(map(table.places, reads))), places, given, work)
+            except CaptureError as error:
+                if self.executable.config.cuda_graphs:
+                    raise
+                steps.refused = str(error)
+                get_logger("capture").warning("not captured: %s", error)
+        return work(given)
+
     def _table(self, program: Program, device: torch.device) -> SlotTable:
-        """The stored values of this branch; branches that run one program share its arena."""
+        """The stored values of this branch; branches that run one program share its memory."""
         table = self._tables[self.branch]
         if table is None:
-            if id(program) not in self._arenas:
-                arena = Arena.of(program.layout.nbytes, device)
-                host = Arena.of(program.layout.host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
-                self._arenas[id(program)] = arena, host
-            table = SlotTable(*self._arenas[id(program)], program.slots.count, spoil=self._check)
+            number = id(program)
+            if number not in self._arenas:
+                steps = self._captured_steps(program, device)
+                self._arenas[number] = steps.arenas if steps is not None else new_arenas(program, device)
+            table = SlotTable(*self._arenas[number], program.slots.count, spoil=self._check)
             self._tables[self.branch] = table
         return table
+
+    def _captured_steps(self, program: Program, device: torch.device) -> CapturedSteps | None:
+        """The captured steps of a program, where there are any to be had; they have memory of their own."""
+        executable, config = self.executable, self.executable.config
+        wish = not config.exact and waits(device) if config.cuda_graphs is None else config.cuda_graphs
+        if not wish or not self.capture:
+            return None
+        reason = why_not(device)
+        if reason and config.cuda_graphs:
+            raise CompileError(f"cuda_graphs=True, but {reason}; leave it out to launch every kernel")
+
+        def make() -> CapturedSteps:
+            recorder = executable.captured.recorder(device)
+            return CapturedSteps(recorder, new_arenas(program, device), executable.model, bool(config.cuda_graphs))
+
+        if not reason:
+            steps = executable.captured.find(("steps", id(program)), make, CapturedSteps.valid, at_once=True)
+            if isinstance(steps, CapturedSteps) and steps.lease(self):
+                self._steps[id(program)] = steps
+                return steps
+        return None
+
+    def _release(self) -> None:
+        """Let another run have the captured steps."""
+        for steps in self._steps.values():
+            steps.release(self)
 
     def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The tables that a variant takes, as they are at this step."""
@@ -385,6 +473,12 @@ class Session:
             )
         self._programs[self.branch] = program
         return program
+
+
+def new_arenas(program: Program, device: torch.device) -> tuple[Arena, Arena]:
+    """Memory of a session for a program: on the device, and on the host for what is off-loaded."""
+    host = Arena.of(program.layout.host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+    return Arena.of(program.layout.nbytes, device), host
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:

@@ -2,16 +2,23 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from stepgraph.config import CompileError
 from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan import PlanError, PlanHeader
-from stepgraph.runtime.executable import Executable
-from stepgraph.runtime.update import choose_update
+from stepgraph.runtime.captured_run import CapturedRun
+from stepgraph.runtime.cudagraph import why_not
+from stepgraph.runtime.executable import Executable, signature
+from stepgraph.runtime.linear_steps import state_of
+from stepgraph.runtime.loop import Loop
+from stepgraph.runtime.tables import waits
+from stepgraph.runtime.update import FusedUpdate, Update, choose_update
 
 
 def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Any:
@@ -77,7 +84,7 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     return {
         "scheduler": type(scheduler).__name__,
         "scheduler_hash": hash_config(config_of(scheduler)),
-        "timesteps": tuple(float(t) for t in scheduler.timesteps),
+        "timesteps": tuple(map(float, scheduler.timesteps.tolist())),
         "prediction": _prediction(scheduler),
     }
 
@@ -126,6 +133,7 @@ def sample(
     steps: int | None = None,
     eta: float = 0.0,
     fused_update: bool | None = None,
+    capture: bool | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **conditioning: Any,
 ) -> torch.Tensor:
@@ -142,6 +150,10 @@ def sample(
         fused_update: Take guidance and the scheduler's step in one pass, with coefficients found before the loop; accumulated
             in float32, so rounded otherwise. None: where the scheduler's steps are fixed linear combinations, for executables
             that are not exact. True: or refuse. False: the scheduler's own step.
+        capture: On CUDA, replay the whole run as one CUDA graph, which waits for nothing; the first replay is compared with the
+            loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
+            None: from the second run with the same scheduler, scale and shapes on, where that goes. True: at once, or
+            refuse. False: the loop, without graphs of its steps (`CompileConfig.cuda_graphs`) either.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -152,27 +164,78 @@ def sample(
     Raises:
         PlanError: The scheduler is not the one the plan was made for, an input is missing, or `fused_update` is asked of a
             scheduler that clips, thresholds or adds noise.
+        CompileError: `capture` is asked of a run that cannot be captured.
     """
     own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
-    # Flow-matching schedulers know neither of the two.
-    latents: torch.Tensor = noise * getattr(own, "init_noise_sigma", 1.0)
     wish = isinstance(runner, Executable) and not runner.config.exact if fused_update is None else fused_update
-    update, reason = choose_update(own, step_arguments(own, eta), latents, None if uncond is None else guidance_scale, wish)
+
+    def new_update() -> tuple[Update, str]:
+        return choose_update(own, step_arguments(own, eta), noise, None if uncond is None else guidance_scale, wish)
+
+    update, reason = new_update()
     if fused_update and reason:
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
-    predict = _predictor(runner, cond, uncond, separate)
-    timesteps = own.timesteps
-    for number, t in enumerate(timesteps):
-        outputs = predict(update.scaled(latents, t), t)
-        # Models that also predict a variance return it behind the noise, in as many channels again.
-        outputs = [out.chunk(2, dim=1)[0] if out.shape[1] == 2 * latents.shape[1] else out for out in outputs]
-        latents = update(latents, outputs, t)
-        if on_step is not None:
-            on_step(number + 1, len(timesteps))
-    return latents
+    loop = Loop(own, latents_name(runner), uncond is not None and not separate, own.timesteps.to(noise.device))
+
+    def calls() -> Sequence[Mapping[str, Any]]:
+        return model_calls(cond, uncond, separate)
+
+    graphs = capture is not False
+    if capture or (capture is None and waits(noise.device)):
+        refusal = _why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning)
+        found: CapturedRun | str | None = refusal
+        if not refusal and isinstance(runner, Executable):
+            key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(own))
+            found = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
+        if isinstance(found, CapturedRun):
+            return found(noise, conditioning, calls)
+        if capture:
+            raise CompileError(f"capture=True, but {found}; leave it out to run the loop")
+        # The second run will be captured as a whole.
+        graphs = found is not None
+    predict: Callable[..., Any] = runner.session(graphs) if isinstance(runner, Executable) else runner
+    return loop.run(predict, update, noise, calls(), on_step)
+
+
+def _captured_run(
+    executable: Executable,
+    key: tuple[Any, ...],
+    loop: Loop,
+    new_update: Callable[[], Update],
+    noise: torch.Tensor,
+    calls: Callable[[], Sequence[Mapping[str, Any]]],
+    at_once: bool,
+) -> CapturedRun | str | None:
+    """The captured run of a key; the reason where there is none; None where it is to be captured the next time."""
+
+    def make() -> CapturedRun:
+        return CapturedRun(executable, loop, new_update, executable.captured.recorder(noise.device), noise, calls())
+
+    return executable.captured.find(("run", *key), make, CapturedRun.valid, at_once)
+
+
+def _why_uncaptured(
+    runner: Executable | nn.Module, noise: torch.Tensor, update: Update, reason: str, on_step: Callable[[int, int], None] | None
+) -> str:
+    """Why a run cannot be captured; empty where it can be tried."""
+    if not isinstance(runner, Executable):
+        return f"{type(runner).__name__} is not compiled"
+    if on_step is not None:
+        return "on_step is called on the host after every step"
+    if not isinstance(update, FusedUpdate):
+        return reason or "the scheduler takes its own steps, on the host (fused_update=False, or an exact executable)"
+    return why_not(noise.device)
+
+
+def _nested(conditioning: Mapping[str, Any]) -> str:
+    """Which input holds tensors that no buffer would be made for."""
+    for name, value in conditioning.items():
+        if any(isinstance(leaf, torch.Tensor) and leaf is not value for leaf in pytree.tree_leaves(value)):
+            return f"the input {name} is a {type(value).__name__} that holds tensors"
+    return ""
 
 
 def _scheduler_for(runner: Executable | nn.Module, scheduler: Any, steps: int | None, device: torch.device) -> tuple[Any, bool]:
@@ -189,30 +252,18 @@ def _scheduler_for(runner: Executable | nn.Module, scheduler: Any, steps: int | 
     return own, header.guidance == "separate"
 
 
-def _predictor(
-    runner: Executable | nn.Module, cond: dict[str, Any], uncond: dict[str, Any] | None, separate: bool
-) -> Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
-    """(latents, timestep) -> the model's output for them, or the wanted one and the base under guidance.
-
-    Conditioning is put into batches here, once: every step sees the same tensors.
-    """
-    predict: Callable[..., Any] = runner.session() if isinstance(runner, Executable) else runner
+def latents_name(runner: Executable | nn.Module) -> str:
+    """Name of the model's first input."""
     # The class's own forward: the model's may be replaced by an attached executable.
     model = runner.model if isinstance(runner, Executable) else getattr(runner, "observed", runner)
-    latents_name = list(inspect.signature(type(model).forward).parameters)[1]
+    return list(inspect.signature(type(model).forward).parameters)[1]
 
-    def call(batch: torch.Tensor, t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        timestep = t.to(batch.device).reshape(1).expand(batch.shape[0])
-        inputs = {latents_name: batch, "timestep": timestep, **kwargs}
-        prediction: torch.Tensor = predict(**inputs, return_dict=False)[0]
-        return prediction
 
+def model_calls(cond: dict[str, Any], uncond: dict[str, Any] | None, separate: bool) -> list[dict[str, Any]]:
+    """Per call of the model within a step, its inputs beside latents and timestep, put into batches."""
     if uncond is None:
-        return lambda latents, t: (call(latents, t, cond),)
-    if separate:
-        return lambda latents, t: (call(latents, t, cond), call(latents, t, uncond))
-    both = {name: together(cond[name], uncond.get(name)) for name in cond}
-    return lambda latents, t: call(torch.cat([latents, latents]), t, both).chunk(2)
+        return [cond]
+    return [cond, uncond] if separate else [{name: together(value, uncond.get(name)) for name, value in cond.items()}]
 
 
 def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -38,7 +38,7 @@ class SlotTable:
 
     def _copy(self, moves: Moves) -> None:
         for slot, places in moves.leave:
-            for source, target in zip(self._places(slot), places, strict=True):
+            for source, target in zip(self.places(slot), places, strict=True):
                 self.host.copy(target, self.arena, source)
             self._away[slot] = places
         for slot, places in moves.come:
@@ -46,7 +46,8 @@ class SlotTable:
                 self.arena.copy(target, self.host, source)
             self._held[slot] = places
 
-    def _places(self, slot: int) -> Places:
+    def places(self, slot: int) -> Places:
+        """Where the tensors of the value in a slot lie."""
         places = self._held[slot]
         if places is None:
             raise RuntimeError(f"slot {slot} is empty: the plan's liveness and the session have come apart")
@@ -54,7 +55,7 @@ class SlotTable:
 
     def read(self, slot: int) -> tuple[torch.Tensor, ...]:
         """The tensors of the value in a slot; not to be written to, nor kept beyond the step."""
-        return tuple(self.arena.read(place) for place in self._places(slot))
+        return tuple(self.arena.read(place) for place in self.places(slot))
 
     def hold(self, slot: int, places: Places) -> None:
         """Note that a value was written to its places."""

@@ -66,6 +66,7 @@ class Tables:
         self.hoisted, self.timesteps, self.batched = hoisted, timesteps, batched
         self._seen: list[tuple[torch.Tensor, int, torch.Tensor | None]] | None = None
         self._prompt: tuple[torch.Tensor, ...] = ()
+        self._stacked: tuple[torch.Tensor, ...] = ()
         self._rows: list[tuple[torch.Tensor, ...]] = []
         self._expected: torch.Tensor | None = None
         self._late: torch.Tensor | None = None
@@ -100,20 +101,23 @@ class Tables:
             get_logger("tables").info("step %d: the timestep is not the scheduler's; tables are computed at every step", step)
             self.batched = False
             return
-        every = self._expected.reshape(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
-        fixed = [*given, *self._prompt]
-        try:
-            stacked = torch.vmap(self.hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
-        except RuntimeError as error:
-            get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
-            self._rows = [self.hoisted.timestep(one.contiguous(), *fixed) for one in every]
-        else:
-            self._rows = list(zip(*(_alone(value).unbind(0) for value in stacked), strict=True))
+        self._stacked = evaluate_rows(self.hoisted, self._every(timestep), [*given, *self._prompt])
+        self._rows = rows_of(self._stacked)
+
+    def _every(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The timestep inputs of all steps [T, *timestep]."""
+        assert self._expected is not None
+        return self._expected.reshape(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
+
+    def fixed(self, inputs: Mapping[str, Any]) -> "FixedTables":
+        """The same tables at addresses that stay, for inputs that are written anew in place; after a run."""
+        every = self._every(inputs["timestep"]) if self._rows else None
+        return FixedTables(self.hoisted, [inputs[name] for name in self.hoisted.inputs], every, self._prompt, self._stacked)
 
     def _matches(self, step: int, timestep: torch.Tensor) -> bool:
         assert self._expected is not None
         differs = (timestep != self._expected[step]).any()
-        if not _waits(timestep.device):
+        if not waits(timestep.device):
             return not differs
         self._late = differs if self._late is None else self._late | differs
         return True
@@ -131,7 +135,73 @@ class Tables:
             )
 
 
-def _waits(device: torch.device) -> bool:
+class FixedTables:
+    """The tables of one branch in buffers of their own, for a run that is captured: `compute` writes them.
+
+    Args:
+        hoisted: What to compute.
+        given: The inputs that it depends on, in their buffers.
+        every: The timesteps of all steps [T, ...]; None where each step computes its own.
+        prompt: Like the values at prompt level.
+        stacked: Like those at timestep level, of all steps [T, ...].
+    """
+
+    def __init__(
+        self,
+        hoisted: Hoisted,
+        given: Sequence[torch.Tensor],
+        every: torch.Tensor | None,
+        prompt: Sequence[torch.Tensor],
+        stacked: Sequence[torch.Tensor],
+    ) -> None:
+        self._hoisted, self._given, self._every = hoisted, given, every
+        self._prompt = tuple(torch.empty_like(value) for value in prompt)
+        self._stacked = tuple(torch.empty_like(value) for value in stacked) if every is not None else ()
+        self._rows = rows_of(self._stacked)
+
+    def compute(self) -> None:
+        """Write the tables of what is in the inputs' buffers now."""
+        values = self._hoisted.prompt(*self._given)
+        if self._every is not None:
+            values = (*values, *evaluate_rows(self._hoisted, self._every, [*self._given, *values]))
+        for buffer, value in zip((*self._prompt, *self._stacked), values, strict=True):
+            buffer.copy_(value)
+
+    def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """See `Tables.at`."""
+        if self._rows:
+            return self._prompt + self._rows[step]
+        if not any(table.per_step for table in self._hoisted.tables):
+            return self._prompt
+        return self._prompt + self._hoisted.timestep(inputs["timestep"], *self._given, *self._prompt)
+
+    def finish(self) -> None:
+        """The timesteps are the scheduler's own: nothing to check."""
+
+
+def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The values at timestep level of all steps, [T, ...] each, in one batch where that goes.
+
+    Args:
+        hoisted: What to compute.
+        every: The timesteps of all steps [T, ...].
+        fixed: The inputs, then the values at prompt level.
+    """
+    try:
+        stacked = torch.vmap(hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
+    except RuntimeError as error:
+        get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
+        rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
+        return tuple(torch.stack(values) for values in zip(*rows, strict=True))
+    return tuple(_alone(value) for value in stacked)
+
+
+def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Per step, its values of those of all steps."""
+    return list(zip(*(value.unbind(0) for value in stacked), strict=True))
+
+
+def waits(device: torch.device) -> bool:
     """Whether reading a result would wait for a device that works on its own."""
     return device.type != "cpu"
 
@@ -148,7 +218,7 @@ def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torc
     untouched = not seen.is_inference() and seen._version == version
     if value is seen:
         return untouched
-    return untouched and not _waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
+    return untouched and not waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
 
 
 def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], scale: float) -> torch.Tensor | None:

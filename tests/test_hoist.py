@@ -192,7 +192,7 @@ def test_an_accelerators_wrong_timesteps_are_refused_at_the_end(dit, monkeypatch
     """Where comparing each timestep would wait for the device, the comparison is collected; played through on the CPU."""
     exe = compiled(dit, every=1)
     held = tables.Tables(exe.default.hoisted, exe.plan.header.timesteps, batched=True)
-    monkeypatch.setattr(tables, "_waits", lambda device: True)
+    monkeypatch.setattr(tables, "waits", lambda device: True)
     sequence, label = run_inputs(), torch.tensor([1, 2])
     sequence[3]["timestep"] = sequence[3]["timestep"] + 1
     for step, given in enumerate(sequence):
@@ -205,7 +205,7 @@ def test_the_end_of_a_run_is_checked_where_its_last_step_reads_no_table(dit, mon
     actions = {"output": "C" * (STEPS - 1) + "R"}
     plan = sg.make_plan("manual", model=dit, scheduler=tiny_scheduler("ddim"), steps=STEPS, actions=actions)
     session = sg.compile(dit, plan, inputs(2), backend="eager").session()
-    monkeypatch.setattr(tables, "_waits", lambda device: True)
+    monkeypatch.setattr(tables, "waits", lambda device: True)
     sequence, label = run_inputs(), torch.tensor([1, 2])
     sequence[3]["timestep"] = sequence[3]["timestep"] + 1
     for given in sequence[:-1]:
@@ -216,7 +216,7 @@ def test_the_end_of_a_run_is_checked_where_its_last_step_reads_no_table(dit, mon
 
 
 def test_conditioning_made_anew_at_every_step_is_not_batched_each_time(dit, monkeypatch):
-    monkeypatch.setattr(tables, "_waits", lambda device: True)
+    monkeypatch.setattr(tables, "waits", lambda device: True)
     exe, batches = compiled(dit, every=1), []
     compute = tables.Tables._compute_all
     monkeypatch.setattr(tables.Tables, "_compute_all", lambda self, *given: batches.append(1) or compute(self, *given))
