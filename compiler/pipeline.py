@@ -14,6 +14,7 @@ from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.hoist import Inputs, hoist
 from stepgraph.compiler.linear_maps import bind_factors
 from stepgraph.compiler.lower import lower
+from stepgraph.compiler.merge_projections import merge_projections
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
 from stepgraph.compiler.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
@@ -24,6 +25,7 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
+from stepgraph.runtime.packed_linear import packs
 from stepgraph.runtime.slots import assign_slots
 from stepgraph.runtime.tables import Hoisted
 
@@ -74,6 +76,12 @@ def build_program(
     # What depends on the prompt or the timestep alone leaves the loop.
     hoisted, tables = hoist_tables(specialized, model, plan, marked.trace.inputs, config)
     clock.stage("hoist")
+
+    # What reads one value in the loop is multiplied with it at once.
+    if config.merge and config.packs and merge_projections.__name__ not in read_env().disabled_passes:
+        for number, gm in enumerate(specialized.graphs):
+            merge_projections(gm, packs)
+            dump(gm, read_env(), number, len(PASSES) + 2, merge_projections.__name__)
 
     # Graphs become callables last, when nothing rewrites them any more.
     stacks = family_of(model).stacks

@@ -43,10 +43,10 @@ PASSES: tuple[Pass, ...] = (
     add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code,
     erase_identities, fuse_modulated_norm, fuse_gated_residual, fuse_lowrank, choose_providers,
 )  # fmt: skip
-# `split_projections` runs once, before the rows are rewritten.
+# `split_projections` runs once, before the rows are rewritten, `merge_projections` when what is hoisted has left them.
 OPTIONAL_PASSES = frozenset((
-    "split_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm", "fuse_gated_residual",
-    "fuse_lowrank",
+    "split_projections", "merge_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm",
+    "fuse_gated_residual", "fuse_lowrank",
 ))  # fmt: skip
 
 

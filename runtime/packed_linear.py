@@ -15,6 +15,8 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 PACKED = PackedWeights(_pack)
+# Biases of merged maps, one behind the other.
+STACKED = PackedWeights(lambda stacked: stacked)
 
 
 def packs(x: Tensor, weight: Tensor) -> bool:
@@ -36,7 +38,30 @@ def run_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(weight), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def run_merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Several linear maps as one: their results side by side.
+
+    Args:
+        x: [..., C_in].
+        weights: [C_i, C_in] each; packed as one, and anew when one of them has been written to.
+        biases: [C_i] each; empty for maps without.
+
+    Returns:
+        [..., sum C_i].
+    """
+    bias = STACKED.get(*biases) if biases else None
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(*weights), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _fake_merged(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+
+
 LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
 torch.library.register_fake("stepgraph::packed_linear", F.linear, lib=LIBRARY)
 packed_linear = torch.ops.stepgraph.packed_linear.default
+LIBRARY.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+LIBRARY.impl("merged_linear", run_merged_linear, "CPU")
+torch.library.register_fake("stepgraph::merged_linear", _fake_merged, lib=LIBRARY)
+merged_linear = torch.ops.stepgraph.merged_linear.default
