@@ -11,7 +11,7 @@ DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # type: ignore[no-any-return]
 
 
 PACKED = PackedWeights(_pack)
@@ -38,6 +38,18 @@ def run_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(weight), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def run_packed_columns(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    """`F.linear(x, weight[:, start:stop], bias)`: x [..., stop - start], weight [C_out, C_in], bias [C_out].
+
+    The whole weight is the argument: compiled code makes views whose versions do not follow it.
+    """
+    return run_packed_linear(x, weight[:, start:stop], bias)
+
+
+def _fake_columns(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    return F.linear(x, weight[:, start:stop], bias)
+
+
 def run_merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Several linear maps as one: their results side by side.
 
@@ -61,6 +73,10 @@ LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
 torch.library.register_fake("stepgraph::packed_linear", F.linear, lib=LIBRARY)
 packed_linear = torch.ops.stepgraph.packed_linear.default
+LIBRARY.define("packed_columns(Tensor x, Tensor weight, Tensor? bias, int start, int stop) -> Tensor")
+LIBRARY.impl("packed_columns", run_packed_columns, "CPU")
+torch.library.register_fake("stepgraph::packed_columns", _fake_columns, lib=LIBRARY)
+packed_columns = torch.ops.stepgraph.packed_columns.default
 LIBRARY.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
 LIBRARY.impl("merged_linear", run_merged_linear, "CPU")
 torch.library.register_fake("stepgraph::merged_linear", _fake_merged, lib=LIBRARY)
