@@ -22,6 +22,7 @@ from stepgraph.compiler.split_projections import split_projections
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
+from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
@@ -67,7 +68,7 @@ def build_program(
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
-    specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
+    specialized = specialize(marked, model, plan, flat_inputs(inputs), groups, config.exact)
     slots = assign_slots(plan, config.storage)
     constants = coefficients_of(plan, factors, next(model.parameters()))
     macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
@@ -162,7 +163,7 @@ def providers_of(gm: fx.GraphModule) -> dict[str, int]:
 
 def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     device = next(model.parameters()).device
-    for name, value in inputs.items():
+    for name, value in flat_inputs(inputs).items():
         if isinstance(value, torch.Tensor) and value.device != device:
             raise CompileError(f"the model is on {device}, but the input {name} is on {value.device}; move one of them")
 
