@@ -25,7 +25,7 @@ from stepgraph.plan_report import row_macs
 from stepgraph.runtime.executable import Executable
 
 # Whole optimisations, as fields of CompileConfig, and passes; each is left out of the slow book's executable in turn.
-OPTIONS = ("hoist", "regions", "prepack", "cuda_graphs")
+OPTIONS = ("hoist", "regions", "prepack", "merge", "cuda_graphs")
 PASSES = ("fuse_modulated_norm", "fuse_gated_residual")
 
 

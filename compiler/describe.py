@@ -10,6 +10,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.sites import MarkedGraph, mark_sites, same_sites
 from stepgraph.compiler.trace import trace
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
+from stepgraph.inputs import flat_inputs
 from stepgraph.plan import CachePlan, PlanError, PlanHeader
 from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
 
@@ -33,7 +34,7 @@ def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> M
 
 def input_shapes(inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensor inputs without the batch dimension, which those named `unbatched` do not have."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
     return {name: tuple(value.shape[name not in unbatched :]) for name, value in tensors.items()}
 
 
@@ -68,7 +69,8 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
     Raises:
         PlanError: An input is missing or new, or its shape or the latents' dtype differs.
     """
-    planned, given = plan.header.shapes, input_shapes(inputs, unbatched)
+    flat = flat_inputs(inputs)
+    planned, given = plan.header.shapes, input_shapes(flat, unbatched)
     if set(planned) != set(given):
         raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(given)}")
     for name, shape in given.items():
@@ -77,7 +79,7 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             raise PlanError(
                 f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this resolution"
             )
-    batched = {name: inputs[name] for name in given if name not in unbatched}
+    batched = {name: flat[name] for name in given if name not in unbatched}
     latents = next(iter(batched))
     if dtype_name(batched[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from stepgraph.compiler.graphs import written_storages
 from stepgraph.ops import INTO
-from stepgraph.runtime.packed_linear import packed_linear, packs
+from stepgraph.runtime.packed_linear import packed_columns, packed_linear, packs
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,13 @@ def _copied(
 ) -> tuple[fx.Node, str]:
     """A node's copy in a region, and a line that says what it does there."""
     named = fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+    columns = _columns(node) if prepack else None
+    if columns is not None and packs(node.args[0].meta["val"], attribute(gm, str(columns[0].target))):  # type: ignore[union-attr]
+        whole, *ends = columns
+        x, _, bias = (copies.get(n) if isinstance(n, fx.Node) else n for n in node.args)
+        made = graph.call_function(packed_columns, (x, copies[whole], bias, *ends))
+        made.meta |= node.meta
+        return made, f"{packed_columns} {named!r}"
     if node.op != "call_module":
         made = graph.node_copy(node, lambda n: copies[n])
         return made, f"{node.op} {_target(node)} {named!r}"
@@ -272,6 +279,20 @@ def _linear(
     made = graph.call_function(run, (copies[x], *given))
     made.meta |= node.meta
     return made, f"{run} {named!r} {[n.name for n in given if n is not None]}"
+
+
+def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """The weight of which a linear map takes some columns, and where these begin and end."""
+    part = node.args[1] if node.target is F.linear and len(node.args) == 3 else None
+    if not isinstance(part, fx.Node) or part.target is not operator.getitem:
+        return None
+    whole, index = part.args
+    if not isinstance(whole, fx.Node) or whole.op != "get_attr" or not isinstance(index, tuple) or len(index) != 2:
+        return None
+    rows, columns = index
+    if rows != slice(None) or not isinstance(columns, slice) or columns.step is not None:
+        return None
+    return whole, int(columns.start), int(columns.stop)
 
 
 class _Name(str):

@@ -15,6 +15,7 @@ from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.hoist import Inputs, hoist
 from stepgraph.compiler.linear_maps import bind_factors
 from stepgraph.compiler.lower import lower
+from stepgraph.compiler.merge_projections import merge_projections
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
 from stepgraph.compiler.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
@@ -22,10 +23,12 @@ from stepgraph.compiler.split_projections import split_projections
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
+from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
 from stepgraph.runtime.layout import kept_dtype, lay_out
+from stepgraph.runtime.packed_linear import packs
 from stepgraph.runtime.slots import assign_slots
 from stepgraph.runtime.tables import Hoisted
 
@@ -67,7 +70,7 @@ def build_program(
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
-    specialized = specialize(marked, model, plan, dict(inputs), groups, config.exact)
+    specialized = specialize(marked, model, plan, flat_inputs(inputs), groups, config.exact)
     slots = assign_slots(plan)
     constants = coefficients_of(plan, factors, next(model.parameters()))
     macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
@@ -76,6 +79,12 @@ def build_program(
     # What depends on the prompt or the timestep alone leaves the loop.
     hoisted, tables = hoist_tables(specialized, model, plan, marked.trace.inputs, config)
     clock.stage("hoist")
+
+    # What reads one value in the loop is multiplied with it at once.
+    if config.merge and config.packs and merge_projections.__name__ not in read_env().disabled_passes:
+        for number, gm in enumerate(specialized.graphs):
+            merge_projections(gm, packs)
+            dump(gm, read_env(), number, len(PASSES) + 2, merge_projections.__name__)
 
     # Graphs become callables last, when nothing rewrites them any more.
     stacks = family_of(model).stacks
@@ -163,7 +172,7 @@ def providers_of(gm: fx.GraphModule) -> dict[str, int]:
 
 def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     device = next(model.parameters()).device
-    for name, value in inputs.items():
+    for name, value in flat_inputs(inputs).items():
         if isinstance(value, torch.Tensor) and value.device != device:
             raise CompileError(f"the model is on {device}, but the input {name} is on {value.device}; move one of them")
 

@@ -17,6 +17,7 @@ from stepgraph.compiler.passes.context import MapGroup, PassContext, slot_name
 from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
 from stepgraph.compiler.passes.erase_identities import erase_identities
 from stepgraph.compiler.passes.erase_markers import erase_markers
+from stepgraph.compiler.passes.fold_constants import fold_constants
 from stepgraph.compiler.passes.forecast_site import forecast_site
 from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
 from stepgraph.compiler.passes.fuse_lowrank import fuse_lowrank
@@ -41,12 +42,12 @@ Pass = Callable[[fx.GraphModule, PassContext], int]
 # chosen last.
 PASSES: tuple[Pass, ...] = (
     add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code,
-    erase_identities, fuse_modulated_norm, fuse_gated_residual, fuse_lowrank, choose_providers,
+    erase_identities, fuse_modulated_norm, fuse_gated_residual, fuse_lowrank, fold_constants, choose_providers,
 )  # fmt: skip
-# `split_projections` runs once, before the rows are rewritten.
+# `split_projections` runs once, before the rows are rewritten, `merge_projections` when what is hoisted has left them.
 OPTIONAL_PASSES = frozenset((
-    "split_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm", "fuse_gated_residual",
-    "fuse_lowrank",
+    "split_projections", "merge_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm",
+    "fuse_gated_residual", "fuse_lowrank", "fold_constants",
 ))  # fmt: skip
 
 

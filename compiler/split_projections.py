@@ -128,7 +128,8 @@ def _partial(
     assert isinstance(weight, fx.Node)
     index = (slice(None), slice(*columns))
     own = graph.call_function(operator.getitem, (weight, index))
-    own.meta |= {"val": weight.meta["val"][index]}
+    # With its product in one region.
+    own.meta |= {"val": weight.meta["val"][index], "nn_module_stack": projection.meta["nn_module_stack"]}
     product = graph.call_function(F.linear, (value, own, bias))
     macs = value.meta["val"].numel() * projection.meta["val"].shape[-1]
     product.meta |= projection.meta | {"val": projection.meta["val"].clone(), "macs": macs}

@@ -32,6 +32,7 @@ from stepgraph.compiler.faithful import (
     state_of,
 )
 from stepgraph.compiler.tracer import ModuleCall, TracedTensor, TraceError, Tracer, frame_location
+from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach import own_forward
 
 # Two traces at once would see each other's patches of nn.Module.
@@ -75,20 +76,20 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Args:
         model: In evaluation mode; real, on the meta device, or built of fake tensors.
         inputs: Keyword arguments of the forward. Tensors (real or fake) become inputs of the graph, named like the
-            argument; everything else is a constant of the graph.
+            argument; tensors inside a dict become inputs too (`stepgraph.inputs`). Everything else is a constant of the graph.
 
     Raises:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
-            twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or dict.
+            twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
     """
     training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
     if training is not None:
         raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
-    for name, value in inputs.items():
+    for name, value in flat_inputs(inputs).items():
         if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
             raise TraceError(
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
-                f"graph; only inputs that are tensors themselves can change from call to call"
+                f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
     started = time.perf_counter()
     with TRACE_LOCK, torch.inference_mode(False), torch.no_grad():
@@ -111,7 +112,8 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
 
 def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"]) -> Trace:
     """Run the forward once on traced tensors."""
-    tensors = [*model.parameters(), *model.buffers(), *(v for v in inputs.values() if isinstance(v, torch.Tensor))]
+    given = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
+    tensors = [*model.parameters(), *model.buffers(), *given.values()]
     mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
     tracer = Tracer(model, mode, device)
@@ -137,11 +139,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(mode)
         stack.enter_context(tracer.flops)
-        placeholders = {
-            name: tracer.record("placeholder", name, (), {}, tracer.fake(value))
-            for name, value in inputs.items()
-            if isinstance(value, torch.Tensor)
-        }
+        placeholders = {name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in given.items()}
         stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
         stack.enter_context(tracer)
@@ -149,7 +147,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
         forward = own_forward(model)
         run = call if forward is None else lambda _, **arguments: forward(**arguments)
         try:
-            result = tracer.call_module(run, model, (), {**inputs, **placeholders})
+            result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
         except TraceError:
             raise
         except Exception as error:

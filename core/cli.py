@@ -118,6 +118,9 @@ def compile_command(
     exact: Annotated[bool, typer.Option(help="bit-equal to the eager model; needs --backend eager")] = False,
     hoist_limit_mb: Annotated[float | None, typer.Option(help="most megabytes of what is computed before the loop")] = None,
     prepack: Annotated[bool, typer.Option(help="with inductor on a CPU: a copy of linear weights in oneDNN's layout")] = True,
+    merge: Annotated[
+        bool, typer.Option(help="with packed weights: run linear maps of one input, as q, k and v, as one")
+    ] = True,
     slot_dtype: Annotated[str | None, typer.Option(help=f"keep stored values as {', '.join(SLOT_DTYPES)}")] = None,
     offload: Annotated[bool, typer.Option(help="keep stored values in host memory between uses that are far apart")] = False,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
@@ -130,7 +133,7 @@ def compile_command(
         report("compiling", 1, 3)
         inputs = example_inputs(loaded, batch)
         config = CompileConfig(
-            backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, slot_dtype=slot_dtype, offload=offload
+            backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, merge=merge, slot_dtype=slot_dtype, offload=offload
         )
         executable = compile_plan(loaded, CachePlan.load(plan), inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)

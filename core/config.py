@@ -23,6 +23,7 @@ class CompileConfig:
         hoist_limit_mb: Most megabytes of such values per branch; the largest stay in the loop beyond it.
         regions: With "inductor", compile each distinct piece of the variants once; else each whole variant.
         prepack: In regions on CPUs, give linear maps a copy of their weights in the layout of oneDNN.
+        merge: Run linear maps of one module that read one value (q, k and v) as one, where they have such a copy: one of all.
         slot_dtype: Keep stored values in this narrower dtype ("bfloat16", "float16", "float8_e4m3fn" with a scale per sample);
             values of linear maps that increments are added to keep theirs. None stores values as they are.
         offload: Keep stored values in host memory between uses that are more than three steps apart; on CUDA it is pinned and
@@ -39,6 +40,7 @@ class CompileConfig:
     hoist_limit_mb: float | None = None
     regions: bool = True
     prepack: bool = True
+    merge: bool = True
     slot_dtype: str | None = None
     offload: bool = False
     cuda_graphs: bool | None = None
@@ -57,6 +59,11 @@ class CompileConfig:
             )
         if self.hoist_limit_mb is not None and not self.hoist_limit_mb >= 0:
             raise ValueError(f"hoist_limit_mb is {self.hoist_limit_mb!r}; expected megabytes, 0 or more, or None for no limit")
+
+    @property
+    def packs(self) -> bool:
+        """Whether linear maps on CPUs run with packed copies of their weights."""
+        return self.backend == "inductor" and self.regions and self.prepack
 
     @property
     def storage(self) -> torch.dtype | None:

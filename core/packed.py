@@ -2,7 +2,7 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,29 +24,31 @@ class PackedWeights:
     def __init__(self, pack: Callable[[Tensor], Tensor], limit: int | None = None) -> None:
         self.pack, self.limit = pack, limit
         self.bytes = 0
-        self._kept: OrderedDict[tuple[Any, ...], tuple[int, Tensor, int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], tuple[tuple[int, ...], Tensor, int]] = OrderedDict()
         self._owners: dict[int, weakref.ref[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, weight: Tensor) -> Tensor:
-        """The packed form of a weight."""
-        if weight.is_inference():
-            return self.pack(weight)
-        storage = weight.untyped_storage()
-        key = (id(storage), weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+    def get(self, *weights: Tensor) -> Tensor:
+        """The packed form of a weight, or of several, one below the other."""
+        if any(weight.is_inference() for weight in weights):
+            return self.pack(_stacked(weights))
+        storages = [weight.untyped_storage() for weight in weights]
+        key = tuple(_place(weight, storage) for weight, storage in zip(weights, storages, strict=True))
+        versions = tuple(weight._version for weight in weights)
         kept = self._kept.get(key)
-        if kept is not None and kept[0] == weight._version:
+        if kept is not None and kept[0] == versions:
             self._kept.move_to_end(key)
             return kept[1]
         self._drop(key)
-        packed = self.pack(weight)
+        packed = self.pack(_stacked(weights))
         # A packed form whose layout is its maker's secret tells no size of its own.
-        size = weight.nbytes if packed.is_mkldnn else packed.nbytes
-        if id(storage) not in self._owners:
-            self._watch(storage)
-        self._kept[key] = (weight._version, packed, size)
+        size = sum(weight.nbytes for weight in weights) if packed.is_mkldnn else packed.nbytes
+        for storage in storages:
+            if id(storage) not in self._owners:
+                self._watch(storage)
+        self._kept[key] = (versions, packed, size)
         self.bytes += size
         while self.limit is not None and self.bytes > self.limit and len(self._kept) > 1:
             self._drop(next(iter(self._kept)))
@@ -63,5 +65,13 @@ class PackedWeights:
 
     def _forget(self, number: int) -> None:
         self._owners.pop(number, None)
-        for key in [key for key in self._kept if key[0] == number]:
+        for key in [key for key in self._kept if any(part[0] == number for part in key)]:
             self._drop(key)
+
+
+def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    return id(storage), weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(weights)) if len(weights) > 1 else weights[0]

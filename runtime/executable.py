@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger, read_env
+from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.arena import Arena
@@ -146,10 +147,10 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
 
 
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a program is specific to: the tensors' shapes, dtypes and devices, and everything else by its value."""
+    """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
     return tuple(
         (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
-        for name, value in sorted(inputs.items())
+        for name, value in sorted(flat_inputs(inputs).items())
     )
 
 
@@ -345,7 +346,7 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
-        program = self._program(inputs)
+        program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
         if torch.is_autocast_enabled(arguments[0].device.type):

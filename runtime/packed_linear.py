@@ -11,10 +11,12 @@ DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # type: ignore[no-any-return]
 
 
 PACKED = PackedWeights(_pack)
+# Biases of merged maps, one behind the other.
+STACKED = PackedWeights(lambda stacked: stacked)
 
 
 def packs(x: Tensor, weight: Tensor) -> bool:
@@ -45,7 +47,46 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") 
     return F.linear(x, weight, bias)
 
 
+def run_packed_columns(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    """`F.linear(x, weight[:, start:stop], bias)`: x [..., stop - start], weight [C_out, C_in], bias [C_out].
+
+    The whole weight is the argument: compiled code makes views whose versions do not follow it.
+    """
+    return run_packed_linear(x, weight[:, start:stop], bias)
+
+
+def _fake_columns(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    return F.linear(x, weight[:, start:stop], bias)
+
+
+def run_merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Several linear maps as one: their results side by side.
+
+    Args:
+        x: [..., C_in].
+        weights: [C_i, C_in] each; packed as one, and anew when one of them has been written to.
+        biases: [C_i] each; empty for maps without.
+
+    Returns:
+        [..., sum C_i].
+    """
+    bias = STACKED.get(*biases) if biases else None
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(*weights), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _fake_merged(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+
+
 LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation='') -> Tensor")
 LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
 torch.library.register_fake("stepgraph::packed_linear", _fake, lib=LIBRARY)
 packed_linear = torch.ops.stepgraph.packed_linear.default
+LIBRARY.define("packed_columns(Tensor x, Tensor weight, Tensor? bias, int start, int stop) -> Tensor")
+LIBRARY.impl("packed_columns", run_packed_columns, "CPU")
+torch.library.register_fake("stepgraph::packed_columns", _fake_columns, lib=LIBRARY)
+packed_columns = torch.ops.stepgraph.packed_columns.default
+LIBRARY.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+LIBRARY.impl("merged_linear", run_merged_linear, "CPU")
+torch.library.register_fake("stepgraph::merged_linear", _fake_merged, lib=LIBRARY)
+merged_linear = torch.ops.stepgraph.merged_linear.default

@@ -208,10 +208,10 @@ def test_a_host_read_is_declined_and_the_device_stays_usable(dit):
     wanted = two_prompts(exe, scheduler, capture=False)
 
     def reading(call):
-        return lambda *given: call(*given) if given[0].sum().item() < 1e9 else ()
+        return lambda *given: call(*given) if given[0][0].sum().item() < 1e9 else ()
 
     program = exe.default
-    variants = tuple(replace(variant, call=reading(variant.call)) for variant in program.variants)
+    variants = tuple(replace(variant, run=reading(variant.run)) for variant in program.variants)
     changed = replace(program, variants=variants)
     other = replace(exe, default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=type(exe.captured)())
     with pytest.raises(sg.CompileError, match="capture=True, but the run cannot be captured"):

@@ -8,9 +8,13 @@ import torch
 from conftest import NULL_CLASS, TINY, inputs, labels, noise, tiny_dit, tiny_scheduler
 from test_families import FLUX, flux_inputs, flux_plan
 from test_families import STEPS as FLUX_STEPS
+from test_pixart_sd3 import PIXART, pixart_inputs, planned
 
 import stepgraph as sg
+from stepgraph.compiler.graphs import written_storages
 from stepgraph.compiler.hoist import Inputs, Level, levels_of
+from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.passes.fold_constants import fold_constants
 from stepgraph.compiler.trace import trace
 from stepgraph.config import CompileError
 from stepgraph.runtime import tables
@@ -229,3 +233,34 @@ def test_conditioning_made_anew_at_every_step_is_not_batched_each_time(dit, monk
 def test_three_blocks_have_three_blocks_tables():
     model = tiny_dit(seed=1, num_layers=3)
     assert len(compiled(model).default.variants[0].tables) == 6 * 3 + 2
+
+
+def test_constants_of_a_tensors_shape_are_no_tables_of_all_steps():
+    """The gate of ones behind which PixArt's stored cross-attention joins a run of updates."""
+    torch.manual_seed(0)
+    model, given = diffusers.PixArtTransformer2DModel(**PIXART).eval(), pixart_inputs(2)
+    plan = planned(model, given, {"attn": "CRCR", "cross_attn": "CRCR"})
+    exe = sg.compile(model, plan, given, backend="eager")
+    constants = [table for table in exe.default.hoisted.tables if "ones_like" in table.name]
+    assert [(table.per_step, table.bytes) for table in constants] == [(False, 2 * 32 * 4)]
+    session, exact = exe.session(), sg.compile(model, plan, given, backend="eager", exact=True).session()
+    for t in plan.header.timesteps:
+        step = {**given, "timestep": torch.full((2,), int(t))}
+        assert error(session(**step).sample, exact(**step).sample) < 1e-5
+
+
+def test_what_is_folded_is_what_was_there():
+    class Filled(torch.nn.Module):
+        def forward(self, x, timestep):
+            written = torch.zeros_like(x)
+            written.add_(timestep)
+            wide = torch.full_like(x, 2.5, dtype=torch.float64) + x.new_full((3, 1), 4) + x.new_ones(2)
+            return wide + torch.zeros_like(x) + torch.rand_like(x) * 0 + written
+
+    model, x, timestep = Filled().eval(), torch.randn(3, 2), torch.ones(())
+    traced = trace(model, {"x": x, "timestep": timestep})
+    written, gm = written_storages(traced.graph), traced.bind(model)
+    assert fold_constants(gm, PassContext((), "", (), (), written, exact=True)) == 0
+    assert fold_constants(gm, PassContext((), "", (), (), written, exact=False)) == 4
+    gm.recompile()
+    assert torch.equal(gm(x, timestep)[0], model(x, timestep))

@@ -17,7 +17,7 @@ import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models import family_of
 from stepgraph.config import CompileError
-from stepgraph.plan import MODULE_KINDS, CachePlan
+from stepgraph.plan import MODULE_KINDS, CachePlan, PlanError
 
 IMAGE, TEXT, WIDTH, STEPS = 16, 5, 32, 4
 PIXART = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
@@ -172,10 +172,84 @@ def test_pixart_corrects_the_cross_attention(pixart, exact):
     assert exe.macs().per_step[2] == fresh - 2 * saved
 
 
-def test_a_pixart_for_large_images_says_what_stands_against_it():
-    model = diffusers.PixArtTransformer2DModel(**(PIXART | {"use_additional_conditions": True, "num_layers": 1})).eval()
-    with pytest.raises(CompileError, match=r"resolution and aspect ratio .*added_cond_kwargs.*PixArt-XL-2-512x512"):
-        sg.example_inputs(model)
+# The sizes' embeddings have a third of the width each.
+SIZED = PIXART | {"use_additional_conditions": True, "attention_head_dim": 24, "cross_attention_dim": 48}
+
+
+@pytest.fixture(scope="module")
+def sized_pixart() -> diffusers.PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return diffusers.PixArtTransformer2DModel(**SIZED).eval()
+
+
+def sized_inputs(height: float = 1024.0, width: float = 768.0, batch: int = 2) -> dict:
+    sizes = {"resolution": torch.tensor([[height, width]] * batch), "aspect_ratio": torch.full((batch, 1), height / width)}
+    return {**pixart_inputs(batch), "added_cond_kwargs": sizes}
+
+
+def test_a_pixart_conditioned_on_sizes_equals_the_oracle_to_the_bit(sized_pixart):
+    """Tensors inside a dict are inputs; plain and with reuse, on the samplers' own timesteps."""
+    for actions in ({}, {"attn": "CRCR", "ff": "CCRR"}):
+        plan = planned(sized_pixart, sized_inputs(), actions)
+        assert plan.header.shapes["added_cond_kwargs__resolution"] == (2,)
+        assert plan.header.shapes["added_cond_kwargs__aspect_ratio"] == (1,)
+        checked(sized_pixart, PixArtOracle, sized_inputs(), plan)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_sizes_are_hoisted_and_compared_at_every_call(sized_pixart, exact):
+    plan = planned(sized_pixart, sized_inputs(), {})
+    exe = sg.compile(sized_pixart, plan, sized_inputs(), backend="eager", exact=exact)
+    modules = [str(n.target) for n in exe.default.variants[0].graph.graph.nodes if n.op == "call_module"]
+    assert not [name for name in modules if "embedder" in name]
+    assert {"added_cond_kwargs__resolution", "added_cond_kwargs__aspect_ratio"} <= set(exe.default.hoisted.inputs)
+    session, times = exe.session(), [int(t) for t in plan.header.timesteps]
+    other = sized_inputs(512.0, 2048.0)["added_cond_kwargs"]
+    calls = [sized_inputs() for _ in times]
+    calls[1]["added_cond_kwargs"] = other
+    calls[2]["added_cond_kwargs"] = {**other, "resolution": other["resolution"].clone().fill_(256.0)}
+    calls[3]["added_cond_kwargs"] = calls[2]["added_cond_kwargs"]
+    results = []
+    for number, (t, call) in enumerate(zip(times, calls, strict=True)):
+        if number == 3:
+            call["added_cond_kwargs"]["aspect_ratio"].fill_(3.0)
+        call["timestep"] = torch.full((2,), t)
+        with torch.no_grad():
+            found, expected = session(**call).sample, sized_pixart(**call).sample
+            apart = sized_pixart(**{**call, "added_cond_kwargs": sized_inputs()["added_cond_kwargs"]}).sample
+        assert torch.equal(found, expected) if exact else error(found, expected) < 1e-5, number
+        results.append(error(apart, expected))
+    assert results[0] == 0
+    assert min(results[1:]) > 1e-4
+
+
+def test_other_sizes_inside_a_dict_are_another_signature_or_refused(sized_pixart):
+    plan = planned(sized_pixart, sized_inputs(), {})
+    exe = sg.compile(sized_pixart, plan, sized_inputs(), backend="eager")
+    assert exe.program(sized_inputs(640.0, 640.0)) is exe.default
+    assert exe.program(sized_inputs(batch=1)) is not exe.default
+    wide = sized_inputs()
+    wide["added_cond_kwargs"]["resolution"] = torch.zeros(2, 3)
+    with pytest.raises(PlanError, match=r"added_cond_kwargs__resolution of shape \[batch, 2\]; given is \[batch, 3\]"):
+        exe.program(wide)
+    with pytest.raises(PlanError, match=r"the plan is for the tensor inputs .*added_cond_kwargs__resolution"):
+        exe.program(pixart_inputs(2))
+    with pytest.raises(CompileError, match="two inputs are named added_cond_kwargs__resolution"):
+        exe.program({**sized_inputs(), "added_cond_kwargs__resolution": torch.zeros(2, 2)})
+
+
+def test_example_inputs_of_a_pixart_for_large_images(sized_pixart):
+    sizes = sg.example_inputs(sized_pixart, 3)["added_cond_kwargs"]
+    assert sizes["resolution"].tolist() == [[64.0, 64.0]] * 3
+    assert sizes["aspect_ratio"].tolist() == [[1.0]] * 3
+    published = family_of(sized_pixart).example_inputs
+    large = {**PIXART, "sample_size": 128, "use_additional_conditions": None}
+    assert published(large, 1, torch.float32, torch.device("cpu"))["added_cond_kwargs"]["resolution"].tolist() == [[1024, 1024]]
+    assert "added_cond_kwargs" not in published({**large, "sample_size": 64}, 1, torch.float32, torch.device("cpu"))
+
+
+def test_pixart_cannot_be_sampled_by_name(pixart):
+    model = pixart
     with pytest.raises(CompileError, match="conditioned on text embeddings"):
         family_of(model).conditioning(PIXART, 1, torch.device("cpu"))
 

@@ -12,9 +12,12 @@ from test_families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_pla
 
 import stepgraph as sg
 from stepgraph.compiler.describe import marked_graph
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.outline import cut, lift
 from stepgraph.compiler.split_projections import split_projections
 from stepgraph.corrections import Forecast
 from stepgraph.plan import CachePlan
+from stepgraph.runtime.packed_linear import PACKED, packed_columns, packs
 
 N, C = IMAGE + TEXT, WIDTH
 # What each half costs, and its part of the projection.
@@ -121,3 +124,63 @@ def test_a_projection_may_be_split_in_one_block_and_reused_in_another(flux, flow
     assert [projections(exe, s) for s in range(STEPS)] == [
         Counter(whole=1, parts=2), Counter(whole=1, parts=1), Counter(whole=0, parts=2), Counter(whole=0, parts=1),
     ]  # fmt: skip
+
+
+def test_halves_are_products_with_packed_columns_in_the_region_of_their_block(flux, flow):
+    if not packs(torch.zeros(1, C), torch.zeros(C, C)):
+        pytest.skip("oneDNN's packed linear maps are not there")
+    exe = sg.compile(flux, flux_plan(flux, flow, halves("CRCR", "CCRR")), flux_inputs(2), backend="eager")
+    whole = [flux.single_transformer_blocks[i].proj_out.weight for i in range(2)]
+    for step, ranges in enumerate([[(0, C), (C, 5 * C)], [(C, 5 * C)], [(0, C)], []]):
+        gm = exe.default.variants[exe.default.rows[step]].graph
+        pieces = cut(gm, family_of(flux).stacks[1].holds)
+        regions = [lift(gm, piece, prepack=True) for piece in pieces]
+        found = [[n.args[3:] for n in region.graph.nodes if n.target is packed_columns] for region in regions]
+        assert [own for own in found if own] == ([ranges] * 2 if ranges else []), step
+        given = [w for p, own in zip(pieces, found, strict=True) if own for w in p.weights if any(w is one for one in whole)]
+        assert [id(w) for w in given] == ([id(w) for w in whole] if ranges else [])
+
+
+def test_halves_run_in_compiled_regions_and_follow_the_weights(flow, monkeypatch):
+    torch.manual_seed(0)
+    small = {**FLUX, "num_layers": 1, "num_single_layers": 1}
+    model, packed = diffusers.FluxTransformer2DModel(**small).eval(), list[tuple[int, ...]]()
+
+    def pack(weight, made=PACKED.pack):
+        packed.append(tuple(weight.shape))
+        return made(weight)
+
+    monkeypatch.setattr(PACKED, "pack", pack)
+    plan, inputs = flux_plan(model, flow, {"single_transformer_blocks.0.attn": "CR"}, steps=2), flux_inputs(2)
+    exe = sg.compile(model, plan, inputs)
+
+    def compare() -> list[torch.Tensor]:
+        with torch.no_grad():
+            got = run_flow(exe.session(), flow, plan.steps, inputs)
+            wanted = run_flow(FluxOracle.of(model, plan), flow, plan.steps, inputs)
+        for value, expected in zip(got, wanted, strict=True):
+            assert error(value, expected) < 1e-5
+        return got
+
+    before = compare()
+    packed.clear()
+    with torch.no_grad():
+        model.single_transformer_blocks[0].proj_out.weight.mul_(1.5)
+    assert error(compare()[-1], before[-1]) > 1e-3
+    if packs(torch.zeros(1, C), torch.zeros(C, C)):
+        assert sorted(packed) == [(C, C), (C, 4 * C)]
+
+
+def test_a_product_with_packed_columns_is_the_linear_map():
+    if not packs(torch.zeros(1, C), torch.zeros(C, C)):
+        pytest.skip("oneDNN's packed linear maps are not there")
+    x, linear = torch.randn(2, 5, 7), torch.nn.Linear(20, 9)
+    with torch.no_grad():
+        for bias in (linear.bias, None):
+            expected = torch.nn.functional.linear(
+                x.double(), linear.weight.double()[:, 3:10], None if bias is None else bias.double()
+            )
+            for _ in range(2):
+                assert error(packed_columns(x, linear.weight, bias, 3, 10), expected.float()) < 1e-6
+        linear.weight.mul_(2)
+        assert error(packed_columns(x, linear.weight, None, 3, 10), 2 * expected.float()) < 1e-6

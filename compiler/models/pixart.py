@@ -16,26 +16,27 @@ from stepgraph.config import CompileError
 TEXT = 120
 
 
-def example_inputs(config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+def example_inputs(config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Latents [B, C, H, W] and text embeddings [B, 120, D] in `dtype`, timestep [B] and text mask [B, 120] int64.
 
-    Raises:
-        CompileError: The model is conditioned on the size of the image, which diffusers hands over inside a dict.
+    Models conditioned on the size of the image also take `added_cond_kwargs`: height and width in pixels [B, 2] and their
+    ratio [B, 1], in `dtype`.
     """
     size, sized = config["sample_size"], config["use_additional_conditions"]
     # diffusers' own rule where the configuration does not say: models for 1024 x 1024 pixels.
-    if sized or (sized is None and size == 128):
-        raise CompileError(
-            "this PixArt is conditioned on resolution and aspect ratio (use_additional_conditions), tensors inside the dict "
-            "added_cond_kwargs, which cannot be inputs of a graph; use a model without them, such as PixArt-XL-2-512x512"
-        )
+    sized = sized or (sized is None and size == 128)
     text = config["caption_channels"] or config["cross_attention_dim"]
-    return {
+    inputs: dict[str, Any] = {
         "hidden_states": torch.zeros(batch, config["in_channels"], size, size, dtype=dtype, device=device),
         "encoder_hidden_states": torch.zeros(batch, TEXT, text, dtype=dtype, device=device),
         "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
         "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.int64, device=device),
     }
+    if sized:
+        # The latents are an eighth of the image in size.
+        pixels = torch.full((batch, 2), 8.0 * size, dtype=dtype, device=device)
+        inputs["added_cond_kwargs"] = {"resolution": pixels, "aspect_ratio": torch.ones_like(pixels[:, :1])}
+    return inputs
 
 
 def conditioning(config: Mapping[str, Any], batch: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,47 @@
+"""A forward's keyword arguments as the inputs of a graph, which are tensors by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from stepgraph.config import CompileError
+
+
+def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with what lies inside dicts of tensors beside the others.
+
+    PixArt takes `added_cond_kwargs={"resolution": ..., "aspect_ratio": ...}`; flat these are `added_cond_kwargs__resolution`
+    and `added_cond_kwargs__aspect_ratio`. Dicts without tensors stay as they are, as does everything else: flattening twice
+    is flattening once.
+
+    Raises:
+        CompileError: Two arguments have the same flat name.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        held = holds_tensors(value)
+        for key, entry in ((f"{name}__{key}", entry) for key, entry in value.items()) if held else ((name, value),):
+            if key in flat:
+                raise CompileError(f"two inputs are named {key}: one inside the dict {name}, one beside it; rename one of them")
+            flat[key] = entry
+    return flat
+
+
+def like_flat(inputs: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments in which everything that `flat` names has its value there, inside dicts of tensors too."""
+    return {
+        name: {key: flat.get(f"{name}__{key}", entry) for key, entry in value.items()}
+        if holds_tensors(value)
+        else flat.get(name, value)
+        for name, value in inputs.items()
+    }
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether an argument is a dict, by names, of which an entry is a tensor."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(key, str) and key.isidentifier() for key in value)
+        and any(isinstance(entry, torch.Tensor) for entry in value.values())
+    )
