@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,6 +207,12 @@ class Executable:
         from stepgraph.runtime.attach import detach
 
         detach(self)
+
+    def export(self, path: str | Path, format: str = "pt2", **options: Any) -> Path:
+        """Write the executable as files that run, or are read, without stepgraph (`stepgraph.runtime.export.export`)."""
+        from stepgraph.runtime.export import export
+
+        return export(self, path, format, **options)
 
     def macs(self) -> Macs:
         """Multiply-accumulates of a run, counted on the specialised graphs."""
