@@ -11,11 +11,12 @@ from typing import Any
 
 from stepgraph.config import CompileError
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.export_graph import write_graphs
 from stepgraph.runtime.export_pt2 import write_programs
 
 # Writes into an empty folder what its manifest then describes; returns that.
 Writer = Callable[..., dict[str, Any]]
-FORMATS: Mapping[str, Writer] = {"pt2": write_programs}
+FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "graph": write_graphs}
 # The file that says what an export is, by which one knows one's own.
 MANIFEST = "schedule.json"
 
@@ -35,7 +36,8 @@ def export(
     Args:
         executable: What to export; its own sessions may go on meanwhile.
         path: The folder; made if it does not exist.
-        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner.
+        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner. "graph": what every
+            variant does, as readable source, as SVG and as DOT.
         inputs: The model's forward arguments whose shapes and dtypes the programs take; by default those that the executable
             was compiled with.
         scheduler: With "pt2": the sampler, whose steps go into the schedule where they are fixed linear combinations. It is
