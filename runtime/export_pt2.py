@@ -105,7 +105,7 @@ def every_step(lifted: Lifted, examples: Sequence[Tensor], inputs: int) -> nn.Mo
         return torch.vmap(one, in_dims=(0, *[None] * fixed))(every, *rest[:fixed])
 
     with torch.no_grad():
-        return make_fx(mapped)(*examples)
+        return make_fx(mapped, tracing_mode="fake")(*examples)
 
 
 def write_tables(writer: ProgramWriter, executable: Executable, program: Program) -> dict[str, Any]:
