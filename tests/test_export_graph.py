@@ -6,9 +6,13 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import inputs, tiny_dit, tiny_scheduler
+from typer.testing import CliRunner
 
 import stepgraph as sg
+from stepgraph.cli import app
+from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.plan_plot import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -87,3 +91,28 @@ def test_a_reused_block_is_one_card(tmp_path):
     # The last block's tokens are reused, so that nobody needs the first block's.
     assert not {"attn", "ff"} & variant_texts(folder, exe.default.rows[1])
     assert {"attn", "ff"} <= variant_texts(folder, exe.default.rows[0])
+
+
+def test_the_command_exports_a_plan_file(tmp_path):
+    model, scheduler = load_model("glyph-dit", torch.device("cpu"), torch.float32), load_scheduler("glyph-dit")
+    sg.make_plan("interval", model=model, scheduler=scheduler, steps=4, every=2).save(tmp_path / "plan.json")
+    command = [
+        "export",
+        "glyph-dit",
+        "--plan",
+        str(tmp_path / "plan.json"),
+        "--format",
+        "graph",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["bytes"] == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert facts["variants"] == 2
+    again = CliRunner().invoke(app, [*command, "--json"])
+    assert again.exit_code == 1
+    assert "pass force=True (--force) to replace it" in json.loads(again.stdout)["error"]
+    unknown = CliRunner().invoke(app, [*command, "--json", "--force", "--format", "gguf"])
+    assert "unknown format 'gguf' of exports; expected pt2, graph" in json.loads(unknown.stdout)["error"]
