@@ -27,7 +27,7 @@ from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.export import FORMATS
+from stepgraph.runtime.export import FORMATS, refuse_target
 from stepgraph.runtime.sampler import prepare_scheduler
 
 
@@ -48,7 +48,8 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a plan and write it as torch.export programs with a runner that needs torch alone, or as graphs to look at."""
+    """Compile a plan and write it as torch.export or ONNX programs with a runner, or as graphs to look at."""
+    refuse_target(out, format, force)
     cache_plan = CachePlan.load(plan)
     with progress_bar("loading", as_json) as report:
         report("loading", 0, 3)

@@ -12,11 +12,12 @@ from typing import Any
 from stepgraph.config import CompileError
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.export_graph import write_graphs
+from stepgraph.runtime.export_onnx import write_onnx
 from stepgraph.runtime.export_pt2 import write_programs
 
 # Writes into an empty folder what its manifest then describes; returns that.
 Writer = Callable[..., dict[str, Any]]
-FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "graph": write_graphs}
+FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "onnx": write_onnx, "graph": write_graphs}
 # The file that says what an export is, by which one knows one's own.
 MANIFEST = "schedule.json"
 
@@ -36,12 +37,12 @@ def export(
     Args:
         executable: What to export; its own sessions may go on meanwhile.
         path: The folder; made if it does not exist.
-        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner. "graph": what every
-            variant does, as readable source, as SVG and as DOT.
+        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner. "onnx": the same with
+            ONNX programs, in float32 on the CPU. "graph": what every variant does, as readable source, as SVG and as DOT.
         inputs: The model's forward arguments whose shapes and dtypes the programs take; by default those that the executable
             was compiled with.
-        scheduler: With "pt2": the sampler, whose steps go into the schedule where they are fixed linear combinations. It is
-            not changed.
+        scheduler: With "pt2" and "onnx": the sampler, whose steps go into the schedule where they are fixed linear
+            combinations. It is not changed.
         portable: Fused operations in plain torch operations; False keeps stepgraph's own, which whoever loads the programs
             must have registered.
         force: Replace an export that is there already.
@@ -52,24 +53,18 @@ def export(
         PlanError: The scheduler is not the one that the plan was made for.
         OSError: The folder cannot be written.
     """
-    if format not in FORMATS:
-        raise CompileError(f"unknown format {format!r} of exports; expected {', '.join(FORMATS)}")
+    refuse_target(path, format, force)
     program = executable.default if inputs is None else executable.program(inputs)
-    with whole_folder(Path(path), force) as folder:
+    with whole_folder(Path(path)) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return Path(path)
 
 
 @contextmanager
-def whole_folder(path: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it takes that place if the block succeeds and is removed if it fails.
-
-    Raises:
-        CompileError: There is something at `path` that is not an export, or that is not to be replaced.
-    """
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it takes that place if the block succeeds and is removed if it fails."""
     target = path.resolve()
-    _refuse_to_replace(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial, old = target.with_name(f".{mark}.partial.{target.name}"), target.with_name(f".{mark}.old.{target.name}")
@@ -94,7 +89,15 @@ def _swap(partial: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _refuse_to_replace(target: Path, force: bool) -> None:
+def refuse_target(path: str | Path, format: str, force: bool) -> None:
+    """See that an export can be written, before anything is compiled for it.
+
+    Raises:
+        CompileError: The format is unknown, or there is something at `path` that is no export or is not to be replaced.
+    """
+    if format not in FORMATS:
+        raise CompileError(f"unknown format {format!r} of exports; expected {', '.join(FORMATS)}")
+    target = Path(path).resolve()
     if not target.exists():
         return
     if not target.is_dir():

@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,25 @@ from stepgraph.runtime.schedule import inputs_of, make_schedule, variant_name
 WEIGHTS = "weights.safetensors"
 
 
-def write_programs(folder: Path, executable: Executable, program: Program, *, scheduler: Any, portable: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Saver:
+    """How programs are written.
+
+    Attributes:
+        format: What the schedule calls it; one of `runner.FORMATS`.
+        save: (program, path) -> None.
+    """
+
+    format: str
+    save: Callable[[torch.export.ExportedProgram, Path], None]
+
+
+PT2 = Saver("stepgraph-pt2", torch.export.save)
+
+
+def write_programs(
+    folder: Path, executable: Executable, program: Program, *, scheduler: Any, portable: bool, saver: Saver = PT2
+) -> dict[str, Any]:
     """Write programs, weights and the runner; returns the schedule (see `stepgraph.runtime.export.export`)."""
     if executable.config.slot_dtype is not None:
         raise CompileError(
@@ -29,9 +48,9 @@ def write_programs(folder: Path, executable: Executable, program: Program, *, sc
             f"without slot_dtype to export"
         )
     names = WeightNames(executable.model)
-    table = {"format": runner.FORMAT, "version": runner.VERSION, "weights": WEIGHTS, **_versions()}
+    table = {"format": saver.format, "version": runner.VERSION, "weights": WEIGHTS, **_versions()}
     table |= make_schedule(executable, program, names, scheduler)
-    writer = ProgramWriter(folder, names)
+    writer = ProgramWriter(folder, names, saver)
     for number, variant in enumerate(program.variants):
         writer.write(variant_name(number), Lifted(variant.graph, names, portable=portable))
     table["tables"] = write_tables(writer, executable, program)
@@ -51,10 +70,11 @@ class ProgramWriter:
     Args:
         folder: Where to.
         names: Of the weights.
+        saver: How they are written.
     """
 
-    def __init__(self, folder: Path, names: WeightNames) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, folder: Path, names: WeightNames, saver: Saver) -> None:
+        self.folder, self.names, self.saver = folder, names, saver
         self.programs: dict[str, dict[str, Any]] = {}
         (folder / "programs").mkdir()
 
@@ -76,8 +96,8 @@ class ProgramWriter:
         examples = lifted.examples() if examples is None else examples
         with torch.no_grad():
             exported = torch.export.export(module or lifted, (*examples, *self.weights_of(lifted)), strict=False)
-        file = f"programs/{name}.pt2"
-        torch.export.save(stripped(exported), self.folder / file)
+        file = f"programs/{name}{runner.FORMATS[self.saver.format]}"
+        self.saver.save(stripped(exported), self.folder / file)
         self.programs[name] = {"file": file, "inputs": len(examples), "weights": list(lifted.weights)}
 
 

@@ -1,4 +1,4 @@
-"""Runs an exported cache plan with torch alone; `stepgraph export` copies this file into every pt2 export as run.py.
+"""Runs an exported cache plan with torch alone (ONNX programs: and onnxruntime); exports hold a copy of this file as run.py.
 
     python run.py conditioning.safetensors latents.safetensors --guidance 4 --seed 0
 
@@ -25,7 +25,8 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-FORMAT, VERSION = "stepgraph-pt2", 1
+# What this runner reads, and the ending of its programs.
+FORMATS, VERSION = {"stepgraph-pt2": ".pt2", "stepgraph-onnx": ".onnx"}, 1
 
 
 class ScheduleError(Exception):
@@ -62,6 +63,22 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
+def load_program(path: Path) -> Callable[..., Sequence[Tensor]]:
+    """A program as a function of tensors; ONNX programs need onnxruntime, and run on the CPU."""
+    if path.suffix != ".onnx":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, given)]
+
+    return run
+
+
 class Runner:
     """An export in memory: the schedule, the weights once, and the programs, each loaded when it is first needed.
 
@@ -73,8 +90,10 @@ class Runner:
         self.folder = Path(folder)
         self.schedule: dict[str, Any] = json.loads((self.folder / "schedule.json").read_text(encoding="utf-8"))
         kind = (self.schedule.get("format"), self.schedule.get("version"))
-        if kind != (FORMAT, VERSION):
-            raise ScheduleError(f"{folder} is of the format {kind}; this runner reads {(FORMAT, VERSION)}")
+        if kind[0] not in FORMATS or kind[1] != VERSION:
+            raise ScheduleError(
+                f"{folder} is of the format {kind}; this runner reads version {VERSION} of {', '.join(FORMATS)}"
+            )
         device = torch.device(self.schedule["device"])
         self.weights = {name: t.to(device) for name, t in read_tensors(self.folder / self.schedule["weights"]).items()}
         self._programs: dict[str, Callable[..., Sequence[Tensor]]] = {}
@@ -83,7 +102,7 @@ class Runner:
         """Run a program on its inputs; strides are part of what was exported, so every one is made contiguous."""
         program = self.schedule["programs"][name]
         if name not in self._programs:
-            self._programs[name] = torch.export.load(self.folder / program["file"]).module()
+            self._programs[name] = load_program(self.folder / program["file"])
         weights = (self.weights[weight] for weight in program["weights"])
         with torch.no_grad():
             return self._programs[name](*(tensor.contiguous() for tensor in tensors), *weights)

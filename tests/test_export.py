@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import stepgraph as sg
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.plan import CachePlan
+from stepgraph.runtime import export_pt2
 from stepgraph.runtime.runner import Runner, ScheduleError, read_tensors, write_tensors
 
 STEPS = 6
@@ -217,7 +218,7 @@ def test_a_folder_is_replaced_only_if_it_is_an_export_and_on_request(mixed, tmp_
     with pytest.raises(sg.CompileError, match=r"holds an export already; pass force=True"):
         exe.export(ours)
     # A failure half-way leaves what was there, and nothing beside it.
-    monkeypatch.setattr(torch.export, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(export_pt2, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         exe.export(ours, force=True)
