@@ -35,6 +35,7 @@ from stepgraph.cli_common import (
     reports_errors,
     show,
 )
+from stepgraph.cli_export import export_command
 from stepgraph.cli_factors import factors_app
 from stepgraph.cli_plan import plan_app
 from stepgraph.compiler.calibrate import calibrate, unfinished_files
@@ -56,6 +57,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.strip
 app.add_typer(plan_app, name="plan")
 app.add_typer(factors_app, name="factors")
 app.add_typer(bench_app, name="bench")
+app.command(name="export")(export_command)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,6 +231,12 @@ class Executable:
         from stepgraph.runtime.attach import detach
 
         detach(self)
+
+    def export(self, path: str | Path, format: str = "pt2", **options: Any) -> Path:
+        """Write the executable as files that run, or are read, without stepgraph (`stepgraph.runtime.export.export`)."""
+        from stepgraph.runtime.export import export
+
+        return export(self, path, format, **options)
 
     def macs(self) -> Macs:
         """Multiply-accumulates of a run, counted on the specialised graphs."""

@@ -74,6 +74,13 @@ def run_merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) ->
     return torch.ops.mkldnn._linear_pointwise(x, PACKED.get(*weights), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """What `merged_linear` computes, map by map, in plain torch."""
+    return torch.cat(
+        [F.linear(x, weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)], -1
+    )
+
+
 def _fake_merged(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 

@@ -1,0 +1,138 @@
+"""Sizes and times of pt2 exports, and whether a process without stepgraph makes the same of them.
+
+    python -m stepgraph.bench.export --model dit-xl-2-256:random --book invardiff_dit_xl2_50_slow.json --dtype bfloat16
+
+A fresh process loads the export with torch alone and runs its first steps; its outputs are compared with the executable's
+before anything is printed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from stepgraph.bench.record import write_record
+from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.import_plan import import_plan
+from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.config import CompileConfig
+from stepgraph.metrics import relative_l2
+from stepgraph.runtime.executable import Executable
+
+# Relative L2 of an output, by dtype: rounding of the other order of operations.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}
+# The fresh process: torch's folder, the export, the inputs, where the outputs go, and how many steps.
+FRESH = """
+import sys, time
+started = time.perf_counter()
+site, folder, given, out, steps = sys.argv[1:]
+sys.path[:0] = [folder, site]
+sys.modules.update(dict.fromkeys(["stepgraph", "diffusers", "safetensors"]))
+import json
+import torch
+import run
+imported = time.perf_counter()
+runner = run.Runner(folder)
+opened = time.perf_counter()
+for name, program in runner.schedule["programs"].items():
+    runner._programs[name] = torch.export.load(runner.folder / program["file"]).module()
+loaded = time.perf_counter()
+inputs, session, outputs = run.read_tensors(given), runner.session(), {}
+latents = inputs.pop(runner.schedule["inputs"][0]["name"])
+for step in range(int(steps)):
+    outputs[str(step)] = session(latents, runner.schedule["steps"][step]["timestep"], inputs)
+    if not step:
+        first = time.perf_counter()
+run.write_tensors(out, outputs)
+print(json.dumps({"import_torch_s": imported - started, "weights_s": opened - imported, "programs_s": loaded - opened,
+                  "first_step_s": first - loaded}))
+"""
+
+
+def main() -> None:
+    """Measure and write `export-<model>-<device>.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="glyph-dit")
+    parser.add_argument("--book", type=Path, help="a published plan; an interval plan of N=2 unless given")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
+    parser.add_argument("--checked", type=int, default=6, help="steps that are run and compared")
+    parser.add_argument("--dtype", default="float32", choices=sorted(TOLERANCES))
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    model = load_model(arguments.model, torch.device("cpu"), getattr(torch, arguments.dtype))
+    scheduler = load_scheduler(arguments.model)
+    if arguments.book is not None:
+        plan = import_plan(arguments.book, model, scheduler, steps=arguments.steps)
+    else:
+        plan = make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=2)
+    exe = compile_plan(model, plan, example_inputs(model, 2), CompileConfig("eager"))
+    with tempfile.TemporaryDirectory() as folder:
+        results = {"model": arguments.model, "dtype": arguments.dtype, "steps": arguments.steps, "policy": plan.header.policy}
+        results |= measure(exe, scheduler, Path(folder), arguments.checked)
+    if results["relative_l2"] > TOLERANCES[arguments.dtype]:
+        raise SystemExit(f"the export differs by {results['relative_l2']:.2g}: no figure is worth printing")
+    table = Table("what", "value", title=f"pt2 export of {arguments.model}, {arguments.dtype}")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    write_record(arguments.out / f"export-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
+
+
+def measure(exe: Executable, scheduler: Any, folder: Path, checked: int) -> dict[str, Any]:
+    """Export, load in a fresh process, and compare the outputs of the first steps."""
+    started = time.perf_counter()
+    target = exe.export(folder / "export", scheduler=scheduler)
+    results: dict[str, Any] = {"export_s": time.perf_counter() - started, **sizes(target)}
+    weights = {p.data_ptr(): p.nbytes for p in (*exe.model.parameters(), *exe.model.buffers())}
+    results |= {"model_bytes": sum(weights.values()), "variants": len(exe.default.variants)}
+    inputs = drawn(exe)
+    save_file(inputs, folder / "given.safetensors")
+    results |= run_fresh(target, folder / "given.safetensors", folder / "outputs.safetensors", checked)
+    found, session = load_file(folder / "outputs.safetensors"), exe.session()
+    errors = []
+    for step, t in enumerate(exe.plan.header.timesteps[:checked]):
+        timestep = torch.full((exe.default.batch,), t).to(example_inputs(exe.model)["timestep"].dtype)
+        wanted = session(**inputs, timestep=timestep, return_dict=False)[0]
+        errors.append(relative_l2(found[str(step)], wanted))
+    return results | {"checked_steps": checked, "relative_l2": max(errors)}
+
+
+def drawn(exe: Executable) -> dict[str, torch.Tensor]:
+    """Random latents, and the model's other inputs as its family has them, without the timestep."""
+    inputs = {n: v for n, v in example_inputs(exe.model, exe.default.batch).items() if isinstance(v, torch.Tensor)}
+    latents = next(iter(inputs))
+    inputs[latents] = torch.randn(inputs[latents].shape, generator=torch.Generator().manual_seed(0)).to(inputs[latents].dtype)
+    return {name: value for name, value in inputs.items() if name != "timestep"}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the weights, of the programs and of all but the weights."""
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    weights = files[folder / "weights.safetensors"]
+    programs = sum(size for path, size in files.items() if path.suffix == ".pt2")
+    return {"weights_file_bytes": weights, "program_bytes": programs, "bytes_without_weights": sum(files.values()) - weights}
+
+
+def run_fresh(folder: Path, given: Path, out: Path, steps: int) -> dict[str, float]:
+    """Seconds of loading in a process that has torch alone."""
+    command = [sys.executable, "-I", "-S", "-c", FRESH, Path(torch.__file__).parents[1], folder, given, out, steps]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"the process without stepgraph failed:\n{result.stderr}")
+    seconds: dict[str, float] = json.loads(result.stdout)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

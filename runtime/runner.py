@@ -1,0 +1,299 @@
+"""Runs an exported cache plan with torch alone (ONNX programs: and onnxruntime); exports hold a copy of this file as run.py.
+
+    python run.py conditioning.safetensors latents.safetensors --guidance 4 --seed 0
+
+`conditioning.safetensors` holds the model's inputs behind latents and timestep, batch first, by their names; with guidance the
+unconditional ones as `negative_<name>`; and `noise` [B, C, ...], which is drawn from the seed unless it is there. From Python:
+
+    latents = Runner("folder").sample(noise, guidance_scale=4.0, class_labels=..., negative_class_labels=...)
+
+schedule.json says what every step runs, reads, stores and frees (docs/export.md of stepgraph describes it).
+"""
+
+import argparse
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# What this runner reads, and the ending of its programs.
+FORMATS, VERSION = {"stepgraph-pt2": ".pt2", "stepgraph-onnx": ".onnx"}, 1
+
+
+class ScheduleError(Exception):
+    """An export, or a call of it, that does not fit; the message says what was expected."""
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, as views of the mapped file; pages are read when they are first used."""
+    size = Path(path).stat().st_size
+    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    if not 8 < start <= size:
+        raise ScheduleError(f"{path} is no safetensors file: its header would end at byte {start} of {size}")
+    header = json.loads(raw[8:start].numpy().tobytes())
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            tensors[name] = raw[start + first : start + last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, dict[str, Any](), 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def load_program(path: Path) -> Callable[..., Sequence[Tensor]]:
+    """A program as a function of tensors; ONNX programs need onnxruntime, and run on the CPU."""
+    if path.suffix != ".onnx":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, given)]
+
+    return run
+
+
+class Runner:
+    """An export in memory: the schedule, the weights once, and the programs, each loaded when it is first needed.
+
+    Args:
+        folder: The export.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.schedule: dict[str, Any] = json.loads((self.folder / "schedule.json").read_text(encoding="utf-8"))
+        kind = (self.schedule.get("format"), self.schedule.get("version"))
+        if kind[0] not in FORMATS or kind[1] != VERSION:
+            raise ScheduleError(
+                f"{folder} is of the format {kind}; this runner reads version {VERSION} of {', '.join(FORMATS)}"
+            )
+        device = torch.device(self.schedule["device"])
+        self.weights = {name: t.to(device) for name, t in read_tensors(self.folder / self.schedule["weights"]).items()}
+        self._programs: dict[str, Callable[..., Sequence[Tensor]]] = {}
+
+    def call(self, name: str, *tensors: Tensor) -> Sequence[Tensor]:
+        """Run a program on its inputs; strides are part of what was exported, so every one is made contiguous."""
+        program = self.schedule["programs"][name]
+        if name not in self._programs:
+            self._programs[name] = load_program(self.folder / program["file"])
+        weights = (self.weights[weight] for weight in program["weights"])
+        with torch.no_grad():
+            return self._programs[name](*(tensor.contiguous() for tensor in tensors), *weights)
+
+    def session(self) -> "Session":
+        """A fresh run, with no stored values."""
+        return Session(self)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        guidance_scale: float = 1.0,
+        on_step: Callable[[int, int], None] | None = None,
+        **conditioning: Tensor,
+    ) -> Tensor:
+        """Denoise.
+
+        Args:
+            noise: Standard normal latents [B, C, ...].
+            guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
+            on_step: Called with (steps done, steps in all).
+            **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as `negative_<name>`.
+
+        Returns:
+            Latents [B, C, ...].
+        """
+        schedule, sampler = self.schedule, self.schedule["sampler"]
+        if "terms" not in sampler:
+            raise ScheduleError(f"the schedule has no sampler: {sampler['reason']}; step one of your own around session()")
+        cond, uncond = self._conditioning(conditioning, guidance_scale)
+        latents: Tensor = noise * sampler["init_noise_sigma"]
+        session, steps = self.session(), len(schedule["steps"])
+        kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
+        for number, step in enumerate(schedule["steps"]):
+            scaled = latents * sampler["scales"][number] if sampler["scales"][number] != 1 else latents
+            outputs = self._predict(session, scaled, step["timestep"], cond, uncond)
+            kept.appendleft((latents, _guided(outputs, guidance_scale, latents)))
+            latents = _combined(kept, sampler["terms"][number], latents.dtype)
+            if on_step is not None:
+                on_step(number + 1, steps)
+        return latents
+
+    def _conditioning(
+        self, given: Mapping[str, Tensor], guidance_scale: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The conditional inputs and, with guidance, the unconditional ones."""
+        names = [entry["name"] for entry in self.schedule["inputs"][1:] if entry["name"] != "timestep"]
+        guided = guidance_scale > 1
+        wanted = {*names, *(f"negative_{name}" for name in names if guided)}
+        missing = sorted(wanted - set(given))
+        if missing:
+            raise ScheduleError(f"the input {missing[0]} is missing; expected are {', '.join(sorted(wanted))}")
+        if self.schedule["guidance"] == "separate" and not guided:
+            raise ScheduleError(
+                f"the plan has a branch each for cond and uncond; guidance_scale is {guidance_scale}, not above 1"
+            )
+        return {n: given[n] for n in names}, {n: given[f"negative_{n}"] for n in names} if guided else None
+
+    def _predict(
+        self,
+        session: "Session",
+        latents: Tensor,
+        timestep: float,
+        cond: dict[str, Tensor],
+        uncond: dict[str, Tensor] | None,
+    ) -> Sequence[Tensor]:
+        """The model's outputs: one, or under guidance the wanted one and the base."""
+        if uncond is None:
+            return [session(latents, timestep, cond)]
+        if self.schedule["guidance"] == "separate":
+            return [session(latents, timestep, cond), session(latents, timestep, uncond)]
+        if session.both is None:
+            session.both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+        return session(torch.cat([latents, latents]), timestep, session.both).chunk(2)
+
+
+class Session:
+    """One run of a schedule: which step is next, and what is stored. Call it once per step and branch."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.schedule = runner, runner.schedule
+        branches = len(self.schedule["branches"])
+        self.step, self.branch = 0, 0
+        # Conditioning of both guidance halves, the same tensors at every step.
+        self.both: dict[str, Tensor] | None = None
+        self._slots: list[dict[int, list[Tensor]]] = [{} for _ in range(branches)]
+        self._tables: list[tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor | None] | None] = [None] * branches
+
+    def __call__(self, latents: Tensor, timestep: float | Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The model's first output at the next step, or for its next branch.
+
+        Args:
+            latents: What the model gets, scaled.
+            timestep: A number, or a tensor [B].
+            conditioning: The other inputs by name; the same tensors at every step of a run.
+        """
+        if self.step == len(self.schedule["steps"]):
+            raise ScheduleError(f"all {self.step} steps have run; start a new session")
+        schedule, step, slots = self.schedule, self.schedule["steps"][self.step], self._slots[self.branch]
+        inputs = self._inputs(latents, timestep, conditioning)
+        variant = schedule["variants"][step["variant"]]
+        stored = [tensor for slot in step["reads"] for tensor in slots[slot]]
+        constants = [self.runner.weights[name] for name in step["constants"][self.branch]]
+        tables = self._table_values(inputs) if variant["tables"] else []
+        outputs = self.runner.call(
+            variant["program"], *inputs.values(), *stored, *constants, *(tables[number] for number in variant["tables"])
+        )
+        rest = iter(outputs[schedule["results"] :])
+        for slot, count in zip(step["stores"], variant["stores"]):
+            slots[slot] = [next(rest) for _ in range(count)]
+        for slot in step["frees"]:
+            del slots[slot]
+        self.branch = (self.branch + 1) % len(self._slots)
+        self.step += self.branch == 0
+        return outputs[0]
+
+    def _inputs(self, latents: Tensor, timestep: float | Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's inputs by name, in order."""
+        given, inputs = {self.schedule["inputs"][0]["name"]: latents, "timestep": timestep, **conditioning}, dict[str, Tensor]()
+        for entry in self.schedule["inputs"]:
+            value = torch.as_tensor(given[entry["name"]], device=latents.device)
+            value = value.expand(entry["shape"]) if not value.ndim else value
+            if list(value.shape) != entry["shape"]:
+                raise ScheduleError(f"{entry['name']} has the shape {list(value.shape)}; exported for {entry['shape']}")
+            inputs[entry["name"]] = value.to(getattr(torch, entry["dtype"]))
+        return inputs
+
+    def _table_values(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What depends on prompt and timestep alone: computed at a run's first step, for all steps where that is possible."""
+        fixed = [inputs[name] for name in self.schedule["tables"]["inputs"]]
+        timestep, known = inputs["timestep"], self._tables[self.branch]
+        if known is None:
+            known = self._tables[self.branch] = self._first_tables(timestep, fixed)
+        prompt, batched, every = known
+        if batched is not None and every is not None:
+            if not torch.equal(every[self.step], timestep):
+                expected = self.schedule["steps"][self.step]["timestep"]
+                raise ScheduleError(f"step {self.step} got the timestep {timestep.tolist()}; its tables are for {expected}")
+            return [*prompt, *(table[self.step] for table in batched)]
+        if "timestep" not in self.schedule["programs"]:
+            return list(prompt)
+        return [*prompt, *self.runner.call("timestep", timestep, *fixed, *prompt)]
+
+    def _first_tables(
+        self, timestep: Tensor, fixed: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor | None]:
+        """The values at prompt level and, where it takes one call, those of all steps [T, ...], with their timesteps."""
+        prompt = self.runner.call("prompt", *fixed)
+        if not self.schedule["tables"]["batched"]:
+            return prompt, None, None
+        own = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)
+        every = own.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
+        return prompt, self.runner.call("timestep", every, *fixed, *prompt), every
+
+
+def _guided(outputs: Sequence[Tensor], guidance_scale: float, latents: Tensor) -> Tensor:
+    """The prediction under guidance; a variance that the model predicts in as many channels again is left out."""
+    channels = latents.shape[1]
+    wanted, base = (out[:, :channels] if out.shape[1] == 2 * channels else out for out in (outputs[0], outputs[-1]))
+    return base + guidance_scale * (wanted - base) if len(outputs) == 2 else wanted
+
+
+def _combined(kept: Sequence[tuple[Tensor, Tensor]], terms: Sequence[tuple[int, int, float]], dtype: torch.dtype) -> Tensor:
+    """A step of the sampler: a fixed linear combination of latents and predictions of this and earlier steps."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    total = torch.stack([weight * kept[age][output].to(wide) for age, output, weight in terms]).sum(0)
+    return total.to(dtype)
+
+
+def main() -> None:
+    """Sample from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("conditioning", help="safetensors file of the model's inputs")
+    parser.add_argument("latents", help="safetensors file that is written")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 for none")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, where the conditioning brings none")
+    arguments = parser.parse_args()
+    runner = Runner(Path(__file__).parent)
+    given = {name: tensor.to(runner.schedule["device"]) for name, tensor in read_tensors(arguments.conditioning).items()}
+    noise = given.pop("noise", None)
+    if noise is None:
+        entry = runner.schedule["inputs"][0]
+        halves = 2 if arguments.guidance > 1 and runner.schedule["guidance"] == "batched" else 1
+        shape = [entry["shape"][0] // halves, *entry["shape"][1:]]
+        generator = torch.Generator().manual_seed(arguments.seed)
+        noise = torch.randn(shape, generator=generator).to(runner.schedule["device"], getattr(torch, entry["dtype"]))
+    latents = runner.sample(noise, arguments.guidance, None, **given)
+    write_tensors(arguments.latents, {"latents": latents})
+    print(f"wrote {arguments.latents}: {list(latents.shape)}, root mean square {math.sqrt(latents.float().pow(2).mean()):.4g}")
+
+
+if __name__ == "__main__":
+    main()
