@@ -23,7 +23,7 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.fingerprint import refuse_other_model
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, Program, Variant, described, parts_of, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 from stepgraph.runtime.tables import Hoisted
 
@@ -43,7 +43,8 @@ def compile_plan(
     program = build(inputs)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
-    return Executable(model, plan, config, build, program, parts_of(model), {signature(inputs): program})
+    programs = {signature(inputs): program}
+    return Executable(model, plan, config, build, program, parts_of(model), described(inputs), factors, programs)
 
 
 def build_program(
