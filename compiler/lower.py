@@ -123,9 +123,7 @@ def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
     ]
     patches = {"max_autotune": True} if config.max_autotune else None
     with torch.no_grad():
-        run = compile_kept(gm, examples, patches)
-        run(*examples)
-    return run
+        return compile_kept(gm, examples, patches)
 
 
 def _is_fake(value: torch.Tensor) -> bool:
