@@ -33,7 +33,7 @@ test: lint ## Lint, then run all tests that need no GPU
 lint: $(STAMP) ## Check format, lint rules, import direction and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py core/cli.py core/cli_bench.py core/cli_common.py core/cli_correct.py core/cli_export.py core/cli_factors.py core/cli_plan.py core/cli_router.py core/cli_sweep.py core/demo.py
+	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py core/cli.py core/cli_artifact.py core/cli_bench.py core/cli_common.py core/cli_correct.py core/cli_export.py core/cli_factors.py core/cli_plan.py core/cli_router.py core/cli_sweep.py core/demo.py
 	@rm -rf $(LINT) build/lib build/bdist.*
 	CC=/bin/false CXX=/bin/false $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from stepgraph.compiler.records import read_record, write_record
+from stepgraph.compiler.records import parse_record_file, read_record, write_record
 from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype, tensor_digest
 from stepgraph.plan import DTYPES, PlanError
 
@@ -24,6 +24,9 @@ AFFINE = "affine"
 # Factors of several methods, merged.
 MIXED = "mixed"
 REMEDY = "make factors with `stepgraph factors make`"
+
+# Within the class `bytes` is a property.
+Contents: TypeAlias = bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,15 @@ class Factors:
             PlanError: The file is missing, cut short, of another format or version, holds tensors that are not valid, or others
                 than were saved.
         """
-        described, tensors = read_record(path, FORMAT, VERSION, REMEDY)
+        return cls._of_record(*read_record(path, FORMAT, VERSION, REMEDY), path)
+
+    @classmethod
+    def parse(cls, data: Contents, where: str) -> "Factors":
+        """As `load`, of a file's contents; `where` is what errors call it."""
+        return cls._of_record(*parse_record_file(data, where, FORMAT, VERSION), where)
+
+    @classmethod
+    def _of_record(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> "Factors":
         for what, kind in (("maps", list), ("arguments", dict), ("errors", dict)):
             if not isinstance(described.get(what), kind):
                 found = f"{what} is {type(described.get(what)).__name__}"

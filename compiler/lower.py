@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.compile_fx import compile_fx
 
 from stepgraph.compiler.outline import Piece, Region, attribute, cut, lift
+from stepgraph.compiler.region_cache import compile_kept
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.env import get_logger
 from stepgraph.runtime.arena import Place, Span, assign_offsets
@@ -144,9 +144,7 @@ def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
     ]
     patches = {"max_autotune": True} if config.max_autotune else None
     with torch.no_grad():
-        run: Any = compile_fx(gm, examples, config_patches=patches)
-        run(*examples)
-    return run  # type: ignore[no-any-return]
+        return compile_kept(gm, examples, patches)
 
 
 def _is_fake(value: torch.Tensor) -> bool:

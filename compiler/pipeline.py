@@ -26,7 +26,7 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, parts_of, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, Program, Variant, described, parts_of, refuse_nan, signature
 from stepgraph.runtime.layout import kept_dtype, lay_out
 from stepgraph.runtime.packed_linear import packs
 from stepgraph.runtime.slots import assign_slots
@@ -48,7 +48,8 @@ def compile_plan(
     program = build(inputs)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
-    return Executable(model, plan, config, build, program, parts_of(model), {signature(inputs): program})
+    programs = {signature(inputs): program}
+    return Executable(model, plan, config, build, program, parts_of(model), described(inputs), factors, programs)
 
 
 def build_program(

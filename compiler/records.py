@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
 from stepgraph.files import save_tensors
 from stepgraph.plan import PlanError, PlanHeader, Site
@@ -33,15 +34,48 @@ def read_record(path: str | Path, form: str, version: int, remedy: str = "") -> 
         with safe_open(str(path), framework="pt") as file:
             described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a complete {form} file ({error})") from error
+    _refuse_other_form(described, path, form, version)
+    return described, tensors
+
+
+def parse_record_file(data: bytes, where: str, form: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """As `read_record`, of a file's contents; `where` is what errors call it.
+
+    Raises:
+        PlanError: It is cut short, or not of this format and version.
+    """
+    tensors = parse_tensors(data, where)
+    try:
+        # What safetensors has taken begins with the size of its header, which is JSON.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        described = json.loads(header.get("__metadata__", {}).get("stepgraph", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{where}: not a complete {form} file ({error})") from error
+    _refuse_other_form(described, where, form, version)
+    return described, tensors
+
+
+def parse_tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file's contents.
+
+    Raises:
+        PlanError: It is cut short, or holds a dtype that torch does not have.
+    """
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PlanError(f"{where}: not a complete safetensors file ({error})") from error
+
+
+def _refuse_other_form(described: Any, path: str | Path, form: str, version: int) -> None:
     if not isinstance(described, dict):
         raise PlanError(f"{path}: its metadata is not an object")
     given = described.get("version")
     if described.get("format") != form or type(given) is not int or given != version:
         found = f"{described.get('format')} {given!r}"
         raise PlanError(f"{path}: expected {form} version {version}; got {found}")
-    return described, tensors
 
 
 def described_sites(described: Mapping[str, Any], path: str | Path) -> tuple[PlanHeader, tuple[Site, ...]]:

@@ -10,8 +10,10 @@ In four lines:
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from stepgraph.compiler.accelerate import accelerate
@@ -24,6 +26,7 @@ from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.list_policies import policies
+from stepgraph.compiler.load_artifact import load_artifact
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.router import Router
@@ -68,9 +71,30 @@ def compile(
     return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact, **options), factors)
 
 
+def load(
+    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device = "cpu", verify: bool | None = None
+) -> Executable:
+    """Read an artifact that `Executable.save` wrote, and compile it.
+
+    Nothing in an artifact is run: it is data, checked against the hashes that it states (docs/security.md).
+
+    Args:
+        path: The folder or zip file.
+        model: The model that it was made for, compared by fingerprint. An artifact that brings its weights needs none.
+        device: Where weights that the artifact brings go.
+        verify: Compare the first step with the eager model. None: where the artifact was made with another version of
+            stepgraph, torch or diffusers, which is warned of.
+
+    Raises:
+        PlanError: The artifact is missing, damaged, of another format version, or for another model.
+        CompileError: It cannot be compiled here, or its first step is not the model's.
+    """
+    return load_artifact(path, model, device=device, verify=verify)
+
+
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
     "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate",
-    "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "lowrank",
-    "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
+    "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "load",
+    "lowrank", "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
 ]  # fmt: skip

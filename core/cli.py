@@ -12,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from stepgraph.cli_artifact import cache_app, load_saved, scheduler_for
 from stepgraph.cli_bench import bench_app
 from stepgraph.cli_common import (
+    MODEL_HELP,
     AllowStochastic,
     Backend,
     Batch,
@@ -32,6 +34,7 @@ from stepgraph.cli_common import (
     parse_dtype,
     process_group,
     progress_bar,
+    refuse_strays,
     reports_errors,
     show,
 )
@@ -47,9 +50,9 @@ from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.demo import Demo, run_demo
 from stepgraph.doctor import examine
 from stepgraph.files import save_tensors, whole_file, writable_folder
-from stepgraph.fingerprint import config_of
+from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.metrics import psnr, relative_l2
-from stepgraph.plan import CachePlan
+from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampler import sample
 
@@ -57,6 +60,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.strip
 app.add_typer(plan_app, name="plan")
 app.add_typer(factors_app, name="factors")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.command(name="export")(export_command)
 
 
@@ -126,9 +130,13 @@ def compile_command(
     slot_dtype: Annotated[str | None, typer.Option(help=f"keep stored values as {', '.join(SLOT_DTYPES)}")] = None,
     offload: Annotated[bool, typer.Option(help="keep stored values in host memory between uses that are far apart")] = False,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
+    save: Annotated[Path | None, typer.Option(help="write an artifact: a folder, or a file that ends in .zip")] = None,
+    with_weights: Annotated[bool, typer.Option("--with-weights", help="put the weights into the artifact")] = False,
     as_json: Json = False,
 ) -> None:
     """Compile a plan for a model, run its first steps once, and report stages, variants, MACs and memory."""
+    if with_weights and save is None:
+        raise PlanError("--with-weights goes with --save, which says where the artifact is written")
     with progress_bar("compiling", as_json) as report:
         report("loading", 0, 3)
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
@@ -161,6 +169,9 @@ def compile_command(
     }
     if dump is not None:
         facts["dumped"] = dump_variants(executable, writable_folder(dump))
+    if save is not None:
+        executable.save(save, with_weights, scheduler_for(executable, model))
+        facts["saved"] = str(save)
     show(facts, as_json)
 
 
@@ -179,8 +190,10 @@ def dump_variants(executable: Executable, out: Path) -> list[str]:
 @app.command()
 @reports_errors
 def run(
-    model: Model,
-    plan: Annotated[Path, typer.Option(help="the plan file")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; not for an artifact that has weights")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan file")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="what `stepgraph compile --save` wrote, in place of a plan")] = None,
     images: Annotated[int, typer.Option(min=1, help="how many samples")] = 8,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 for none")] = 2.0,
     seed: Seed = 0,
@@ -194,19 +207,28 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Sample with a compiled plan; write the latents, and a contact sheet where they are images."""
+    belongs = dict.fromkeys(("plan", "backend", "factors", "dtype"), ("a model", ("plan",)))
+    refuse_strays(context, belongs, ["plan" if artifact is None else "artifact"], "--artifact, which brings its own")
     out = writable_folder(out)
-    cache_plan = CachePlan.load(plan)
+    executable: Executable | None = None
     with progress_bar("loading", as_json):
-        loaded = load_model(model, parse_device(device), parse_dtype(dtype))
-    chosen = load_scheduler(model, scheduler)
+        if plan is None and artifact is not None:
+            executable, chosen = load_saved(artifact, model, parse_device(device), scheduler)
+            loaded, cache_plan = executable.model, executable.plan
+        elif plan is not None and model is not None:
+            loaded, cache_plan = load_model(model, parse_device(device), parse_dtype(dtype)), CachePlan.load(plan)
+            chosen = load_scheduler(model, scheduler)
+        else:
+            raise PlanError("say what to run: either a model with --plan, or --artifact")
     guided = guidance > 1
     inputs = example_inputs(loaded, images * (2 if guided and cache_plan.header.guidance != "separate" else 1))
     cond, uncond = family_of(loaded).conditioning(config_of(loaded), images, torch.device(device))
     conditioning = cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
     shape = next(iter(inputs.values())).shape[1:]
-    noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed)).to(device, parse_dtype(dtype))
+    noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(loaded))
     with progress_bar("compiling", as_json) as report:
-        executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors))
+        if executable is None and plan is not None:
+            executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors))
 
         def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
             started = time.perf_counter()

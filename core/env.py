@@ -9,7 +9,8 @@ VARIABLES = {
     "STEPGRAPH_DUMP": "folder for numbered graph dumps before and after each pass and row",
     "STEPGRAPH_DISABLE_PASS": "comma-separated names of optional passes to leave out",
     "STEPGRAPH_LOG": "level of the messages on standard error: debug, info, warning",
-    "STEPGRAPH_CACHE": "folder that `accelerate` keeps statistics and plans in; ~/.cache/stepgraph unless given",
+    "STEPGRAPH_CACHE": "folder for statistics, plans and compiled regions that are kept; ~/.cache/stepgraph unless given",
+    "STEPGRAPH_REGIONS": "most megabytes of compiled regions that are kept there; 512 unless given, 0 for none",
     "STEPGRAPH_PROVIDERS": "comma-separated providers of fused operations, first choice first: triton, cpu, reference",
     "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, and look for NaN in weights and latents",
 }
@@ -25,6 +26,7 @@ class Env:
     log: str
     check: bool
     cache: Path
+    regions_mb: float
     providers: tuple[str, ...]
 
 
@@ -47,11 +49,17 @@ def read_env() -> Env:
     dump = given.get("STEPGRAPH_DUMP")
     disabled = frozenset(name.strip() for name in given.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
     cache = Path(given.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
+    try:
+        regions_mb = float(given.get("STEPGRAPH_REGIONS") or 512)
+    except ValueError:
+        regions_mb = -1.0
+    if not 0 <= regions_mb < float("inf"):
+        raise ValueError(f"STEPGRAPH_REGIONS is {given['STEPGRAPH_REGIONS']!r}; expected megabytes, 0 or more")
     providers = tuple(name.strip() for name in given.get("STEPGRAPH_PROVIDERS", "").split(",") if name.strip())
     unknown = sorted(set(providers) - set(PROVIDERS))
     if unknown:
         raise ValueError(f"STEPGRAPH_PROVIDERS names {unknown[0]!r}; the providers are {', '.join(PROVIDERS)}")
-    return Env(Path(dump) if dump else None, disabled, level, check == "1", cache, providers)
+    return Env(Path(dump) if dump else None, disabled, level, check == "1", cache, regions_mb, providers)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -147,12 +147,26 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
     return parts
 
 
+def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without their contents: a tensor as (shape, dtype), anything else by its value."""
+    return {
+        name: (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+
+
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
     return tuple(
         (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
         for name, value in sorted(flat_inputs(inputs).items())
     )
+
+
+class Saves(Protocol):
+    """What writes itself into a file, as low-rank factors do."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the file."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,6 +180,8 @@ class Executable:
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
+        example: The inputs it was compiled with, for saving: a tensor as (shape, dtype), anything else by its value.
+        factors: The low-rank factors it was compiled with, for saving.
         captured: What was captured of it in graphs.
     """
 
@@ -175,6 +191,8 @@ class Executable:
     build: Callable[[Mapping[str, Any]], Program]
     default: Program
     parts: Mapping[str, Any]
+    example: Mapping[str, Any] | None = None
+    factors: Saves | None = None
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     captured: Captured = field(default_factory=Captured, repr=False)
@@ -260,6 +278,23 @@ class Executable:
         for variant in (self.default.variants[i] for i in self.default.rows):
             calls.update(variant.providers)
         return dict(sorted(calls.items()))
+
+    def save(self, path: str | Path, with_weights: bool = False, scheduler: Any = None) -> None:
+        """Write an artifact for `stepgraph.load`: data only, no code (docs/artifacts.md).
+
+        Args:
+            path: A folder, or a file where it ends in .zip. It appears whole or not at all; an artifact there is replaced.
+            with_weights: Put the model's weights and configuration into it, so that it can be loaded without the model.
+            scheduler: Put this scheduler's configuration into it, so that `stepgraph run --artifact` needs no other.
+
+        Raises:
+            CompileError: The model's configuration or an input cannot be written as JSON.
+            PlanError: Something that is no artifact stands at `path`, or the scheduler is not the plan's.
+            OSError: The place cannot be written.
+        """
+        from stepgraph.runtime.artifact import write_artifact
+
+        write_artifact(self, path, with_weights, scheduler)
 
     def print_readable(self, step: int) -> str:
         """The Python source of the graph that a step runs, with shapes and dtypes."""

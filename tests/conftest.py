@@ -94,3 +94,5 @@ def _no_settings(monkeypatch, tmp_path):
         if name.startswith("STEPGRAPH_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / "stepgraph-cache"))
+    # Regions are shared by all tests through inductor's own cache.
+    monkeypatch.setenv("STEPGRAPH_REGIONS", "0")

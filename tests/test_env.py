@@ -25,7 +25,9 @@ def build(model, plan, **options) -> sg.Executable:
 
 def test_defaults(monkeypatch):
     monkeypatch.delenv("STEPGRAPH_CACHE")
+    monkeypatch.delenv("STEPGRAPH_REGIONS")
     env = read_env()
+    assert env.regions_mb == 512
     assert env.cache == Path.home() / ".cache" / "stepgraph"
     assert (env.dump, env.disabled_passes, env.log, env.check) == (None, frozenset(), "warning", False)
     assert all(meaning for meaning in VARIABLES.values())
@@ -36,6 +38,7 @@ def test_defaults(monkeypatch):
     [
         ("STEPGRAPH_NOSE", "1", "unknown environment variable STEPGRAPH_NOSE; known: STEPGRAPH_DUMP"),
         ("STEPGRAPH_CHECK", "yes", "STEPGRAPH_CHECK is 'yes'; expected 0 or 1"),
+        ("STEPGRAPH_REGIONS", "-1", "STEPGRAPH_REGIONS is '-1'; expected megabytes, 0 or more"),
         ("STEPGRAPH_LOG", "loud", "STEPGRAPH_LOG is 'loud'; expected debug, info, warning or error"),
     ],
 )

@@ -56,7 +56,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         raise CompileError(f"{folder / 'config.json'} is not a model's configuration ({error})") from error
     # Without accelerate diffusers cannot load leaf by leaf, and says so at length unless it is not asked to.
     lean = find_spec("accelerate") is not None
-    kind = _model_class(class_name, str(folder))
+    kind = model_class(class_name, str(folder))
     try:
         model = kind.from_pretrained(folder, low_cpu_mem_usage=lean, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -113,7 +113,7 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
         if name in family.random:
             torch.manual_seed(0)
             with torch.device(device if str(device) == "meta" else "cpu"):
-                model = _model_class(family.classes[0], name).from_config(dict(family.random[name]))
+                model = model_class(family.classes[0], name).from_config(dict(family.random[name]))
             return _ready(model, device, dtype)
     raise CompileError(f"unknown size {name!r} for random weights; known: {', '.join(_random_names())}")
 
@@ -127,7 +127,12 @@ def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.
     return _ready(pipeline.transformer, device, dtype)
 
 
-def _model_class(class_name: Any, where: str) -> Any:
+def model_class(class_name: Any, where: str) -> Any:
+    """The diffusers class of a name, which is one of those that have an adapter.
+
+    Raises:
+        CompileError: It is not; `where` says where the name stands.
+    """
     supported = [name for family in FAMILIES for name in family.classes]
     if class_name not in supported:
         raise CompileError(f"{where}: the model class {class_name!r} has no adapter; supported: {', '.join(supported)}")
