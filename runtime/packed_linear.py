@@ -76,8 +76,8 @@ def run_merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) ->
 
 def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """What `merged_linear` computes, map by map, in plain torch."""
-    pairs = zip(weights, biases or [None] * len(weights), strict=True)
-    return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=-1)
+    products = [F.linear(x, weight, biases[i] if biases else None) for i, weight in enumerate(weights)]
+    return torch.cat(products, dim=-1)
 
 
 def _fake_merged(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:

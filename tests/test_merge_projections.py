@@ -13,10 +13,12 @@ from test_pixart_sd3 import PIXART, SD3, pixart_inputs, planned, sd3_inputs
 from torch import Tensor, nn
 
 import stepgraph as sg
+from stepgraph.compiler.lower import Lowered
 from stepgraph.compiler.merge_projections import merge_projections
 from stepgraph.compiler.trace import trace
 from stepgraph.packed import PackedWeights
 from stepgraph.runtime.executable import signature
+from stepgraph.runtime.flat import Whole
 from stepgraph.runtime.packed_linear import PACKED, merged_linear, packs
 
 needs_packing = pytest.mark.skipif(
@@ -33,7 +35,7 @@ def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
     variants, counts = [], []
     for variant in exe.default.variants:
         counts.append(merge_projections(variant.graph, packs))
-        variants.append(replace(variant, call=variant.graph.forward))
+        variants.append(replace(variant, run=Whole(variant.graph.forward, exe.default.results)))
     program = replace(exe.default, variants=tuple(variants))
     return replace(exe, default=program, _programs={signature(given): program}), counts
 
@@ -148,7 +150,7 @@ def test_compiled_regions_run_merged_maps_with_one_packed_copy_and_follow_the_we
 @pytest.mark.parametrize("option", ["merge", "prepack", "regions", "the pass"])
 def test_maps_stay_apart_where_that_is_asked_or_weights_are_not_packed(option, monkeypatch):
     """Seen in the graphs alone: nothing is lowered."""
-    lowered = type("Lowered", (), {"calls": [None], "regions": 0})
+    lowered = Lowered([Whole(lambda *_: (), 1)])
     monkeypatch.setattr("stepgraph.compiler.pipeline.lower", lambda *_: lowered)
     model, given, plan = family("dit")
     assert parts_of(sg.compile(model, plan, given).default.variants[0].graph) == [3, 3]
