@@ -28,9 +28,9 @@ class CompileConfig:
             values of linear maps that increments are added to keep theirs. None stores values as they are.
         offload: Keep stored values in host memory between uses that are more than three steps apart; on CUDA it is pinned and
             copies run beside the steps.
-        cuda_graphs: Replay each distinct call of a variant as a CUDA graph, compared with the call when it is captured. None:
-            on CUDA from its second use on, where that goes and `exact` does not ask for the eager model's bits. True: from
-            the first, or refuse. False: launch every kernel.
+        cuda_graphs: On CUDA, replay runs of `sample`, and each distinct call of a variant in other runs, as CUDA graphs,
+            compared with the work itself when they are captured. None: from the second use on, where that goes and `exact`
+            does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -43,7 +43,7 @@ class CompileConfig:
     merge: bool = True
     slot_dtype: str | None = None
     offload: bool = False
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool | None = False
     max_autotune: bool = False
 
     def __post_init__(self) -> None:

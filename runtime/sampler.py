@@ -152,8 +152,9 @@ def sample(
             that are not exact. True: or refuse. False: the scheduler's own step.
         capture: On CUDA, replay the whole run as one CUDA graph, which waits for nothing; the first replay is compared with the
             loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
-            None: from the second run with the same scheduler, scale and shapes on, where that goes. True: at once, or
-            refuse. False: the loop, without graphs of its steps (`CompileConfig.cuda_graphs`) either.
+            True: at once, or refuse. False: the loop, without graphs of its steps either. None: as the executable was
+            compiled (`CompileConfig.cuda_graphs`); where that is None too, from the second run with the same scheduler, scale
+            and shapes on, where that goes.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -183,6 +184,8 @@ def sample(
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
 
+    if capture is None and isinstance(runner, Executable):
+        capture = runner.config.cuda_graphs
     graphs = capture is not False
     if capture or (capture is None and waits(noise.device)):
         refusal = _why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning)
