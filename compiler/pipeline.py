@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.factors import Factors
+from stepgraph.compiler.fold_sums import fold_sums
 from stepgraph.compiler.hoist import Inputs, hoist
 from stepgraph.compiler.linear_maps import bind_factors
 from stepgraph.compiler.lower import lower
@@ -72,7 +73,10 @@ def build_program(
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
     specialized = specialize(marked, model, plan, flat_inputs(inputs), groups, config.exact)
-    slots = assign_slots(plan)
+    results, folded = marked.trace.output_spec.num_leaves, frozenset[int]()
+    if not config.exact and fold_sums.__name__ not in read_env().disabled_passes:
+        specialized, folded = fold_sums(specialized, results)
+    slots = assign_slots(plan, folded)
     constants = coefficients_of(plan, factors, next(model.parameters()))
     macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
     clock.stage("specialize")
@@ -89,7 +93,6 @@ def build_program(
 
     # Graphs become callables last, when nothing rewrites them any more.
     stacks = family_of(model).stacks
-    results = marked.trace.output_spec.num_leaves
     lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks), results)
     variants = tuple(
         Variant(run, gm, context.row, macs[i], providers_of(gm), tables[i])
@@ -106,6 +109,7 @@ def build_program(
         variants=variants,
         rows=specialized.rows,
         slots=slots,
+        folded=folded,
         layout=layout,
         constants=constants,
         results=results,

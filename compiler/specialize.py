@@ -44,9 +44,10 @@ PASSES: tuple[Pass, ...] = (
     add_slots, lowrank_site, reuse_site, forecast_site, store_site, erase_markers, eliminate_dead_code,
     erase_identities, fuse_modulated_norm, fuse_gated_residual, fuse_lowrank, fold_constants, choose_providers,
 )  # fmt: skip
-# `split_projections` runs once, before the rows are rewritten, `merge_projections` when what is hoisted has left them.
+# `split_projections` runs once, before the rows are rewritten, `fold_sums` behind them, over all rows, and `merge_projections`
+# when what is hoisted has left them.
 OPTIONAL_PASSES = frozenset((
-    "split_projections", "merge_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm",
+    "split_projections", "fold_sums", "merge_projections", "eliminate_dead_code", "erase_identities", "fuse_modulated_norm",
     "fuse_gated_residual", "fuse_lowrank", "fold_constants",
 ))  # fmt: skip
 

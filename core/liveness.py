@@ -1,6 +1,6 @@
 """When a plan's stored values live: from the COMPUTE that stores them to the last step that reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -61,13 +61,18 @@ def reads_of(plan: CachePlan, step: int) -> Iterator[Read]:
         yield from sorted(found)
 
 
-def traffic(plan: CachePlan) -> tuple[StepTraffic, ...]:
-    """The stored-value traffic of every step."""
+def traffic(plan: CachePlan, folded: Collection[int] = ()) -> tuple[StepTraffic, ...]:
+    """The stored-value traffic of every step.
+
+    Args:
+        plan: The plan.
+        folded: Sites whose values are kept as part of another's, and neither read nor stored themselves.
+    """
     history: list[list[int]] = [[] for _ in plan.sites]
     read: list[tuple[tuple[Read, ...], tuple[Stored, ...]]] = []
     last_read: dict[Stored, int] = {}
     for step, row in enumerate(plan.rows):
-        reads = tuple(reads_of(plan, step))
+        reads = tuple(read for read in reads_of(plan, step) if read.part != VALUE or read.site not in folded)
         sources = tuple(Stored(site, part, history[site][-age]) for site, part, age in reads)
         last_read |= dict.fromkeys(sources, step)
         read.append((reads, sources))

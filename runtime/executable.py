@@ -67,6 +67,7 @@ class Program:
         hoisted: What is computed before the loop, unless hoisting is off.
         regions: How many distinct regions were compiled.
         factor_bytes: Size of the low-rank factors.
+        folded: Sites whose stored values are part of another's: a sum takes their place.
     """
 
     plan: CachePlan
@@ -84,6 +85,7 @@ class Program:
     hoisted: Hoisted | None = None
     regions: int = 0
     factor_bytes: int = 0
+    folded: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -363,7 +365,7 @@ class Session:
         program, table = self._programs[branch], self._tables[branch]
         if program is None or table is None or self.finished:
             return {}
-        reads = traffic(program.plan)[self.step].reads
+        reads = traffic(program.plan, program.folded)[self.step].reads
         return {read: table.read(slot) for read, slot in zip(reads, program.slots.steps[self.step].reads, strict=True)}
 
     def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:

@@ -1,5 +1,6 @@
 """Slots: where stored values are kept between steps, assigned by liveness."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from stepgraph.liveness import Stored, traffic
@@ -33,13 +34,18 @@ class SlotPlan:
     stored: int
 
 
-def assign_slots(plan: CachePlan) -> SlotPlan:
-    """Give every stored value the lowest slot that is free from its COMPUTE to its last read."""
+def assign_slots(plan: CachePlan, folded: Collection[int] = ()) -> SlotPlan:
+    """Give every stored value the lowest slot that is free from its COMPUTE to its last read.
+
+    Args:
+        plan: The plan.
+        folded: Sites whose values are kept as part of another's.
+    """
     slot_of: dict[Stored, int] = {}
     free: list[int] = []
     count = 0
     steps = []
-    for step in traffic(plan):
+    for step in traffic(plan, folded):
         reads = tuple(slot_of[stored] for stored in step.sources)
         for stored in step.stores:
             if not free:
