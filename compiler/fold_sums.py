@@ -104,7 +104,7 @@ def _ungated(node: fx.Node, slots: Mapping[fx.Node, int]) -> list[fx.Node]:
 
 
 def _is_one(gate: fx.Node) -> bool:
-    return gate.target is torch.ones_like or (gate.target is torch.full and gate.args[1] == 1)
+    return gate.target is torch.ones_like or (gate.target is torch.full and gate.args[1] in (1, 1.0))
 
 
 def _store_sums(gm: fx.GraphModule, context: PassContext, groups: Iterable[Sequence[int]], results: int) -> None:
