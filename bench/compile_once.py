@@ -55,6 +55,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     scheduler = load_scheduler(arguments.model)
     setting = Setting(model, scheduler, arguments.steps, arguments.batch, arguments.backend, arguments.plans)
     plan, inputs = setting.plan(arguments.plan), example_inputs(model, arguments.batch)
+    # The tables of all steps belong to the first one; another timestep would have none.
+    inputs["timestep"] = torch.full_like(inputs["timestep"], plan.header.timesteps[0])
     started = time.perf_counter()
     executable = compile_plan(model, plan, inputs, CompileConfig(arguments.backend))
     compiled = time.perf_counter()

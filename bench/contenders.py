@@ -4,8 +4,9 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from stepgraph.bench.books import PUBLISHED, gates, plan_named
+from stepgraph.bench.books import BOOK, L2C, PUBLISHED, gates, plan_named
 from stepgraph.bench.hook_runtime import HookRuntime, sharing_weights
 from stepgraph.bench.peer_cache_dit import CacheDit, FirstBlockAndResidual
 from stepgraph.compiler.describe import example_inputs
@@ -152,7 +153,7 @@ def ours(name: str, setting: Setting, without: str | None = None) -> Contender:
         "regions": executable.default.regions,
         "stages_s": dict(executable.default.seconds),
         "fused_operations": executable.providers(),
-        "peak_slot_bytes": executable.memory().peak_slot_bytes,
+        "memory": asdict(executable.memory()),
     }
     title = f"stepgraph: {name}" + (f", without {without}" if without else "")
     return Contender(
@@ -226,6 +227,15 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "cache-dit: mask, regional compile": partial(cache_dit, regional=True),
     **ablations(),
 }
+
+
+def missing(name: str, plans: Path) -> str:
+    """What a row lacks on this machine; empty where nothing."""
+    if name.startswith("cache-dit") and find_spec("cache_dit") is None:
+        return "cache-dit is not installed (pip install 'stepgraph[peers]')"
+    plan = name.partition(": ")[2].partition(",")[0]
+    file = {"slow": BOOK, "mask": BOOK, "l2c": L2C}.get(plan) or (BOOK if name.startswith("first block") else "")
+    return f"{plans / file} is not there (--plans)" if file and not (plans / file).is_file() else ""
 
 
 def chosen(names: Sequence[str], backend: str) -> list[str]:

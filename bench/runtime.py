@@ -32,7 +32,7 @@ from rich.table import Table
 from stepgraph.bench.books import PUBLISHED
 from stepgraph.bench.compile_once import sized_model
 from stepgraph.bench.compile_times import seconds_of
-from stepgraph.bench.contenders import CONTENDERS, Setting, chosen
+from stepgraph.bench.contenders import CONTENDERS, Setting, chosen, missing
 from stepgraph.bench.interleave import Loop, Timed, loop_of, refuse_wrong_results, take_turns
 from stepgraph.bench.record import write_record
 from stepgraph.bench.runtime_costs import cold_and_warm, memory, overheads, scaled
@@ -102,6 +102,11 @@ def check_small(names: list[str], setting: Setting) -> tuple[dict[str, float], f
 def table_part(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """All contenders in turns, checked, with ratios."""
     names = chosen(arguments.rows, arguments.backend)
+    # What was asked for by name is measured or refused.
+    lacking = {} if arguments.rows else {name: why for name in names if (why := missing(name, arguments.plans))}
+    for name, why in lacking.items():
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    names = [name for name in names if name not in lacking]
     small, small_tolerance = check_small(names, setting)
     steps = arguments.segment or arguments.steps
     loop = loop_of(setting.model, setting.scheduler, setting.steps, setting.batch, arguments.guidance)
@@ -120,6 +125,7 @@ def table_part(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any
     refuse_wrong_results(timed, tolerance)
     return {
         "steps_timed": steps,
+        "left_out": lacking,
         "guidance_scale": arguments.guidance,
         "method": "in turns step by step; per kind of step the median, times how often it occurs",
         "tolerance": tolerance,
@@ -304,8 +310,10 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(given)
     if arguments.guidance is None:
         arguments.guidance = 1.0 if arguments.batch % 2 else 4.0
-    if not 0 <= arguments.segment <= arguments.steps or arguments.rounds < 1 or arguments.steps < 2:
-        parser.error("--steps is at least 2, --rounds at least 1, and --segment at most --steps")
+    if not 0 <= arguments.segment <= arguments.steps or arguments.rounds < 1 or arguments.steps < 2 or arguments.batch < 1:
+        parser.error("--steps is at least 2, --rounds and --batch at least 1, and --segment at most --steps")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}, but torch sees no CUDA device")
     return arguments
 
 

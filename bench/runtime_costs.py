@@ -45,12 +45,15 @@ def overheads(setting: Setting, names: Sequence[str] = tuple(REUSED), rounds: in
         plan = make_plan("manual", model=setting.model, scheduler=setting.scheduler, steps=steps, actions=actions)
         executable = compile_plan(setting.model, plan, inputs, CompileConfig(setting.backend))
         seconds: list[float] = []
+        # With other timesteps than the plan's, tables would be computed in every call.
+        timesteps = [torch.full_like(inputs["timestep"], t) for t in plan.header.timesteps]
         for _ in range(rounds):
             session = executable.session()
-            session(**inputs, return_dict=False)
-            for _ in range(steps - 1):
+            session(**{**inputs, "timestep": timesteps[0]}, return_dict=False)
+            for timestep in timesteps[1:]:
+                given = {**inputs, "timestep": timestep}
                 started = time.perf_counter()
-                session(**inputs, return_dict=False)
+                session(**given, return_dict=False)
                 if next(setting.model.parameters()).is_cuda:
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)

@@ -1,6 +1,6 @@
 """How a plan is compiled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -47,6 +47,12 @@ class CompileConfig:
     max_autotune: bool = False
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type in ("bool", bool) and not isinstance(value, bool):
+                raise ValueError(f"{option.name} is {value!r}; expected True or False")
+        if self.cuda_graphs not in (None, True, False):
+            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}; expected True, False, or None for where it goes")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":
@@ -57,7 +63,8 @@ class CompileConfig:
             raise ValueError(
                 f"exact=True keeps stored values as they are, but slot_dtype is {self.slot_dtype!r}; leave one out"
             )
-        if self.hoist_limit_mb is not None and not self.hoist_limit_mb >= 0:
+        limit = self.hoist_limit_mb
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0):
             raise ValueError(f"hoist_limit_mb is {self.hoist_limit_mb!r}; expected megabytes, 0 or more, or None for no limit")
 
     @property

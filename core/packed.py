@@ -30,6 +30,11 @@ class PackedWeights:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Drop everything: what is used again is packed again."""
+        for key in list(self._kept):
+            self._drop(key)
+
     def get(self, *weights: Tensor) -> Tensor:
         """The packed form of a weight, or of several, one below the other."""
         if any(weight.is_inference() for weight in weights):

@@ -106,14 +106,16 @@ class Arena:
 
     @classmethod
     def of(cls, nbytes: int, device: torch.device, pinned: bool = False) -> "Arena":
-        """An arena of this size."""
-        return cls(torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned))
+        """An arena of this size; it can be written to from anywhere, wherever it was made."""
+        with torch.inference_mode(False):
+            return cls(torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned))
 
     def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The bytes from an offset on as a tensor."""
         key = (offset, shape, dtype)
         if key not in self._views:
-            self._views[key] = self.memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            with torch.inference_mode(False), torch.no_grad():
+                self._views[key] = self.memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
         return self._views[key]
 
     def target(self, place: Place) -> Tensor:

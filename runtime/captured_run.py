@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.runtime.cudagraph import CaptureError, Recorder, addresses, ordinary_tensors, refuse_difference
+from stepgraph.runtime.cudagraph import CaptureError, Recorder, addresses, ordinary_tensors, refuse_difference, versions
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.loop import Loop
 from stepgraph.runtime.tables import FixedTables, Tables
@@ -43,7 +43,7 @@ class CapturedRun:
             CaptureError: The run cannot be captured, or a replay's result is another.
         """
         self._executable, self._loop, self._recorder = executable, loop, recorder
-        self._seen: list[tuple[Tensor, int]] | None = None
+        self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in given.items()} for given in calls]
@@ -100,8 +100,8 @@ class CapturedRun:
 
         Args:
             noise: As at the capture.
-            given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, nothing
-                is computed for it.
+            given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, and so
+                are the weights, nothing is computed for it.
             calls: Makes of it what `Loop.run` takes.
 
         Returns:
@@ -118,17 +118,21 @@ class CapturedRun:
                 self._replay_tables()
                 # What has no version may be written to unseen.
                 tracked = not any(value.is_inference() for value in tensors)
-                self._seen = [(value, value._version) for value in tensors] if tracked else None
+                marks = [(value, value._version) for value in tensors] if tracked else None
+                self._seen = (marks, versions(self._executable.model)) if marks is not None else None
             self._replay()
             return self._result.clone()
 
     def _untouched(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the conditioning is the last call's, by identity and version: values would have to be waited for."""
+        """Whether the tables hold: conditioning and weights are the last call's, by identity and version.
+
+        Their values would have to be waited for.
+        """
         if self._seen is None:
             return False
-        return all(
-            value is seen and value._version == version for value, (seen, version) in zip(tensors, self._seen, strict=True)
-        )
+        marks, weights = self._seen
+        same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
+        return all(same) and weights == versions(self._executable.model)
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
         for own, given in zip(self._calls, calls, strict=True):

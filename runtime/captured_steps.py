@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepgraph.runtime.arena import Arena, Place
+from stepgraph.runtime.arena import Place
 from stepgraph.runtime.cudagraph import CaptureError, Recorder, addresses, ordinary_tensors, refuse_difference
+from stepgraph.runtime.slot_table import SlotMemory
 
 Given = Mapping[Hashable, Tensor]
 
@@ -26,13 +27,13 @@ class CapturedSteps:
     """The captured calls of a program, each captured when it is met for the second time, or at once.
 
     Inputs, tables and coefficients are copied into buffers where they are other tensors than at the last call; stored values
-    lie in arenas that all calls share, so one run at a time can use them.
+    lie in memory that all calls share, so one run at a time can use them.
     """
 
-    def __init__(self, recorder: Recorder, arenas: tuple[Arena, Arena], model: nn.Module, at_once: bool) -> None:
+    def __init__(self, recorder: Recorder, memory: SlotMemory, model: nn.Module, at_once: bool) -> None:
         # What runs once only does not pay for a capture.
         self._at_once, self._met = at_once, set[Hashable]()
-        self.arenas, self.refused = arenas, ""
+        self.memory, self.refused = memory, ""
         self._recorder, self._model, self._weights = recorder, model, addresses(model)
         self._lock = threading.Lock()
         self._owner: weakref.ref[object] | None = None
@@ -112,7 +113,7 @@ class CapturedSteps:
         # What a capture allocates does not last.
         found = self._recorder.warm_up(work)
         results = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in found)
-        lasting = [*results, *(tensor for place in stores for tensor in self.arenas[0].tensors(place))]
+        lasting = [*results, *(tensor for place in stores for tensor in self.memory.arena.tensors(place))]
         expected = [value.clone() for value in (*found, *lasting[len(results) :])]
 
         def captured() -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from logging import INFO, WARNING
 from typing import Any, Protocol, TypeVar
 
@@ -13,8 +13,10 @@ from stepgraph.config import CompileError
 from stepgraph.env import get_logger, read_env
 
 T = TypeVar("T")
-# How many captures of a kind an executable keeps, where each holds the memory of a whole run.
-LIMITS = {"run": 4}
+# How many captures of a kind an executable keeps: each holds the memory of a run.
+LIMITS = {"run": 4, "steps": 8}
+# How many keys are remembered that were only asked for, or refused.
+MOST_NOTES = 64
 # How far a replay may be from the work itself, relative L2: the kernels are the same, but may add up in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -52,9 +54,7 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self._stream, self._last = torch.cuda.Stream(), torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
-        # A pool whose last graph is gone is no longer there for the next one.
-        with self.turn():
-            self._anchor = self.record(lambda: torch.zeros(1, device=device))
+        self._anchor: Callable[[], None] | None = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -78,12 +78,42 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], object]) -> Callable[[], None]:
         """See `Recorder`."""
+        self._refuse_waiting(run)
+        before = torch.cuda.current_stream()
+        try:
+            # A pool whose last graph is gone is no longer there for the next one.
+            self._anchor = self._anchor or self._captured(lambda: torch.zeros(1, device=self._device))
+            return self._captured(run)
+        except BaseException:
+            self._abandon(before)
+            raise
+
+    def _captured(self, run: Callable[[], object]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Another thread may allocate memory meanwhile, which the default mode would take for this one's mistake.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _refuse_waiting(self, run: Callable[[], object]) -> None:
+        """Run the work once more where waiting for the device is an error: a capture that fails is hard to recover from."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.warm_up(run)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def _abandon(self, stream: torch.cuda.Stream) -> None:
+        """After a capture that failed: torch leaves its stream current, and its pool open."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        # The failed capture's error is reported once more by the next call on the device.
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self._device)
+        self._stream, self._pool, self._anchor = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle(), None
 
 
 # By kind of device.
@@ -113,6 +143,12 @@ def ordinary_tensors() -> Iterator[None]:
 def addresses(model: nn.Module) -> tuple[int, ...]:
     """Where a model's parameters and buffers lie."""
     return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def versions(model: nn.Module) -> tuple[int, ...]:
+    """How often each of a model's parameters and buffers has been written to; -1 where that is not counted."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
@@ -177,7 +213,12 @@ class Captured:
     def _keep(self, key: tuple[Any, ...], value: Any) -> None:
         self._kept.pop(key, None)
         self._kept[key] = value
-        # What has only been asked for so far is no capture.
-        same = [name for name, kept in self._kept.items() if name[0] == key[0] and (kept is None) == (value is None)]
-        for old in same[: -LIMITS.get(key[0], len(same))]:
+        # What was only asked for so far, or refused, is no capture.
+        kind = _kind(value)
+        same = [name for name, kept in self._kept.items() if name[0] == key[0] and _kind(kept) == kind]
+        for old in same[: -(LIMITS[key[0]] if kind == "capture" else MOST_NOTES)]:
             del self._kept[old]
+
+
+def _kind(kept: Any) -> str:
+    return "reason" if isinstance(kept, str) else "asked" if kept is None else "capture"

@@ -1,6 +1,7 @@
 """The compiled program of one sampling run, and the sessions that run it."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import Read, traffic
 from stepgraph.plan import CachePlan, PlanError
-from stepgraph.runtime.arena import Arena
 from stepgraph.runtime.captured_steps import CapturedSteps
-from stepgraph.runtime.cudagraph import Captured, CaptureError, why_not
+from stepgraph.runtime.cudagraph import Captured, CaptureError, ordinary_tensors, why_not
 from stepgraph.runtime.flat import Run
 from stepgraph.runtime.layout import Layout, Moves
-from stepgraph.runtime.slot_table import SlotTable
+from stepgraph.runtime.packed_linear import forget_packed
+from stepgraph.runtime.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.slots import SlotPlan
 from stepgraph.runtime.tables import FixedTables, Hoisted, Tables, waits
 
@@ -236,8 +237,16 @@ class Executable:
         key = signature(inputs)
         with self._lock:
             if key not in self._programs:
+                started = time.perf_counter()
                 self._programs[key] = self.build(inputs)
+                shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+                log = get_logger("executable")
+                log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, time.perf_counter() - started)
             return self._programs[key]
+
+    def repack(self) -> None:
+        """Pack weights anew at their next use: after writes that torch does not count, as those through `.data` are not."""
+        forget_packed()
 
     def attach(self, pipe: Any) -> "Executable":
         """Let a diffusers pipeline run this executable in place of its transformer; undone by `detach`."""
@@ -323,7 +332,7 @@ class Session:
         self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
         self._release()
         self._steps = {}
-        self._arenas: dict[int, tuple[Arena, Arena]] = {}
+        self._memory: dict[int, SlotMemory] = {}
         self.peak_slot_bytes = 0
         self._check = read_env().check
 
@@ -335,7 +344,7 @@ class Session:
     @property
     def arena_bytes(self) -> int:
         """Bytes allocated for stored values and activations on the device."""
-        return sum(arena.memory.nbytes for arena, _ in self._arenas.values())
+        return sum(memory.arena.memory.nbytes for memory in self._memory.values())
 
     @property
     def slot_bytes(self) -> int:
@@ -348,13 +357,13 @@ class Session:
         return tuple(self._hoisted)
 
     @property
-    def memory(self) -> dict[int, tuple[Arena, Arena]]:
-        """The arenas of the programs that run, on the device and in host memory."""
-        return self._arenas
+    def memory(self) -> dict[int, SlotMemory]:
+        """The memory of the programs that run."""
+        return self._memory
 
-    def use_memory(self, memory: Mapping[int, tuple[Arena, Arena]]) -> None:
-        """Work in the arenas of another session, which is over; before the first step."""
-        self._arenas = dict(memory)
+    def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
+        """Work in the memory of another session, which is over; before the first step."""
+        self._memory = dict(memory)
 
     def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
         """Read the tables of every branch from there, in place of computing them; before the first step."""
@@ -403,8 +412,9 @@ class Session:
         table = self._table(program, arguments[0].device)
         variant = program.variants[program.rows[self.step]]
         moves = program.layout.steps[self.step][self.branch]
-        with torch.no_grad():
+        with ordinary_tensors():
             table.begin(moves)
+        with torch.no_grad():
             tables = self._hoisted_values(program, variant, inputs)
             constants = program.constants[self.step][self.branch]
             results = self._call(program, table, moves, arguments, constants, tables)
@@ -464,10 +474,10 @@ class Session:
         table = self._tables[self.branch]
         if table is None:
             number = id(program)
-            if number not in self._arenas:
+            if number not in self._memory:
                 steps = self._captured_steps(program, device)
-                self._arenas[number] = steps.arenas if steps is not None else new_arenas(program, device)
-            table = SlotTable(*self._arenas[number], program.slots.count, spoil=self._check)
+                self._memory[number] = steps.memory if steps is not None else SlotMemory.of(program.layout, device)
+            table = SlotTable(self._memory[number], program.slots.count, spoil=self._check)
             self._tables[self.branch] = table
         return table
 
@@ -483,7 +493,7 @@ class Session:
 
         def make() -> CapturedSteps:
             recorder = executable.captured.recorder(device)
-            return CapturedSteps(recorder, new_arenas(program, device), executable.model, bool(config.cuda_graphs))
+            return CapturedSteps(recorder, SlotMemory.of(program.layout, device), executable.model, bool(config.cuda_graphs))
 
         if not reason:
             steps = executable.captured.find(("steps", id(program)), make, CapturedSteps.valid, at_once=True)
@@ -518,12 +528,6 @@ class Session:
             )
         self._programs[self.branch] = program
         return program
-
-
-def new_arenas(program: Program, device: torch.device) -> tuple[Arena, Arena]:
-    """Memory of a session for a program: on the device, and on the host for what is off-loaded."""
-    host = Arena.of(program.layout.host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
-    return Arena.of(program.layout.nbytes, device), host
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:

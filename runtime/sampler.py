@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -163,10 +164,12 @@ def sample(
         Latents [B, C, ...] of `noise`'s dtype.
 
     Raises:
-        PlanError: The scheduler is not the one the plan was made for, an input is missing, or `fused_update` is asked of a
-            scheduler that clips, thresholds or adds noise.
+        PlanError: The scheduler is not the one the plan was made for, an input is missing, the scale is no number, or
+            `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
         CompileError: `capture` is asked of a run that cannot be captured.
     """
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+        raise PlanError(f"guidance_scale is {guidance_scale!r}; expected a finite number; 1 is no guidance")
     own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
@@ -228,6 +231,8 @@ def _why_uncaptured(
         return f"{type(runner).__name__} is not compiled"
     if on_step is not None:
         return "on_step is called on the host after every step"
+    if runner.config.offload:
+        return "offload=True copies values on a stream of its own, beside the run (graphs of its steps go: cuda_graphs)"
     if not isinstance(update, FusedUpdate):
         return reason or "the scheduler takes its own steps, on the host (fused_update=False, or an exact executable)"
     return why_not(noise.device)

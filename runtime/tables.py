@@ -189,6 +189,8 @@ def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.T
     """
     try:
         stacked = torch.vmap(hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
         rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]

@@ -91,8 +91,8 @@ def test_freed_values_are_not_read_under_the_check(dit, ddim, monkeypatch):
     checked = exe.session()
     for step in range(6):
         assert torch.equal(plain(**inputs(seed=step)).sample, checked(**inputs(seed=step)).sample)
-    ((arena, _),) = checked._arenas.values()
-    assert bool(arena.memory.view(torch.float32).isnan().all())
+    (memory,) = checked.memory.values()
+    assert bool(memory.arena.memory.view(torch.float32).isnan().all())
 
 
 # -- off-loading ---------------------------------------------------------------------------------------------------------
@@ -133,3 +133,12 @@ def test_offloaded_values_are_the_same(dit, ddim, slot_dtype, monkeypatch):
     assert other.peak_slot_bytes == far.memory().peak_slot_bytes
     assert one.peak_slot_bytes == near.memory().peak_slot_bytes
     assert far.memory().host_bytes > near.memory().host_bytes == 0
+
+
+def test_a_run_may_begin_in_inference_mode_and_go_on_outside(dit, ddim):
+    exe = sg.compile(dit, far_apart(dit, ddim), inputs(2), backend="eager", offload=True)
+    session, plain = exe.session(), exe.session()
+    for step in range(exe.plan.steps):
+        with torch.inference_mode(step < 5):
+            found = session(**inputs(2, seed=step)).sample
+        assert torch.equal(found, plain(**inputs(2, seed=step)).sample)

@@ -145,6 +145,25 @@ def test_a_captured_run_reads_the_weights_as_they_are(tape):
     assert not torch.equal(moved, written)
 
 
+def test_tables_follow_the_weights_they_are_made_of(tape):
+    """The conditioning is the same tensors in all runs; the weight is read by tables alone."""
+    model, scheduler, given = tiny_dit(), SCHEDULERS["ddim"](), labels(1, 2)
+    exe = compiled(model, scheduler)
+    before = sg.sample(exe, scheduler, noise(2), capture=True, **given)
+    with torch.no_grad():
+        model.transformer_blocks[0].norm1.linear.weight.mul_(3)
+    written = sg.sample(exe, scheduler, noise(2), capture=True, **given)
+    assert len(tape[0].recorded) == 2
+    assert not torch.equal(written, before)
+    assert torch.equal(written, sg.sample(exe, scheduler, noise(2), **given))
+
+
+def test_off_loading_is_declined(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    with pytest.raises(sg.CompileError, match="capture=True, but offload=True copies values on a stream of its own"):
+        sg.sample(compiled(dit, scheduler, offload=True), scheduler, noise(2), capture=True, **labels(1, 2))
+
+
 def test_scales_and_shapes_are_captures_of_their_own_and_the_oldest_makes_room(dit, tape):
     scheduler = SCHEDULERS["ddim"]()
     exe = compiled(dit, scheduler, {"ff": "CRCRCR"}, "batched")

@@ -5,11 +5,12 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import inputs, tiny_scheduler
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 
 import stepgraph as sg
-from stepgraph.config import CompileError
+from stepgraph.config import CompileConfig, CompileError
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 
@@ -175,3 +176,27 @@ def test_a_plan_from_stats_has_the_guidance_it_is_made_for(model: DiTTransformer
     plan = sg.make_plan("interval", stats, every=2, guidance="separate")
     assert plan.header.branches == ("cond", "uncond")
     assert (plan.header.seed, plan.header.samples) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hoist": "no"}, "hoist is 'no'; expected True or False"),
+        ({"offload": 1}, "offload is 1; expected True or False"),
+        ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected megabytes"),
+        ({"cuda_graphs": "auto"}, "cuda_graphs is 'auto'; expected True, False, or None"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CompileConfig(**options)
+
+
+def test_new_shapes_are_compiled_aloud(dit, caplog):
+    plan = sg.make_plan("full", model=dit, scheduler=tiny_scheduler("ddim"), steps=2)
+    exe = sg.compile(dit, plan, inputs(1), backend="eager")
+    with caplog.at_level("WARNING", logger="stepgraph"):
+        exe.session()(**inputs(1))
+        assert not caplog.records
+        exe.session()(**inputs(3))
+    assert [record for record in caplog.records if "compiled for inputs of other shapes" in record.message]

@@ -98,6 +98,16 @@ def test_weights_are_used_by_reference(dit):
     )
 
 
+def test_writes_that_torch_does_not_count_need_a_word():
+    model = tiny_dit(seed=4)
+    exe = compiled(model, every=1)
+    before = sampled(exe)
+    model.transformer_blocks[0].ff.net[2].weight.data.mul_(3)
+    exe.repack()
+    expected = sg.sample(model, tiny_scheduler("ddim"), noise(2), steps=STEPS, class_labels=torch.tensor([1, 2]))
+    assert error(sampled(exe), expected) < 1e-5 < error(before, expected)
+
+
 def test_other_shapes_are_refused(regions):
     run = regions.default.variants[0].run
     arguments = [torch.zeros(shape) for shape in run.shapes]

@@ -13,7 +13,7 @@ from stepgraph.liveness import traffic
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.arena import Arena, Place
 from stepgraph.runtime.layout import kept_dtype
-from stepgraph.runtime.slot_table import SlotTable
+from stepgraph.runtime.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.slots import assign_slots
 
 
@@ -162,7 +162,7 @@ def test_known_plans(dit, ddim, actions, slots, stored, values_held):
 def test_a_table_says_what_it_holds():
     arena = Arena.of(128, torch.device("cpu"))
     first, second = Place(0, (8,), torch.float32, torch.float32), Place(64, (2,), torch.float32, torch.float32)
-    table = SlotTable(arena, Arena.of(0, torch.device("cpu")), 2, spoil=True)
+    table = SlotTable(SlotMemory(arena, Arena.of(0, torch.device("cpu"))), 2, spoil=True)
     arena.write(first, torch.arange(8.0))
     table.hold(0, (first,))
     table.hold(1, (second,))
