@@ -41,7 +41,9 @@ def planned(dit, scheduler, actions=REUSED, guidance="none") -> sg.CachePlan:
 
 def compiled(dit, scheduler, guidance="none", **options) -> sg.Executable:
     rows = on_cuda(inputs(4 if guidance == "batched" else 2), next(dit.parameters()).dtype)
-    return sg.compile(dit, planned(dit, scheduler, guidance=guidance), rows, **({"backend": "eager"} | options))
+    return sg.compile(
+        dit, planned(dit, scheduler, guidance=guidance), rows, **({"backend": "eager", "cuda_graphs": None} | options)
+    )
 
 
 def two_prompts(exe, scheduler, scale=1.0, **options) -> list[torch.Tensor]:
@@ -219,4 +221,14 @@ def test_a_host_read_is_declined_and_the_device_stays_usable(dit):
     for _ in range(2):
         got = two_prompts(other, scheduler)
         assert all((one - expected).norm() <= 1e-5 * expected.norm() for one, expected in zip(got, wanted, strict=True))
+    # The recorder that failed, the allocator, the generator and the stream are as before.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    assert bool(torch.randn(8, device="cuda").isfinite().all())
+    recorder, held = other.captured.recorder(torch.device("cuda", torch.cuda.current_device())), torch.zeros(4, device="cuda")
+    with recorder.turn():
+        replay = recorder.record(lambda: held.add_(1))
+        held.zero_()
+        replay()
+    assert held.tolist() == [1.0] * 4
     assert_same(exe, scheduler)

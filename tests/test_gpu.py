@@ -88,6 +88,25 @@ def test_the_device_allocates_what_was_promised(offload):
     assert (memory.host_bytes >= 24 * tokens) == offload
 
 
+@pytest.mark.parametrize("guidance", ["batched", "separate"])
+@pytest.mark.parametrize("cuda_graphs", [False, None])
+def test_offloaded_values_come_back_as_they_were(cuda_dit, guidance, cuda_graphs):
+    """Copies run beside the steps, of both branches in one arena; ten runs, as a race need not show in one."""
+    actions, scheduler = {"output": "CRRRRRRCC", "ff": "CRRRRRRRC", "attn": "CRRRRRRRC"}, tiny_scheduler("ddim")
+    plan = sg.make_plan("manual", model=cuda_dit, scheduler=scheduler, steps=9, actions=actions, guidance=guidance)
+    given = to_cuda(inputs(2 if guidance == "separate" else 4))
+    near, far = (
+        sg.compile(cuda_dit, plan, given, backend="eager", offload=offload, cuda_graphs=cuda_graphs)
+        for offload in (False, True)
+    )
+    classes = to_cuda({**labels(1, 2), "negative_class_labels": torch.tensor([NULL_CLASS] * 2)})
+    for seed in range(10):
+        wanted, got = (sg.sample(exe, scheduler, noise(2, seed).cuda(), 2.0, capture=False, **classes) for exe in (near, far))
+        assert torch.equal(got, wanted)
+    pipeline = [session(**given).sample for session in (near.session(), far.session())]
+    assert torch.equal(*pipeline)
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_bf16_is_finite_and_close(cuda_dit, backend):
     scheduler, given = tiny_scheduler("ddim"), to_cuda(labels(3))
