@@ -125,6 +125,28 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
     assert len(built) == 1
 
 
+def test_runs_do_not_wait_while_another_batch_size_is_compiled(made):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build(given: Mapping[str, Any]) -> Program:
+        begun.set()
+        assert go_on.wait(timeout=60)
+        raise InterruptedError("the compilation is given up")
+
+    executable, expected = replace(made, build=build), image(made, 1)
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(executable.program, inputs(3))
+        try:
+            assert begun.wait(timeout=60)
+            with ThreadPoolExecutor(1) as other:
+                assert torch.equal(other.submit(image, executable, 1).result(timeout=60), expected)
+        finally:
+            go_on.set()
+        with pytest.raises(InterruptedError, match="given up"):
+            compiling.result()
+    assert torch.equal(image(executable, 1), expected)
+
+
 def test_packed_weights_are_shared_by_threads():
     """As many weights as are kept and more, some of which die while others are packed."""
     packed = []
