@@ -92,7 +92,7 @@ def generate(executable: Executable, scheduler: Any, seed: int, batch: int) -> t
         if seed % CANCELLED == 0 and 2 * done >= steps:
             raise CancelledError
 
-    given = {"class_labels": classes, "negative_class_labels": torch.full((batch,), NULL_CLASS)}
+    given: dict[str, Any] = {"class_labels": classes, "negative_class_labels": torch.full((batch,), NULL_CLASS)}
     with suppress(CancelledError):
         return sample(executable, scheduler, noise, 2.0, on_step=on_step, **given)
     return None
