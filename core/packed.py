@@ -1,19 +1,24 @@
 """Packed forms of weights, made once and kept as long as the weight lives."""
 
+import os
+import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# A child that was forked while another thread was at work would wait for that thread's lock for ever.
+_every: "weakref.WeakSet[PackedWeights]" = weakref.WeakSet()
+
 
 class PackedWeights:
     """Packed forms of weights, by storage, place, layout and version.
 
     A weight that is written to in place has another version and is packed again; one whose storage is gone takes its packed
-    form along. Tensors made under `torch.inference_mode` have no version: they are packed in every call.
+    form along. Tensors made under `torch.inference_mode` have no version: they are packed in every call. Threads share it.
 
     Args:
         pack: Makes the packed form of a weight [columns, length], as nn.Linear keeps it.
@@ -26,6 +31,9 @@ class PackedWeights:
         self.bytes = 0
         self._kept: OrderedDict[tuple[Any, ...], tuple[tuple[int, ...], Tensor, int]] = OrderedDict()
         self._owners: dict[int, weakref.ref[Any]] = {}
+        self._dead: deque[int] = deque()
+        self._lock = threading.Lock()
+        _every.add(self)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -42,6 +50,20 @@ class PackedWeights:
         storages = [weight.untyped_storage() for weight in weights]
         key = tuple(_place(weight, storage) for weight, storage in zip(weights, storages, strict=True))
         versions = tuple(weight._version for weight in weights)
+        # What several threads ask for at once is packed by one of them; the others wait for it.
+        with self._lock:
+            self._forget_dead()
+            packed = self._find(key, versions, weights, storages)
+        self._tidy()
+        return packed
+
+    def _find(
+        self,
+        key: tuple[Any, ...],
+        versions: tuple[int, ...],
+        weights: Sequence[Tensor],
+        storages: Sequence[torch.UntypedStorage],
+    ) -> Tensor:
         kept = self._kept.get(key)
         if kept is not None and kept[0] == versions:
             self._kept.move_to_end(key)
@@ -62,16 +84,32 @@ class PackedWeights:
     def _watch(self, storage: torch.UntypedStorage) -> None:
         """Let a storage's entries go when it dies: its number is given out again."""
         number = id(storage)
-        self._owners[number] = weakref.ref(storage, lambda _: self._forget(number))
+
+        def died(_: Any) -> None:
+            # Called at any moment, also amid the methods here, whose lock this thread or another may hold.
+            self._dead.append(number)
+            self._tidy()
+
+        self._owners[number] = weakref.ref(storage, died)
+
+    def _tidy(self) -> None:
+        """Drop what belongs to dead storages, unless somebody is at work here, who does it afterwards."""
+        while self._dead and self._lock.acquire(blocking=False):
+            try:
+                self._forget_dead()
+            finally:
+                self._lock.release()
+
+    def _forget_dead(self) -> None:
+        while self._dead:
+            number = self._dead.popleft()
+            self._owners.pop(number, None)
+            for key in [key for key in self._kept if any(part[0] == number for part in key)]:
+                self._drop(key)
 
     def _drop(self, key: tuple[Any, ...]) -> None:
         kept = self._kept.pop(key, None)
         self.bytes -= kept[2] if kept else 0
-
-    def _forget(self, number: int) -> None:
-        self._owners.pop(number, None)
-        for key in [key for key in self._kept if any(part[0] == number for part in key)]:
-            self._drop(key)
 
 
 def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
@@ -80,3 +118,12 @@ def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+
+
+def _unlock_in_child() -> None:
+    for packed in _every:
+        packed._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)

@@ -235,6 +235,10 @@ class Executable:
             CompileError: The inputs are on another device than the model.
         """
         key = signature(inputs)
+        # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
+        found = self._programs.get(key)
+        if found is not None:
+            return found
         with self._lock:
             if key not in self._programs:
                 started = time.perf_counter()
