@@ -76,6 +76,9 @@ def test_a_process_without_python_makes_the_same_images(glyphs, binary, tmp_path
     assert made.size == wanted.size == (48, 24)
     # One level of 255, where rounding went the other way.
     assert max(abs(a - b) for a, b in zip(made.tobytes(), wanted.tobytes(), strict=True)) <= 1
+    save_file(GIVEN | {"noise": GIVEN["noise"][:1]}, tmp_path / "given.safetensors")
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env={})
+    assert "hidden_states has the shape [2, 3, 24, 24]; exported for [4, 3, 24, 24]" in result.stderr
     # Neither the runner nor the programs ask for Python's libraries.
     for held in (binary.read_bytes(), *libraries(folder)):
         assert b"libtorch_cpu" in held
@@ -98,6 +101,7 @@ def test_the_runner_says_what_does_not_fit(binary, tmp_path):
     (tmp_path / "schedule.json").write_text('{"format": "stepgraph-pt2", "version": 1}')
     cases = {
         ("--guidance",): "usage: sample EXPORT",
+        ("--guidance", "high"): "--guidance is high; expected a number",
         (): "is of the format stepgraph-pt2, version 1; this runner reads version 1 of stepgraph-aoti",
     }
     for more, message in cases.items():

@@ -24,12 +24,19 @@ struct Arguments {
   double guidance = 1;
 };
 
+double number(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0') throw std::runtime_error("--guidance is " + text + "; expected a number");
+  return value;
+}
+
 Arguments parse(int argc, char** argv) {
   if (argc < 4 || argc % 2 != 0) throw std::runtime_error(kUsage);
   Arguments made{argv[1], argv[2], argv[3], ""};
   for (int i = 4; i < argc; i += 2) {
     const std::string name = argv[i], value = argv[i + 1];
-    if (name == "--guidance") made.guidance = std::strtod(value.c_str(), nullptr);
+    if (name == "--guidance") made.guidance = number(value);
     else if (name == "--picture") made.picture = value;
     else throw std::runtime_error("unknown option " + name + "\n" + kUsage);
   }
