@@ -12,7 +12,7 @@ from stepgraph.config import CompileError
 from stepgraph.runtime.executable import Executable, Program
 from stepgraph.runtime.export_pt2 import Saver, write_programs
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     # Weights are inputs; nothing else is to come into the libraries either.
     "aot_inductor.package_constants_in_so": False,
     # Else the number of threads of this process would be compiled in.

@@ -40,7 +40,11 @@ def glyphs(tmp_path_factory):
     exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager", factors=factors)
     assert exe.default.hoisted is not None
     images = sg.sample(exe, scheduler, guidance_scale=GUIDANCE, **GIVEN)
-    return exe, exe.export(tmp_path_factory.mktemp("aoti") / "glyphs", "aoti", scheduler=scheduler), images
+    with pytest.MonkeyPatch.context() as patch:
+        # Half the time of compiling is the optimisation of the code around the kernels.
+        patch.setitem(export_aoti.OPTIONS, "aot_inductor.compile_wrapper_opt_level", "O0")
+        folder = exe.export(tmp_path_factory.mktemp("aoti") / "glyphs", "aoti", scheduler=scheduler)
+    return exe, folder, images
 
 
 @pytest.fixture(scope="module")
