@@ -2,8 +2,9 @@
 //
 //   sample EXPORT conditioning.safetensors latents.safetensors [--guidance 4] [--picture images.ppm]
 //
-// conditioning.safetensors holds the noise [B, C, ...] as `noise` and the model's inputs behind latents and timestep, batch first,
-// by their names; with guidance the unconditional ones as negative_<name>. The picture is for models whose latents are pixels.
+// conditioning.safetensors holds the noise [B, C, ...] as `noise` and the model's inputs behind latents and timestep, batch
+// first, by their names; with guidance the unconditional ones as negative_<name>. The picture is for models whose latents are
+// pixels.
 
 #include <c10/core/InferenceMode.h>
 

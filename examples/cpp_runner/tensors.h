@@ -69,8 +69,8 @@ inline void write_tensor(const std::string& path, const std::string& name, const
     if (value == data.scalar_type()) dtype = known;
   for (int64_t length : data.sizes()) shape += (shape.empty() ? "" : ",") + std::to_string(length);
   std::ostringstream entry;
-  entry << "{\"" << name << "\":{\"dtype\":\"" << dtype << "\",\"shape\":[" << shape << "],\"data_offsets\":[0," << data.nbytes()
-        << "]}}";
+  entry << "{\"" << name << "\":{\"dtype\":\"" << dtype << "\",\"shape\":[" << shape << "],\"data_offsets\":[0,"
+        << data.nbytes() << "]}}";
   std::string header = entry.str();
   header.append((8 - header.size() % 8) % 8, ' ');
   std::ofstream file(path, std::ios::binary);
