@@ -1,4 +1,4 @@
-"""Sizes and times of pt2 exports, and whether a process without stepgraph makes the same of them.
+"""Sizes and times of pt2 and AOTInductor exports, and whether a process without stepgraph makes the same of them.
 
     python -m stepgraph.bench.export --model dit-xl-2-256:random --book invardiff_dit_xl2_50_slow.json --dtype bfloat16
 
@@ -46,7 +46,7 @@ imported = time.perf_counter()
 runner = run.Runner(folder)
 opened = time.perf_counter()
 for name, program in runner.schedule["programs"].items():
-    runner._programs[name] = torch.export.load(runner.folder / program["file"]).module()
+    runner._programs[name] = run.load_program(runner.folder / program["file"])
 loaded = time.perf_counter()
 inputs, session, outputs = run.read_tensors(given), runner.session(), {}
 latents = inputs.pop(runner.schedule["inputs"][0]["name"])
@@ -61,9 +61,10 @@ print(json.dumps({"import_torch_s": imported - started, "weights_s": opened - im
 
 
 def main() -> None:
-    """Measure and write `export-<model>-<device>.json`."""
+    """Measure and write `export-<model>-<device>.json`, for other formats than pt2 `export-<format>-<model>-<device>.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="glyph-dit")
+    parser.add_argument("--format", default="pt2", choices=("pt2", "aoti"))
     parser.add_argument("--book", type=Path, help="a published plan; an interval plan of N=2 unless given")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--checked", type=int, default=6, help="steps that are run and compared")
@@ -79,20 +80,21 @@ def main() -> None:
     exe = compile_plan(model, plan, example_inputs(model, 2), CompileConfig("eager"))
     with tempfile.TemporaryDirectory() as folder:
         results = {"model": arguments.model, "dtype": arguments.dtype, "steps": arguments.steps, "policy": plan.header.policy}
-        results |= measure(exe, scheduler, Path(folder), arguments.checked)
+        results |= measure(exe, scheduler, Path(folder), arguments.checked, arguments.format)
     if results["relative_l2"] > TOLERANCES[arguments.dtype]:
         raise SystemExit(f"the export differs by {results['relative_l2']:.2g}: no figure is worth printing")
-    table = Table("what", "value", title=f"pt2 export of {arguments.model}, {arguments.dtype}")
+    table = Table("what", "value", title=f"{arguments.format} export of {arguments.model}, {arguments.dtype}")
     for name, value in results.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    write_record(arguments.out / f"export-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
+    name = "export" if arguments.format == "pt2" else f"export-{arguments.format}"
+    write_record(arguments.out / f"{name}-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
 
 
-def measure(exe: Executable, scheduler: Any, folder: Path, checked: int) -> dict[str, Any]:
+def measure(exe: Executable, scheduler: Any, folder: Path, checked: int, format: str = "pt2") -> dict[str, Any]:
     """Export, load in a fresh process, and compare the outputs of the first steps."""
     started = time.perf_counter()
-    target = exe.export(folder / "export", scheduler=scheduler)
+    target = exe.export(folder / "export", format, scheduler=scheduler)
     results: dict[str, Any] = {"export_s": time.perf_counter() - started, **sizes(target)}
     weights = {p.data_ptr(): p.nbytes for p in (*exe.model.parameters(), *exe.model.buffers())}
     results |= {"model_bytes": sum(weights.values()), "variants": len(exe.default.variants)}
@@ -120,7 +122,7 @@ def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the weights, of the programs and of all but the weights."""
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     weights = files[folder / "weights.safetensors"]
-    programs = sum(size for path, size in files.items() if path.suffix == ".pt2")
+    programs = sum(size for path, size in files.items() if path.parent.name == "programs")
     return {"weights_file_bytes": weights, "program_bytes": programs, "bytes_without_weights": sum(files.values()) - weights}
 
 

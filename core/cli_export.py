@@ -48,7 +48,7 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a plan and write it as torch.export or ONNX programs with a runner, or as graphs to look at."""
+    """Compile a plan and write it as torch.export, AOTInductor or ONNX programs with a runner, or as graphs to look at."""
     refuse_target(out, format, force)
     cache_plan = CachePlan.load(plan)
     with progress_bar("loading", as_json) as report:

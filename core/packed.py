@@ -40,8 +40,9 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Drop everything: what is used again is packed again."""
-        for key in list(self._kept):
-            self._drop(key)
+        with self._lock:
+            for key in list(self._kept):
+                self._drop(key)
 
     def get(self, *weights: Tensor) -> Tensor:
         """The packed form of a weight, or of several, one below the other."""

@@ -11,13 +11,14 @@ from typing import Any
 
 from stepgraph.config import CompileError
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.export_aoti import write_aoti
 from stepgraph.runtime.export_graph import write_graphs
 from stepgraph.runtime.export_onnx import write_onnx
 from stepgraph.runtime.export_pt2 import write_programs
 
 # Writes into an empty folder what its manifest then describes; returns that.
 Writer = Callable[..., dict[str, Any]]
-FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "onnx": write_onnx, "graph": write_graphs}
+FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "aoti": write_aoti, "onnx": write_onnx, "graph": write_graphs}
 # The file that says what an export is, by which one knows one's own.
 MANIFEST = "schedule.json"
 
@@ -37,11 +38,12 @@ def export(
     Args:
         executable: What to export; its own sessions may go on meanwhile.
         path: The folder; made if it does not exist.
-        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner. "onnx": the same with
-            ONNX programs, in float32 on the CPU. "graph": what every variant does, as readable source, as SVG and as DOT.
+        format: "pt2": torch.export programs of the variants, weights, the schedule and a runner. "aoti": the same with programs
+            that AOTInductor compiled, which C++ runs too. "onnx": the same with ONNX programs, in float32 on the CPU. "graph":
+            what every variant does, as readable source, as SVG and as DOT.
         inputs: The model's forward arguments whose shapes and dtypes the programs take; by default those that the executable
             was compiled with.
-        scheduler: With "pt2" and "onnx": the sampler, whose steps go into the schedule where they are fixed linear
+        scheduler: With "pt2", "aoti" and "onnx": the sampler, whose steps go into the schedule where they are fixed linear
             combinations. It is not changed.
         portable: Fused operations in plain torch operations; False keeps stepgraph's own, which whoever loads the programs
             must have registered.

@@ -79,8 +79,8 @@ class ProgramWriter:
         (folder / "programs").mkdir()
 
     def weights_of(self, lifted: Lifted) -> list[Tensor]:
-        """The weights that a graph takes."""
-        return [self.names.tensors[name] for name in lifted.weights]
+        """The weights that a graph takes, contiguous as the file has them: compiled programs hold to the strides."""
+        return [self.names.tensors[name].contiguous() for name in lifted.weights]
 
     def write(
         self, name: str, lifted: Lifted, examples: Sequence[Tensor] | None = None, module: nn.Module | None = None

@@ -26,7 +26,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 # What this runner reads, and the ending of its programs.
-FORMATS, VERSION = {"stepgraph-pt2": ".pt2", "stepgraph-onnx": ".onnx"}, 1
+FORMATS, VERSION = {"stepgraph-pt2": ".pt2", "stepgraph-aoti": ".aoti.pt2", "stepgraph-onnx": ".onnx"}, 1
 
 
 class ScheduleError(Exception):
@@ -63,8 +63,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def load_program(path: Path) -> Callable[..., Sequence[Tensor]]:
+def load_program(path: Path, device: str = "cpu") -> Callable[..., Sequence[Tensor]]:
     """A program as a function of tensors; ONNX programs need onnxruntime, and run on the CPU."""
+    if path.name.endswith(FORMATS["stepgraph-aoti"]):
+        index = torch.device(device).index
+        return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
     if path.suffix != ".onnx":
         return torch.export.load(path).module()
     import onnxruntime
@@ -102,7 +105,7 @@ class Runner:
         """Run a program on its inputs; strides are part of what was exported, so every one is made contiguous."""
         program = self.schedule["programs"][name]
         if name not in self._programs:
-            self._programs[name] = load_program(self.folder / program["file"])
+            self._programs[name] = load_program(self.folder / program["file"], self.schedule["device"])
         weights = (self.weights[weight] for weight in program["weights"])
         with torch.no_grad():
             return self._programs[name](*(tensor.contiguous() for tensor in tensors), *weights)

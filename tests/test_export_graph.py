@@ -115,4 +115,4 @@ def test_the_command_exports_a_plan_file(tmp_path):
     assert again.exit_code == 1
     assert "pass force=True (--force) to replace it" in json.loads(again.stdout)["error"]
     unknown = CliRunner().invoke(app, [*command, "--json", "--force", "--format", "gguf"])
-    assert "unknown format 'gguf' of exports; expected pt2, onnx, graph" in json.loads(unknown.stdout)["error"]
+    assert "unknown format 'gguf' of exports; expected pt2, aoti, onnx, graph" in json.loads(unknown.stdout)["error"]
