@@ -27,9 +27,10 @@ from stepgraph.fingerprint import refuse_other_model
 from stepgraph.inputs import flat_inputs
 from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, Program, Variant, described, parts_of, refuse_nan, signature
+from stepgraph.runtime.executable import Executable, parts_of
 from stepgraph.runtime.layout import kept_dtype, lay_out
 from stepgraph.runtime.packed_linear import packs
+from stepgraph.runtime.program import Program, Variant, described, refuse_nan, signature
 from stepgraph.runtime.slots import assign_slots
 from stepgraph.runtime.tables import Hoisted
 

@@ -9,8 +9,9 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from stepgraph.config import CompileError
-from stepgraph.runtime.executable import Executable, Program
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.export_pt2 import Saver, write_programs
+from stepgraph.runtime.program import Program
 
 OPTIONS: dict[str, Any] = {
     # Weights are inputs; nothing else is to come into the libraries either.

@@ -5,7 +5,8 @@ from typing import Any
 
 from stepgraph.liveness import traffic
 from stepgraph.runtime.drawing import Picture, draw_dot, draw_svg, operations
-from stepgraph.runtime.executable import Executable, Program
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.program import Program
 from stepgraph.runtime.schedule import variant_name
 
 FORMAT, VERSION = "stepgraph-graph", 1

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from stepgraph.config import CompileError
-from stepgraph.runtime.executable import Executable, Program
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.export_pt2 import Saver, write_programs
+from stepgraph.runtime.program import Program
 
 NEEDED = ("onnx", "onnxscript")
 

@@ -15,8 +15,9 @@ from stepgraph.config import CompileError
 from stepgraph.env import get_logger
 from stepgraph.files import save_tensors
 from stepgraph.runtime import runner
-from stepgraph.runtime.executable import Executable, Program
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.lift import Lifted, WeightNames
+from stepgraph.runtime.program import Program
 from stepgraph.runtime.schedule import inputs_of, make_schedule, variant_name
 
 WEIGHTS = "weights.safetensors"

@@ -15,9 +15,10 @@ from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan import PlanError, PlanHeader
 from stepgraph.runtime.captured_run import CapturedRun
 from stepgraph.runtime.cudagraph import why_not
-from stepgraph.runtime.executable import Executable, signature
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.linear_steps import state_of
 from stepgraph.runtime.loop import Loop
+from stepgraph.runtime.program import signature
 from stepgraph.runtime.tables import waits
 from stepgraph.runtime.update import FusedUpdate, Update, choose_update
 

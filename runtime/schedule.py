@@ -7,9 +7,10 @@ import torch
 
 from stepgraph.config import CompileError
 from stepgraph.fingerprint import dtype_name
-from stepgraph.runtime.executable import Executable, Program
+from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.lift import WeightNames
 from stepgraph.runtime.linear_steps import linear_steps
+from stepgraph.runtime.program import Program
 from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule, step_arguments
 
 

@@ -17,9 +17,9 @@ from stepgraph.compiler.lower import Lowered
 from stepgraph.compiler.merge_projections import merge_projections
 from stepgraph.compiler.trace import trace
 from stepgraph.packed import PackedWeights
-from stepgraph.runtime.executable import signature
 from stepgraph.runtime.flat import Whole
 from stepgraph.runtime.packed_linear import PACKED, merged_linear, packs
+from stepgraph.runtime.program import signature
 
 needs_packing = pytest.mark.skipif(
     not packs(torch.zeros(1, 4), torch.zeros(4, 4)), reason="oneDNN's packed linear maps are not there"

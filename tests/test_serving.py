@@ -21,7 +21,7 @@ import stepgraph as sg
 from stepgraph.compiler.load_artifact import build_scheduler
 from stepgraph.packed import PackedWeights
 from stepgraph.runtime.artifact import read_artifact
-from stepgraph.runtime.executable import Program
+from stepgraph.runtime.program import Program
 
 THREADS = 8
 STEPS = 6
