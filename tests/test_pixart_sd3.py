@@ -332,7 +332,8 @@ def test_sd3_is_not_sampled_by_name(sd3):
 
 # Model -> norms and updates in each run where everything is computed, and updates in each run where all modules are reused.
 FUSED = {
-    "pixart": (PixArtOracle, 2 * 2 + 1, [1] * 4, [3 * 2]),
+    # The two cross-attentions, which have no gates, are one stored sum.
+    "pixart": (PixArtOracle, 2 * 2 + 1, [1] * 4, [2 * 2 + 1]),
     # The first block has three norms and updates for the image, those of its attentions one behind the other; the other two
     # blocks have two. The text of the last has a norm only.
     "sd3": (SD3Oracle, 3 + 2 + 2 + (2 + 2 + 1) + 1, [2] + [1] * 9, [7]),
