@@ -2,7 +2,7 @@
 
 A piece is what lies within one transformer block, before the first or behind the last. Runs of reused sites, which are one
 operation across blocks, stand between them. A piece's weights are inputs of its region, so that blocks of one make share it;
-what a piece returns is not part of what a region is: it returns whatever one of its pieces does.
+what a piece hands on is not part of what a region is: it writes whatever one of its pieces needs.
 """
 
 import copy
@@ -77,7 +77,7 @@ class Region:
     """What equal pieces have in common.
 
     Attributes:
-        graph: (*inputs, *weights) -> nothing yet; `finish` adds what it returns.
+        graph: (*inputs, *weights) -> nothing yet; `finish` adds the memory that its results are written to.
         examples: Of its inputs and weights.
         nodes: Its nodes, in the order of a piece's.
         returned: Numbers of the nodes whose values some piece returns.
