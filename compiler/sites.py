@@ -160,15 +160,17 @@ def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable
 
     Only all outputs of a joint call together save the call itself: their figures add up to that.
     """
-    saved = [measure(saved_by([marker])) for marker in markers]
+    output = next(iter(reversed(markers[0].graph.nodes)))
+    live = live_nodes([output])
+    saved = [measure(saved_by([marker], live)) for marker in markers]
     for members in joint_calls(sites):
         first, *rest = members
-        saved[first] = measure(saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
+        saved[first] = measure(saved_by([markers[i] for i in members], live)) - sum(saved[i] for i in rest)
     return saved
 
 
-def saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that need not run where these markers' sites, and no others, are reused."""
+def saved_by(markers: Sequence[fx.Node], live: set[fx.Node] | None = None) -> set[fx.Node]:
+    """The nodes that need not run where these markers' sites, and no others, are reused; `live` is what runs without any."""
     output = next(iter(reversed(markers[0].graph.nodes)))
     left = live_nodes([output], cut=markers)
     for marker in markers:
@@ -177,7 +179,7 @@ def saved_by(markers: Sequence[fx.Node]) -> set[fx.Node]:
             stack_input = marker.args[1]
             assert isinstance(stack_input, fx.Node)
             left |= live_nodes([stack_input])
-    return live_nodes([output]) - left
+    return (live if live is not None else live_nodes([output])) - left
 
 
 def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:

@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from stepgraph.compiler.collector import collector_paused
 from stepgraph.compiler.faithful import (
     forget_in_memos,
     refuse_changed_state,
@@ -92,7 +93,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
     started = time.perf_counter()
-    with TRACE_LOCK, torch.inference_mode(False), torch.no_grad():
+    with TRACE_LOCK, collector_paused(), torch.inference_mode(False), torch.no_grad():
         first, second = _record(model, inputs), _record(model, inputs)
     refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
     return replace(first, seconds=time.perf_counter() - started)
