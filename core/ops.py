@@ -185,6 +185,10 @@ def rows(modulation: Tensor, x: Tensor) -> Tensor:
     return modulation.unsqueeze(1) if modulation.ndim == 2 and x.ndim == 3 else modulation
 
 
+def _side_by_side(value: Tensor) -> bool:
+    return not value.ndim or value.stride(-1) == 1 or value.shape[-1] == 1
+
+
 def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
     """A provider (or its `declines`) that gets every tensor with its channels side by side.
 
@@ -193,7 +197,8 @@ def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def by_rows(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if not value.ndim or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+            # The first question answers nearly always, and calls of operations are short.
+            return value if value.is_contiguous() or _side_by_side(value) else value.contiguous()
         return [by_rows(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
     def called(*args: Any, **kwargs: Any) -> Any:

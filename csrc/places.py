@@ -42,12 +42,16 @@ def common(x: Tensor) -> tuple[int, ...]:
 def rows_of(x: Tensor) -> Place:
     """Where the rows of a tensor are that `declines_rows` takes."""
     if x.ndim == 3:
-        return x.data_ptr(), x.stride(0), x.stride(1)
+        batches, tokens, _ = x.stride()
+        return x.data_ptr(), batches, tokens
     return x.data_ptr(), 0, x.stride(0) if x.ndim == 2 else x.shape[-1]
 
 
 def modulation_of(modulation: Tensor, x: Tensor) -> Place:
     """Where each row of `x` finds its modulation; [B, C] is per batch, as in `ops.rows`."""
+    if modulation.ndim == 3:
+        (batches, tokens, _), (batch, token, _) = modulation.shape, modulation.stride()
+        return modulation.data_ptr(), batch if batches > 1 else 0, token if tokens > 1 else 0
     if modulation.ndim == 2 and x.ndim == 3:
         return modulation.data_ptr(), modulation.stride(0) if modulation.shape[0] > 1 else 0, 0
     steps = [0 if size == 1 else step for size, step in zip(modulation.shape[:-1], modulation.stride()[:-1], strict=True)]

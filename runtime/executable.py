@@ -335,26 +335,26 @@ class Session:
         variant, reads = program.variants[row], program.slots.steps[self.step].reads
         places = [place for value in moves.stores for place in value]
 
-        def work(given: Mapping[Hashable, torch.Tensor]) -> list[torch.Tensor]:
-            values = list(given.values())
+        def work(*values: torch.Tensor) -> list[torch.Tensor]:
             stored = [tensor for slot in reads for tensor in table.read(slot)]
             outputs = variant.run([*values[: len(arguments)], *stored, *values[len(arguments) :]], places, table.arena)
             # The arena is written to again; what is returned is the caller's.
             return [value.clone() if table.arena.owns(value) else value for value in outputs]
 
+        steps = self._steps.get(id(program))
+        if steps is None or steps.refused:
+            return work(*arguments, *constants, *tables)
         given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
         given |= {("constant", row, number): value for number, value in enumerate(constants)}
         given |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
-        steps = self._steps.get(id(program))
-        if steps is not None and not steps.refused:
-            try:
-                return steps.run((row, tuple(map(table.places, reads))), places, given, work)
-            except CaptureError as error:
-                if self.executable.config.cuda_graphs:
-                    raise
-                steps.refused = str(error)
-                get_logger("capture").warning("not captured: %s", error)
-        return work(given)
+        try:
+            return steps.run((row, tuple(map(table.places, reads))), places, given, lambda given: work(*given.values()))
+        except CaptureError as error:
+            if self.executable.config.cuda_graphs:
+                raise
+            steps.refused = str(error)
+            get_logger("capture").warning("not captured: %s", error)
+        return work(*arguments, *constants, *tables)
 
     def _table(self, program: Program, device: torch.device) -> SlotTable:
         """The stored values of this branch; branches that run one program share its memory."""
