@@ -16,6 +16,7 @@ from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.records import parse_tensors
 from stepgraph.config import CompileError
 from stepgraph.fingerprint import model_dtype
+from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.metrics import relative_l2
 from stepgraph.plan import PlanError
 from stepgraph.runtime.artifact import Artifact, current_versions, read_artifact
@@ -66,9 +67,13 @@ def _versions(artifact: Artifact) -> list[tuple[str, str, str]]:
 
 def zero_inputs(described: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Forward arguments of an artifact's shapes."""
-    tensors = {name: value for name, value in described.items() if isinstance(value, tuple)}
-    made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in tensors.items()}
-    return {name: made.get(name, value) for name, value in described.items()}
+
+    def made(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return torch.zeros(value[0], dtype=value[1], device=device)
+        return zero_inputs(value, device) if isinstance(value, dict) else value
+
+    return {name: made(value) for name, value in described.items()}
 
 
 def verify_first_step(executable: Executable) -> None:
@@ -82,9 +87,12 @@ def verify_first_step(executable: Executable) -> None:
     model, header, generator = executable.model, executable.plan.header, torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     inputs = zero_inputs(executable.example, device)
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timestep":
-            inputs[name] = torch.randn(value.shape, generator=generator).to(value)
+    random = {
+        name: torch.randn(value.shape, generator=generator).to(value)
+        for name, value in flat_inputs(inputs).items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timestep"
+    }
+    inputs = like_flat(inputs, random)
     if isinstance(inputs.get("timestep"), torch.Tensor):
         inputs["timestep"] = inputs["timestep"] + header.timesteps[0] * family_of(model).timestep
         inputs["timestep"] = inputs["timestep"].to(zero_inputs(executable.example, device)["timestep"].dtype)

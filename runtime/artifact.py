@@ -44,7 +44,8 @@ class Artifact:
         path: Where it lies.
         plan: Its plan.
         options: How it is compiled.
-        inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), anything else by its value.
+        inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), a dict of tensors as a dict of
+            these, anything else by its value.
         model: "class", "fingerprint" and "dtype" of the model, and with weights its "config".
         scheduler: "class", "hash" and, where it was given, "config".
         versions: "stepgraph", "torch", "diffusers", "python" that made it.
@@ -136,9 +137,15 @@ def _plain(value: Any, what: str) -> Any:
 
 
 def _describe_input(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype):
+    if _is_tensor(value):
         return {"shape": list(value[0]), "dtype": dtype_name(value[1])}
+    if isinstance(value, dict) and any(map(_is_tensor, value.values())):
+        return {"entries": {key: _describe_input(f"{name}[{key!r}]", entry) for key, entry in value.items()}}
     return {"value": _plain(value, f"the input {name}")}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -257,7 +264,7 @@ def _options(value: Any) -> CompileConfig:
         raise PlanError(f"options: {error}") from error
 
 
-def _inputs(value: Any, plan: CachePlan) -> dict[str, Any]:
+def _inputs(value: Any, plan: CachePlan, prefix: str = "") -> dict[str, Any]:
     """Shapes and dtypes of the tensors, the plan's but for the batch, and the values of everything else."""
     if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
         raise PlanError(f"inputs is {value!r}; expected an object of objects")
@@ -265,18 +272,25 @@ def _inputs(value: Any, plan: CachePlan) -> dict[str, Any]:
     for name, entry in value.items():
         if set(entry) == {"value"}:
             found[name] = entry["value"]
-            continue
-        shape, dtype = entry.get("shape"), DTYPES.get(str(entry.get("dtype")))
-        planned = plan.header.shapes.get(name)
-        sizes = tuple(shape) if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else None
-        fits = sizes is not None and planned is not None and (sizes == planned or sizes[1:] == planned)
-        if set(entry) != {"shape", "dtype"} or dtype is None or sizes is None or not fits or sizes[:1] > (MOST_SAMPLES,):
-            raise PlanError(
-                f"the input {name} is {entry!r}; expected the plan's shape {planned} behind a batch of at most {MOST_SAMPLES}, "
-                f"and one of the dtypes {', '.join(DTYPES)}"
-            )
-        found[name] = sizes, dtype
+        elif set(entry) == {"entries"} and not prefix:
+            found[name] = _inputs(entry["entries"], plan, f"{name}__")
+        else:
+            found[name] = _tensor(f"{prefix}{name}", entry, plan)
     return found
+
+
+def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of an input that is a tensor."""
+    shape, dtype = entry.get("shape"), DTYPES.get(str(entry.get("dtype")))
+    planned = plan.header.shapes.get(name)
+    sizes = tuple(shape) if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else None
+    fits = sizes is not None and planned is not None and (sizes == planned or sizes[1:] == planned)
+    if set(entry) != {"shape", "dtype"} or dtype is None or sizes is None or not fits or sizes[:1] > (MOST_SAMPLES,):
+        raise PlanError(
+            f"the input {name} is {entry!r}; expected the plan's shape {planned} behind a batch of at most {MOST_SAMPLES}, "
+            f"and one of the dtypes {', '.join(DTYPES)}"
+        )
+    return sizes, dtype
 
 
 def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:

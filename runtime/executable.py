@@ -66,7 +66,7 @@ class Executable:
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
-        example: The inputs it was compiled with, for saving: a tensor as (shape, dtype), anything else by its value.
+        example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
         captured: What was captured of it in graphs.
     """

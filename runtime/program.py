@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from stepgraph.inputs import flat_inputs
+from stepgraph.inputs import flat_inputs, holds_tensors
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.runtime.flat import Run
 from stepgraph.runtime.layout import Layout
@@ -118,10 +118,14 @@ class Memory:
 
 
 def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs without their contents: a tensor as (shape, dtype), anything else by its value."""
-    return {
-        name: (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
-    }
+    """Inputs without their contents: a tensor as (shape, dtype), a dict of tensors as a dict of these, all else by its value."""
+
+    def about(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.dtype
+        return described(value) if holds_tensors(value) else value
+
+    return {name: about(value) for name, value in inputs.items()}
 
 
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:

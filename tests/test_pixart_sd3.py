@@ -223,6 +223,15 @@ def test_the_sizes_are_hoisted_and_compared_at_every_call(sized_pixart, exact):
     assert min(results[1:]) > 1e-4
 
 
+def test_an_artifact_keeps_the_sizes_inside_a_dict(sized_pixart, tmp_path):
+    exe = sg.compile(sized_pixart, planned(sized_pixart, sized_inputs(), {"ff": "CRCR"}), sized_inputs(), backend="eager")
+    exe.save(tmp_path / "pixart.zip")
+    loaded = sg.load(tmp_path / "pixart.zip", sized_pixart, verify=True)
+    call = sized_inputs(640.0, 896.0) | {"timestep": torch.full((2,), int(exe.plan.header.timesteps[0]))}
+    assert loaded.program(call) is loaded.default
+    assert torch.equal(loaded.session()(**call).sample, exe.session()(**call).sample)
+
+
 def test_other_sizes_inside_a_dict_are_another_signature_or_refused(sized_pixart):
     plan = planned(sized_pixart, sized_inputs(), {})
     exe = sg.compile(sized_pixart, plan, sized_inputs(), backend="eager")
