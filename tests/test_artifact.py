@@ -335,7 +335,6 @@ from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_scheduler, noise, labels
 import stepgraph as sg
-from stepgraph.bench.fuzz_artifacts import fuzz
 torch.set_num_threads(1)
 found = {}
 for path in sys.argv[3:]:
@@ -347,25 +346,37 @@ save_file(found, sys.argv[2])
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_bits(ddim, tmp_path: Path):
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_processes_compute_the_same_bits(ddim, tmp_path: Path, backend: str):
+    """Compiled anew, from regions that another process kept, and compiled anew beside that."""
     artifacts = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_dit().to(dtype)
         plan = sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2)
         given = inputs(2) | {"hidden_states": noise(2).to(dtype)}
-        artifacts.append(tmp_path / f"{len(artifacts)}.zip")
+        artifacts.append(tmp_path / f"artifact-{len(artifacts)}")
         sg.compile(model, plan, given, "eager").save(artifacts[-1], with_weights=True)
-    command = [sys.executable, "-c", SAMPLE, str(Path(__file__).parent)]
-    outs = [tmp_path / name for name in ("first", "second")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen([*command, str(out), *map(str, artifacts)], env=environment) for out in outs]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    first, second = map(load_file, outs)
-    assert {name: tensor.dtype for name, tensor in first.items()} == {
-        "torch.float32": torch.float32,
-        "torch.bfloat16": torch.bfloat16,
-    }
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        options = json.loads((artifacts[-1] / "manifest.json").read_text())["options"]
+        rewrite(artifacts[-1], options=options | {"backend": backend})
+
+    def start(name: str, cache: str) -> tuple[subprocess.Popen, Path]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPGRAPH_CACHE": str(tmp_path / cache)}
+        environment.pop("STEPGRAPH_REGIONS", None)
+        command = [sys.executable, "-c", SAMPLE, str(Path(__file__).parent), str(tmp_path / name), *map(str, artifacts)]
+        return subprocess.Popen(command, env=environment), tmp_path / name
+
+    running = [start("first", "kept"), start("apart", "other")]
+    assert [process.wait(timeout=300) for process, _ in running] == [0, 0]
+    kept = list((tmp_path / "kept" / "regions").glob("*"))
+    running.append(start("again", "kept"))
+    assert running[-1][0].wait(timeout=300) == 0
+    assert bool(kept) == (backend == "inductor")
+    assert list((tmp_path / "kept" / "regions").glob("*")) == kept
+    first, *others = (load_file(path) for _, path in running)
+    assert {name: str(tensor.dtype) for name, tensor in first.items()} == {name: name for name in first}
+    assert len(first) == 2
+    for other in others:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 # -- fuzzing ---------------------------------------------------------------------------------------------------------------
