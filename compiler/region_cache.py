@@ -8,6 +8,7 @@ import atexit
 import hashlib
 import operator
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,6 +36,8 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.store import Store
 
 RECORD = "record"
+# What stands behind the kernels in inductor's sources.
+BINDINGS = b"// Python bindings"
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 # The folder that inductor works in is a setting of the whole process.
 LOCK = threading.RLock()
@@ -53,6 +58,16 @@ def compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: 
 
     It is run once on the examples, so that nothing is left to be compiled, and a kept region shows that it runs.
     """
+    try:
+        return _compile_kept(gm, examples, patches)
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            "no C++ compiler was found, which backend='inductor' needs on CPUs, for kept regions too; install one, name one in "
+            "CXX, or pass backend='eager'"
+        ) from error
+
+
+def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None) -> Callable[..., Any]:
     log = get_logger("regions")
     try:
         store = region_store()
@@ -73,6 +88,8 @@ def compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: 
                 kept = _restore(found, work)
                 kept(*examples)
                 return kept
+            except InvalidCxxCompiler:
+                raise
             except Exception as error:
                 # Whole, and yet of no use here: another build of torch, a library that cannot be loaded.
                 log.warning("the kept region %s cannot be used (%s: %s); it is compiled anew", key, type(error).__name__, error)
@@ -91,7 +108,6 @@ def _restore(found: dict[str, bytes], work: Path) -> Callable[..., Any]:
 def _compile_and_keep(
     gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None, work: Path, store: Store, key: str
 ) -> Callable[..., Any]:
-    before = _libraries(work)
     # torch keeps records of graphs of its own operations only, not of Python functions.
     flat = make_fx(gm, tracing_mode="fake")(*examples)
     run = standalone_compile(
@@ -103,15 +119,22 @@ def _compile_and_keep(
     except RuntimeError as error:
         get_logger("regions").info("%s is not kept: %s", key, error)
         return run
-    made = _libraries(work) - before
-    files = {str(path.relative_to(work)): path.read_bytes() for path in sorted(made)}
-    store.put(key, files | {RECORD: (work / RECORD).read_bytes()})
+    record = (work / RECORD).read_bytes()
+    files = {str(path.relative_to(work)): path.read_bytes() for path in _libraries(work, record)}
+    store.put(key, files | {RECORD: record})
     return run
 
 
-def _libraries(work: Path) -> set[Path]:
-    """The native code that inductor has made, and its sources, by which it finds it again."""
-    return {path for path in work.glob("??/*") if path.suffix in (".so", ".cpp")}
+def _libraries(work: Path, record: bytes) -> list[Path]:
+    """The native code that a record calls, made for this region or an earlier one, with the sources it is found by.
+
+    A record has the text of its kernels, to which inductor adds what makes a library of them. Sources without a kernel are
+    probes of what the processor can do; every process asks them.
+    """
+    sources = {path: path.read_bytes().partition(BINDINGS) for path in work.glob("??/*.cpp")}
+    called = [path for path, (kernel, marker, _) in sources.items() if not marker or kernel.strip() in record]
+    found = {sibling for path in called for sibling in (path, path.with_suffix(".so"))}
+    return sorted(path for path in found if path.is_file())
 
 
 def region_key(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None) -> str | None:
@@ -170,7 +193,18 @@ def _surroundings() -> list[str]:
         [(name, os.environ[name]) for name in sorted(os.environ) if name.startswith(("TORCHINDUCTOR_", "CXX", "CC", "ATEN_"))
          and name != "TORCHINDUCTOR_CACHE_DIR"],
     ]  # fmt: skip
-    return [sys.version, str(torch.__version__), torch.version.git_version or "", _sources(), repr(settings)]
+    versions = [sys.version, str(torch.__version__), torch.version.git_version or ""]
+    return [*versions, _processor(), _sources(), repr(settings), repr(inductor_config.save_config_portable())]
+
+
+@lru_cache
+def _processor() -> str:
+    """What inductor compiles for: the processor's model and features, which are more than torch tells apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "model", "flags", "Features", "CPU "))}))
 
 
 @lru_cache

@@ -66,6 +66,8 @@ class CompileConfig:
         limit = self.hoist_limit_mb
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0):
             raise ValueError(f"hoist_limit_mb is {self.hoist_limit_mb!r}; expected megabytes, 0 or more, or None for no limit")
+        if limit is not None:
+            object.__setattr__(self, "hoist_limit_mb", float(limit))
 
     @property
     def packs(self) -> bool:

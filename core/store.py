@@ -68,7 +68,7 @@ class Store:
             found = _unpacked(data)
         except (ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
             get_logger("store").warning("%s is damaged (%s); it is removed and made anew", path, error)
-            path.unlink(missing_ok=True)
+            _remove(path)
             return None
         try:
             os.utime(path)
@@ -89,7 +89,7 @@ class Store:
             partial.replace(self._path(key))
         except OSError as error:
             get_logger("store").warning("%s is not kept: %s", key, error)
-            partial.unlink(missing_ok=True)
+            _remove(partial)
         if sum(entry.bytes for entry in self.entries()) > self.limit:
             self.prune()
 

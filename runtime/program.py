@@ -118,7 +118,7 @@ class Memory:
 
 
 def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs without their contents: a tensor as (shape, dtype), a dict of tensors as a dict of these, all else by its value."""
+    """Inputs without contents: a tensor as (shape, dtype), a dict of tensors as a dict of these, all else by its value."""
 
     def about(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

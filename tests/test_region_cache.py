@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from stepgraph.cli import app
@@ -128,8 +129,10 @@ def test_keys_tell_regions_apart():
         region_key(region(), (x[:, :4], y[:, :4]), None), region_key(region(), (x.bfloat16(), y.bfloat16()), None),
         region_key(region(), (x.t().contiguous().t(), y), None),
     ]  # fmt: skip
+    with inductor_config.patch(emulate_precision_casts=True):
+        others.append(region_key(region(), (x, y), None))
     assert None not in others
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 7
 
 
 def test_code_without_a_name_and_values_inside_are_not_kept():
@@ -173,6 +176,98 @@ def test_a_kept_region_is_not_compiled_again_unless_it_is_damaged(counted: list[
     assert torch.equal(compile_kept(region(), (x, y), None)(x, y)[0], x * 2 + y)
     assert len(counted) == 3
     assert {name: os.environ.get(name) for name in given} == given
+
+
+ALONE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from torch._inductor import cpp_builder
+from test_region_cache import product, region
+from stepgraph.compiler import region_cache
+built, build = [], cpp_builder.CppBuilder.build
+# Inductor asks the compiler for its headers even where all libraries are there.
+cpp_builder.CppBuilder.build = lambda self: (self._name.endswith("header") or built.append(self._name), build(self))[1]
+compiled, compile_and_keep = [], region_cache._compile_and_keep
+region_cache._compile_and_keep = lambda *given: (compiled.append(given[-1]), compile_and_keep(*given))[1]
+x, y = torch.ones(4, 8), torch.ones(4, 8)
+for make in sys.argv[1:]:
+    total = region_cache.compile_kept(globals()[make](), (x, y), None)(x, y)[0]
+    assert torch.equal(total, x * 2 + y)
+print(len(built), len(compiled))
+"""
+
+
+def product() -> fx.GraphModule:
+    """(x, y) -> (x * 2 + y, (x * 2 + y) @ its transpose): the same kernel as `region`, and more."""
+    gm = region()
+    (total,) = next(iter(reversed(gm.graph.nodes))).args[0]
+    output = next(iter(reversed(gm.graph.nodes)))
+    with gm.graph.inserting_before(output):
+        square = gm.graph.call_function(torch.mm, (total, gm.graph.call_method("t", (total,))))
+    output.args = ((total, square),)
+    gm.recompile()
+    return gm
+
+
+@pytest.mark.slow
+def test_a_kept_region_brings_the_kernels_that_another_one_has_in_common_with_it(tmp_path: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPGRAPH_REGIONS": "10", "STEPGRAPH_CACHE": str(tmp_path)}
+
+    def builds(*regions: str) -> tuple[int, int]:
+        script = ALONE.format(tests=str(Path(__file__).parent))
+        found = subprocess.run([sys.executable, "-c", script, *regions], env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        libraries, compiled = map(int, found.stdout.split())
+        return libraries, compiled
+
+    libraries, compiled = builds("region", "product")
+    assert libraries >= 1
+    assert compiled == 2
+    assert builds("product") == (0, 0)
+    assert builds("product", "region") == (0, 0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_folder_that_cannot_be_written_costs_no_run(counted: list[str], caplog):
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    folder = region_store().folder
+    compile_kept(region(), (x, y), None)
+    bundle = next(folder.glob("*.bundle"))
+    bundle.write_bytes(b"damaged")
+    folder.chmod(0o500)
+    try:
+        assert torch.equal(compile_kept(region(), (x, y), None)(x, y)[0], x * 2 + y)
+        assert torch.equal(compile_kept(region(3.0), (x, y), None)(x, y)[0], x * 3 + y)
+    finally:
+        folder.chmod(0o700)
+    assert "is not kept: [Errno" in caplog.text
+
+
+def test_a_file_that_cannot_be_removed_is_as_good_as_none(store: Store, monkeypatch, caplog):
+    """As on a read-only file system."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    store.put("a", {"x": b"1"})
+    next(store.folder.iterdir()).write_bytes(b"damaged")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert store.get("a") is None
+    store.put("b", {"x": b"1"})
+    assert "b is not kept: [Errno 30]" in caplog.text
+
+
+def test_without_a_compiler_the_error_says_so(counted: list[str], monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(region_cache, "_folders", {})
+
+    def refuse(*_: object) -> None:
+        raise region_cache.InvalidCxxCompiler
+
+    monkeypatch.setattr(region_cache, "_compile_and_keep", refuse)
+    with pytest.raises(CompileError, match=r"no C\+\+ compiler was found, which backend='inductor' needs"):
+        compile_kept(region(), (torch.zeros(4, 8), torch.zeros(4, 8)), None)
 
 
 def test_cache_commands(counted: list[str]):
