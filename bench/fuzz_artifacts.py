@@ -2,20 +2,22 @@
 
     python -m stepgraph.bench.fuzz_artifacts --count 100000
 
-Damage is bit flips, truncations, insertions, exchanged and repeated parts at every region of every file, also with the hashes
-made right again, so that what lies behind them is reached. An artifact of a tiny DiT with low-rank factors and weights is used,
-as a folder and as a zip. What is raised must be a `PlanError` or a `CompileError`; anything else counts as a crash.
+Damage is bit flips, truncations, insertions, exchanged and repeated parts at every region of every file, and other values in
+the manifest, also with the hashes made right again, so that what lies behind them is reached. An artifact of a tiny DiT with
+low-rank factors and weights is used, as a folder and as a zip. What is raised must be a `PlanError` or a `CompileError`;
+anything else counts as a crash, and so does an artifact with other weights or factors that is accepted. What is accepted is
+compiled.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import shutil
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,14 @@ from stepgraph.compiler.correct import lowrank
 from stepgraph.compiler.describe import example_inputs
 from stepgraph.compiler.factorize import factorize
 from stepgraph.compiler.factors import Factors, refuse_model
-from stepgraph.compiler.load_artifact import build_model, build_scheduler
+from stepgraph.compiler.load_artifact import build_model, build_scheduler, compile_artifact
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.fingerprint import fingerprint
 from stepgraph.plan import PlanError
-from stepgraph.runtime.artifact import manifest_bytes, read_artifact
+from stepgraph.runtime.artifact import KEYS, MANIFEST, manifest_bytes, read_artifact
+from stepgraph.runtime.container import write_container
 
 TINY = {
     "num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 2, "out_channels": 4, "num_layers": 1, "sample_size": 4,
@@ -89,37 +92,71 @@ def damaged(data: bytes, choose: random.Random) -> tuple[str, bytes]:
     return kind, data[:at] + inserted + data[at + (0 if kind == "insert" else len(inserted)) :]
 
 
-@contextmanager
-def changed_file(path: Path, data: bytes) -> Iterator[None]:
-    """A file with other contents for a while."""
-    before = path.read_bytes()
-    path.write_bytes(data)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """The files of an artifact."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def attempt(artifact: Path, file: Path, data: bytes) -> str:
-    """How an artifact is taken with a file changed, and its hash in the manifest made right: refused, accepted, or a crash."""
-    manifest = artifact / "manifest.json"
-    forged = manifest.read_bytes() if artifact.is_dir() else b""
-    if artifact.is_dir() and file != manifest:
-        described = json.loads(forged)
-        described["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        forged = manifest_bytes(described)
-    with changed_file(file, data):
-        if artifact.is_dir() and file != manifest:
-            with changed_file(manifest, forged):
-                return taken(artifact)
-        return taken(artifact)
+def with_hashes(contents: dict[str, bytes], described: dict[str, Any]) -> dict[str, bytes]:
+    """An artifact whose manifest states the hashes of its files and its own."""
+    files = {name: data for name, data in contents.items() if name != MANIFEST}
+    described["files"] = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
+    return {**files, MANIFEST: manifest_bytes(described)}
 
 
-def taken(artifact: Path) -> str:
-    """What loading an artifact ends in."""
+def changed_value(described: dict[str, Any], choose: random.Random) -> str:
+    """Put something else in the place of one value of a manifest; returns what was done."""
+    holder: Any = described
+    while True:
+        keys = sorted(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = choose.choice(keys)
+        if not isinstance(holder[key], (dict, list)) or not holder[key] or choose.random() < 0.2:
+            break
+        holder = holder[key]
+    value, kind = holder[key], choose.choice(["value", "value", "value", "remove", "add"])
+    if kind == "remove":
+        del holder[key]
+    elif kind == "add" and isinstance(holder, dict):
+        holder["added"] = value
+    else:
+        deep: Any = []
+        for _ in range(500):
+            deep = [deep]
+        others = [None, True, -1, 0, 2**70, 1e308, 0.5, "", "a\u001b[2J\u0000", "../x", [], {}, [value], {"a": value}, deep]
+        number = isinstance(value, (int, float))
+        holder[key] = choose.choice([*others, *([value + 1, value * 2] if number else [f"{value}x"])])
+    return f"manifest {kind}"
+
+
+def write(place: Path, contents: dict[str, bytes], zipped: bool) -> Path:
+    """An artifact of these files, as a folder or a zip like those that are saved."""
+    folder, archive = place / "forged", place / "forged.zip"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    if not zipped:
+        return folder
+    archive.unlink(missing_ok=True)
+    write_container(archive, {name: folder / name for name in contents})
+    return archive
+
+
+def taken(artifact: Path, original: str) -> str:
+    """What loading an artifact ends in: refused, "same contents", "other valid contents", or a crash.
+
+    What is accepted and is not the original is compiled as well.
+    """
     started = time.perf_counter()
     try:
         found = digest_of(artifact)
+        if found != original:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile_artifact(read_artifact(artifact))
+        found = "same contents" if found == original else "other valid contents"
     except (PlanError, CompileError) as error:
         found = "refused" if str(error) else "crash: an error without words"
     except BaseException as error:
@@ -129,37 +166,62 @@ def taken(artifact: Path) -> str:
     return "crash: hang" if time.perf_counter() - started > HANG else found
 
 
+def one(place: Path, contents: dict[str, bytes], archive: bytes, choose: random.Random) -> tuple[str, str, str, Path]:
+    """Damage an artifact in one way: the form, the file, what was done to it, and where it lies."""
+    form = choose.choice(["wrong hash", "right hash", "right hash", "zip", "right digest"])
+    zipped = choose.random() < 0.3
+    if form == "zip":
+        kind, data = damaged(archive, choose)
+        (place / "damaged.zip").write_bytes(data)
+        return form, "artifact.zip", kind, place / "damaged.zip"
+    described = json.loads(contents[MANIFEST])
+    del described["digest"]
+    if form == "right digest":
+        kind = changed_value(described, choose)
+        forged = {**contents, MANIFEST: sealed(described)}
+        return form, MANIFEST, kind, write(place, forged, zipped)
+    file = choose.choice(sorted(contents))
+    kind, data = damaged(contents[file], choose)
+    forged = {**contents, file: data}
+    if form == "right hash" and file != MANIFEST:
+        forged = with_hashes(forged, described)
+    return form, file, kind, write(place, forged, zipped)
+
+
+def sealed(described: dict[str, Any]) -> bytes:
+    """A manifest with a right digest, where it has the keys of one and values that one can have."""
+    try:
+        return manifest_bytes(described) if set(described) == set(KEYS) - {"digest"} else json.dumps(described).encode()
+    except ValueError:
+        return json.dumps(described).encode()
+
+
 def fuzz(count: int, seed: int) -> dict[str, Any]:
     """Run `count` attempts; returns counts by outcome and by kind of damage, and the crashes.
 
-    Behind a wrong hash nothing but the original may be accepted. Behind a right one a changed action is what its author says
-    it is; changed weights and factors are noticed by fingerprint and digest.
+    Behind a wrong hash nothing but the original may be accepted. Behind a right one a changed plan or manifest is what its
+    author says it is; changed weights and factors are noticed by fingerprint and digest.
     """
     choose, outcomes, kinds, crashes = random.Random(seed), Counter[str](), Counter[str](), []
-    with tempfile.TemporaryDirectory(prefix="stepgraph-fuzz-") as place:
-        artifacts = save_samples(Path(place))
-        original = digest_of(artifacts[0])
-        listed = sorted(path.name for path in Path(place).rglob("*"))
+    with tempfile.TemporaryDirectory(prefix="stepgraph-fuzz-") as base:
+        place = Path(base)
+        folder, archive = save_samples(place)
+        original, contents, packed = digest_of(folder), contents_of(folder), archive.read_bytes()
+        (place / "forged").mkdir()
+        listed = {path for path in place.rglob("*") if path.parent != place / "forged"}
         for number in range(count):
-            artifact, form = choose.choice([(artifacts[0], "wrong hash"), (artifacts[0], "right hash"), (artifacts[1], "zip")])
-            files = sorted(artifact.iterdir()) if artifact.is_dir() else [artifact]
-            file = choose.choice(files)
-            kind, data = damaged(file.read_bytes(), choose)
-            if form == "right hash":
-                outcome = attempt(artifact, file, data)
-            else:
-                with changed_file(file, data):
-                    outcome = taken(artifact)
-            forged = form == "right hash" and outcome not in (original, "refused") and not outcome.startswith("crash")
-            wrong = outcome not in (original, "refused") and not forged
-            named = "same contents" if outcome == original else "other valid contents" if forged else outcome.split(":")[0]
-            outcomes[f"{form}: {'wrong contents' if wrong and named == outcome else named}"] += 1
-            kinds[f"{file.name if file.suffix != '.txt' else 'graph'} {kind}"] += 1
+            form, file, kind, path = one(place, contents, packed, choose)
+            outcome = taken(path, original)
+            may_differ = (form == "right hash" and file == "plan.json") or form == "right digest"
+            wrong = outcome.startswith("crash") or (outcome == "other valid contents" and not may_differ)
+            outcomes[f"{form}: {'wrong: ' if wrong else ''}{outcome.partition(':')[0]}"] += 1
+            kinds[f"{file if not file.endswith('.txt') else 'graph'} {kind}"] += 1
             if wrong:
-                crashes.append({"number": number, "file": file.name, "kind": kind, "form": form, "outcome": outcome[:300]})
-        strays = sorted(path.name for path in Path(place).rglob("*"))
+                crashes.append({"number": number, "file": file, "kind": kind, "form": form, "outcome": outcome[:300]})
+        strays = {path for path in place.rglob("*") if path.parent != place / "forged"} - listed
+        strays -= {place / "forged.zip", place / "damaged.zip"}
     facts = {"count": count, "seed": seed, "outcomes": dict(sorted(outcomes.items())), "kinds": dict(sorted(kinds.items()))}
-    return {**facts, "files_written_elsewhere": len(set(strays) - set(listed)), "crashes": crashes}
+    return {**facts, "files_written_elsewhere": len(strays), "crashes": crashes}
 
 
 def main() -> None:

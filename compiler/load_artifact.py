@@ -14,6 +14,7 @@ from stepgraph.compiler.models import FAMILIES, family_of
 from stepgraph.compiler.models.load import SCHEDULERS, model_class
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.records import parse_tensors
+from stepgraph.compiler.tracer import TraceError
 from stepgraph.config import CompileError
 from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
@@ -29,33 +30,44 @@ LARGEST_SETTING = 100_000
 
 
 def load_artifact(
-    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device = "cpu", verify: bool | None = None
+    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None, verify: bool | None = None
 ) -> Executable:
     """Read an artifact and compile it for its model (`stepgraph.load`)."""
     return compile_artifact(read_artifact(path), model, device=device, verify=verify)
 
 
 def compile_artifact(
-    artifact: Artifact, model: nn.Module | None = None, *, device: str | torch.device = "cpu", verify: bool | None = None
+    artifact: Artifact,
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    verify: bool | None = None,
 ) -> Executable:
     """The rest of `load_artifact`."""
     path = artifact.path
     if model is None:
-        model = build_model(artifact, device)
+        model = build_model(artifact, device or "cpu")
+    place = next(model.parameters()).device
+    if device is not None and torch.device(device).type != place.type:
+        raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
     # The plan alone would fit other weights where it was made without any.
     whose = f"{path}: the artifact is"
     refuse_model(whose, (artifact.model["class"], artifact.model["fingerprint"], artifact.model["dtype"]), model)
     factors = None if artifact.factors is None else Factors.parse(artifact.factors, f"{path}: factors.safetensors")
-    inputs = zero_inputs(artifact.inputs, next(model.parameters()).device)
+    inputs = zero_inputs(artifact.inputs, place)
     try:
         executable = compile_plan(model, artifact.plan, inputs, artifact.options, factors)
-    except PlanError as error:
+    except (PlanError, TraceError) as error:
+        # An artifact can state inputs that its model does not take.
         raise PlanError(f"{path}: {error}") from error
     others = {name: (made, now) for name, made, now in _versions(artifact) if made != now}
+    compared = verify or (bool(others) and verify is None)
     if others:
-        said = ", ".join(f"{name} {made} (here {now})" for name, (made, now) in others.items())
-        warnings.warn(f"{path} was made with {said}; its first step is compared with the model's", UserWarning, stacklevel=4)
-    if verify or (others and verify is None):
+        # Texts from outside must not write to a terminal.
+        said = ", ".join(f"{name} {made!a} (here {now})" for name, (made, now) in others.items())
+        then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
+        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
+    if compared:
         verify_first_step(executable)
     return executable
 
@@ -126,6 +138,7 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     except Exception as error:
         # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
         raise PlanError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
+    _tie(model, about["tied"], path)
     _assign(model, {name: tensor.to(device) for name, tensor in tensors.items()}, path)
     return model.eval()
 
@@ -140,6 +153,19 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         area = name in ("sample_size", "pos_embed_max_size") and number * number > 64 * elements
         if not abs(number) <= max(limit, 1000 if "layers" not in name else 0) or area:
             raise PlanError(f"{path}: its configuration has {name} {value}, more than its {len(tensors)} weights can be for")
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str], path: Path) -> None:
+    """Let names share a weight that shared one when the artifact was saved."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = parameters | dict(model.named_buffers(remove_duplicate=False))
+    for name, first in tied.items():
+        pair = [known.get(name), known.get(first)]
+        shapes = {tensor.shape for tensor in pair if tensor is not None}
+        if None in pair or len(shapes) > 1 or (name in parameters) != (first in parameters):
+            raise PlanError(f"{path}: {name!r} is said to be the same weight as {first!r}; the model has no such pair")
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, known[first])
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -72,7 +72,7 @@ def compile(
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device = "cpu", verify: bool | None = None
+    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None, verify: bool | None = None
 ) -> Executable:
     """Read an artifact that `Executable.save` wrote, and compile it.
 
@@ -81,7 +81,7 @@ def load(
     Args:
         path: The folder or zip file.
         model: The model that it was made for, compared by fingerprint. An artifact that brings its weights needs none.
-        device: Where weights that the artifact brings go.
+        device: Where weights that the artifact brings go; the CPU unless given. A model stays where it is.
         verify: Compare the first step with the eager model. None: where the artifact was made with another version of
             stepgraph, torch or diffusers, which is warned of.
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from stepgraph.config import CompileConfig, CompileError
 from stepgraph.files import save_tensors
-from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
+from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype, refuse_other_model
 from stepgraph.plan import CachePlan, PlanError
 from stepgraph.plan_json import without_duplicates
 from stepgraph.runtime.container import Container, plain_name, write_container
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 FORMAT = "stepgraph-artifact"
 VERSION = 1
 MANIFEST, PLAN, FACTORS, WEIGHTS = "manifest.json", "plan.json", "factors.safetensors", "weights.safetensors"
-# What a manifest and a plan of a thousand steps and sites stay far below.
-LARGEST_JSON = 2**26
+GRAPH = re.compile(r"graph-\d{3,6}-step-\d{3,6}\.txt")
+# What a manifest, a plan of a thousand steps and sites, or a graph stay far below, and all graphs together.
+LARGEST_JSON, LARGEST_TEXTS = 2**26, 2**30
 KEYS = ("format", "version", "versions", "model", "scheduler", "inputs", "guidance", "branches", "options", "files", "digest")
 DTYPES = {dtype_name(dtype): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -46,7 +48,7 @@ class Artifact:
         options: How it is compiled.
         inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), a dict of tensors as a dict
             of these, anything else by its value.
-        model: "class", "fingerprint" and "dtype" of the model, and with weights its "config".
+        model: "class", "fingerprint" and "dtype" of the model, and with weights its "config" and what is "tied".
         scheduler: "class", "hash" and, where it was given, "config".
         versions: "stepgraph", "torch", "diffusers", "python" that made it.
         factors: Contents of the file of low-rank factors, where the plan has some.
@@ -78,6 +80,8 @@ def write_artifact(executable: "Executable", path: str | Path, with_weights: boo
     """Write an executable (`Executable.save`)."""
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
+    # Weights may have been written to since; what is saved would be refused when it is loaded.
+    refuse_other_model(executable.plan.header, executable.model)
     if scheduler is not None:
         from stepgraph.runtime.sampler import prepare_scheduler, refuse_other_schedule
 
@@ -113,7 +117,10 @@ def _described(executable: "Executable", with_weights: bool, scheduler: Any) -> 
     model, header = executable.model, executable.plan.header
     about = {"class": type(model).__name__, "fingerprint": fingerprint(model), "dtype": dtype_name(model_dtype(model))}
     if with_weights:
-        about["config"] = _plain(config_of(model), f"the configuration of {type(model).__name__}")
+        about |= {
+            "config": _plain(config_of(model), f"the configuration of {type(model).__name__}"),
+            "tied": tied_weights(model),
+        }
     sampler = {"class": header.scheduler, "hash": header.scheduler_hash}
     if scheduler is not None:
         sampler["config"] = _plain(config_of(scheduler), f"the configuration of {type(scheduler).__name__}")
@@ -157,6 +164,13 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Further names of weights that have several -> the name that `weights_of` gives them."""
+    first: dict[int, str] = {}
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first[id(tensor)] for name, tensor in every if first.setdefault(id(tensor), name) != name}
+
+
 def manifest_bytes(described: Mapping[str, Any]) -> bytes:
     """A manifest as it is written: one line per key, and the digest of all before it.
 
@@ -188,12 +202,14 @@ def read_artifact(path: str | Path) -> Artifact:
     """
     with Container(path) as container:
         manifest = _parse_manifest(container.read(MANIFEST, LARGEST_JSON), f"{path}: {MANIFEST}")
-        listed = manifest["files"]
-        contents = {name: _checked(container, name, listed[name]) for name in listed}
+        _refuse_other_files(manifest["files"], f"{path}: {MANIFEST}")
+        listed = {name: _checked(container, name, stated) for name, stated in manifest["files"].items()}
+        contents = {name: data for name, data in listed.items() if data is not None}
     if PLAN not in contents:
         raise PlanError(f"{path}: {MANIFEST} lists no {PLAN}; save the artifact again")
     try:
         plan = CachePlan.from_json(contents[PLAN].decode("utf-8"))
+        _refuse_other_calls(manifest, plan)
         return Artifact(
             Path(path), plan, _options(manifest["options"]), _inputs(manifest["inputs"], plan),
             _model(manifest["model"], plan, WEIGHTS in contents), _scheduler(manifest["scheduler"], plan),
@@ -216,7 +232,11 @@ def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
         raise PlanError(f"{where}: format version {manifest.get('version')!r}; this release reads version {VERSION}")
     if set(manifest) != set(KEYS):
         raise PlanError(f"{where}: the keys are {', '.join(manifest)}; expected {', '.join(KEYS)}")
-    if manifest_bytes(manifest) != data:
+    try:
+        same = manifest_bytes(manifest) == data
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{where}: no manifest has such values ({error}); save the artifact again") from error
+    if not same:
         raise PlanError(f"{where}: its contents do not have the digest that it states; it is damaged or was changed")
     files = manifest["files"]
     if not isinstance(files, dict) or not all(plain_name(name) and name != MANIFEST for name in files):
@@ -224,19 +244,37 @@ def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
     return manifest
 
 
-def _checked(container: Container, name: str, stated: Any) -> bytes:
-    """A file's contents, if they are those that the manifest states."""
-    if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or type(stated["bytes"]) is not int:
-        raise PlanError(f"{container.path}: {MANIFEST} says {stated!r} of {name}; expected its bytes and its sha256")
-    if stated["bytes"] < 0 or (name == PLAN and stated["bytes"] > LARGEST_JSON):
-        raise PlanError(f"{container.path}: {name} has {stated['bytes']} bytes; a plan has at most {LARGEST_JSON}")
+def _refuse_other_files(files: Mapping[str, Any], where: str) -> None:
+    """Files that no artifact has, or that are larger than any artifact's."""
+    for name, stated in files.items():
+        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or type(stated["bytes"]) is not int:
+            raise PlanError(f"{where} says {stated!r} of {name}; expected its bytes and its sha256")
+        tensors = name in (FACTORS, WEIGHTS)
+        if not tensors and name != PLAN and not GRAPH.fullmatch(name):
+            raise PlanError(f"{where} lists {name}, which is no part of an artifact; save the artifact again")
+        if stated["bytes"] < 0 or (stated["bytes"] > LARGEST_JSON and not tensors):
+            raise PlanError(f"{where}: {name} has {stated['bytes']} bytes; a plan or graph has at most {LARGEST_JSON}")
+    texts = sum(stated["bytes"] for name, stated in files.items() if GRAPH.fullmatch(name))
+    if texts > LARGEST_TEXTS:
+        raise PlanError(f"{where}: graphs of {texts} bytes together; an artifact has at most {LARGEST_TEXTS}")
+
+
+def _checked(container: Container, name: str, stated: Mapping[str, Any]) -> bytes | None:
+    """A file's contents, if they are those that the manifest states; of a graph's text none, for nothing reads it."""
     data = container.read(name, stated["bytes"])
     if len(data) != stated["bytes"] or _digest(data) != stated["sha256"]:
         raise PlanError(
             f"{container.path}: {name} is not the file that was saved (it has {len(data)} of {stated['bytes']} bytes, or "
             f"its hash differs); save the artifact again"
         )
-    return data
+    return None if GRAPH.fullmatch(name) else data
+
+
+def _refuse_other_calls(manifest: Mapping[str, Any], plan: CachePlan) -> None:
+    header = plan.header
+    stated, planned = (manifest["guidance"], manifest["branches"]), (header.guidance, list(header.branches))
+    if stated != planned:
+        raise PlanError(f"guidance and branches are {stated!r}; the plan's are {planned!r}")
 
 
 def _no_constant(name: str) -> Any:
@@ -295,7 +333,7 @@ def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple
 
 def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
     """The model's description; the plan is for the same class and structure."""
-    keys = ("class", "fingerprint", "dtype", *(("config",) if with_weights else ()))
+    keys = ("class", "fingerprint", "dtype", *(("config", "tied") if with_weights else ()))
     if not isinstance(value, dict) or set(value) != set(keys):
         raise PlanError(f"model is {value!r}; expected {', '.join(keys)}")
     about = _texts({key: value[key] for key in keys[:3]}, "model", keys[:3])
@@ -304,6 +342,8 @@ def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
         raise PlanError(f"the artifact is of a {about['dtype']} {about['class']}, its plan of a {header.dtype} {header.model}")
     if with_weights and not isinstance(value["config"], dict):
         raise PlanError(f"the model's config is {type(value['config']).__name__}; expected an object")
+    if with_weights:
+        _texts(value["tied"], "the model's tied", tuple(value["tied"]) if isinstance(value["tied"], dict) else ())
     return value
 
 

@@ -1,9 +1,9 @@
 """Files that travel together: a folder or one .zip, read without trusting a byte and written whole or not at all."""
 
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -111,6 +111,8 @@ class Container:
                 raise PlanError(f"{self.path}: the zip holds {entry.orig_filename!r}; artifacts have no folders or paths")
             if stat.S_ISLNK(entry.external_attr >> 16):
                 raise PlanError(f"{self.path}: {entry.filename} is a symbolic link; artifacts have none")
+            if entry.filename.endswith(".safetensors") and entry.compress_type != zipfile.ZIP_STORED:
+                raise PlanError(f"{self.path}: {entry.filename} is packed; tensors are stored as they are")
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise PlanError(f"{self.path}: {entry.filename} is encrypted or packed in a way that is not known here")
 
@@ -139,9 +141,10 @@ def write_container(path: str | Path, files: Mapping[str, Path]) -> None:
         OSError: The place cannot be written.
     """
     target = Path(path)
-    if target.suffix == ".zip":
+    if target.suffix.lower() == ".zip":
         if target.is_dir():
             raise PlanError(f"{path} is a folder; a name that ends in .zip is for a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as partial:
             _write_zip(partial, files)
         return
@@ -149,11 +152,11 @@ def write_container(path: str | Path, files: Mapping[str, Path]) -> None:
         raise PlanError(f"{path} is there and is no artifact; choose another place, or remove it")
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    work.mkdir()
     try:
         for name, source in files.items():
             shutil.copyfile(source, work / name)
-        work.chmod(0o755)
         _replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -163,7 +166,12 @@ def _replace_folder(work: Path, target: Path) -> None:
     old = work.with_suffix(".old")
     if target.exists():
         target.rename(old)
-    work.rename(target)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
