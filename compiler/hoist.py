@@ -43,7 +43,7 @@ class Inputs:
 
 
 def hoist(
-    graphs: Sequence[fx.GraphModule], inputs: Inputs, steps: int, scale: float, limit_bytes: int | None
+    graphs: Sequence[fx.GraphModule], inputs: Inputs, steps: int, scale: float, limit_bytes: float | None
 ) -> tuple[Hoisted, tuple[tuple[int, ...], ...]]:
     """Replace what variants need not compute in the loop by inputs, in place.
 
@@ -82,7 +82,7 @@ def hoist(
     return Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, kept, scale), taken
 
 
-def _largest(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+def _largest(sizes: Mapping[str, int], limit: float) -> dict[str, int]:
     """The largest of some tables, as many as exceed the limit; what they are computed from may be tables in their place."""
     total, found = sum(sizes.values()), dict[str, int]()
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):

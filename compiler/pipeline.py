@@ -130,7 +130,7 @@ def hoist_tables(
     """What is computed before the loop, and the tables that each variant takes."""
     if not config.hoist:
         return None, ((),) * len(specialized.graphs)
-    limit = None if config.hoist_limit_mb is None else int(config.hoist_limit_mb * 1e6)
+    limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
     steps = 1 if config.exact else plan.steps
     hoisted, tables = hoist(specialized.graphs, Inputs(tuple(inputs)), steps, family_of(model).timestep, limit)
     for variant, gm in enumerate(specialized.graphs):
