@@ -254,7 +254,7 @@ class Session:
         self, timestep: Tensor, fixed: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor | None]:
         """The values at prompt level and, where it takes one call, those of all steps [T, ...], with their timesteps."""
-        prompt = self.runner.call("prompt", *fixed)
+        prompt = self.runner.call("prompt", *fixed) if "prompt" in self.schedule["programs"] else ()
         if not self.schedule["tables"]["batched"]:
             return prompt, None, None
         own = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)

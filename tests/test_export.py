@@ -184,6 +184,18 @@ def test_other_samplers_branches_and_options(tmp_path, name, guidance, options):
     assert ("prompt" in runner.schedule["programs"]) == hoisted
 
 
+# 512 bytes of a class embedding at prompt level; the timestep as float32 takes 16 bytes a step.
+@pytest.mark.parametrize(("steps", "limit", "programs"), [(6, 0.0005, {"timestep"}), (40, 0.0006, {"prompt"})])
+def test_a_limit_may_leave_tables_of_one_level_alone(tmp_path, steps, limit, programs):
+    model = tiny_dit()
+    plan, factors = mixed_plan(model, DDIM, steps, 4)
+    exe = sg.compile(model, plan, inputs(4), backend="eager", factors=factors, hoist_limit_mb=limit)
+    runner = Runner(exe.export(tmp_path / "out", scheduler=DDIM))
+    assert {name for name in runner.schedule["programs"] if not name.startswith("variant")} == programs
+    wanted, _ = run_loop(Oracle.of(model, plan, dict(factors.maps)), DDIM, noise(2), steps, 3.0, CLASSES, NULL)
+    assert error_of(runner.sample(noise(2), 3.0, **CLASSES, **negative(NULL)), wanted) <= 1e-5
+
+
 def test_fused_operations_stay_on_request(mixed, tmp_path):
     exe, _, _, portable = mixed
     own = exe.export(tmp_path / "own", portable=False)

@@ -161,7 +161,8 @@ class Session {
   }
 
   Tables first_tables(const at::Tensor& timestep, const Values& fixed) {
-    Tables made{runner_.call("prompt", fixed), {}};
+    Tables made;
+    if (runner_.has("prompt")) made.prompt = runner_.call("prompt", fixed);
     if (!runner_.schedule["tables"]["batched"].boolean()) return made;
     std::vector<double> numbers;
     for (const Json& step : runner_.schedule["steps"].array()) numbers.push_back(step["timestep"].number());
