@@ -45,8 +45,8 @@ import run
 imported = time.perf_counter()
 runner = run.Runner(folder)
 opened = time.perf_counter()
-for name, program in runner.schedule["programs"].items():
-    runner._programs[name] = run.load_program(runner.folder / program["file"])
+for name in runner.schedule["programs"]:
+    runner.load(name)
 loaded = time.perf_counter()
 inputs, session, outputs = run.read_tensors(given), runner.session(), {}
 latents = inputs.pop(runner.schedule["inputs"][0]["name"])

@@ -57,6 +57,8 @@ def write_programs(
     table["tables"] = write_tables(writer, executable, program)
     table["programs"] = writer.programs
     save_tensors(folder / WEIGHTS, own_memory(names.tensors))
+    files = [WEIGHTS, *(program["file"] for program in writer.programs.values())]
+    table["sha256"] = {file: runner.sha256_of(folder / file) for file in files}
     shutil.copyfile(runner.__file__, folder / "run.py")
     return table
 
