@@ -241,6 +241,18 @@ def test_a_folder_is_replaced_only_if_it_is_an_export_and_on_request(mixed, tmp_
     assert [path.name for path in ours.iterdir()] == ["schedule.json"]
 
 
+@pytest.mark.parametrize("path", [".", "..", "../../out"])
+def test_the_current_folder_is_not_replaced(mixed, tmp_path, monkeypatch, path):
+    folder = tmp_path / "out" / "programs"
+    folder.mkdir(parents=True)
+    (folder.parent / "schedule.json").write_text('{"format": "stepgraph-pt2"}')
+    monkeypatch.chdir(folder)
+    with pytest.raises(sg.CompileError, match=r"the current folder lies at or below .*; name a folder in it"):
+        mixed[0].export(path, force=True)
+    assert Path.cwd() == folder
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_cannot_be_exported_is_said(dit, ddim, tmp_path):
     plan = sg.make_plan("interval", model=dit, scheduler=ddim, steps=4, every=2)
     narrow = sg.compile(dit, plan, inputs(2), backend="eager", slot_dtype="bfloat16")
