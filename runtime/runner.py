@@ -136,6 +136,8 @@ class Runner:
                 f"{folder} is of the format {kind}; this runner reads version {VERSION} of {', '.join(FORMATS)}"
             )
         device = torch.device(self.schedule["device"])
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ScheduleError(f"{folder} was exported for {device}, and torch finds no CUDA device here; export for the CPU")
         if verify:
             self._refuse_damaged(self.schedule["weights"])
         self.weights = {name: t.to(device) for name, t in read_tensors(self.folder / self.schedule["weights"]).items()}

@@ -284,6 +284,10 @@ def test_the_runner_says_what_does_not_fit(mixed, tmp_path):
         session(noise(4), step["timestep"], given)
     with pytest.raises(ScheduleError, match="all 6 steps have run"):
         session(noise(4), 0, given)
+    if not torch.cuda.is_available():
+        (tmp_path / "schedule.json").write_text('{"format": "stepgraph-pt2", "version": 1, "device": "cuda:0"}')
+        with pytest.raises(ScheduleError, match=r"was exported for cuda:0, and torch finds no CUDA device"):
+            Runner(tmp_path)
     (tmp_path / "schedule.json").write_text('{"format": "stepgraph-pt2", "version": 99}')
     with pytest.raises(ScheduleError, match=r"is of the format \('stepgraph-pt2', 99\)"):
         Runner(tmp_path)
