@@ -1,17 +1,20 @@
-"""Sizes and times of pt2 and AOTInductor exports, and whether a process without stepgraph makes the same of them.
+"""Sizes and times of pt2, AOTInductor and ONNX exports, and whether a process without stepgraph makes the same of them.
 
     python -m stepgraph.bench.export --model dit-xl-2-256:random --book invardiff_dit_xl2_50_slow.json --dtype bfloat16
 
-A fresh process loads the export with torch alone and runs its first steps; its outputs are compared with the executable's
-before anything is printed.
+A fresh process loads the export with torch alone (ONNX: and onnxruntime) and runs its first steps; its outputs are compared
+with the executable's before anything is printed.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +22,43 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from stepgraph.bench.record import write_record
+from stepgraph.compiler.correct import forecast, lowrank
 from stepgraph.compiler.describe import example_inputs
+from stepgraph.compiler.factorize import factorize
+from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.import_plan import import_plan
 from stepgraph.compiler.make_plan import make_plan
 from stepgraph.compiler.models.load import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.metrics import relative_l2
+from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 
 # Relative L2 of an output, by dtype: rounding of the other order of operations.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}
-# The fresh process: torch's folder, the export, the inputs, where the outputs go, and how many steps.
+# Rank of the low-rank maps of corrected plans.
+RANK = 8
+# The fresh process: the folders to import from, the export, the inputs, where the outputs go, and how many steps.
 FRESH = """
-import sys, time
+import os, sys, time
 started = time.perf_counter()
-site, folder, given, out, steps = sys.argv[1:]
-sys.path[:0] = [folder, site]
+sites, folder, given, out, steps = sys.argv[1:]
+sys.path[:0] = [folder, *sites.split(os.pathsep)]
 sys.modules.update(dict.fromkeys(["stepgraph", "diffusers", "safetensors"]))
 import json
 import torch
 import run
 imported = time.perf_counter()
-runner = run.Runner(folder)
+run.Runner(folder, verify=False)
 opened = time.perf_counter()
-for name, program in runner.schedule["programs"].items():
-    runner._programs[name] = run.load_program(runner.folder / program["file"])
+runner = run.Runner(folder)
+verified = time.perf_counter()
+for name in runner.schedule["programs"]:
+    runner.load(name)
 loaded = time.perf_counter()
 inputs, session, outputs = run.read_tensors(given), runner.session(), {}
 latents = inputs.pop(runner.schedule["inputs"][0]["name"])
@@ -55,17 +67,18 @@ for step in range(int(steps)):
     if not step:
         first = time.perf_counter()
 run.write_tensors(out, outputs)
-print(json.dumps({"import_torch_s": imported - started, "weights_s": opened - imported, "programs_s": loaded - opened,
-                  "first_step_s": first - loaded}))
+print(json.dumps({"import_torch_s": imported - started, "weights_s": opened - imported, "verified_weights_s": verified - opened,
+                  "programs_s": loaded - verified, "first_step_s": first - loaded}))
 """
 
 
 def main() -> None:
-    """Measure and write `export-<model>-<device>.json`, for other formats than pt2 `export-<format>-<model>-<device>.json`."""
+    """Measure and write `export[-<format>][-corrected]-<model>-<device>.json`; without a format for pt2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="glyph-dit")
-    parser.add_argument("--format", default="pt2", choices=("pt2", "aoti"))
+    parser.add_argument("--format", default="pt2", choices=("pt2", "aoti", "onnx"))
     parser.add_argument("--book", type=Path, help="a published plan; an interval plan of N=2 unless given")
+    parser.add_argument("--corrected", action="store_true", help="a plan of COMPUTE, REUSE, LOWRANK and FORECAST")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--checked", type=int, default=6, help="steps that are run and compared")
     parser.add_argument("--dtype", default="float32", choices=sorted(TOLERANCES))
@@ -73,13 +86,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_model(arguments.model, torch.device("cpu"), getattr(torch, arguments.dtype))
     scheduler = load_scheduler(arguments.model)
-    if arguments.book is not None:
-        plan = import_plan(arguments.book, model, scheduler, steps=arguments.steps)
-    else:
-        plan = make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=2)
-    exe = compile_plan(model, plan, example_inputs(model, 2), CompileConfig("eager"))
+    plan, factors = chosen_plan(arguments, model, scheduler)
+    exe = compile_plan(model, plan, example_inputs(model, 2), CompileConfig("eager"), factors)
     with tempfile.TemporaryDirectory() as folder:
         results = {"model": arguments.model, "dtype": arguments.dtype, "steps": arguments.steps, "policy": plan.header.policy}
+        results["actions"] = "".join(sorted({letter for row in plan.rows for letter in row}))
         results |= measure(exe, scheduler, Path(folder), arguments.checked, arguments.format)
     if results["relative_l2"] > TOLERANCES[arguments.dtype]:
         raise SystemExit(f"the export differs by {results['relative_l2']:.2g}: no figure is worth printing")
@@ -87,8 +98,26 @@ def main() -> None:
     for name, value in results.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    name = "export" if arguments.format == "pt2" else f"export-{arguments.format}"
-    write_record(arguments.out / f"{name}-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
+    kind = (f"-{arguments.format}" if arguments.format != "pt2" else "") + ("-corrected" if arguments.corrected else "")
+    write_record(arguments.out / f"export{kind}-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
+
+
+def chosen_plan(arguments: argparse.Namespace, model: nn.Module, scheduler: Any) -> tuple[CachePlan, Factors | None]:
+    """The plan that the command line asks for, with its factors."""
+    if arguments.book is not None:
+        return import_plan(arguments.book, model, scheduler, steps=arguments.steps), None
+    if arguments.corrected:
+        return corrected_plan(model, scheduler, arguments.steps)
+    return make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=2), None
+
+
+def corrected_plan(model: nn.Module, scheduler: Any, steps: int) -> tuple[CachePlan, Factors]:
+    """Every second step: feed-forwards LOWRANK, the first attention FORECAST and the others REUSE."""
+    plan = make_plan("interval", model=model, scheduler=scheduler, steps=steps, every=2, kinds=["attn", "ff"])
+    plan = lowrank(plan, kinds=["ff"])
+    plan = forecast(plan, sites=[next(site.name for site in plan.sites if site.kind == "attn")])
+    factors = factorize(model, method="svd", rank=RANK)
+    return replace(plan, header=replace(plan.header, factors=factors.digest)), factors
 
 
 def measure(exe: Executable, scheduler: Any, folder: Path, checked: int, format: str = "pt2") -> dict[str, Any]:
@@ -127,8 +156,11 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def run_fresh(folder: Path, given: Path, out: Path, steps: int) -> dict[str, float]:
-    """Seconds of loading in a process that has torch alone."""
-    command = [sys.executable, "-I", "-S", "-c", FRESH, Path(torch.__file__).parents[1], folder, given, out, steps]
+    """Seconds of loading in a process that has torch alone, and onnxruntime where it is installed."""
+    runtime = importlib.util.find_spec("onnxruntime")
+    origins = [torch.__file__, *([runtime.origin] if runtime is not None and runtime.origin is not None else [])]
+    sites = os.pathsep.join(dict.fromkeys(str(Path(origin).parents[1]) for origin in origins))
+    command = [sys.executable, "-I", "-S", "-c", FRESH, sites, folder, given, out, steps]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"the process without stepgraph failed:\n{result.stderr}")

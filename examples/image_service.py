@@ -67,6 +67,11 @@ class Order:
         return order
 
 
+def reused_key(first: Order) -> OrderError:
+    """What whoever uses the key of another order is told."""
+    return OrderError(f"key {first.key!r} was used for {first}; every order needs a key of its own")
+
+
 @dataclass(frozen=True)
 class Answer:
     """What is given back.
@@ -93,7 +98,8 @@ class Answer:
 class ImageService:
     """One executable, loaded once, and threads that run orders on it, each in a session of its own.
 
-    Orders wait in the pool's queue; who asks for a key that is being made gets the same answer.
+    Orders wait in the pool's queue; who sends an order again that is being made gets the same answer. The noise is drawn in
+    float32 and rounded to the model's dtype.
 
     Args:
         artifact: An artifact with weights and a scheduler, of a class-conditional model (DiT) whose null class is its last.
@@ -111,7 +117,7 @@ class ImageService:
         if self.scheduler is None:
             raise sg.PlanError(f"{artifact} has no scheduler; save it with scheduler=...")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="order")
-        self._lock, self._making = threading.Lock(), dict[str, Future[Answer]]()
+        self._lock, self._making = threading.Lock(), dict[str, tuple[Order, Future[Answer]]]()
 
     @property
     def classes(self) -> int:
@@ -123,12 +129,19 @@ class ImageService:
         """The answer to an order, now or later.
 
         The future raises TimeoutError past the deadline, RuntimeError after `close`; the service goes on after both.
+
+        Raises:
+            OrderError: Another order is being made under the same key.
         """
         with self._lock:
-            future = self._making.get(order.key)
-            if future is None:
-                future = self._making[order.key] = self._pool.submit(self._make, order)
+            if order.key not in self._making:
+                future = self._pool.submit(self._make, order)
+                self._making[order.key] = order, future
                 future.add_done_callback(lambda _: self._making.pop(order.key, None))
+                return future
+            first, future = self._making[order.key]
+        if first != order:
+            raise reused_key(first)
         return future
 
     def close(self) -> None:
@@ -142,9 +155,9 @@ class ImageService:
             if time.monotonic() - started > self.deadline:
                 raise TimeoutError(f"order {order.key} was given up after step {done} of {steps} and {self.deadline:g} s")
 
-        config: Any = self.executable.model.config
-        size, generator = config.sample_size, torch.Generator().manual_seed(order.seed)
-        noise = torch.randn(1, config.in_channels, size, size, generator=generator)
+        model: Any = self.executable.model
+        size, generator = model.config.sample_size, torch.Generator().manual_seed(order.seed)
+        noise = torch.randn(1, model.config.in_channels, size, size, generator=generator).to(model.dtype)
         label, null = torch.tensor([order.label]), torch.tensor([self.classes])
         given = {"class_labels": label, "negative_class_labels": null}
         image = sg.sample(self.executable, self.scheduler, noise, float(order.guidance), on_step=on_step, **given)
@@ -175,7 +188,7 @@ class Ledger:
         """
         answer = self._answers.get(order.key)
         if answer is not None and answer.order != order:
-            raise OrderError(f"key {order.key!r} was used for {answer.order}; every order needs a key of its own")
+            raise reused_key(answer.order)
         self._counts["found"] += answer is not None
         return answer
 
@@ -183,7 +196,7 @@ class Ledger:
         """Record an answer; returns the one that counts, which is another replica's if that was first."""
         first = self._answers.setdefault(answer.order.key, answer)
         if first.order != answer.order:
-            raise OrderError(f"key {answer.order.key!r} was used for {first.order}; every order needs a key of its own")
+            raise reused_key(first.order)
         self._counts["recorded" if first is answer else "repeated"] += 1
         while len(self._answers) > self.limit:
             self._answers.popitem(last=False)

@@ -1,8 +1,9 @@
 """Drawings of a variant: what its blocks do as SVG, and its whole graph as DOT."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape
 
 from torch import Tensor, fx
@@ -13,7 +14,9 @@ from stepgraph.plan_plot import COLOURS
 
 # What a site's action is called, and the colour of writing on it.
 WORDS = {"C": "computed", "R": "reused", "L": "low-rank", "F": "forecast", DEAD: "not needed"}
-INK = {"C": "#ffffff", "R": "#3a2b00", "L": "#10240a", "F": "#ffffff", DEAD: "#9a9a9a"}
+INK = {"C": "#ffffff", "R": "#3a2b00", "L": "#10240a", "F": "#ffffff", DEAD: "#6b7078"}
+# What the operations do that passes put in place of a site's own.
+CORRECTIONS = {"linear_combination": "F", "lowrank_delta": "L"}
 GREY, LINE, TEXT = "#d9dce1", "#aab0ba", "#2b2f36"
 # Sizes in pixels; blocks of a column, at least; columns, at most.
 CHIP, HIGH, GAP, LABEL = 118, 36, 10, 40
@@ -61,8 +64,9 @@ def _inside(path: str, module: str) -> bool:
 
 
 def paths_of(node: fx.Node) -> list[str]:
-    """The modules that a node belongs to, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
+    """The modules that a node belongs to, outermost first; what a pass has made belongs to where it is used."""
+    stacks = (found for n in (node, *node.users) if (found := n.meta.get("nn_module_stack")))
+    stack: Mapping[str, Any] = next(stacks, {})
     return [entry[0] if isinstance(entry, tuple) else key for key, entry in stack.items()]
 
 
@@ -206,8 +210,8 @@ def _look(picture: Picture, node: fx.Node, sites: dict[str, int]) -> str:
     fill, ink = GREY, TEXT
     if node.op == "placeholder":
         fill = COLOURS["R"] if str(node.target).startswith("slot_") else "#ffffff"
-    elif str(node.meta.get("provider", "")).startswith("linear_combination"):
-        fill, ink = COLOURS["F"], INK["F"]
+    elif (corrects := CORRECTIONS.get(str(node.meta.get("provider")).partition(" by ")[0])) is not None:
+        fill, ink = COLOURS[corrects], INK[corrects]
     else:
         owner = owner_of(node, sites)
         if owner:

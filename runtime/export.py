@@ -104,6 +104,10 @@ def refuse_target(path: str | Path, format: str, force: bool) -> None:
         return
     if not target.is_dir():
         raise CompileError(f"{target} is a file; an export is a folder, so name another")
+    if Path.cwd().is_relative_to(target):
+        raise CompileError(
+            f"the current folder lies at or below {target}, which an export would replace and so remove; name a folder in it"
+        )
     if not any(target.iterdir()):
         return
     if not _is_export(target):

@@ -57,6 +57,8 @@ def write_programs(
     table["tables"] = write_tables(writer, executable, program)
     table["programs"] = writer.programs
     save_tensors(folder / WEIGHTS, own_memory(names.tensors))
+    files = [WEIGHTS, *(program["file"] for program in writer.programs.values())]
+    table["sha256"] = {file: runner.sha256_of(folder / file) for file in files}
     shutil.copyfile(runner.__file__, folder / "run.py")
     return table
 
@@ -136,7 +138,9 @@ def write_tables(writer: ProgramWriter, executable: Executable, program: Program
         return {"inputs": [], "batched": False}
     fixed = [_zeros(inputs[name]) for name in hoisted.inputs]
     prompt, timestep = (Lifted(_graph_of(call), writer.names) for call in (hoisted.prompt, hoisted.timestep))
-    writer.write("prompt", prompt, fixed)
+    # A limit may leave nothing at prompt level, and a program without results cannot be written.
+    if prompt.results():
+        writer.write("prompt", prompt, fixed)
     if not any(table.per_step for table in hoisted.tables):
         return {"inputs": list(hoisted.inputs), "batched": False}
     examples = [_zeros(inputs["timestep"]), *fixed, *(_zeros(value) for value in prompt.results())]

@@ -83,6 +83,9 @@ def test_a_process_without_python_makes_the_same_images(glyphs, binary, tmp_path
     save_file(GIVEN | {"noise": GIVEN["noise"][:1]}, tmp_path / "given.safetensors")
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env={})
     assert "hidden_states has the shape [2, 3, 24, 24]; exported for [4, 3, 24, 24]" in result.stderr
+    save_file(GIVEN | {"class_labels": torch.tensor([3.0, 7.0])}, tmp_path / "given.safetensors")
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env={})
+    assert "class_labels is of Float; exported for Long" in result.stderr
     # Neither the runner nor the programs ask for Python's libraries.
     for held in (binary.read_bytes(), *libraries(folder)):
         assert b"libtorch_cpu" in held

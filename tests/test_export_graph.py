@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -81,6 +82,37 @@ def test_the_dot_file_has_every_operation_and_edge(exported):
         slots = sum(node.op == "placeholder" and node.target.startswith("slot_") for node in nodes)
         assert text.count(f'fillcolor="{COLOURS["R"]}"') == slots
         assert text.count("{") == text.count("}")
+
+
+def test_every_action_has_its_colour(tmp_path):
+    pydot = pytest.importorskip("pydot")
+    model = tiny_dit()
+    actions = {"attn": "CCR", "transformer_blocks.0.ff": "CCR"}
+    plan = sg.make_plan("manual", model=model, scheduler=tiny_scheduler("ddim"), steps=3, actions=actions)
+    plan = sg.forecast(sg.lowrank(plan, kinds=["ff"]), sites=["transformer_blocks.0.attn1"])
+    factors = sg.factorize(model, method="svd", rank=4)
+    plan = replace(plan, header=replace(plan.header, factors=factors.digest))
+    exe = sg.compile(model, plan, inputs(2), backend="eager", factors=factors)
+    name = f"variant-{exe.default.rows[2]:03d}"
+    folder = exe.export(tmp_path / "out", "graph")
+    root = ElementTree.parse(folder / f"{name}.svg").getroot()
+    chips = [rect.get("fill") for rect in root.iter(f"{SVG}rect") if rect.get("width") == "112"]
+    assert chips == [COLOURS[letter] for letter in "FLRC"]
+    (graph,) = pydot.graph_from_dot_file(folder / f"{name}.dot")
+    colours: dict[str, Counter[str]] = {}
+    for cluster in (graph, *graph.get_subgraphs()):
+        nodes = [node for node in cluster.get_nodes() if node.get("fillcolor")]
+        colours[(cluster.get("label") or "").strip('"')] = Counter(node.get("fillcolor").strip('"') for node in nodes)
+    first, second = (colours[f"transformer_blocks.{i}"] for i in range(2))
+    # Of the first block: the forecast; the feed-forward's two maps, each with the one of its results that is used, and the
+    # GELU between. Of the second: Linear, GELU and Linear.
+    assert {letter: first[COLOURS[letter]] for letter in "CRLF"} == {"C": 0, "R": 0, "L": 5, "F": 1}
+    assert {letter: second[COLOURS[letter]] for letter in "CRLF"} == {"C": 3, "R": 0, "L": 0, "F": 0}
+    slots = [
+        node for node in exe.default.variants[exe.default.rows[2]].graph.graph.nodes if str(node.target).startswith("slot_")
+    ]
+    outside = colours[f"{exe.plan.header.model}: variant {exe.default.rows[2]} (of 0 to {len(exe.default.variants) - 1})"]
+    assert outside[COLOURS["R"]] == len(slots) > 0
 
 
 def test_a_reused_block_is_one_card(tmp_path):

@@ -91,6 +91,40 @@ def test_one_key_is_made_once_at_a_time(service):
     assert service.submit(order(7)).result(timeout=60).digest == first.digest
 
 
+def test_a_key_in_flight_is_not_for_another_order(artifact):
+    service, held = ImageService(artifact, threads=1), threading.Event()
+    try:
+        service._pool.submit(held.wait)
+        first = service.submit(order(7))
+        for other in (order(7, seed=8), order(7, guidance=3.0), order(7, label=1)):
+            with pytest.raises(
+                OrderError, match=r"key 'order-0007' was used for Order\(.*; every order needs a key of its own"
+            ):
+                service.submit(other)
+        assert service.submit(order(7)) is first
+        held.set()
+        assert first.result(timeout=60).order == order(7)
+    finally:
+        held.set()
+        service.close()
+
+
+def test_an_artifact_in_bfloat16_is_sampled_in_its_dtype(tmp_path: Path):
+    half, ddim = (
+        tiny_dit(in_channels=3, out_channels=6, num_embeds_ada_norm=CLASSES, num_layers=1).bfloat16(),
+        tiny_scheduler("ddim"),
+    )
+    plan = sg.make_plan("interval", model=half, scheduler=ddim, steps=4, every=2)
+    exe = sg.compile(half, plan, {**inputs(2), "hidden_states": torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)}, "eager")
+    exe.save(tmp_path / "half.zip", with_weights=True, scheduler=ddim)
+    service = ImageService(tmp_path / "half.zip")
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)).bfloat16()
+    classes = {"class_labels": torch.tensor([3]), "negative_class_labels": torch.tensor([CLASSES])}
+    wanted = sg.sample(exe, ddim, noise, 2.0, **classes)
+    assert service.submit(order(3, seed=5)).result(timeout=60).digest == sha256(wanted.float().numpy().tobytes()).hexdigest()
+    service.close()
+
+
 def test_an_order_past_its_deadline_is_given_up_and_the_next_one_made(service):
     service.deadline, before = 0.0, service.deadline
     try:

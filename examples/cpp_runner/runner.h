@@ -123,6 +123,10 @@ class Session {
         const at::Tensor& value = first ? latents : conditioning.at(name);
         if (value.sizes() != at::IntArrayRef(shape))
           throw std::runtime_error(name + " has the shape " + text(value.sizes()) + "; exported for " + text(shape));
+        const at::ScalarType wanted = dtype(entry["dtype"].string());
+        if (!c10::canCast(value.scalar_type(), wanted))
+          throw std::runtime_error(name + " is of " + c10::toString(value.scalar_type()) + "; exported for " +
+                                   c10::toString(wanted));
         made[name] = value.to(options);
       }
       first = false;
@@ -161,7 +165,8 @@ class Session {
   }
 
   Tables first_tables(const at::Tensor& timestep, const Values& fixed) {
-    Tables made{runner_.call("prompt", fixed), {}};
+    Tables made;
+    if (runner_.has("prompt")) made.prompt = runner_.call("prompt", fixed);
     if (!runner_.schedule["tables"]["batched"].boolean()) return made;
     std::vector<double> numbers;
     for (const Json& step : runner_.schedule["steps"].array()) numbers.push_back(step["timestep"].number());

@@ -56,8 +56,11 @@ inline Tensors read_tensors(const std::string& path) {
     const auto ends = entry["data_offsets"].integers();
     if (ends.size() != 2 || ends[0] < 0 || ends[1] < ends[0] || ends[1] > size - start)
       throw std::runtime_error(path + " ends before the data of " + name);
+    const at::ScalarType dtype = dtype_of(entry["dtype"].string());
     at::Tensor data = raw.slice(0, start + ends[0], start + ends[1]);
-    tensors[name] = data.view(dtype_of(entry["dtype"].string())).view(entry["shape"].integers());
+    // A file may put a tensor where its elements cannot be read in place.
+    if (data.storage_offset() % static_cast<int64_t>(at::elementSize(dtype)) != 0) data = data.clone();
+    tensors[name] = data.view(dtype).view(entry["shape"].integers());
   }
   return tensors;
 }
