@@ -49,8 +49,12 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
     if not Path(path).resolve().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     with whole_file(path) as partial:
+        # safetensors lets nobody but the owner read; new files have the mode that the user's mask gives.
+        partial.touch()
+        mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, metadata=metadata)
+            partial.chmod(mode)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
 

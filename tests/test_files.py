@@ -4,8 +4,9 @@ import os
 import stat
 
 import pytest
+import torch
 
-from stepgraph.files import whole_file
+from stepgraph.files import save_tensors, whole_file
 
 
 def write(path, text: str = "new") -> None:
@@ -57,3 +58,9 @@ def test_a_missing_folder_is_named_by_the_path_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write(tmp_path / "nowhere" / "file.txt")
     assert caught.value.filename == str(tmp_path / "nowhere" / "file.txt")
+
+
+def test_tensors_can_be_read_by_whoever_may_read_new_files(tmp_path):
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
