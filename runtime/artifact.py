@@ -115,7 +115,11 @@ def _write_parts(executable: "Executable", work: Path, with_weights: bool) -> di
 
 def _described(executable: "Executable", with_weights: bool, scheduler: Any) -> dict[str, Any]:
     model, header = executable.model, executable.plan.header
-    about = {"class": type(model).__name__, "fingerprint": fingerprint(model), "dtype": dtype_name(model_dtype(model))}
+    about: dict[str, Any] = {
+        "class": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "dtype": dtype_name(model_dtype(model)),
+    }
     if with_weights:
         about |= {
             "config": _plain(config_of(model), f"the configuration of {type(model).__name__}"),
