@@ -37,6 +37,7 @@ from stepgraph.bench.interleave import Loop, Timed, loop_of, refuse_wrong_result
 from stepgraph.bench.record import write_record
 from stepgraph.bench.runtime_costs import cold_and_warm, memory, overheads, scaled
 from stepgraph.bench.runtime_plot import plot_scaling, plot_table
+from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.models.load import load_scheduler
 from stepgraph.config import CompileError
 from stepgraph.env import read_env
@@ -236,7 +237,11 @@ def show_table(console: Console, part: dict[str, Any], title: str) -> None:
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The parts asked for; tables are printed as they are done."""
     dtype = getattr(torch, arguments.dtype)
+    # Known sizes are refused before billions of weights are drawn.
+    known = [family.classes[0] for family in FAMILIES if arguments.model.removesuffix(":random") in family.random]
+    refuse_other_class(arguments.model, *known)
     model = sized_model(arguments.model, arguments.device, dtype, arguments.blocks)
+    refuse_other_class(arguments.model, type(model).__name__)
     scheduler = load_scheduler(arguments.model)
     setting = Setting(model, scheduler, arguments.steps, arguments.batch, arguments.backend, arguments.plans)
     results: dict[str, Any] = {
@@ -260,6 +265,16 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if "scaling" in arguments.part:
         results["scaling"] = list(scaled(usual))
     return results
+
+
+def refuse_other_class(name: str, *classes: str) -> None:
+    """The plans and peers that are compared here are DiT's."""
+    others = [found for found in classes if found != DiTTransformer2DModel.__name__]
+    if others:
+        raise CompileError(
+            f"{name} is a {others[0]}; what is compared here are plans and peers of {DiTTransformer2DModel.__name__}: pass "
+            f"dit-xl-2-256:random, glyph-dit, or a diffusers folder of one"
+        )
 
 
 def show_rest(console: Console, results: dict[str, Any]) -> None:

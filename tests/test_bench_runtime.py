@@ -368,3 +368,9 @@ def test_the_command_hands_its_arguments_on():
     )
     assert done.returncode == 2
     assert "--steps is at least 2" in done.stderr
+
+
+def test_another_class_of_models_is_refused_before_its_weights_are_drawn(monkeypatch):
+    monkeypatch.setattr(runtime, "sized_model", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(SystemExit, match=r"flux-dev:random is a FluxTransformer2DModel; .* pass dit-xl-2-256:random"):
+        runtime.main(["--model", "flux-dev:random", "--part", "overhead"])
