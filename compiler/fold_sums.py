@@ -46,7 +46,6 @@ def fold_sums(specialized: Specialized, results: int) -> tuple[Specialized, froz
         _store_sums(gm, context, groups, results)
         _read_sums(gm, context, gone)
         gm.graph.lint()
-        gm.recompile()
         reads = tuple(read for read in context.reads if read.part != VALUE or read.site not in gone)
         stores = tuple((site, part) for site, part in context.stores if part != VALUE or site not in gone)
         contexts.append(replace(context, reads=reads, stores=stores))

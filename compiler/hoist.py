@@ -115,7 +115,6 @@ def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
         if node not in live and node.op != "placeholder":
             graph.erase_node(node)
     graph.lint()
-    gm.recompile()
     return tuple(numbers)
 
 

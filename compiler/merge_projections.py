@@ -60,7 +60,6 @@ def merge_projections(gm: fx.GraphModule, takes: Takes) -> int:
     merged = [_merge(gm, maps) for maps in groups.values() if len({node.target for node in maps}) > 1]
     if any(merged):
         gm.graph.lint()
-        gm.recompile()
     return sum(merged)
 
 

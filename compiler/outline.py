@@ -211,7 +211,7 @@ def lift(gm: fx.GraphModule, piece: Piece, prepack: bool) -> Region:
     last = [list(copies.values())[-1] if copies else graph._root]
     # What pieces hand on is contiguous.
     lines, numbers = (
-        [_facts(node.meta["val"].contiguous()) for node in piece.inputs],
+        [_facts(_contiguous(node.meta["val"])) for node in piece.inputs],
         {n: f"x{i}" for i, n in enumerate(piece.inputs)},
     )
     nodes = []
@@ -308,6 +308,11 @@ def _target(node: fx.Node) -> str:
         return target
     kept = f" {id(target)}" if not hasattr(target, "__qualname__") and not isinstance(target, torch._ops.OpOverload) else ""
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}{kept}"
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    # Asked first: of fake tensors the operation takes its time.
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _facts(tensor: torch.Tensor) -> str:

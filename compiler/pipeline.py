@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from stepgraph.compiler.collector import collector_paused
 from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.factors import Factors
 from stepgraph.compiler.fold_sums import fold_sums
@@ -44,7 +45,8 @@ def compile_plan(
         refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
 
     def build(inputs: Mapping[str, Any]) -> Program:
-        return build_program(model, plan, inputs, config, factors)
+        with collector_paused():
+            return build_program(model, plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(inputs)
@@ -92,7 +94,9 @@ def build_program(
             merge_projections(gm, packs)
             dump(gm, read_env(), number, len(PASSES) + 2, merge_projections.__name__)
 
-    # Graphs become callables last, when nothing rewrites them any more.
+    # Graphs become code and callables last, when nothing rewrites them any more.
+    for gm in specialized.graphs:
+        gm.recompile()
     stacks = family_of(model).stacks
     lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks), results)
     variants = tuple(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.collector import collector_paused
 from stepgraph.compiler.graphs import macs_of, written_storages
 from stepgraph.compiler.passes.add_slots import add_slots
 from stepgraph.compiler.passes.choose_providers import choose_providers
@@ -117,8 +116,7 @@ def specialize(
         if key not in index:
             index[key] = len(graphs)
             context = PassContext(plan.sites, row, moves.reads, stores, written, forecasts, groups, exact)
-            with collector_paused():
-                graphs.append(_rewrite(marked, model, context, len(graphs), env, example))
+            graphs.append(_rewrite(marked, model, context, len(graphs), env, example))
             contexts.append(context)
         rows.append(index[key])
     return Specialized(tuple(graphs), tuple(contexts), tuple(rows))

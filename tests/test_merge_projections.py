@@ -35,6 +35,7 @@ def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
     variants, counts = [], []
     for variant in exe.default.variants:
         counts.append(merge_projections(variant.graph, packs))
+        variant.graph.recompile()
         variants.append(replace(variant, run=Whole(variant.graph.forward, exe.default.results)))
     program = replace(exe.default, variants=tuple(variants))
     return replace(exe, default=program, _programs={signature(given): program}), counts
@@ -205,6 +206,7 @@ def test_what_is_left_alone(reason, count):
     model, x = Maps(reason).eval(), torch.randn(2, 3, 8)
     gm = trace(model, {"x": x}).bind(model)
     assert merge_projections(gm, lambda x, weight: True) == count
+    gm.recompile()
     with torch.no_grad():
         assert error(gm(x.clone())[0], model(x.clone())) < 1e-5
 
