@@ -54,8 +54,9 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
             axes[1][number].plot(values, [row["overhead_us"][what] for row in rows], "o-", color=colour, label=f"{what} reused")
         axes[1][number].set_ylabel("us a call")
         axes[1][number].set_xlabel(name)
-        for axis in axes[:, number]:
-            axis.set_ylim(bottom=0)
+        axes[0][number].set_ylim(bottom=0, top=1.1 * max(row["compile_s"] for row in results["scaling"]))
+        # From tens of microseconds to tenths of a second.
+        axes[1][number].set_yscale("log")
     axes[1][0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
