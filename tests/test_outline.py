@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 import stepgraph as sg
+from stepgraph.compiler import lower as lower_module
 from stepgraph.compiler.lower import lower
 from stepgraph.compiler.outline import cut, lift
 from stepgraph.config import CompileConfig, CompileError
@@ -230,3 +231,13 @@ def test_a_weight_is_packed_once_for_all_regions(monkeypatch):
     sampled(exe)
     sampled(compiled(dit, every=2))
     assert len(packed) == before
+
+
+def test_regions_that_inductor_tunes_compute_the_same(dit, regions, monkeypatch):
+    asked, compile_kept = [], lower_module.compile_kept
+    monkeypatch.setattr(
+        lower_module, "compile_kept", lambda gm, given, patches: (asked.append(patches), compile_kept(gm, given, patches))[1]
+    )
+    tuned = compiled(dit, max_autotune=True)
+    assert asked == [{"max_autotune": True}] * tuned.default.regions
+    assert error(sampled(tuned), sampled(regions)) < 1e-5
