@@ -25,6 +25,7 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.standalone_compile import CompiledArtifact
@@ -108,6 +109,8 @@ def _restore(found: dict[str, bytes], work: Path) -> Callable[..., Any]:
 def _compile_and_keep(
     gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None, work: Path, store: Store, key: str
 ) -> Callable[..., Any]:
+    # What this process has loaded from another folder would not be written into this one.
+    CppPythonBindingsCodeCache.cache_clear()
     # torch keeps records of graphs of its own operations only, not of Python functions.
     flat = make_fx(gm, tracing_mode="fake")(*examples)
     run = standalone_compile(

@@ -270,6 +270,19 @@ def test_without_a_compiler_the_error_says_so(counted: list[str], monkeypatch):
         compile_kept(region(), (torch.zeros(4, 8), torch.zeros(4, 8)), None)
 
 
+def test_what_was_compiled_elsewhere_in_this_process_is_kept_whole(counted: list[str], tmp_path: Path, monkeypatch):
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    for place in ("one", "other"):
+        monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / place))
+        compile_kept(region(), (x, y), None)
+        (entry,) = region_store().entries()
+        names = set(region_store().get(entry.key))
+        sources = {name for name in names if name.endswith(".main.cpp")}
+        assert sources
+        assert {name.replace(".cpp", ".so") for name in sources} <= names
+    assert len(counted) == 2
+
+
 def test_cache_commands(counted: list[str]):
     compile_kept(region(), (torch.zeros(4, 8), torch.zeros(4, 8)), None)
 
