@@ -161,22 +161,22 @@ run_demo() {
     run_part demo "$out/demo.json" "$python" -m stepgraph.cli demo --device cuda --out "$out/demo" --json
 }
 run_compile() {
-    run_part compile "$out/compile.txt" "$python" -m stepgraph.bench.compile_times --device cuda --out "$out"
+    run_part compile "$out/compile.txt" "$python" -m stepgraph.bench.speed.compile_times --device cuda --out "$out"
 }
 run_ops() {
     run_part ops "$out/ops.txt" "$python" -m stepgraph.bench.ops --device cuda --dtypes bfloat16 --seconds 0.1 --out "$out"
 }
 run_lowrank() {
-    run_part lowrank "$out/lowrank.txt" "$python" -m stepgraph.bench.lowrank_steps --device cuda --out "$out"
+    run_part lowrank "$out/lowrank.txt" "$python" -m stepgraph.bench.speed.lowrank_steps --device cuda --out "$out"
 }
 
 run_runtime() {
-    run_part runtime "$out/runtime.txt" "$python" -m stepgraph.bench.runtime --device cuda --part table overhead memory \
+    run_part runtime "$out/runtime.txt" "$python" -m stepgraph.bench.speed.runtime --device cuda --part table overhead memory \
         --rounds 3 --out "$out"
 }
 run_train() {
     run_part train "$out/train.txt" \
-        "$python" -m stepgraph.bench.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
+        "$python" -m stepgraph.bench.glyphs.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
 }
 
 if has_cuda; then

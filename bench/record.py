@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.files import whole_file
+from stepgraph.files.whole_file import whole_file
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -10,30 +10,32 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.collector import collector_paused
-from stepgraph.compiler.describe import marked_graph, refuse_other_inputs, refuse_other_sites
-from stepgraph.compiler.factors import Factors
-from stepgraph.compiler.fold_sums import fold_sums
-from stepgraph.compiler.hoist import Inputs, hoist
-from stepgraph.compiler.linear_maps import bind_factors
-from stepgraph.compiler.lower import lower
-from stepgraph.compiler.merge_projections import merge_projections
+from stepgraph.compiler.interfaces.pass_context import PassContext, coefficient_dtype
+from stepgraph.compiler.lowering.lower import lower
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.passes.context import PassContext, coefficient_dtype
-from stepgraph.compiler.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
-from stepgraph.compiler.split_projections import split_projections
-from stepgraph.config import CompileConfig, CompileError
+from stepgraph.compiler.passes.fold_sums import fold_sums
+from stepgraph.compiler.passes.hoist_conditioning import Inputs, hoist
+from stepgraph.compiler.passes.merge_projections import merge_projections
+from stepgraph.compiler.passes.split_projections import split_projections
+from stepgraph.compiler.specializing.bind_factors import bind_factors
+from stepgraph.compiler.specializing.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
+from stepgraph.compiler.tracing.describe import marked_graph, refuse_other_inputs, refuse_other_sites
+from stepgraph.compiler.tracing.pause_collector import collector_paused
+from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
-from stepgraph.fingerprint import refuse_other_model
+from stepgraph.errors import CompileError
 from stepgraph.inputs import flat_inputs
-from stepgraph.liveness import MAPS
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.executable import Executable, parts_of
-from stepgraph.runtime.layout import kept_dtype, lay_out
-from stepgraph.runtime.packed_linear import packs
-from stepgraph.runtime.program import Program, Variant, described, refuse_nan, signature
-from stepgraph.runtime.slots import assign_slots
-from stepgraph.runtime.tables import Hoisted
+from stepgraph.plan.factors import Factors
+from stepgraph.plan.liveness import MAPS
+from stepgraph.plan.refuse_other import refuse_other_model
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.memory.layout import kept_dtype, lay_out
+from stepgraph.runtime.memory.slots import assign_slots
+from stepgraph.runtime.program.packed_linear import packs
+from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan, signature
+from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.runtime.session.compiled import parts_of
 
 
 def compile_plan(

@@ -16,29 +16,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.accelerate import accelerate
-from stepgraph.compiler.calibrate import calibrate
-from stepgraph.compiler.correct import forecast, lowrank
-from stepgraph.compiler.covariances import Covariances, measure_covariances
-from stepgraph.compiler.describe import example_inputs
-from stepgraph.compiler.factorize import factorize
-from stepgraph.compiler.factors import Factors
-from stepgraph.compiler.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
-from stepgraph.compiler.import_plan import import_plan
-from stepgraph.compiler.list_policies import policies
-from stepgraph.compiler.load_artifact import load_artifact
-from stepgraph.compiler.make_plan import make_plan
+from stepgraph.compiler.calibration.calibrate import calibrate
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.entry.accelerate import accelerate
+from stepgraph.compiler.entry.load_artifact import load_artifact
+from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.entry.sweep import sweep
+from stepgraph.compiler.forecast.correct import forecast, lowrank
+from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
+from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
+from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.router import Router
-from stepgraph.compiler.router_settings import RouterSettings
-from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.compiler.sweep import sweep
-from stepgraph.compiler.trace import TraceError
-from stepgraph.compiler.train_router import train_router
-from stepgraph.config import CompileConfig, CompileError
-from stepgraph.plan import Action, CachePlan, PlanError, PlanHeader, Site
-from stepgraph.runtime.executable import Executable, Session
-from stepgraph.runtime.sampler import sample
+from stepgraph.compiler.planning.import_plan import import_plan
+from stepgraph.compiler.planning.list_policies import policies
+from stepgraph.compiler.routers.router import Router
+from stepgraph.compiler.routers.router_settings import RouterSettings
+from stepgraph.compiler.routers.train_router import train_router
+from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.config import CompileConfig
+from stepgraph.errors import CompileError, PlanError, TraceError
+from stepgraph.plan import Action, CachePlan, PlanHeader, Site
+from stepgraph.plan.factors import Factors
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.sampling.sample import sample
+from stepgraph.runtime.session.session import Session
 
 __version__ = "0.1.0"
 

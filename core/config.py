@@ -4,12 +4,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from stepgraph.errors import CompileError as CompileError
+
 BACKENDS = ("eager", "inductor")
 SLOT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
-
-
-class CompileError(RuntimeError):
-    """A model and plan that cannot be compiled, or an executable that cannot be used as asked."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stepgraph.plan import PlanError, PlanHeader
-
 # Digest of a tensor's contents, kept while the tensor lives, with the version, address and probe it was taken at.
 _digests = WeakTensorKeyDictionary()
 
@@ -76,27 +74,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
-    """Compare a model with the one a plan was made for.
-
-    Raises:
-        PlanError: Class, dtype, structure or weights differ; the message says both sides.
-    """
-    if type(model).__name__ != header.model:
-        raise PlanError(f"the plan is for {header.model}; this model is {type(model).__name__}")
-    given = dtype_name(model_dtype(model))
-    if given != header.dtype:
-        raise PlanError(f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it")
-    planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
-    if planned[0] != own[0]:
-        raise PlanError(
-            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
-            f"{planned[0]}, this model's {own[0]}"
-        )
-    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
-        raise PlanError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a "
-            f"plan for these weights"
-        )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.config import CompileError
+from stepgraph.errors import CompileError
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

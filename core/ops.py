@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepgraph.config import CompileError
 from stepgraph.env import get_logger, read_env
+from stepgraph.errors import OpError
 
 REFERENCE = "reference"
 # Who is asked on a device, in this order, where STEPGRAPH_PROVIDERS does not say.
@@ -28,10 +28,6 @@ PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu":
 
 # Who registers providers when imported. A package may have `describe()`: what `doctor` shows of it, and advice.
 PACKAGES = ("stepgraph.triton_kernels", "stepgraph.csrc")
-
-
-class OpError(CompileError):
-    """An operation that no provider took, or one that was asked for by name and cannot do it."""
 
 
 @dataclass(frozen=True)

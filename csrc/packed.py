@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stepgraph.csrc.library import kernels
 from stepgraph.csrc.places import DTYPES
-from stepgraph.packed import PackedWeights
+from stepgraph.packed_weights import PackedWeights
 
 LIMIT = 2**31
 

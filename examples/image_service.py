@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 import stepgraph as sg
-from stepgraph.compiler.load_artifact import build_scheduler, compile_artifact
-from stepgraph.runtime.artifact import read_artifact
+from stepgraph.compiler.entry.load_artifact import build_scheduler, compile_artifact
+from stepgraph.runtime.artifact.artifact import read_artifact
 
 
 class OrderError(ValueError):

@@ -7,7 +7,7 @@ from conftest import tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
-from stepgraph.compiler.models.load import load_model
+from stepgraph.compiler.entry.load_model import load_model
 
 OPERATIONS = {"modulated_norm", "gated_residual", "lowrank_delta", "lowrank_input"}
 

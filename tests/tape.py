@@ -51,7 +51,7 @@ class _Operators(TorchDispatchMode):
 
 
 class Tape:
-    """A recorder (`stepgraph.runtime.cudagraph.Recorder`) for the CPU."""
+    """A recorder (`stepgraph.runtime.capture.cudagraph.Recorder`) for the CPU."""
 
     def __init__(self, device=None):
         self._lock = threading.RLock()

@@ -9,7 +9,7 @@ from test_oracle import random_rows
 
 import stepgraph as sg
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.arena import ALIGNMENT, Span, aligned, assign_offsets
+from stepgraph.runtime.memory.arena import ALIGNMENT, Span, aligned, assign_offsets
 
 SPANS = st.lists(
     st.builds(

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import stepgraph as sg
-from stepgraph.cli import app
-from stepgraph.compiler.load_artifact import build_model, build_scheduler
-from stepgraph.config import CompileError
-from stepgraph.plan import PlanError
-from stepgraph.runtime.artifact import manifest_bytes, read_artifact
+from stepgraph.cli.main import app
+from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.runtime.artifact.artifact import manifest_bytes, read_artifact
 
 FORMS = ("artifact", "artifact.zip")
 

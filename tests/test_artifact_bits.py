@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_artifact import rewrite
 
 import stepgraph as sg
-from stepgraph.bench import fuzz_artifacts
-from stepgraph.bench.fuzz_artifacts import fuzz
+from stepgraph.bench.deploy import fuzz_artifacts
+from stepgraph.bench.deploy.fuzz_artifacts import fuzz
 
 # -- determinism -----------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from conftest import inputs, tiny_dit
 from tape import HostReadError, no_host_reads
 
 import stepgraph as sg
-from stepgraph.plan import PlanError
-from stepgraph.runtime import asked_timestep, attach, tables
-from stepgraph.runtime.asked_timestep import Schedule
+from stepgraph.errors import PlanError
+from stepgraph.runtime.attach import asked_timestep, attach
+from stepgraph.runtime.attach.asked_timestep import Schedule
+from stepgraph.runtime.program import tables
 
 STEPS = 4
 ACTIONS = {"attn": "CRCR", "ff": "CRRR", "hidden": "CCCR"}

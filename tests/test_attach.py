@@ -9,8 +9,7 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
-from stepgraph.config import CompileError
-from stepgraph.plan import PlanError
+from stepgraph.errors import CompileError, PlanError
 
 STEPS = 4
 ACTIONS = {"attn": "CRCR", "ff": "CRRR", "hidden": "CCCR"}

@@ -13,13 +13,12 @@ from conftest import noise, tiny_dit, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
-from stepgraph.bench import books, compile_once, runtime, runtime_costs
-from stepgraph.bench.contenders import CONTENDERS, Contender, Setting, chosen, hooked, mask_macs, ours
-from stepgraph.bench.hook_runtime import HookRuntime, counted_linears
-from stepgraph.bench.interleave import Timed, loop_of, refuse_wrong_results, take_turns
-from stepgraph.bench.peer_cache_dit import CacheDit, FirstBlockAndResidual
-from stepgraph.config import CompileError
-from stepgraph.plan import PlanError
+from stepgraph.bench.speed import books, compile_once, runtime, runtime_costs
+from stepgraph.bench.speed.contenders import CONTENDERS, Contender, Setting, chosen, hooked, mask_macs, ours
+from stepgraph.bench.speed.hook_runtime import HookRuntime, counted_linears
+from stepgraph.bench.speed.interleave import Timed, loop_of, refuse_wrong_results, take_turns
+from stepgraph.bench.speed.peer_cache_dit import CacheDit, FirstBlockAndResidual
+from stepgraph.errors import CompileError, PlanError
 
 BLOCKS, T = 2, 8
 # A DiT block has six linear maps in its sites (q, k, v, out; two of the feed-forward), and four beside them.

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_families import FLUX, flux_inputs
 
 import stepgraph as sg
-from stepgraph.plan import PlanError
-from stepgraph.runtime.sampler import refuse_stochastic
+from stepgraph.errors import PlanError
+from stepgraph.scheduler import refuse_stochastic
 
 STEPS, SAMPLES, SEED = 3, 2, 4
 

@@ -12,7 +12,7 @@ from tape import HostReadError, Tape
 from test_corrections import factors_of, maps_of
 
 import stepgraph as sg
-from stepgraph.runtime import cudagraph
+from stepgraph.runtime.capture import cudagraph
 
 STEPS = 6
 SCHEDULERS = {

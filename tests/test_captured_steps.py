@@ -13,7 +13,9 @@ from test_capture import REUSED, STEPS, planned, tape, with_calls  # noqa: F401
 from test_corrections import factors_of, maps_of
 
 import stepgraph as sg
-from stepgraph.runtime import cudagraph, executable, sampler
+from stepgraph.runtime import executable
+from stepgraph.runtime.capture import cudagraph
+from stepgraph.runtime.sampling import sample as sampler
 
 DDIM = diffusers.DDIMScheduler
 ROW = {"backend": "eager", "cuda_graphs": True}

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from stepgraph.cli import app
-from stepgraph.cli_sweep import parse_values
-from stepgraph.compiler.calibrate import calibrate
-from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.cli.main import app
+from stepgraph.cli.sweep import parse_values
+from stepgraph.compiler.calibration.calibrate import calibrate
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.stats import CalibrationStats
 from stepgraph.plan import CachePlan
 
 runner = CliRunner()
@@ -178,7 +178,7 @@ def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
     command = [
         sys.executable,
         "-m",
-        "stepgraph.cli",
+        "stepgraph.cli.main",
         "calibrate",
         "glyph-dit",
         "--steps",

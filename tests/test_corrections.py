@@ -13,10 +13,10 @@ from oracle_families import FluxOracle, UVitOracle, run_flow
 from test_families import FLUX, UVIT, flux_inputs, run_uvit, uvit_inputs
 
 import stepgraph as sg
-from stepgraph.corrections import Forecast
-from stepgraph.liveness import traffic
-from stepgraph.plan import PlanError
-from stepgraph.plan_report import row_macs
+from stepgraph.errors import PlanError
+from stepgraph.plan.corrections import Forecast
+from stepgraph.plan.liveness import traffic
+from stepgraph.plan.report import row_macs
 
 STEPS = 6
 LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -167,9 +167,9 @@ def test_published_costs_of_dit_xl():
 
     Its figures are rounded, and diffusers embeds the timestep in every block, which is 5e-5 T.
     """
-    from stepgraph.compiler.describe import marked_graph
-    from stepgraph.compiler.linear_maps import group_maps, increment_of
-    from stepgraph.compiler.models.load import load_model
+    from stepgraph.compiler.entry.load_model import load_model
+    from stepgraph.compiler.specializing.bind_factors import group_maps, increment_of
+    from stepgraph.compiler.tracing.describe import marked_graph
 
     model = load_model("dit-xl-2-256:random", "meta")
     marked = marked_graph(model, None)

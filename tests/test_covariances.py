@@ -9,15 +9,15 @@ from conftest import tiny_dit, tiny_scheduler
 from torch import nn
 
 import stepgraph as sg
-from stepgraph.compiler.covariance_passes import SpilledTensors, bytes_of, plan_passes
-from stepgraph.compiler.covariance_sums import SketchSum
-from stepgraph.compiler.covariances import Covariances, measure_covariances
-from stepgraph.compiler.describe import marked_graph
-from stepgraph.compiler.factorize import factorize
-from stepgraph.compiler.increments import find_maps, find_sites, find_targets
-from stepgraph.compiler.map_errors import measured_errors
-from stepgraph.plan import PlanError
-from stepgraph.runtime.sampler import sample
+from stepgraph.compiler.lowrank.covariance_passes import SpilledTensors, bytes_of, plan_passes
+from stepgraph.compiler.lowrank.covariance_sums import SketchSum
+from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
+from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.compiler.lowrank.increments import find_maps, find_sites, find_targets
+from stepgraph.compiler.lowrank.map_errors import measured_errors
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.errors import PlanError
+from stepgraph.runtime.sampling.sample import sample
 
 STEPS, SAMPLES, SEED, SCALE = 5, 2, 3, 2.0
 SETTINGS = {"steps": STEPS, "samples": SAMPLES, "seed": SEED, "guidance_scale": SCALE}

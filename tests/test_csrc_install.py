@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import stepgraph.csrc.library as library_module
-from stepgraph import csrc, doctor, ops
+from stepgraph import csrc, ops
+from stepgraph.cli import doctor
 from stepgraph.csrc import limits
 from stepgraph.csrc.library import FOLDER, Native, load, native
 

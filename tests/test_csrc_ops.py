@@ -12,17 +12,9 @@ from torch import Tensor
 import stepgraph.csrc.lowrank as lowrank_module
 from stepgraph.csrc.library import at_level, levels, native
 from stepgraph.csrc.packed import PACKED, pack
-from stepgraph.ops import (
-    OPS,
-    OpError,
-    gated_residual,
-    linear_combination,
-    load_providers,
-    lowrank_delta,
-    lowrank_input,
-    modulated_norm,
-)
-from stepgraph.packed import PackedWeights
+from stepgraph.errors import OpError
+from stepgraph.ops import OPS, gated_residual, linear_combination, load_providers, lowrank_delta, lowrank_input, modulated_norm
+from stepgraph.packed_weights import PackedWeights
 
 # Relative root mean square against float64.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

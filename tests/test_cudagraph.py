@@ -10,8 +10,8 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit
 from test_corrections import factors_of, maps_of
 
 import stepgraph as sg
-from stepgraph.runtime.captured_run import CapturedRun
-from stepgraph.runtime.captured_steps import CapturedSteps
+from stepgraph.runtime.capture.captured_steps import CapturedSteps
+from stepgraph.runtime.sampling.captured_run import CapturedRun
 
 pytestmark = pytest.mark.gpu
 STEPS = 6

@@ -9,9 +9,9 @@ from conftest import inputs, labels, noise, tiny_dit
 from torch import fx
 
 import stepgraph as sg
-from stepgraph.compiler import specialize as specialize_module
+from stepgraph.compiler.specializing import specialize as specialize_module
 from stepgraph.env import VARIABLES, get_logger, read_env
-from stepgraph.plan import PlanError
+from stepgraph.errors import PlanError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 
 import stepgraph as sg
-from stepgraph.config import CompileConfig, CompileError
+from stepgraph.config import CompileConfig
+from stepgraph.errors import CompileError
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import stepgraph as sg
-from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.plan import CachePlan
-from stepgraph.runtime import export_pt2
-from stepgraph.runtime.runner import Runner, ScheduleError, read_tensors, write_tensors
+from stepgraph.runtime.export import pt2 as export_pt2
+from stepgraph.runtime.export.runner import Runner, ScheduleError, read_tensors, write_tensors
 
 STEPS = 6
 # Without clipping, as DiT's own configuration has it: then every step is a fixed linear combination.

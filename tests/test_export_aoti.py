@@ -16,10 +16,10 @@ from test_export import error_of, mixed_plan, run_fresh
 from torch._inductor.exc import InvalidCxxCompiler
 
 import stepgraph as sg
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.glyphs import contact_sheet
-from stepgraph.runtime import export_aoti
-from stepgraph.runtime.runner import Runner
+from stepgraph.assets.glyphs import contact_sheet
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.runtime.export import aoti as export_aoti
+from stepgraph.runtime.export.runner import Runner
 
 SOURCE = Path(__file__).parents[1] / "examples" / "cpp_runner"
 GUIDANCE = 2.0

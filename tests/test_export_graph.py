@@ -12,9 +12,9 @@ from conftest import inputs, tiny_dit, tiny_scheduler
 from typer.testing import CliRunner
 
 import stepgraph as sg
-from stepgraph.cli import app
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.plan_plot import COLOURS
+from stepgraph.cli.main import app
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.plan.plot import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,9 +8,9 @@ from test_export import error_of, mixed_plan
 from test_pixart_sd3 import PIXART
 
 import stepgraph as sg
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.runtime import export_onnx
-from stepgraph.runtime.runner import Runner
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.runtime.export import onnx as export_onnx
+from stepgraph.runtime.export.runner import Runner
 
 
 @pytest.fixture

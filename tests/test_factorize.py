@@ -11,14 +11,14 @@ from conftest import tiny_dit, tiny_scheduler
 from torch import nn
 
 import stepgraph as sg
-from stepgraph.compiler.allocate_ranks import RankedMap, allocate_ranks
-from stepgraph.compiler.covariances import Covariances, measure_covariances
-from stepgraph.compiler.decompose import reduced_rank_regression, scaled_svd, shrunk, weighted_svd
-from stepgraph.compiler.factorize import decompositions, factorize
-from stepgraph.compiler.map_errors import error_on, mean_error, measured_errors, worse_ranks
-from stepgraph.compiler.rank_report import RankReport, rank_report
-from stepgraph.compiler.stats import CalibrationStats
-from stepgraph.plan import PlanError
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
+from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
+from stepgraph.compiler.lowrank.decompose import reduced_rank_regression, scaled_svd, shrunk, weighted_svd
+from stepgraph.compiler.lowrank.factorize import decompositions, factorize
+from stepgraph.compiler.lowrank.map_errors import error_on, mean_error, measured_errors, worse_ranks
+from stepgraph.compiler.lowrank.rank_report import RankReport, rank_report
+from stepgraph.errors import PlanError
 
 SETTINGS = {"steps": 5, "samples": 3, "seed": 3, "guidance_scale": 2.0}
 SHAPES = [(12, 7), (7, 12), (9, 9)]

@@ -9,9 +9,9 @@ from conftest import tiny_dit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stepgraph.compiler.factorize import factorize
-from stepgraph.compiler.factors import Factors, place_of
-from stepgraph.plan import PlanError
+from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.errors import PlanError
+from stepgraph.plan.factors import Factors, place_of
 
 FF = "transformer_blocks.0.ff.net.2"
 

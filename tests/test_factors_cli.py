@@ -7,13 +7,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepgraph.cli import app
-from stepgraph.compiler.correct import lowrank
-from stepgraph.compiler.covariances import measure_covariances
-from stepgraph.compiler.factorize import factorize
-from stepgraph.compiler.factors import Factors
-from stepgraph.compiler.make_plan import make_plan
-from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.cli.main import app
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.forecast.correct import lowrank
+from stepgraph.compiler.lowrank.covariances import measure_covariances
+from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.plan.factors import Factors
 
 QUICK = ("--steps", 4, "--samples", 1, "--seed", 5)
 

@@ -11,12 +11,12 @@ from oracle import run_loop
 from oracle_families import FluxOracle, UVitOracle, run_flow
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
+from stepgraph.compiler.calibration.time_sites import time_sites
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler, load_to_plan
 from stepgraph.compiler.models import FAMILIES, family_of
-from stepgraph.compiler.models.load import load_model, load_scheduler, load_to_plan
-from stepgraph.compiler.time_sites import time_sites
-from stepgraph.config import CompileError
-from stepgraph.plan import STREAM_KINDS, CachePlan, PlanError, canonical
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.plan import STREAM_KINDS, CachePlan, canonical
 
 IMAGE, TEXT, WIDTH, STEPS = 16, 5, 32, 4
 FLUX = {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
@@ -277,7 +277,7 @@ def test_flux_is_not_sampled_by_name(flux, flow):
 def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkeypatch):
     ticks = count()
     # A clock that goes on by a second whenever it is looked at: every operation takes one.
-    monkeypatch.setattr("stepgraph.compiler.time_sites.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("stepgraph.compiler.calibration.time_sites.time.perf_counter", lambda: float(next(ticks)))
     marked = marked_graph(flux, flux_inputs())
     ends = {node.meta["marker"]: node for node in marked.graph.nodes if "marker" in node.meta}
 

@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 
-from stepgraph.files import save_tensors, whole_file
+from stepgraph.files.whole_file import save_tensors, whole_file
 
 
 def write(path, text: str = "new") -> None:

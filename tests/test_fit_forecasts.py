@@ -13,10 +13,10 @@ from test_calibrate import watched_values
 from test_cli import error_of, invoke
 
 import stepgraph as sg
-from stepgraph.compiler.least_squares import least_squares
-from stepgraph.compiler.models.load import load_model, load_scheduler
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.forecast.least_squares import least_squares
+from stepgraph.errors import PlanError
 from stepgraph.metrics import relative_errors
-from stepgraph.plan import PlanError
 
 SEED, SAMPLES = 4, 3
 COND, UNCOND = labels(5, 6, 7), {"class_labels": torch.full((SAMPLES,), 1000)}

@@ -9,9 +9,10 @@ from oracle import Oracle, run_loop
 from taylorseer import TaylorSeer
 
 import stepgraph as sg
-from stepgraph.compiler.forecasts import RULES, adams_bashforth, polynomial, taylor
-from stepgraph.corrections import Forecast
-from stepgraph.plan import PlanError, PlanHeader, Site
+from stepgraph.compiler.forecast.forecasts import RULES, adams_bashforth, polynomial, taylor
+from stepgraph.errors import PlanError
+from stepgraph.plan import PlanHeader, Site
+from stepgraph.plan.corrections import Forecast
 
 UNEVEN = [[7.0, 3.0, 2.0, -4.0, -5.0], [100.0, 150.0, 170.0, 400.0, 410.0]]
 NULL = {"negative_class_labels": torch.tensor([1000, 1000])}

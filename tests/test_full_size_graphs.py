@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.describe import make_header, marked_graph
+from stepgraph.compiler.entry.load_model import load_scheduler, load_to_plan
 from stepgraph.compiler.importers import invardiff_flux_book
-from stepgraph.compiler.merge_projections import merge_projections
-from stepgraph.compiler.models.load import load_scheduler, load_to_plan
-from stepgraph.compiler.sites import MarkedGraph
-from stepgraph.compiler.specialize import specialize
-from stepgraph.compiler.split_projections import split_projections
+from stepgraph.compiler.passes.merge_projections import merge_projections
+from stepgraph.compiler.passes.split_projections import split_projections
+from stepgraph.compiler.specializing.specialize import specialize
+from stepgraph.compiler.tracing.describe import make_header, marked_graph
+from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.ops import gated_residual, modulated_norm
 from stepgraph.plan import MODULE_KINDS, CachePlan
-from stepgraph.runtime.packed_linear import merged_linear
+from stepgraph.runtime.program.packed_linear import merged_linear
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "plans"
 

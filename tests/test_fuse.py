@@ -13,7 +13,7 @@ from test_corrections import both, error, factors_of, maps_of, plan_of
 from test_families import FLUX, IMAGE, TEXT, WIDTH, flux_inputs, flux_plan
 
 import stepgraph as sg
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.passes.erase_identities import erase_identities
 from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
 from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
@@ -67,9 +67,9 @@ def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
 
 def rewritten(model, given) -> tuple[torch.fx.GraphModule, PassContext]:
     """A traced model without markers."""
-    from stepgraph.compiler.describe import marked_graph
-    from stepgraph.compiler.graphs import written_storages
     from stepgraph.compiler.passes.erase_markers import erase_markers
+    from stepgraph.compiler.tracing.describe import marked_graph
+    from stepgraph.compiler.tracing.graphs import written_storages
 
     marked = marked_graph(model, given)
     graph = torch.fx.Graph()
@@ -156,7 +156,7 @@ def test_a_shared_norm_stays(dit):
 
 
 def test_an_op_that_nobody_takes_does_not_compile(dit, monkeypatch):
-    from stepgraph.ops import OpError
+    from stepgraph.errors import OpError
 
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
     with pytest.raises(OpError, match=r"no provider takes .*: triton"):

@@ -4,12 +4,12 @@ import diffusers
 import pytest
 import torch
 
-from stepgraph.bench.glyph_data import render
-from stepgraph.bench.train_glyphs import RECIPES, build, learning_rate, stratified_timesteps
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.glyphs import ASSETS, CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
+from stepgraph.assets.glyphs import ASSETS, CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
+from stepgraph.bench.glyphs.glyph_data import render
+from stepgraph.bench.glyphs.train_glyphs import RECIPES, build, learning_rate, stratified_timesteps
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.metrics import psnr, relative_l2
-from stepgraph.runtime.sampler import sample
+from stepgraph.runtime.sampling.sample import sample
 
 
 def test_the_shipped_model_is_diffusers_own():

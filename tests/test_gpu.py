@@ -7,9 +7,9 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
-from stepgraph.runtime.linear_steps import linear_steps
-from stepgraph.runtime.sampler import prepare_scheduler
-from stepgraph.runtime.update import FusedUpdate
+from stepgraph.runtime.sampling.linear_steps import linear_steps
+from stepgraph.runtime.sampling.update import FusedUpdate
+from stepgraph.scheduler import prepare_scheduler
 
 pytestmark = pytest.mark.gpu
 ACTIONS = {"attn": "CRCRCR", "ff": "CRRRCC", "hidden": "CCCCCR"}

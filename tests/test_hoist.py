@@ -11,13 +11,13 @@ from test_families import STEPS as FLUX_STEPS
 from test_pixart_sd3 import PIXART, pixart_inputs, planned
 
 import stepgraph as sg
-from stepgraph.compiler.graphs import written_storages
-from stepgraph.compiler.hoist import Inputs, Level, levels_of
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.passes.fold_constants import fold_constants
-from stepgraph.compiler.trace import trace
-from stepgraph.config import CompileError
-from stepgraph.runtime import tables
+from stepgraph.compiler.passes.hoist_conditioning import Inputs, Level, levels_of
+from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.compiler.tracing.trace import trace
+from stepgraph.errors import CompileError
+from stepgraph.runtime.program import tables
 
 STEPS, BLOCKS = 6, TINY["num_layers"]
 

@@ -19,11 +19,12 @@ from diffusers import (
 from typer.testing import CliRunner
 
 import stepgraph as sg
-from stepgraph.cli import app
+from stepgraph.cli.main import app
+from stepgraph.compiler.entry.load_model import load_to_plan
 from stepgraph.compiler.importers import EXPORTERS, invardiff_book, invardiff_flux_book, smoothcache_schedule
 from stepgraph.compiler.models.dit import DIT
-from stepgraph.compiler.models.load import load_to_plan
-from stepgraph.plan import CachePlan, PlanError
+from stepgraph.errors import PlanError
+from stepgraph.plan import CachePlan
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "plans"
 T, BLOCKS = 4, 2

@@ -8,12 +8,12 @@ from oracle import Oracle
 from test_oracle import random_rows
 from torch import nn
 
-from stepgraph.compiler.models.family import Family, Stack
-from stepgraph.compiler.sites import mark_sites
-from stepgraph.compiler.specialize import specialize
-from stepgraph.compiler.trace import trace
-from stepgraph.liveness import traffic
+from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.compiler.specializing.specialize import specialize
+from stepgraph.compiler.tracing.mark_sites import mark_sites
+from stepgraph.compiler.tracing.trace import trace
 from stepgraph.plan import CachePlan, PlanHeader
+from stepgraph.plan.liveness import traffic
 
 TOY = Family(
     classes=("Toy",), stacks=(Stack("transformer_blocks.*", {"attn1": ("attn",), "ff": ("ff",)}, streams=True),),

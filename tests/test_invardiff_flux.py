@@ -7,7 +7,7 @@ import torch
 from test_families import FLUX, IMAGE, TEXT, flux_inputs
 
 import stepgraph as sg
-from stepgraph.plan import PlanError
+from stepgraph.errors import PlanError
 
 STEPS, SAMPLES, SEED = 12, 2, 3
 DOUBLE = {"attn": "attn", "context_attn": "attn:1", "ff": "ff", "context_ff": "ff_context"}

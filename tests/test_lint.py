@@ -10,64 +10,64 @@ ROOT = Path(__file__).parent.parent
 
 FORBIDDEN = [
     # The vocabulary imports nothing of the package's other parts.
-    ("core/plan.py", "from stepgraph.compiler.trace import trace"),
+    ("core/plan.py", "from stepgraph.compiler.tracing.trace import trace"),
     ("core/ops.py", "import stepgraph.triton_kernels"),
     ("core/ops.py", "import stepgraph.csrc"),
-    ("core/liveness.py", "from stepgraph.runtime.slots import assign_slots"),
+    ("core/liveness.py", "from stepgraph.runtime.memory.slots import assign_slots"),
     ("core/config.py", "from stepgraph.bench import record"),
-    ("core/env.py", "from stepgraph.cli import main"),
+    ("core/env.py", "from stepgraph.cli.main import main"),
     ("core/files.py", "from stepgraph import runtime"),
     # Kernels see the vocabulary.
-    ("triton_kernels/new_kernel.py", "from stepgraph.compiler.trace import trace"),
-    ("triton_kernels/new_kernel.py", "from stepgraph.runtime.slots import assign_slots"),
+    ("triton_kernels/new_kernel.py", "from stepgraph.compiler.tracing.trace import trace"),
+    ("triton_kernels/new_kernel.py", "from stepgraph.runtime.memory.slots import assign_slots"),
     ("triton_kernels/new_kernel.py", "import stepgraph.csrc"),
     ("csrc/loader.py", "import stepgraph.triton_kernels"),
     ("csrc/loader.py", "import stepgraph.runtime"),
     ("csrc/loader.py", "from stepgraph.bench import record"),
     # The runtime runs without the compiler, and chooses no kernel by name.
-    ("runtime/executable.py", "from stepgraph.compiler.trace import trace"),
+    ("runtime/executable.py", "from stepgraph.compiler.tracing.trace import trace"),
     ("runtime/executable.py", "import stepgraph.triton_kernels.adaln"),
     ("runtime/executable.py", "from stepgraph.csrc import loader"),
-    ("runtime/executable.py", "from stepgraph.cli import main"),
-    ("runtime/executable.py", "from stepgraph.demo import run"),
+    ("runtime/executable.py", "from stepgraph.cli.main import main"),
+    ("runtime/executable.py", "from stepgraph.cli.demo import run"),
     ("runtime/executable.py", "import stepgraph.bench"),
     # So does the compiler.
     ("compiler/pipeline.py", "import stepgraph.triton_kernels"),
     ("compiler/pipeline.py", "from stepgraph import csrc"),
-    ("compiler/pipeline.py", "from stepgraph.cli import main"),
-    ("compiler/pipeline.py", "from stepgraph.demo import run"),
+    ("compiler/pipeline.py", "from stepgraph.cli.main import main"),
+    ("compiler/pipeline.py", "from stepgraph.cli.demo import run"),
     ("compiler/pipeline.py", "from stepgraph.bench import record"),
     # Passes, policies and adapters stand alone, and the compiler's own bans hold for them.
     ("compiler/passes/reuse_site.py", "from stepgraph.compiler.passes.store_site import store_site"),
     ("compiler/passes/new_pass.py", "from stepgraph.compiler.passes import reuse_site"),
     ("compiler/passes/reuse_site.py", "import stepgraph.triton_kernels"),
-    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.specialize import PASSES"),
+    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.specializing.specialize import PASSES"),
     ("compiler/policies/full.py", "from stepgraph.compiler.policies.interval import interval"),
-    ("compiler/policies/full.py", "from stepgraph.compiler.trace import trace"),
+    ("compiler/policies/full.py", "from stepgraph.compiler.tracing.trace import trace"),
     ("compiler/policies/full.py", "import stepgraph.bench"),
     ("compiler/importers/l2c_router.py", "from stepgraph.compiler.importers.invardiff_book import export"),
-    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.trace import trace"),
-    ("compiler/models/dit.py", "from stepgraph.compiler.trace import trace"),
-    ("compiler/models/dit.py", "from stepgraph.runtime.slots import assign_slots"),
+    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.tracing.trace import trace"),
+    ("compiler/models/dit.py", "from stepgraph.compiler.tracing.trace import trace"),
+    ("compiler/models/dit.py", "from stepgraph.runtime.memory.slots import assign_slots"),
     ("compiler/models/new_family.py", "from stepgraph.compiler.models.dit import DIT"),
-    ("compiler/models/dit.py", "from stepgraph.cli import main"),
+    ("compiler/models/dit.py", "from stepgraph.cli.main import main"),
 ]
 
 ALLOWED = [
-    ("core/plan.py", "from stepgraph.files import whole_file"),
-    ("core/__init__.py", "from stepgraph.compiler.trace import trace"),
-    ("core/cli.py", "from stepgraph.runtime.sampler import sample"),
-    ("core/demo.py", "from stepgraph.compiler.trace import trace"),
+    ("core/plan.py", "from stepgraph.files.whole_file import whole_file"),
+    ("core/__init__.py", "from stepgraph.compiler.tracing.trace import trace"),
+    ("core/cli.py", "from stepgraph.runtime.sampling.sample import sample"),
+    ("core/demo.py", "from stepgraph.compiler.tracing.trace import trace"),
     ("triton_kernels/new_kernel.py", "from stepgraph.ops import register"),
     ("csrc/loader.py", "from stepgraph.env import read_env"),
     ("runtime/executable.py", "from stepgraph.plan import CachePlan"),
-    ("compiler/pipeline.py", "from stepgraph.runtime.slots import assign_slots"),
-    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.passes.context import PassContext"),
-    ("compiler/policies/full.py", "from stepgraph.compiler.policies.policy import Policy"),
+    ("compiler/pipeline.py", "from stepgraph.runtime.memory.slots import assign_slots"),
+    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.interfaces.pass_context import PassContext"),
+    ("compiler/policies/full.py", "from stepgraph.compiler.interfaces.policy import Policy"),
     ("compiler/policies/__init__.py", "from stepgraph.compiler.policies.full import FULL"),
-    ("compiler/models/dit.py", "from stepgraph.compiler.models.family import Family"),
+    ("compiler/models/dit.py", "from stepgraph.compiler.interfaces.family import Family"),
     ("compiler/models/__init__.py", "from stepgraph.compiler.models.dit import DIT"),
-    ("bench/record.py", "from stepgraph.cli import main"),
+    ("bench/record.py", "from stepgraph.cli.main import main"),
     ("tests/test_new.py", "import stepgraph.triton_kernels"),
 ]
 
@@ -104,7 +104,9 @@ def test_allows_import(path: str, line: str):
 
 
 def test_refuses_import_inside_a_function():
-    assert "TID251" in findings("runtime/attach.py", "def f():\n    from stepgraph.compiler.trace import trace", "TID251")
+    assert "TID251" in findings(
+        "runtime/attach.py", "def f():\n    from stepgraph.compiler.tracing.trace import trace", "TID251"
+    )
 
 
 @pytest.mark.parametrize("path", ["core/plan.py", "compiler/passes/reuse_site.py", "runtime/slots.py", "bench/record.py"])
@@ -117,7 +119,7 @@ def test_refuses_relative_import(path: str):
 def test_face_imports_neither_bench_nor_kernels(path: str, target: str):
     face = ("--config", "core/face.ruff.toml")
     assert "TID251" in findings(path, f"import stepgraph.{target}", "TID251", *face)
-    assert "TID251" not in findings(path, "from stepgraph.compiler.trace import trace", "TID251", *face)
+    assert "TID251" not in findings(path, "from stepgraph.compiler.tracing.trace import trace", "TID251", *face)
 
 
 def test_make_lint_checks_every_face_file():

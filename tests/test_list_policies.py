@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import stepgraph as sg
-from stepgraph.compiler.list_policies import describe_policy, documented_arguments, type_name
-from stepgraph.compiler.make_plan import runs_model
+from stepgraph.compiler.entry.make_plan import runs_model
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.compiler.planning.list_policies import describe_policy, documented_arguments, type_name
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.policies.policy import Policy
-from stepgraph.plan import PlanError
+from stepgraph.errors import PlanError
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.lower import compile_whole, lower
-from stepgraph.config import CompileConfig, CompileError
-from stepgraph.runtime.arena import Arena
+from stepgraph.compiler.lowering.lower import compile_whole, lower
+from stepgraph.config import CompileConfig
+from stepgraph.errors import CompileError
+from stepgraph.runtime.memory.arena import Arena
 
 
 class Owner(nn.Module):

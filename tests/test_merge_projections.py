@@ -13,13 +13,13 @@ from test_pixart_sd3 import PIXART, SD3, pixart_inputs, planned, sd3_inputs
 from torch import Tensor, nn
 
 import stepgraph as sg
-from stepgraph.compiler.lower import Lowered
-from stepgraph.compiler.merge_projections import merge_projections
-from stepgraph.compiler.trace import trace
-from stepgraph.packed import PackedWeights
-from stepgraph.runtime.flat import Whole
-from stepgraph.runtime.packed_linear import PACKED, merged_linear, packs
-from stepgraph.runtime.program import signature
+from stepgraph.compiler.lowering.lower import Lowered
+from stepgraph.compiler.passes.merge_projections import merge_projections
+from stepgraph.compiler.tracing.trace import trace
+from stepgraph.packed_weights import PackedWeights
+from stepgraph.runtime.program.packed_linear import PACKED, merged_linear, packs
+from stepgraph.runtime.program.program import signature
+from stepgraph.runtime.program.region_calls import Whole
 
 needs_packing = pytest.mark.skipif(
     not packs(torch.zeros(1, 4), torch.zeros(4, 4)), reason="oneDNN's packed linear maps are not there"

@@ -9,12 +9,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 import stepgraph as sg
-from stepgraph.compiler import lower as lower_module
-from stepgraph.compiler.lower import lower
-from stepgraph.compiler.outline import cut, lift
-from stepgraph.config import CompileConfig, CompileError
-from stepgraph.runtime.arena import Arena
-from stepgraph.runtime.packed_linear import PACKED, packed_linear, packs
+from stepgraph.compiler.lowering import lower as lower_module
+from stepgraph.compiler.lowering.lower import lower
+from stepgraph.compiler.lowering.outline import cut, lift
+from stepgraph.config import CompileConfig
+from stepgraph.errors import CompileError
+from stepgraph.runtime.memory.arena import Arena
+from stepgraph.runtime.program.packed_linear import PACKED, packed_linear, packs
 
 STEPS = 6
 

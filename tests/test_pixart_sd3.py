@@ -14,10 +14,10 @@ from test_corrections import error
 from test_families import compare, random_rows
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
 from stepgraph.compiler.models import family_of
-from stepgraph.config import CompileError
-from stepgraph.plan import MODULE_KINDS, CachePlan, PlanError
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.plan import MODULE_KINDS, CachePlan
 
 IMAGE, TEXT, WIDTH, STEPS = 16, 5, 32, 4
 PIXART = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,

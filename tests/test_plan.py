@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_oracle import random_rows
 
 import stepgraph as sg
-from stepgraph.plan import CachePlan, PlanError, PlanHeader, Site
+from stepgraph.errors import PlanError
+from stepgraph.plan import CachePlan, PlanHeader, Site
 
 SITES = (
     Site("blocks.0.attn", "attn", macs=10, bytes=4),

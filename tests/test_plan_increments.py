@@ -9,10 +9,10 @@ from oracle import Oracle, run_loop
 from torch import nn
 
 import stepgraph as sg
-from stepgraph.compiler.covariances import Covariances, measure_covariances
-from stepgraph.compiler.factorize import factorize
-from stepgraph.corrections import Forecast
-from stepgraph.plan import PlanError
+from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
+from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.errors import PlanError
+from stepgraph.plan.corrections import Forecast
 
 STEPS, SAMPLES, SEED, SCALE = 6, 2, 3, 2.0
 RUNS = {"samples": SAMPLES, "seed": SEED, "guidance_scale": SCALE}

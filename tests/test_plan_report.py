@@ -11,10 +11,10 @@ from PIL import Image
 from test_plan import HEADER, PLAN, SITES, build
 
 import stepgraph as sg
-from stepgraph.corrections import Forecast
 from stepgraph.plan import KINDS, CachePlan
-from stepgraph.plan_plot import COLOURS, DIFFERENCES, FIRST, OTHERWISE, SAME, plot_diff
-from stepgraph.plan_report import diff_plans
+from stepgraph.plan.corrections import Forecast
+from stepgraph.plan.plot import COLOURS, DIFFERENCES, FIRST, OTHERWISE, SAME, plot_diff
+from stepgraph.plan.report import diff_plans
 
 
 def test_summary_counts_by_hand():

@@ -10,9 +10,9 @@ from conftest import inputs, labels, noise
 from test_plan import HEADER, SITES
 
 import stepgraph as sg
-from stepgraph.corrections import Increment
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
+from stepgraph.plan.corrections import Increment
+from stepgraph.scheduler import prepare_scheduler, scheduler_facts
 
 T = 8
 PATTERNS = ["CRCRCRCR", "CCRRCRRR"]

@@ -5,7 +5,8 @@ from conftest import tiny_scheduler
 
 import stepgraph as sg
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.plan import MODULE_KINDS, PlanError
+from stepgraph.errors import PlanError
+from stepgraph.plan import MODULE_KINDS
 
 
 def make(dit, policy="interval", steps=6, scheduler="ddim", **arguments):

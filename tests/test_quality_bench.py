@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from stepgraph.bench.paired import Host
-from stepgraph.bench.quality import KNOBS, TARGETS, against_fewer_steps, error_of_fewer_steps, fewer_steps, front, tuned
-from stepgraph.compiler.calibrate import calibrate
+from stepgraph.bench.quality.paired import Host
+from stepgraph.bench.quality.quality import KNOBS, TARGETS, against_fewer_steps, error_of_fewer_steps, fewer_steps, front, tuned
+from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.metrics import frechet_distance
-from stepgraph.runtime.sampler import sample
+from stepgraph.runtime.sampling.sample import sample
 
 
 def test_frechet_distance_against_its_formula():
@@ -90,7 +90,7 @@ def test_every_knob_saves_more_as_it_grows(stats, name):
 @pytest.mark.slow
 def test_the_bench_runs_and_writes_its_record(tmp_path):
     command = [
-        sys.executable, "-m", "stepgraph.bench.quality", "--steps", "8", "--samples", "8", "--finalists", "8",
+        sys.executable, "-m", "stepgraph.bench.quality.quality", "--steps", "8", "--samples", "8", "--finalists", "8",
         "--calibration", "1", "--routers", "--only", "FORA (interval)", "InvarDiff", "--out", str(tmp_path),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)

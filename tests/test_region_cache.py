@@ -13,11 +13,11 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
-from stepgraph.cli import app
-from stepgraph.compiler import region_cache
-from stepgraph.compiler.region_cache import compile_kept, region_key, region_store
-from stepgraph.config import CompileError
-from stepgraph.store import Store
+from stepgraph.cli.main import app
+from stepgraph.compiler.lowering import region_cache
+from stepgraph.compiler.lowering.region_cache import compile_kept, region_key, region_store
+from stepgraph.errors import CompileError
+from stepgraph.files.store import Store
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path):
 WRITER = """
 import sys
 from pathlib import Path
-from stepgraph.store import Store
+from stepgraph.files.store import Store
 store = Store(Path(sys.argv[1]), 10**9)
 print("ready", flush=True)
 while True:
@@ -183,7 +183,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 from torch._inductor import cpp_builder
 from test_region_cache import product, region
-from stepgraph.compiler import region_cache
+from stepgraph.compiler.lowering import region_cache
 built, build = [], cpp_builder.CppBuilder.build
 # Inductor asks the compiler for its headers even where all libraries are there.
 cpp_builder.CppBuilder.build = lambda self: (self._name.endswith("header") or built.append(self._name), build(self))[1]

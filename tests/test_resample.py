@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_plan import HEADER, SITES
 
 import stepgraph as sg
-from stepgraph.plan import CachePlan, PlanError
-from stepgraph.resample import resampled_letters
+from stepgraph.errors import PlanError
+from stepgraph.plan import CachePlan
+from stepgraph.plan.resample import resampled_letters
 
 NAMES = [site.name for site in SITES]
 

@@ -8,8 +8,8 @@ from conftest import NULL_CLASS, inputs, labels, noise, tiny_scheduler
 from oracle import run_loop
 
 import stepgraph as sg
-from stepgraph.plan import PlanError
-from stepgraph.runtime.sampler import prepare_scheduler, scheduler_facts
+from stepgraph.errors import PlanError
+from stepgraph.scheduler import prepare_scheduler, scheduler_facts
 
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
 

@@ -18,10 +18,10 @@ import torch
 from conftest import inputs, labels, noise, tiny_dit, tiny_scheduler
 
 import stepgraph as sg
-from stepgraph.compiler.load_artifact import build_scheduler
-from stepgraph.packed import PackedWeights
-from stepgraph.runtime.artifact import read_artifact
-from stepgraph.runtime.program import Program
+from stepgraph.compiler.entry.load_artifact import build_scheduler
+from stepgraph.packed_weights import PackedWeights
+from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.program.program import Program
 
 THREADS = 8
 STEPS = 6
@@ -289,7 +289,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from conftest import inputs, labels, noise, tiny_dit, tiny_scheduler
 import stepgraph as sg
-from stepgraph.bench.leak import growth, watch
+from stepgraph.bench.deploy.leak import growth, watch
 
 dit, ddim, kept = tiny_dit(), tiny_scheduler("ddim"), []
 plan = sg.make_plan("interval", model=dit, scheduler=ddim, steps=2, every=2)

@@ -9,12 +9,12 @@ from oracle import run_loop
 from test_oracle import plan_with_rows, random_rows
 
 import stepgraph as sg
-from stepgraph.liveness import traffic
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.arena import Arena, Place
-from stepgraph.runtime.layout import kept_dtype
-from stepgraph.runtime.slot_table import SlotMemory, SlotTable
-from stepgraph.runtime.slots import assign_slots
+from stepgraph.plan.liveness import traffic
+from stepgraph.runtime.memory.arena import Arena, Place
+from stepgraph.runtime.memory.layout import kept_dtype
+from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
+from stepgraph.runtime.memory.slots import assign_slots
 
 
 def lives(plan: CachePlan) -> list[tuple[int, int, int]]:

@@ -5,12 +5,12 @@ import torch
 from conftest import inputs, labels, noise, tiny_dit
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
-from stepgraph.compiler.graphs import written_storages
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.passes.soften_site import beta_name, soften_site
-from stepgraph.compiler.soft_model import SoftModel
-from stepgraph.liveness import VALUE, Read
+from stepgraph.compiler.routers.soft_model import SoftModel
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.plan.liveness import VALUE, Read
 
 MODULES = (0, 1, 3, 4)
 

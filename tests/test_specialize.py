@@ -6,11 +6,11 @@ from conftest import inputs, labels, noise, tiny_scheduler
 from oracle import Oracle, run_loop
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
-from stepgraph.compiler.graphs import written_storages
-from stepgraph.compiler.passes.context import PassContext
-from stepgraph.compiler.specialize import PASSES, specialize
-from stepgraph.liveness import VALUE, Read, traffic
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.specializing.specialize import PASSES, specialize
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.plan.liveness import VALUE, Read, traffic
 
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
 

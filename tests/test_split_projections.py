@@ -11,13 +11,13 @@ from test_corrections import error
 from test_families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_plan
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
+from stepgraph.compiler.lowering.outline import cut, lift
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.outline import cut, lift
-from stepgraph.compiler.split_projections import split_projections
-from stepgraph.corrections import Forecast
+from stepgraph.compiler.passes.split_projections import split_projections
+from stepgraph.compiler.tracing.describe import marked_graph
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.packed_linear import PACKED, packed_columns, packs
+from stepgraph.plan.corrections import Forecast
+from stepgraph.runtime.program.packed_linear import PACKED, packed_columns, packs
 
 N, C = IMAGE + TEXT, WIDTH
 # What each half costs, and its part of the projection.

@@ -12,7 +12,7 @@ from test_calibrate import watched_values
 
 import stepgraph as sg
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.plan import PlanError
+from stepgraph.errors import PlanError
 
 STEPS, SAMPLES, SEED = 12, 2, 4
 

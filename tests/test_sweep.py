@@ -10,8 +10,8 @@ from oracle import run_loop
 from PIL import Image
 
 import stepgraph as sg
-from stepgraph.compiler.sweep_result import find_knee, pareto_front
-from stepgraph.plan import PlanError
+from stepgraph.compiler.planning.sweep_result import find_knee, pareto_front
+from stepgraph.errors import PlanError
 
 STEPS, SAMPLES = 6, 3
 

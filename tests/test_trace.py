@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import stepgraph as sg
-from stepgraph.compiler.describe import marked_graph
-from stepgraph.compiler.models.load import load_model
-from stepgraph.compiler.trace import TraceError, trace
+from stepgraph.compiler.entry.load_model import load_model
+from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.trace import trace
+from stepgraph.errors import TraceError
 
 
 def run_traced(traced, model, given):

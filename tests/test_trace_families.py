@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from stepgraph.compiler.trace import trace
+from stepgraph.compiler.tracing.trace import trace
 
 
 def randn(*shape):

@@ -10,7 +10,8 @@ from conftest import inputs, tiny_dit
 from test_trace import Small, assert_exact
 from torch import nn
 
-from stepgraph.compiler.trace import TraceError, trace
+from stepgraph.compiler.tracing.trace import trace
+from stepgraph.errors import TraceError
 
 
 def data_dependent_if(m, x):

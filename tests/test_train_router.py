@@ -9,10 +9,10 @@ from conftest import labels, noise, tiny_dit, tiny_scheduler
 from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler, EulerAncestralDiscreteScheduler
 
 import stepgraph as sg
-from stepgraph.compiler.router import Router
-from stepgraph.compiler.router_settings import PRESETS, RouterSettings, full_steps, settings_of
-from stepgraph.compiler.router_states import NoisedLatents, Trajectories
-from stepgraph.plan import PlanError
+from stepgraph.compiler.routers.router import Router
+from stepgraph.compiler.routers.router_settings import PRESETS, RouterSettings, full_steps, settings_of
+from stepgraph.compiler.routers.router_states import NoisedLatents, Trajectories
+from stepgraph.errors import PlanError
 
 SMALL = settings_of("quick", {"iterations": 6, "batch": 8, "pool": 8})
 
@@ -226,9 +226,9 @@ def test_the_other_settings_train_too(model, changes):
 
 def test_longer_runs_read_what_the_step_before_mixed(model):
     """With run 2, the second routed step's loss depends on the first one's logits."""
-    from stepgraph.compiler.describe import example_inputs, make_header, marked_graph
-    from stepgraph.compiler.soft_model import SoftModel
-    from stepgraph.compiler.train_router import _Training
+    from stepgraph.compiler.routers.soft_model import SoftModel
+    from stepgraph.compiler.routers.train_router import _Training
+    from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
 
     settings = replace(SMALL, run=2, batch=4)
     marked = marked_graph(model, example_inputs(model, 4))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepgraph.ops import OPS, OpError
+from stepgraph.errors import OpError
+from stepgraph.ops import OPS
 from stepgraph.triton_kernels import DECLINES, declines
 
 HERE = Path(__file__).parent

@@ -10,11 +10,11 @@ from conftest import NULL_CLASS, inputs, labels, noise
 from oracle import run_loop
 
 import stepgraph as sg
-from stepgraph.compiler.models.load import load_model, load_scheduler
-from stepgraph.plan import PlanError
-from stepgraph.runtime.linear_steps import Term, linear_steps
-from stepgraph.runtime.sampler import prepare_scheduler, step_arguments
-from stepgraph.runtime.update import FusedUpdate, SchedulerUpdate, choose_update
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.errors import PlanError
+from stepgraph.runtime.sampling.linear_steps import Term, linear_steps
+from stepgraph.runtime.sampling.update import FusedUpdate, SchedulerUpdate, choose_update
+from stepgraph.scheduler import prepare_scheduler, step_arguments
 
 STEPS = 20
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}

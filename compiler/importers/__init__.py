@@ -5,12 +5,12 @@ from typing import Any
 
 from stepgraph.compiler.importers import invardiff_book, invardiff_flux_book, smoothcache_schedule
 from stepgraph.compiler.importers.cache_dit_mask import CACHE_DIT_MASK
-from stepgraph.compiler.importers.importer import Importer
 from stepgraph.compiler.importers.invardiff_book import INVARDIFF_BOOK
 from stepgraph.compiler.importers.invardiff_flux_book import INVARDIFF_FLUX_BOOK
 from stepgraph.compiler.importers.l2c_router import L2C_ROUTER
 from stepgraph.compiler.importers.l2c_uvit_router import L2C_UVIT_ROUTER
 from stepgraph.compiler.importers.smoothcache_schedule import SMOOTHCACHE_SCHEDULE
+from stepgraph.compiler.interfaces.importer import Importer
 from stepgraph.plan import CachePlan
 
 IMPORTERS: dict[str, Importer] = {

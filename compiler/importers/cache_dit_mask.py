@@ -14,8 +14,9 @@ steps too and adds the residual of the others, while `stack_residual` runs none 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import Importer, check_table, is_flag, letters
-from stepgraph.plan import PlanError, Site
+from stepgraph.compiler.interfaces.importer import Importer, check_table, is_flag, letters
+from stepgraph.errors import PlanError
+from stepgraph.plan import Site
 
 MASK, POLICY = "steps_computation_mask", "steps_computation_policy"
 

@@ -8,7 +8,7 @@ later versions of the format describe the calibration in some) are not read.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import (
+from stepgraph.compiler.interfaces.importer import (
     Importer,
     check_table,
     letters,

@@ -10,7 +10,7 @@ single block's `proj_out` is always run.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import (
+from stepgraph.compiler.interfaces.importer import (
     Importer,
     check_table,
     letters,
@@ -18,7 +18,8 @@ from stepgraph.compiler.importers.importer import (
     refuse_other_kinds,
     sites_of,
 )
-from stepgraph.plan import COMPUTE, REUSE, CachePlan, PlanError, Site
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, CachePlan, Site
 
 DOUBLE = ("attn", "context_attn", "ff", "context_ff")
 SINGLE = ("attn", "mlp")

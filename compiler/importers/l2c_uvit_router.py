@@ -17,8 +17,16 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.importers.importer import Importer, keys_in_order, refuse_other_kinds, router_letters, sites_of, skipped
-from stepgraph.plan import PlanError, Site
+from stepgraph.compiler.interfaces.importer import (
+    Importer,
+    keys_in_order,
+    refuse_other_kinds,
+    router_letters,
+    sites_of,
+    skipped,
+)
+from stepgraph.errors import PlanError
+from stepgraph.plan import Site
 
 
 def recognizes(data: Any) -> bool:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.importers.importer import (
+from stepgraph.compiler.interfaces.importer import (
     Importer,
     check_table,
     letters,
@@ -12,7 +12,8 @@ from stepgraph.compiler.importers.importer import (
     refuse_other_kinds,
     sites_of,
 )
-from stepgraph.plan import COMPUTE, CachePlan, PlanError, Site
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, CachePlan, Site
 
 KINDS = {"attn": "attn", "mlp": "ff"}
 KEY = re.compile(r"(attn|mlp)(?:-(0|[1-9][0-9]*))?")

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from stepgraph.compiler.interfaces.family import Family
 from stepgraph.compiler.models.dit import DIT
-from stepgraph.compiler.models.family import Family
 from stepgraph.compiler.models.flux import FLUX
 from stepgraph.compiler.models.pixart import PIXART
 from stepgraph.compiler.models.sd3 import SD3
 from stepgraph.compiler.models.uvit import UVIT
-from stepgraph.config import CompileError
+from stepgraph.errors import CompileError
 
 FAMILIES = (DIT, FLUX, PIXART, SD3, UVIT)
 

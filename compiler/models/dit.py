@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.models.family import Family, Stack
+from stepgraph.compiler.interfaces.family import Family, Stack
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.models.family import Family, Stack
-from stepgraph.config import CompileError
+from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.errors import CompileError
 
 # 1024 x 1024 pixels: latents of 128 x 128 in patches of 2 x 2. The configuration does not say.
 SIDE, TEXT = 64, 512

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.models.family import Family, Stack
-from stepgraph.config import CompileError
+from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.errors import CompileError
 
 # Text tokens that PixArt-alpha was trained with. The configuration does not say.
 TEXT = 120

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.models.family import Family, Stack
-from stepgraph.config import CompileError
+from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.errors import CompileError
 
 # Tokens of the two CLIP encoders (77) and of T5 (256), one behind the other. The configuration does not say.
 TEXT = 77 + 256

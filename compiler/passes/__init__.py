@@ -1,1 +1,1 @@
-"""Graph rewrites, one file each; `stepgraph.compiler.specialize.PASSES` is their order."""
+"""Graph rewrites, one file each; `stepgraph.compiler.specializing.passes` has their order."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext, coefficient_dtype, coefficients_name, markers, slot_name
-from stepgraph.liveness import INPUT, MAPS, Read
+from stepgraph.compiler.interfaces.pass_context import PassContext, coefficient_dtype, coefficients_name, markers, slot_name
+from stepgraph.plan.liveness import INPUT, MAPS, Read
 
 
 def add_slots(gm: fx.GraphModule, ctx: PassContext) -> int:

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.ops import REFERENCE, Op
 
 

@@ -2,8 +2,8 @@
 
 from torch import fx
 
-from stepgraph.compiler.graphs import live_nodes
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.tracing.graphs import live_nodes
 
 
 def eliminate_dead_code(gm: fx.GraphModule, ctx: PassContext) -> int:

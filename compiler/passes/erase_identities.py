@@ -5,8 +5,8 @@ import operator
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.tracing.graphs import storages_of
 
 
 def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:

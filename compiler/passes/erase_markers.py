@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext, markers
+from stepgraph.compiler.interfaces.pass_context import PassContext, markers
 
 
 def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext, coefficients_name, find_input, markers, slot_name
-from stepgraph.liveness import INPUT, VALUE
+from stepgraph.compiler.interfaces.pass_context import PassContext, coefficients_name, find_input, markers, slot_name
 from stepgraph.ops import linear_combination
 from stepgraph.plan import FORECAST
+from stepgraph.plan.liveness import INPUT, VALUE
 
 
 def forecast_site(gm: fx.GraphModule, ctx: PassContext) -> int:

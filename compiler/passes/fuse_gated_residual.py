@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext, factors_of
+from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of
+from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.ops import gated_residual
 
 

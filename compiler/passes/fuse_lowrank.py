@@ -4,8 +4,8 @@ import operator
 
 from torch import fx
 
-from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.ops import gated_residual, lowrank_delta, modulated_norm
 
 

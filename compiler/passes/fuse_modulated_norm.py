@@ -6,8 +6,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
-from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext, factors_of, is_call
+from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of, is_call
+from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.ops import modulated_norm
 
 

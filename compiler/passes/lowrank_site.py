@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.context import (
+from stepgraph.compiler.interfaces.pass_context import (
     MapGroup,
     PassContext,
     coefficient_dtype,
@@ -13,9 +13,9 @@ from stepgraph.compiler.passes.context import (
     find_input,
     slot_name,
 )
-from stepgraph.liveness import MAPS
 from stepgraph.ops import linear_combination, lowrank_delta, lowrank_input
 from stepgraph.plan import LOWRANK
+from stepgraph.plan.liveness import MAPS
 
 
 def lowrank_site(gm: fx.GraphModule, ctx: PassContext) -> int:

@@ -3,8 +3,8 @@
 import torch
 from torch import fx
 
-from stepgraph.compiler.passes.context import PassContext, markers, slot_name
-from stepgraph.config import CompileError
+from stepgraph.compiler.interfaces.pass_context import PassContext, markers, slot_name
+from stepgraph.errors import CompileError
 from stepgraph.plan import MODULE_KINDS, Site
 
 

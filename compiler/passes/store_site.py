@@ -4,9 +4,9 @@ import operator
 
 from torch import fx
 
-from stepgraph.compiler.graphs import storages_of
-from stepgraph.compiler.passes.context import PassContext, markers
-from stepgraph.liveness import INPUT, MAPS
+from stepgraph.compiler.interfaces.pass_context import PassContext, markers
+from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.plan.liveness import INPUT, MAPS
 
 
 def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:

@@ -1,5 +1,6 @@
 """Policies, one file each."""
 
+from stepgraph.compiler.interfaces.policy import Policy
 from stepgraph.compiler.policies.deepcache import DEEPCACHE
 from stepgraph.compiler.policies.full import FULL
 from stepgraph.compiler.policies.interval import INTERVAL
@@ -7,7 +8,6 @@ from stepgraph.compiler.policies.invardiff import INVARDIFF
 from stepgraph.compiler.policies.l2c import L2C
 from stepgraph.compiler.policies.magcache import MAGCACHE
 from stepgraph.compiler.policies.manual import MANUAL
-from stepgraph.compiler.policies.policy import Policy
 from stepgraph.compiler.policies.procache import PROCACHE
 from stepgraph.compiler.policies.smoothcache import SMOOTHCACHE
 from stepgraph.compiler.policies.teacache import TEACACHE

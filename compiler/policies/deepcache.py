@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy, check_number, check_whole
-from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
+from stepgraph.checks import check_number, check_whole
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, Site
 
 REUSES = ("modules", "output")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy
+from stepgraph.compiler.interfaces.policy import Policy
 from stepgraph.plan import Site
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy, check_whole, chosen_kinds, per_kind, present_kinds
-from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+from stepgraph.checks import check_whole
+from stepgraph.compiler.interfaces.policy import Policy, chosen_kinds, per_kind, present_kinds
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, Site
 
 
 def interval(

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, check_number
-from stepgraph.plan import PlanError, Site
+from stepgraph.checks import check_number
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import Site
 
 PROTECT = ("both", "first", "none")
 VARIANTS = ("auto", "dit", "flux")

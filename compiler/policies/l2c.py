@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy
-from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, Site
 
 
 def l2c(

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy
-from stepgraph.plan import PlanError, Site
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import Site
 
 
 def manual(sites: Sequence[Site], steps: int, stats: Any = None, *, actions: Mapping[str, str]) -> Mapping[str, str]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, check_whole, chosen_kinds
-from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+from stepgraph.checks import check_whole
+from stepgraph.compiler.interfaces.policy import Policy, chosen_kinds
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, Site
 
 
 def procache(

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, check_number, per_kind, present_kinds
-from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, PlanError, Site
+from stepgraph.checks import check_number
+from stepgraph.compiler.interfaces.policy import Policy, per_kind, present_kinds
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, Site
 
 
 def smoothcache(

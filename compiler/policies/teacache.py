@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.policies.policy import Policy, check_number, check_numbers, check_whole
-from stepgraph.plan import COMPUTE, REUSE, PlanError, Site
+from stepgraph.checks import check_number, check_numbers, check_whole
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, Site
 
 
 def teacache(

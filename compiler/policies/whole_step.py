@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stepgraph.compiler.policies.policy import Policy, check_whole
-from stepgraph.plan import COMPUTE, REUSE, CachePlan, PlanError, Site
+from stepgraph.checks import check_whole
+from stepgraph.compiler.interfaces.policy import Policy
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, REUSE, CachePlan, Site
 
 
 def whole_step(

@@ -1,0 +1,1 @@
+"""Artifacts, exports and long runs."""

@@ -1,0 +1,1 @@
+"""How near plans come to full compute, at which cost."""

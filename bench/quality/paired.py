@@ -1,0 +1,119 @@
+"""Paired quality on glyph-dit: the same noise under full compute and under whatever is measured."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
+from stepgraph.bench.glyphs.glyph_data import render
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.config import CompileConfig
+from stepgraph.metrics import frechet_distance, psnr, relative_errors
+from stepgraph.plan import CachePlan
+from stepgraph.plan.factors import Factors
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.sampling.sample import sample
+
+# Images sampled together: more make the activations fall out of a CPU's cache.
+BATCH = 64
+
+
+@dataclass
+class Host:
+    """A sampler on glyph-dit, its full runs from fixed noise, and how far others are from them.
+
+    Attributes:
+        scheduler_name: As the command line knows it.
+        steps: Inference steps of the full runs.
+        guidance: Scale of the classifier-free guidance.
+        seeds: One group of `BATCH` images, or of several batches, starts from each.
+        per_seed: Images per seed.
+        device: Where it runs.
+    """
+
+    scheduler_name: str
+    steps: int
+    guidance: float
+    seeds: Sequence[int]
+    per_seed: int = BATCH
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.model = self.loaded()
+        self.scheduler = load_scheduler("glyph-dit", self.scheduler_name)
+        self.classifier = load_classifier()
+        self.labels = torch.arange(self.per_seed, device=self.device) % len(CLASSES)
+        self.noise = [
+            torch.randn(self.per_seed, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(self.device)
+            for seed in self.seeds
+        ]
+        self.reference = self.images(self.model)
+        self.features = self._features(self.reference)
+
+    def loaded(self) -> nn.Module:
+        """The model that is sampled."""
+        return load_model("glyph-dit", self.device)
+
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return len(self.seeds) * self.per_seed
+
+    def images(self, runner: Any, steps: int | None = None, on_batch: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """What a model or executable samples from the host's noise, [count, 3, 24, 24], on the CPU."""
+        parts = []
+        for noise in self.noise:
+            for first in range(0, self.per_seed, BATCH):
+                labels = self.labels[first : first + BATCH]
+                given: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+                part = noise[first : first + BATCH]
+                parts.append(sample(runner, self.scheduler, part, self.guidance, steps=steps or self.steps, **given).cpu())
+                on_batch()
+        return torch.cat(parts)
+
+    def compiled(self, plan: CachePlan, factors: Factors | None = None) -> Executable:
+        """A plan's executable for the host's batch."""
+        rows = 2 * min(BATCH, self.per_seed)
+        return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"), factors)
+
+    def errors(self, images: torch.Tensor) -> torch.Tensor:
+        """Relative L2 distance of each image from that of the full run, [count] float64."""
+        return relative_errors(images, self.reference)
+
+    def compare(self, images: torch.Tensor) -> dict[str, Any]:
+        """Errors of images against the full runs from the same noise.
+
+        `standard_error` is that of the mean over images; `seed_spread` the standard deviation of the seeds' means.
+        """
+        errors = self.errors(images)
+        by_seed = errors.view(len(self.seeds), self.per_seed).mean(1)
+        ratio = psnr(images, self.reference)
+        return {
+            "relative_l2": float(errors.mean()),
+            "standard_error": float(errors.std() / self.count**0.5),
+            "seed_spread": float(by_seed.std()) if len(by_seed) > 1 else None,
+            # JSON knows no infinity.
+            "psnr": ratio if math.isfinite(ratio) else None,
+            "feature_distance": float((self._features(images) - self.features).norm(dim=1).mean()),
+            "accuracy": accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
+        }
+
+    def frechet(self, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+        """Fréchet distances of the classifier's features: to real images' features, and to the full runs'."""
+        own = self._features(images)
+        return {"frechet_real": frechet_distance(own, real), "frechet_full": frechet_distance(own, self.features)}
+
+    def real_features(self, count: int = 10_000) -> torch.Tensor:
+        """Features of freshly rendered glyphs, [count, 32]."""
+        real, _ = render(count, 24, seed=3)
+        return self._features(real.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.classifier.features(part.clamp(-1, 1)) for part in images.split(500)]).double()

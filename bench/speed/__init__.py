@@ -1,0 +1,1 @@
+"""How fast plans run, against eager and against peers."""

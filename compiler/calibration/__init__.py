@@ -1,0 +1,1 @@
+"""Watching a model during real sampling runs."""

@@ -1,0 +1,1 @@
+"""What users call: accelerate, make_plan, sweep, load."""

@@ -1,0 +1,179 @@
+"""The one-line use: calibrate, plan, compile and attach, with what is already on disk."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from stepgraph.compiler.calibration.calibrate import calibrate, digest
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.entry.make_plan import make_plan, runs_model
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.planning.list_policies import describe_policy
+from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.config import CompileConfig
+from stepgraph.env import get_logger, read_env
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.files.whole_file import writable_folder
+from stepgraph.plan import CachePlan
+from stepgraph.runtime.executable import Executable
+from stepgraph.scheduler import refuse_stochastic
+
+T = TypeVar("T", CachePlan, CalibrationStats)
+
+
+def accelerate(
+    pipe: Any,
+    steps: int = 50,
+    policy: str = "interval",
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    samples: int | None = None,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    allow_stochastic: bool = False,
+    batch: int = 2,
+    backend: str = "inductor",
+    exact: bool = False,
+    cache: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **more: Any,
+) -> Executable:
+    """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
+
+    Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
+
+    Args:
+        pipe: A diffusers pipeline with a transformer.
+        steps: The `num_inference_steps` it will be called with.
+        policy: Name of a policy; the model is calibrated where the policy needs it.
+        arguments: The policy's own.
+        samples: Sampling runs of the calibration, or of a policy's own fit; 16 unless given.
+        seed: Of their noise, or of a policy's own training; 0 unless given.
+        guidance_scale: Of these runs; 1 for none, which is the default.
+        conditioning: What they are conditioned on, as for `stepgraph.calibrate`.
+        allow_stochastic: Go on although the sampler adds noise.
+        batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
+            sizes compile when they are first met.
+        backend: "inductor" or "eager".
+        exact: As in `stepgraph.compile`.
+        cache: The folder; that of STEPGRAPH_CACHE unless given.
+        on_step: Called with (evaluations done, evaluations in all) of what is measured.
+        **more: The policy's arguments too, where they are not called like one of the above.
+
+    Returns:
+        The attached executable; `detach()` undoes it.
+
+    Raises:
+        PlanError: The policy is unknown or refuses its arguments, `samples`, `seed` or `guidance_scale` is given for one that
+            runs nothing with it, or the model or sampler cannot be calibrated.
+        CompileError: The pipeline has no transformer, or it cannot be compiled.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
+    if policy not in POLICIES:
+        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
+    own, settings = _divided(policy, _policy_arguments(arguments, more), asked)
+    if not allow_stochastic:
+        refuse_stochastic(pipe.scheduler, steps)
+    folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
+    runs = {**settings, "conditioning": digest(conditioning)}
+    circumstances = _circumstances(transformer, pipe.scheduler, steps)
+    measured = POLICIES[policy].wants_stats(own)
+
+    def unfinished(file: Path) -> Path:
+        return file.with_suffix(".unfinished")
+
+    def measure() -> CalibrationStats:
+        return calibrate(
+            transformer, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
+            checkpoint=unfinished(stats_file), on_step=on_step, **settings,
+        )  # fmt: skip
+
+    def decide() -> CachePlan:
+        stats = _kept(stats_file, CalibrationStats.load, measure) if measured else None
+        unfinished(stats_file).unlink(missing_ok=True)
+        return make_plan(
+            policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, **own,
+        )  # fmt: skip
+
+    stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
+    planned = {
+        **circumstances,
+        **(runs if measured or runs_model(policy) else {}),
+        "policy": policy,
+        "arguments": own,
+        "files": _contents(own),
+    }
+    plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
+    plan = _kept(plan_file, CachePlan.load, decide)
+    unfinished(plan_file).unlink(missing_ok=True)
+    executable = compile_plan(transformer, plan, example_inputs(transformer, batch), CompileConfig(backend, exact))
+    return executable.attach(pipe)
+
+
+def _policy_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's arguments from both places.
+
+    Raises:
+        PlanError: One is given twice.
+    """
+    twice = sorted(set(arguments or {}) & set(more))
+    if twice:
+        raise PlanError(f"the policy's argument {twice[0]!r} is given twice, in arguments and by name")
+    return {**(arguments or {}), **more}
+
+
+def _divided(policy: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The policy's arguments, with what it takes of the settings asked for, and all settings of the calibration.
+
+    Raises:
+        PlanError: A setting is asked for that neither the calibration nor the policy takes, or is given twice.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    taken = {argument.name for argument in describe_policy(policy, POLICIES[policy]).arguments}
+    for name, value in given.items():
+        if not POLICIES[policy].wants_stats(arguments) and name not in taken:
+            raise PlanError(f"{name}={value!r} has no effect: the policy {policy!r} runs nothing with it; leave it out")
+    passed = {name: value for name, value in given.items() if name in taken}
+    return _policy_arguments(arguments, passed), {"samples": 16, "seed": 0, "guidance_scale": 1.0, **given}
+
+
+def _contents(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files that arguments name: what a file holds can change under its name."""
+    files = {name: Path(value) for name, value in arguments.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def _circumstances(model: nn.Module, scheduler: Any, steps: int) -> dict[str, Any]:
+    """What statistics and plans depend on beside their own arguments."""
+    return asdict(make_header(model, scheduler, steps, marked_graph(model)))
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def _kept(path: Path, load: Callable[[Path], T], make: Callable[[], T]) -> T:
+    """What lies on disk, or is made and put there; a damaged file is made anew, and that is said."""
+    if path.is_file():
+        try:
+            found = load(path)
+            get_logger("accelerate").info("found %s", path)
+            return found
+        except PlanError as error:
+            get_logger("accelerate").warning("%s; it is made anew", error)
+    made = make()
+    made.save(path)
+    get_logger("accelerate").info("wrote %s", path)
+    return made

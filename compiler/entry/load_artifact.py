@@ -1,0 +1,212 @@
+"""Artifacts become executables: the model is compared or built, the plan compiled, and other versions are put to the test."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
+from stepgraph.compiler.models import FAMILIES, family_of
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.errors import CompileError, PlanError, TraceError
+from stepgraph.files.tensor_record import parse_tensors
+from stepgraph.fingerprint import model_dtype
+from stepgraph.inputs import flat_inputs, like_flat
+from stepgraph.metrics import relative_l2
+from stepgraph.plan.factors import Factors, refuse_model
+from stepgraph.runtime.artifact.artifact import Artifact, current_versions, read_artifact
+from stepgraph.runtime.executable import Executable
+
+# Rounding of one evaluation with nothing reused, as a relative L2 distance to the eager model.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Larger settings make tables that no scheduler of this list needs.
+LARGEST_SETTING = 100_000
+
+
+def load_artifact(
+    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None, verify: bool | None = None
+) -> Executable:
+    """Read an artifact and compile it for its model (`stepgraph.load`)."""
+    return compile_artifact(read_artifact(path), model, device=device, verify=verify)
+
+
+def compile_artifact(
+    artifact: Artifact,
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    verify: bool | None = None,
+) -> Executable:
+    """The rest of `load_artifact`."""
+    path = artifact.path
+    if model is None:
+        model = build_model(artifact, device or "cpu")
+    place = next(model.parameters()).device
+    if device is not None and torch.device(device).type != place.type:
+        raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
+    # The plan alone would fit other weights where it was made without any.
+    whose = f"{path}: the artifact is"
+    refuse_model(whose, (artifact.model["class"], artifact.model["fingerprint"], artifact.model["dtype"]), model)
+    factors = None if artifact.factors is None else Factors.parse(artifact.factors, f"{path}: factors.safetensors")
+    inputs = zero_inputs(artifact.inputs, place)
+    try:
+        executable = compile_plan(model, artifact.plan, inputs, artifact.options, factors)
+    except (PlanError, TraceError) as error:
+        # An artifact can state inputs that its model does not take.
+        raise PlanError(f"{path}: {error}") from error
+    others = {name: (made, now) for name, made, now in _versions(artifact) if made != now}
+    compared = verify or (bool(others) and verify is None)
+    if others:
+        # Texts from outside must not write to a terminal.
+        said = ", ".join(f"{name} {made!a} (here {now})" for name, (made, now) in others.items())
+        then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
+        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
+    if compared:
+        verify_first_step(executable)
+    return executable
+
+
+def _versions(artifact: Artifact) -> list[tuple[str, str, str]]:
+    now = current_versions()
+    return [(name, artifact.versions[name], now[name]) for name in ("stepgraph", "torch", "diffusers")]
+
+
+def zero_inputs(described: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Forward arguments of an artifact's shapes."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return torch.zeros(value[0], dtype=value[1], device=device)
+        return zero_inputs(value, device) if isinstance(value, dict) else value
+
+    return {name: made(value) for name, value in described.items()}
+
+
+def verify_first_step(executable: Executable) -> None:
+    """Compare an executable's first step, in which nothing can be reused, with the eager model's on random latents.
+
+    Raises:
+        CompileError: They differ by more than rounding, or at all where the executable is exact.
+    """
+    if executable.example is None:
+        raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew")
+    model, header, generator = executable.model, executable.plan.header, torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    inputs = zero_inputs(executable.example, device)
+    random = {
+        name: torch.randn(value.shape, generator=generator).to(value)
+        for name, value in flat_inputs(inputs).items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timestep"
+    }
+    inputs = like_flat(inputs, random)
+    if isinstance(inputs.get("timestep"), torch.Tensor):
+        inputs["timestep"] = inputs["timestep"] + header.timesteps[0] * family_of(model).timestep
+        inputs["timestep"] = inputs["timestep"].to(zero_inputs(executable.example, device)["timestep"].dtype)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+    given = executable.session()(**inputs, return_dict=False)[0]
+    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else TOLERANCE[model_dtype(model)]
+    if not error <= limit:
+        raise CompileError(
+            f"the first step differs from {type(model).__name__}'s by {error:.2g} (relative L2; {limit:g} can be rounding): "
+            f"these versions of torch and diffusers do not compile it rightly; use those that the artifact was made with"
+        )
+
+
+def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of an artifact that brings its weights.
+
+    Raises:
+        PlanError: It brings none, or they do not fit the configuration.
+        CompileError: Its class is none of those that stepgraph knows.
+    """
+    path, about = artifact.path, artifact.model
+    if artifact.weights is None:
+        raise PlanError(f"{path} has no weights; pass the model it was made for, a {about['class']}, to stepgraph.load")
+    kind = model_class(about["class"], str(path))
+    tensors = parse_tensors(artifact.weights, f"{path}: weights.safetensors")
+    _refuse_sizes(about["config"], tensors, path)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind(**about["config"])
+    except Exception as error:
+        # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
+        raise PlanError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
+    _tie(model, about["tied"], path)
+    _assign(model, {name: tensor.to(device) for name, tensor in tensors.items()}, path)
+    return model.eval()
+
+
+def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A configuration is refused before a model is made of it where that would be larger than its weights."""
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in config.items():
+        number = value if isinstance(value, (int, float)) else 0
+        limit = len(tensors) if "layers" in name else elements
+        # Position tables have a row per patch.
+        area = name in ("sample_size", "pos_embed_max_size") and number * number > 64 * elements
+        if not abs(number) <= max(limit, 1000 if "layers" not in name else 0) or area:
+            raise PlanError(f"{path}: its configuration has {name} {value}, more than its {len(tensors)} weights can be for")
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str], path: Path) -> None:
+    """Let names share a weight that shared one when the artifact was saved."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = parameters | dict(model.named_buffers(remove_duplicate=False))
+    for name, first in tied.items():
+        pair = [known.get(name), known.get(first)]
+        shapes = {tensor.shape for tensor in pair if tensor is not None}
+        if None in pair or len(shapes) > 1 or (name in parameters) != (first in parameters):
+            raise PlanError(f"{path}: {name!r} is said to be the same weight as {first!r}; the model has no such pair")
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, known[first])
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put tensors in the places of a model's own; one that has several names is the same one in all of them."""
+    with torch.no_grad():
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        if set(own) != set(tensors):
+            name = sorted(set(own) ^ set(tensors))[0]
+            raise PlanError(f"{path}: the weights {'lack' if name in own else 'have more than the model:'} {name!r}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise PlanError(f"{path}: the weight {name} is {list(tensor.shape)}; the model's is {list(own[name].shape)}")
+        places: dict[int, Any] = {
+            id(old): nn.Parameter(tensors[name], requires_grad=False) if isinstance(old, nn.Parameter) else tensors[name]
+            for name, old in own.items()
+        }
+        for module in model.modules():
+            for kept in (module._parameters, module._buffers):
+                kept |= {name: places[id(old)] for name, old in kept.items() if old is not None}
+    plain = {name: value for module in model.modules() for name, value in vars(module).items()}
+    left = [name for name, value in plain.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if left:
+        raise PlanError(f"{path}: {left[0]!r} has no values; this class cannot be rebuilt from its weights")
+
+
+def build_scheduler(artifact: Artifact) -> Any:
+    """The scheduler that an artifact brings, or None.
+
+    Raises:
+        PlanError: Its class is none of those that stepgraph knows, or its configuration is not valid.
+    """
+    if "config" not in artifact.scheduler:
+        return None
+    name, config = artifact.scheduler["class"], artifact.scheduler["config"]
+    known = sorted({*SCHEDULERS.values(), *(family.scheduler[0] for family in FAMILIES)})
+    if name not in known:
+        raise PlanError(
+            f"{artifact.path}: the scheduler {name!r} is not rebuilt from artifacts (only {', '.join(known)}); pass it"
+        )
+    large = [key for key, value in config.items() if isinstance(value, (int, float)) and not abs(value) <= LARGEST_SETTING]
+    if large:
+        raise PlanError(f"{artifact.path}: its scheduler has {large[0]} {config[large[0]]}; at most {LARGEST_SETTING} is usual")
+    try:
+        return getattr(diffusers, name).from_config(dict(config))
+    except Exception as error:
+        raise PlanError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

@@ -1,0 +1,126 @@
+"""From a policy's name to a plan."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stepgraph.compiler.calibration.rates import Metric
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.planning.services import SERVICES, Services
+from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.tracing.describe import branches_of, make_header, marked_graph
+from stepgraph.errors import PlanError
+from stepgraph.plan import CachePlan
+from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+
+
+def runs_model(policy: str) -> bool:
+    """Whether making a plan with a policy can run the model, so that it needs its weights and not its structure alone."""
+    return policy in POLICIES and any(name in SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
+
+
+def make_plan(
+    policy: str,
+    stats: CalibrationStats | None = None,
+    *,
+    model: nn.Module | None = None,
+    scheduler: Any = None,
+    steps: int | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    guidance: str = "batched",
+    conditioning: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    allow_stochastic: bool = False,
+    checkpoint: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments: Any,
+) -> CachePlan:
+    """Make a plan.
+
+    Args:
+        policy: Name of a policy; `POLICIES` lists them.
+        stats: Calibration of this model under this scheduler; then `model`, `scheduler` and `steps` are not needed, unless the
+            policy measures the model once more (InvarDiff's phase 2).
+        model: The model the plan is for.
+        scheduler: A diffusers scheduler; it is copied and not changed.
+        steps: Number of inference steps.
+        example_inputs: The forward's arguments, where the model's usual shapes are not meant.
+        guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
+        conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
+        metrics: Rates of one's own that the calibration was given, likewise.
+        allow_stochastic: Make a plan although the sampler adds noise.
+        checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
+            delete it when the plan is saved.
+        on_step: Called with (evaluations done, evaluations in all) where the policy measures.
+        **arguments: The policy's own.
+
+    Raises:
+        PlanError: Unknown policy or arguments, or something needed is missing.
+    """
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    _refuse_other_arguments(policy, arguments)
+    if stats is not None:
+        _refuse_other_circumstances(stats, model, scheduler, steps)
+        header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
+        sites = stats.sites
+    elif POLICIES[policy].wants_stats(arguments):
+        instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
+        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}")
+    elif model is None or scheduler is None or steps is None:
+        missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
+        raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
+    else:
+        if not allow_stochastic:
+            refuse_stochastic(scheduler, steps)
+        marked = marked_graph(model, example_inputs)
+        header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
+    services = Services(
+        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step
+    )
+    offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
+    actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
+    defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
+    # As JSON keeps them, so that a plan read back is equal.
+    recorded = json.loads(json.dumps(defaults | arguments, default=str))
+    if isinstance(actions, CachePlan):
+        return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments})
+    return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
+
+
+def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:
+    """What is given beside statistics must be what they were measured on."""
+    if model is not None:
+        refuse_other_model(stats.header, model)
+    if steps is not None and steps != stats.header.steps:
+        raise PlanError(f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number")
+    if scheduler is not None:
+        refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
+
+
+def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's keyword parameters: its arguments and the services it asks for."""
+    parameters = inspect.signature(POLICIES[policy].decide).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
+    """A policy's own arguments by name."""
+    return {name: p for name, p in _parameters_of(policy).items() if name not in SERVICES}
+
+
+def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
+    own = _arguments_of(policy)
+    takes = f"it takes {', '.join(own)}" if own else "it takes none"
+    unknown = sorted(set(arguments) - set(own))
+    if unknown:
+        raise PlanError(f"the policy {policy!r} has no argument {unknown[0]!r}; {takes}")
+    missing = [name for name, p in own.items() if p.default is p.empty and name not in arguments]
+    if missing:
+        raise PlanError(f"the policy {policy!r} needs the argument {missing[0]!r}; {takes}")

@@ -1,0 +1,166 @@
+"""A policy's knob swept: what each value costs in MACs and in error, measured by running the plans."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
+from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.config import CompileConfig
+from stepgraph.errors import PlanError
+from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.metrics import relative_errors
+from stepgraph.plan import CachePlan
+from stepgraph.runtime.sampling.sample import sample
+from stepgraph.scheduler import prepare_scheduler
+
+
+def sweep(
+    policy: str,
+    stats: CalibrationStats | None = None,
+    *,
+    model: nn.Module,
+    scheduler: Any,
+    knob: str | Sequence[str],
+    values: Sequence[Any],
+    steps: int | None = None,
+    samples: int = 16,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch: int = 32,
+    arguments: Mapping[str, Any] | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Sweep:
+    """Make a plan for every value of a knob, sample with each from the same noise, and compare with full compute.
+
+    The same sampler in fewer steps is measured beside it, at the two whole numbers of steps around the MACs of every plan.
+
+    Args:
+        policy: Name of a policy.
+        stats: Calibration, where the policy needs it; it brings the number of steps.
+        model: The model, on any device; the example conditioning of its family is used (classes in turn for DiT).
+        scheduler: A deterministic diffusers scheduler; it is copied and not changed.
+        knob: The argument that takes the values; several take the same value together.
+        values: What to try, at least one; repeated values are tried once.
+        steps: Number of inference steps.
+        samples: Samples behind every error.
+        guidance_scale: Classifier-free guidance in one batch; 1 for none.
+        seed: Of the noise.
+        batch: Most samples that are run at once.
+        arguments: The policy's other arguments.
+        on_step: Called with (what is running, steps done, steps in all).
+
+    Raises:
+        PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
+        CompileError: The model's family has no example conditioning (FLUX).
+    """
+    knobs = (knob,) if isinstance(knob, str) else tuple(knob)
+    fixed = dict(arguments or {})
+    values = [value for i, value in enumerate(values) if value not in values[:i]]
+    _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
+    # A model that cannot be sampled by name is refused before any work.
+    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
+    guidance = "batched" if guidance_scale > 1 else "none"
+    base = {"model": model, "scheduler": scheduler, "steps": stats.header.steps if steps is None and stats else steps}
+    plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
+    shorter = _neighbours(plans, scheduler)
+    # Values that make the same plan are run once, under the first one's name.
+    distinct = sorted({plan.rows: i for i, plan in reversed(list(enumerate(plans)))}.values())
+    header = plans[0].header
+    runs.begin(header.steps, header.steps * (1 + len(distinct)) + sum(shorter), on_step)
+    branches = 2 if guidance == "batched" else 1
+    baseline = tuple(
+        FewerSteps(
+            branches * header.macs * len(prepare_scheduler(scheduler, number).timesteps),
+            *runs.error(f"fewer steps: {number}", model, number),
+            number,
+        )
+        for number in shorter
+    )
+    errors = {}
+    for i in distinct:
+        executable = compile_plan(model, plans[i], example_inputs(model, runs.rows), CompileConfig("eager"))
+        errors[plans[i].rows] = runs.error(f"{', '.join(knobs)} = {values[i]}", executable, header.steps)
+    points = tuple(
+        SweepPoint(branches * plan.summary().macs, *errors[plan.rows], value, plan)
+        for value, plan in zip(values, plans, strict=True)
+    )
+    return Sweep(
+        policy, knobs, header.model, header.scheduler, header.steps, samples, guidance_scale, seed,
+        branches * header.macs * plans[0].steps, points, baseline,
+    )  # fmt: skip
+
+
+def _refuse_nothing_to_sweep(
+    knobs: Sequence[str], values: Sequence[Any], fixed: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    if not knobs or not values:
+        raise PlanError(f"nothing to sweep: {len(knobs)} knobs and {len(values)} values; expected at least one of each")
+    twice = sorted(set(knobs) & set(fixed))
+    if twice:
+        raise PlanError(f"{twice[0]!r} is swept and given as {fixed[twice[0]]!r} as well; leave one of them out")
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise PlanError(f"{name} is {size!r}; expected a whole number of at least 1")
+
+
+def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
+    """The numbers of steps, most first, whose MACs lie just below and just above those of the plans."""
+    steps = plans[0].header.steps
+    evaluations = {n: len(prepare_scheduler(scheduler, n).timesteps) for n in range(1, steps)}
+    found = set()
+    for plan in plans:
+        summary = plan.summary()
+        if summary.macs == summary.macs_total:
+            continue
+        target = plan.steps * summary.macs / summary.macs_total if summary.macs_total else 0.0
+        found |= set([n for n, count in evaluations.items() if count <= target][-1:])
+        found |= set([n for n, count in evaluations.items() if count >= target][:1])
+    return sorted(found, reverse=True)
+
+
+class _Runs:
+    """Sampling from one fixed noise and conditioning, compared with full compute; `rows` of the model's input at once."""
+
+    def __init__(self, model: nn.Module, scheduler: Any, samples: int, guidance_scale: float, seed: int, batch: int) -> None:
+        latents = next(iter(example_inputs(model).values()))
+        noise = torch.randn(samples, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
+        cond, uncond = family_of(model).conditioning(config_of(model), samples, latents.device)
+        guided = {f"negative_{name}": value for name, value in uncond.items()} if guidance_scale > 1 else {}
+        self.noise = noise.to(latents.device, model_dtype(model)).split(batch)
+        self.conditioning = {name: value.split(batch) for name, value in (cond | guided).items()}
+        self.model, self.scheduler, self.guidance_scale = model, scheduler, guidance_scale
+        self.rows = len(self.noise[0]) * (2 if guidance_scale > 1 else 1)
+
+    def begin(self, steps: int, total: int, on_step: Callable[[str, int, int], None] | None) -> None:
+        """Run full compute in `steps` steps; `total` steps follow in all, this run's included."""
+        self.done, self.total, self.on_step = 0, total, on_step
+        self.reference = self._latents("full compute", self.model, steps)
+
+    def error(self, name: str, runner: Any, steps: int) -> tuple[float, float]:
+        """Mean relative L2 over the samples, and its standard error."""
+        errors = relative_errors(self._latents(name, runner, steps), self.reference)
+        spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
+        return float(errors.mean()), spread
+
+    def _latents(self, name: str, runner: Any, steps: int) -> torch.Tensor:
+        """Final latents [samples, ...] on the CPU."""
+        results = []
+        for number, noise in enumerate(self.noise):
+            chosen = {key: parts[number] for key, parts in self.conditioning.items()}
+
+            def advance(step: int, all_steps: int, part: int = number) -> None:
+                share = (part + step / all_steps) / len(self.noise)
+                if self.on_step is not None:
+                    self.on_step(name, self.done + round(share * steps), self.total)
+
+            result = sample(runner, self.scheduler, noise, self.guidance_scale, steps=steps, on_step=advance, **chosen)
+            results.append(result.cpu())
+        self.done += steps
+        return torch.cat(results)

@@ -1,0 +1,1 @@
+"""Corrections by linear combinations of stored values, by formula or fitted."""

@@ -1,0 +1,1 @@
+"""What adapters, policies, importers and passes are made of, and what they may see."""

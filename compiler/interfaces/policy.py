@@ -1,0 +1,53 @@
+"""What a policy is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepgraph.errors import PlanError
+from stepgraph.plan import MODULE_KINDS, CachePlan, Site
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way of making plans.
+
+    Attributes:
+        decide: (sites, T, stats or None, **arguments) -> actions over time by site or kind, as `CachePlan.build` takes
+            them; or the plan itself, where a service made it.
+        source: Where the method comes from.
+        needs_stats: Whether it needs calibration.
+        unless: The argument that stands in for calibration, where there is one.
+    """
+
+    decide: Callable[..., Mapping[str, str] | CachePlan]
+    source: str
+    needs_stats: bool = False
+    unless: str | None = None
+
+    def wants_stats(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it needs calibration, given these arguments."""
+        return self.needs_stats and (self.unless is None or arguments.get(self.unless) is None)
+
+
+def present_kinds(sites: Sequence[Site]) -> list[str]:
+    """The kinds that occur, in the order of the sites."""
+    return list(dict.fromkeys(site.kind for site in sites))
+
+
+def per_kind(value: Any, kind: str, default: Any) -> Any:
+    """An argument that is either one value for all kinds or a mapping from kind to value."""
+    return value.get(kind, default) if isinstance(value, Mapping) else value
+
+
+def chosen_kinds(kinds: Any, sites: Sequence[Site]) -> list[str]:
+    """The kinds that a policy's `kinds` names; all module kinds of the model where it is None."""
+    present = present_kinds(sites)
+    if kinds is None:
+        return [kind for kind in present if kind in MODULE_KINDS]
+    if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
+        raise PlanError(f"kinds is {kinds!r}; expected a list, such as {present[:2]}")
+    unknown = sorted(set(kinds) - set(present))
+    if unknown:
+        raise PlanError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
+    return list(kinds)

@@ -1,0 +1,1 @@
+"""From rewritten graphs to callables: cut into regions, compiled once each, kept on disk."""

@@ -1,0 +1,93 @@
+"""Ranks under a budget of multiply-accumulates: where another few terms take most off the error for what they cost."""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepgraph.errors import PlanError
+
+
+@dataclass(frozen=True)
+class RankedMap:
+    """A linear map as the allocation sees it.
+
+    Attributes:
+        weights: Squared error that each term takes off, falling, [k].
+        outputs: C_out.
+        inputs: C_in.
+        rows: Tokens that go through it in an evaluation.
+    """
+
+    weights: Tensor
+    outputs: int
+    inputs: int
+    rows: int
+
+    @property
+    def macs(self) -> int:
+        """Of the map itself."""
+        return self.rows * self.outputs * self.inputs
+
+    def cost(self, rank: int) -> int:
+        """Multiply-accumulates of A B x."""
+        return self.rows * rank * (self.outputs + self.inputs)
+
+    @property
+    def most(self) -> int:
+        """The largest rank at which A B x costs no more than the map itself."""
+        return max(min(self.outputs * self.inputs // (self.outputs + self.inputs), len(self.weights)), 1)
+
+    def gain(self, start: int, stop: int) -> float:
+        """Squared error that terms start..stop - 1 take off."""
+        return float(self.weights[start:stop].sum())
+
+
+def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8) -> dict[str, int]:
+    """A rank for every map, in steps of `chunk`, greedily by gain per multiply-accumulate.
+
+    Every map gets one chunk; then the next chunk goes to where it takes most squared error off per multiply-accumulate, as
+    long as it fits. Gains only fall with the rank, so this is the best allocation of what it
+    spends, and short of the best one of the whole budget by less than one chunk's gain. No map gets a rank at which the
+    correction costs more than the map.
+
+    Args:
+        maps: By module path.
+        budget: Share of the maps' own multiply-accumulates that A B x of all of them may cost; 0.25 is a quarter.
+        chunk: How many ranks are given at a time.
+
+    Raises:
+        PlanError: The budget or chunk is out of range, or too small for one chunk per map.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise PlanError(f"budget is {budget!r}; expected a share of the linear maps' own cost in 0..1")
+    if type(chunk) is not int or chunk < 1:
+        raise PlanError(f"chunk is {chunk!r}; expected a whole number of at least 1")
+    whole = sum(own.macs for own in maps.values())
+    ranks = {path: min(chunk, own.most) for path, own in maps.items()}
+    spent = sum(own.cost(ranks[path]) for path, own in maps.items())
+    if spent > budget * whole:
+        raise PlanError(
+            f"a budget of {budget:g} does not give every map rank {chunk}, which takes {spent / whole:.3g}; raise it, lower "
+            f"chunk, or leave maps out by kinds"
+        )
+    queue: list[tuple[float, str]] = []
+
+    def offer(path: str) -> None:
+        own, rank = maps[path], ranks[path]
+        if rank < own.most:
+            stop = min(rank + chunk, own.most)
+            heapq.heappush(queue, (-own.gain(rank, stop) / own.cost(stop - rank), path))
+
+    for path in maps:
+        offer(path)
+    while queue:
+        _, path = heapq.heappop(queue)
+        own, stop = maps[path], min(ranks[path] + chunk, maps[path].most)
+        cost = own.cost(stop - ranks[path])
+        # A map whose next chunk does not fit is done; cheaper chunks of others may still fit.
+        if spent + cost <= budget * whole:
+            spent, ranks[path] = spent + cost, stop
+            offer(path)
+    return ranks

@@ -1,0 +1,250 @@
+"""What is measured for factors: the values that linear maps read, and running sums over their increments.
+
+The increment of a value at a step is its difference from the last step that a plan of a given period computes. Values that
+several maps read (those of q, k and v) are one target.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from stepgraph.compiler.calibration.calibrate import conditioning_of
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.passes.erase_markers import erase_markers
+from stepgraph.compiler.tracing.graphs import storages_of, written_storages
+from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
+from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.errors import PlanError
+from stepgraph.plan import COMPUTE, MODULE_KINDS
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A value, or several of one map that is called more than once, whose increments have one covariance.
+
+    Attributes:
+        readers: Module paths of the linear maps that read it, and in whole mode of the sites whose input it is.
+        values: [(value, call)]: the nodes of the value and of what reads it.
+        channels: C.
+        rows: Tokens of one evaluation, over the whole batch.
+        outputs: Whole mode: site path -> node of its output.
+        output_channels: Whole mode: C_out of each.
+        sites: Index of the site that each value is read in.
+    """
+
+    readers: tuple[str, ...]
+    values: tuple[tuple[fx.Node, fx.Node], ...]
+    channels: int
+    rows: int
+    outputs: Mapping[str, fx.Node] = field(default_factory=dict)
+    output_channels: Mapping[str, int] = field(default_factory=dict)
+    sites: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of the target: its first reader."""
+        return self.readers[0]
+
+
+def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None = None) -> dict[str, list[fx.Node]]:
+    """The linear maps inside module sites of some kinds (all unless given): module path -> its calls.
+
+    A joint attention's maps are those of its first output, of kind `attn`.
+
+    Raises:
+        PlanError: A kind is not known, or none of its sites holds a linear map.
+    """
+    wanted = check_kinds(marked, kinds)
+    found = _maps(model, marked, wanted)
+    seen = {kind for kind, _ in found.values()}
+    empty = [kind for kind in wanted if kind not in seen and kinds is not None]
+    if empty or not found:
+        known = ", ".join(sorted({kind for kind, _ in _maps(model, marked, MODULE_KINDS).values()}))
+        raise PlanError(f"sites of kind {', '.join(empty or wanted)} hold no linear map; those of {known or 'no kind'} do")
+    return {path: calls for path, (_, calls) in found.items()}
+
+
+def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[str, tuple[str, list[fx.Node]]]:
+    """Module path of every linear map inside sites of some kinds -> that kind, and the map's calls."""
+    found: dict[str, tuple[str, list[fx.Node]]] = {}
+    for node, index in maps_of_sites(marked, model).items():
+        kind = marked.sites[index].kind
+        if kind in kinds:
+            found.setdefault(str(node.target), (kind, []))[1].append(node)
+    return found
+
+
+def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[str]:
+    """Paths of the module sites that one map could stand for: one call, one output with as many tokens as the input.
+
+    Raises:
+        PlanError: A kind that was asked for has a site with several calls or outputs, or of other tokens.
+    """
+    wanted = check_kinds(marked, kinds)
+    members = [site for site in marked.sites if site.kind in MODULE_KINDS]
+    several = {site.path for site in members if site.call or site.output}
+    found = []
+    for site in members:
+        if site.kind not in wanted or site.call or site.output:
+            continue
+        call = marked.trace.calls[site.path, 0]
+        if site.path not in several and call.inputs:
+            x, y = call.inputs[0].meta["val"], call.outputs[0].meta["val"]
+            if x.is_floating_point() and x.shape[:-1] == y.shape[:-1]:
+                found.append(site.path)
+                continue
+        if kinds is not None:
+            raise PlanError(
+                f"{site.path} has several calls or outputs, or other tokens in than out; one map cannot stand for it: leave "
+                f"out {site.kind}"
+            )
+    if not found:
+        raise PlanError("no site of these kinds has one input and one output of the same tokens")
+    return found
+
+
+def find_targets(
+    model: nn.Module,
+    marked: MarkedGraph,
+    kinds: Sequence[str] | None = None,
+    whole: bool = False,
+    corrected: Collection[int] | None = None,
+) -> list[Target]:
+    """What has to be measured, in the order of the graph.
+
+    Given the indices of the sites that a plan corrects, these sites' maps alone; what the maps of two sites read is then
+    measured apart, for each at its own steps.
+
+    Raises:
+        PlanError: Kinds without a linear map; in whole mode, sites that one map cannot stand for.
+    """
+    if not whole:
+        find_maps(model, marked, kinds)
+    nodes = {node.name: node for node in marked.graph.nodes}
+    owners = maps_of_sites(marked, model)
+    indices = {site.name: i for i, site in enumerate(marked.sites)}
+    by_values: dict[tuple[tuple[fx.Node, int], ...], list[tuple[str, tuple[fx.Node, ...]]]] = {}
+
+    def add(path: str, values: Sequence[fx.Node], calls: Sequence[fx.Node], sites: Sequence[int]) -> None:
+        if corrected is None or set(sites) <= set(corrected):
+            own = sites if corrected is not None else [0] * len(sites)
+            by_values.setdefault(tuple(zip(values, own, strict=True)), []).append((path, tuple(calls)))
+
+    for path, (_, calls) in _maps(model, marked, check_kinds(marked, kinds)).items():
+        add(path, [call.all_input_nodes[0] for call in calls], calls, [owners[call] for call in calls])
+    outputs: dict[str, fx.Node] = {}
+    for path in find_sites(marked, kinds) if whole else ():
+        call = marked.trace.calls[path, 0]
+        add(path, [nodes[call.inputs[0].name]], [nodes[call.before.name].next], [indices[path]])
+        outputs[path] = nodes[call.outputs[0].name]
+    targets = []
+    for values, readers in by_values.items():
+        paths = tuple(dict.fromkeys(path for path, _ in readers))
+        own = {path: outputs[path] for path in paths if path in outputs}
+        widths = {path: node.meta["val"].shape[-1] for path, node in own.items()}
+        shapes = [value.meta["val"].shape for value, _ in values]
+        rows = sum(shape[:-1].numel() for shape in shapes)
+        read = tuple((value, call) for (value, _), call in zip(values, readers[0][1], strict=True))
+        targets.append(Target(paths, read, shapes[0][-1], rows, own, widths, tuple(site for _, site in values)))
+    return targets
+
+
+def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
+    """The module kinds that are meant.
+
+    Raises:
+        PlanError: One of them is none of this model's.
+    """
+    present = [kind for kind in MODULE_KINDS if any(site.kind == kind for site in marked.sites)]
+    given = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
+    unknown = [kind for kind in given if kind not in present]
+    if unknown or not given:
+        raise PlanError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
+    return given
+
+
+class Watcher(nn.Module):
+    """Runs the traced model and hands the increments of some targets to their sums.
+
+    Called like the model, but with the scheduler's own timesteps; `observed` is the model, for whoever needs its signature.
+    """
+
+    def __init__(self, model: nn.Module, marked: MarkedGraph, sums: Mapping[Target, Any], periods: Sequence[int]) -> None:
+        super().__init__()
+        self.observed, self.timestep = model, family_of(model).timestep
+        self.names, self.results = tuple(marked.trace.inputs), marked.trace.output_spec.num_leaves
+        self.sums, self.periods = dict(sums), tuple(periods)
+        self.graph = _watched_graph(model, marked, list(self.sums))
+
+    def begin(self) -> None:
+        """A new sampling run."""
+        self.step = 0
+        self.stored: dict[int, tuple[Tensor, ...]] = {}
+
+    def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """One evaluation; the sums grow by this step's increments."""
+        if self.timestep != 1:
+            inputs["timestep"] = inputs["timestep"] * self.timestep
+        results, values = self.evaluate(inputs)
+        for period in self.periods:
+            if self.step % period == 0:
+                self.stored[period] = values
+            else:
+                self._add(values, self.stored[period])
+        self.step += 1
+        return results
+
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's results at its own timesteps, and all values that are watched."""
+        outputs = self.graph(*(inputs[name] for name in self.names))
+        return tuple(outputs[: self.results]), tuple(outputs[self.results :])
+
+    def _add(self, values: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
+        pairs = zip(values, stored, strict=True)
+        increments = ((now.to(torch.float32) - then.to(torch.float32)).flatten(0, -2) for now, then in pairs)
+        for target, sums in self.sums.items():
+            xs = [next(increments) for _ in target.values]
+            sums.add(xs, {path: next(increments) for path in target.outputs})
+
+
+def _watched_graph(model: nn.Module, marked: MarkedGraph, targets: Sequence[Target]) -> fx.GraphModule:
+    """The model's graph, which returns the targets' values and outputs too."""
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(marked.graph, copies))
+    written = written_storages(graph)
+    gm = marked.trace.bind(model, graph)
+    kept = []
+    for target in targets:
+        for value, call in target.values:
+            kept.append(_kept(copies[value], copies[call], written))
+        kept += [_kept(copies[y], copies[y].next, written) for y in target.outputs.values()]
+    output = next(iter(reversed(gm.graph.nodes)))
+    output.args = ((*output.args[0], *kept),)
+    erase_markers(gm, PassContext(marked.sites, COMPUTE * len(marked.sites), (), (), written))
+    gm.recompile()
+    return gm
+
+
+def _kept(value: fx.Node, call: fx.Node, written: frozenset[int]) -> fx.Node:
+    """The value as `call` reads it: a copy made before the call where the graph writes to it in place."""
+    if not storages_of(value) & written:
+        return value
+    with value.graph.inserting_before(call):
+        copy = value.graph.call_method("clone", (value,))
+    copy.meta |= {"val": value.meta["val"]}
+    return copy
+
+
+def sampled_rows(
+    model: nn.Module, conditioning: Mapping[str, Tensor] | None, samples: int, guided: bool, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The conditioning of every sampling run, one row each."""
+    unbatched = family_of(model).unbatched
+    given = conditioning_of(model, conditioning, samples, guided, device)
+    for n in range(samples):
+        yield {name: value if name in unbatched else value[n : n + 1] for name, value in given.items()}

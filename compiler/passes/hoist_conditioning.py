@@ -1,0 +1,255 @@
+"""Hoisting: what depends on the prompt or the timestep alone is computed before the loop (DESIGN.md, decision 3)."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+from stepgraph.compiler.tracing.graphs import live_nodes, storages_of, written_storages
+from stepgraph.env import get_logger
+from stepgraph.runtime.program.tables import Hoisted, Table
+
+RANDOM = frozenset({"bernoulli", "dropout", "multinomial", "normal", "rand", "rand_like", "randint", "randn", "randn_like"})
+
+
+class Level(IntEnum):
+    """What a value depends on."""
+
+    PROMPT = 0
+    TIMESTEP = 1
+    LATENT = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Names of a model's tensor inputs: the latents come first, the timestep has its name, the rest is the prompt's."""
+
+    names: tuple[str, ...]
+    timestep: str = "timestep"
+
+    @property
+    def prompt(self) -> tuple[str, ...]:
+        """All but latents and timestep."""
+        return tuple(name for name in self.names[1:] if name != self.timestep)
+
+    def level(self, name: str) -> Level:
+        """Of a graph input; stored values and coefficients are the loop's."""
+        if name == self.timestep:
+            return Level.TIMESTEP
+        return Level.PROMPT if name in self.prompt else Level.LATENT
+
+
+def hoist(
+    graphs: Sequence[fx.GraphModule], inputs: Inputs, steps: int, scale: float, limit_bytes: float | None
+) -> tuple[Hoisted, tuple[tuple[int, ...], ...]]:
+    """Replace what variants need not compute in the loop by inputs, in place.
+
+    Args:
+        graphs: The variants' graphs.
+        inputs: Their inputs.
+        steps: T, how many values a table at timestep level has.
+        scale: What the model takes the scheduler's timestep times.
+        limit_bytes: Most bytes of all tables; beyond it, the largest are computed in the loop after all.
+
+    Returns:
+        What is computed before the loop, and for each graph the tables that it takes behind its other inputs.
+    """
+    kept: dict[str, int] = {}
+    while True:
+        cones = _Cones(inputs)
+        borders = [cones.add_borders(gm, kept) for gm in graphs]
+        sizes = {node.name: _bytes(node) * (steps if cones.levels[node] == Level.TIMESTEP else 1) for node in cones.tables}
+        if limit_bytes is None or sum(sizes.values()) <= limit_bytes:
+            break
+        kept |= _largest(sizes, limit_bytes)
+    if kept:
+        get_logger("hoist").warning(
+            "hoist_limit_mb: %d values of %.1f MB stay in the loop, such as %s",
+            len(kept),
+            sum(kept.values()) / 1e6,
+            max(kept, key=kept.__getitem__),
+        )
+    prompt, timestep, order = cones.split()
+    tables = tuple(Table(n.name, sizes.get(n.name, _bytes(n)), cones.levels[n] == Level.TIMESTEP) for n in order)
+    place = {node: number for number, node in enumerate(order)}
+    taken = tuple(
+        _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(graphs, borders, strict=True)
+    )
+    # Bound methods: vmap would write the whole module out to have a name for it.
+    return Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, kept, scale), taken
+
+
+def _largest(sizes: Mapping[str, int], limit: float) -> dict[str, int]:
+    """The largest of some tables, as many as exceed the limit; what they are computed from may be tables in their place."""
+    total, found = sum(sizes.values()), dict[str, int]()
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if total <= limit:
+            break
+        found[name] = sizes[name]
+        total -= sizes[name]
+    return found
+
+
+def _bytes(node: fx.Node) -> int:
+    value: torch.Tensor = node.meta["val"]
+    return value.numel() * value.element_size()
+
+
+def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
+    """Make the nodes of a border inputs and remove what only they needed; equal tables are one input."""
+    graph, numbers = gm.graph, sorted(set(border.values()))
+    before = next(node for node in graph.nodes if node.op != "placeholder")
+    given: dict[int, fx.Node] = {}
+    for number in numbers:
+        example = next(node for node, own in border.items() if own == number)
+        with graph.inserting_before(before):
+            given[number] = graph.placeholder(f"table_{example.name}")
+        given[number].meta |= {"val": example.meta["val"], "table": number}
+    for node, number in border.items():
+        node.replace_all_uses_with(given[number])
+    live = live_nodes([next(iter(reversed(graph.nodes)))])
+    for node in reversed(list(graph.nodes)):
+        if node not in live and node.op != "placeholder":
+            graph.erase_node(node)
+    graph.lint()
+    return tuple(numbers)
+
+
+def levels_of(graph: fx.Graph, inputs: Inputs) -> dict[fx.Node, Level]:
+    """The level of every node. What touches memory that is written to, is random, or runs on a kernel stays in the loop."""
+    written = written_storages(graph)
+    levels: dict[fx.Node, Level] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            levels[node] = inputs.level(str(node.target))
+        elif node.op == "output" or "provider" in node.meta or storages_of(node) & written or _is_random(node):
+            levels[node] = Level.LATENT
+        else:
+            levels[node] = max((levels[n] for n in node.all_input_nodes), default=Level.PROMPT)
+    return levels
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).rstrip("_") in RANDOM
+
+
+@dataclass
+class _Cones:
+    """The nodes that the borders of all variants depend on, in one graph in which equal nodes are one."""
+
+    inputs: Inputs
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    levels: dict[fx.Node, Level] = field(default_factory=dict)
+    tables: dict[fx.Node, None] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (self.inputs.timestep, *self.inputs.prompt):
+            node = self.graph.placeholder(name)
+            self.levels[node] = self.inputs.level(name)
+            self._known["placeholder", name] = node
+
+    def add_borders(self, gm: fx.GraphModule, kept: Collection[str]) -> dict[fx.Node, fx.Node]:
+        """The hoisted values that a graph's loop reads, each with its node here."""
+        levels = levels_of(gm.graph, self.inputs)
+        live = live_nodes([next(iter(reversed(gm.graph.nodes)))])
+        while True:
+            border = _border(gm.graph, live, levels)
+            copies = self._copied(gm, border)
+            demoted = [node for node in border if copies[node].name in kept]
+            if not demoted:
+                break
+            levels |= dict.fromkeys(demoted, Level.LATENT)
+        self.tables |= dict.fromkeys(copies[node] for node in border)
+        return {node: copies[node] for node in border}
+
+    def _copied(self, gm: fx.GraphModule, border: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """The nodes of a graph that a border depends on, each with its one copy here."""
+        copies: dict[fx.Node, fx.Node] = {}
+        cone = live_nodes(border) if border else set()
+        for node in gm.graph.nodes:
+            if node in cone:
+                copies[node] = self._copy(gm, node, copies)
+        return copies
+
+    def _copy(self, gm: fx.GraphModule, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        target = node.target
+        if node.op in ("get_attr", "call_module"):
+            target = self._attribute(gm, str(target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
+        key = (node.op, target) if node.op == "placeholder" else (node.op, target, repr(args), repr(kwargs))
+        if key not in self._known:
+            made = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
+            made.meta |= node.meta
+            self._known[key] = made
+            self.levels[made] = max((self.levels[n] for n in made.all_input_nodes), default=Level.PROMPT)
+        return self._known[key]
+
+    def _attribute(self, gm: fx.GraphModule, path: str) -> str:
+        """The path of a module or tensor here; variants may have several of one name."""
+        value = gm
+        for part in path.split("."):
+            value = getattr(value, part)
+        number, name = 0, path
+        while self.attributes.setdefault(name, value) is not value:
+            number += 1
+            name = f"{path}_{number}"
+        return name
+
+    def split(self) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:
+        """The graphs of both levels, and their results in order: tables at prompt level and what the other level reads, tables
+        at timestep level.
+        """
+        calls = [node for node in self.graph.nodes if node.op != "placeholder"]
+        own = [node for node in calls if self.levels[node] == Level.PROMPT]
+        stepped = [node for node in calls if self.levels[node] == Level.TIMESTEP and node in self.tables]
+        needed = live_nodes(stepped) if stepped else set()
+        late = [node for node in calls if node in needed and self.levels[node] == Level.TIMESTEP]
+        read = {n for node in late for n in node.all_input_nodes if n in set(own) and n.op != "get_attr"}
+        passed = [node for node in own if node in self.tables or (node in read and _is_tensor(node))]
+        prompt = self._subgraph(passed, (), self.inputs.prompt)
+        timestep = self._subgraph(stepped, passed, (self.inputs.timestep, *self.inputs.prompt))
+        return prompt, timestep, passed + stepped
+
+    def _subgraph(self, results: Sequence[fx.Node], given: Sequence[fx.Node], names: Sequence[str]) -> fx.GraphModule:
+        """The graph of some results, with the inputs `names` and then the values `given`."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for name in names:
+            copies[self._known["placeholder", name]] = graph.placeholder(name)
+        for node in given:
+            copies[node] = graph.placeholder(f"prompt_{node.name}")
+        needed = live_nodes(results, cut=set(given)) if results else set()
+        for node in self.graph.nodes:
+            if node in needed and node not in copies:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output(tuple(copies[node] for node in results))
+        used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+        return fx.GraphModule({name: self.attributes[name] for name in used}, graph, class_name="Hoisted")
+
+
+def _border(graph: fx.Graph, live: Collection[fx.Node], levels: dict[fx.Node, Level]) -> list[fx.Node]:
+    """The hoisted tensors that the loop reads. A tuple is unpacked in the loop, so what it is made of is read there; so is a
+    view of a weight, which costs nothing there.
+    """
+    weights = frozenset().union(*(storages_of(node) for node in graph.nodes if node.op == "get_attr"))
+    border: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        if node not in live or levels[node] != Level.LATENT:
+            continue
+        for value in node.all_input_nodes:
+            if levels[value] == Level.LATENT or value.op in ("placeholder", "get_attr"):
+                continue
+            if _is_tensor(value) and not storages_of(value) & weights:
+                border[value] = None
+            else:
+                levels[value] = Level.LATENT
+    return [node for node in graph.nodes if node in border and levels[node] != Level.LATENT]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

@@ -1,0 +1,1 @@
+"""What making plans needs: services for policies, published plans, sweeps' results."""

@@ -1,0 +1,111 @@
+"""What a policy may ask of the model: policies themselves see no graphs, and get these as functions, by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.calibration.calibrate import calibrate, digest
+from stepgraph.compiler.calibration.rates import Metric
+from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.forecast.fit_forecasts import fit_whole_step
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.routers.router import Router
+from stepgraph.compiler.routers.router_settings import settings_of
+from stepgraph.compiler.routers.train_router import train_router
+from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
+from stepgraph.errors import PlanError
+from stepgraph.plan import CachePlan, PlanHeader, Site
+
+# Parameters of policies that are filled in with the functions of these names; users do not pass them.
+SERVICES = ("again", "fit", "train")
+
+
+@dataclass(frozen=True)
+class Services:
+    """The model, and how it was or is to be measured.
+
+    Attributes:
+        header: What the plan is for.
+        stats: Its calibration, where there is one.
+        model: Where it was given.
+        scheduler: Likewise.
+        conditioning: What the calibration was given; so are the next three.
+        inputs: The forward's arguments, where the model's usual shapes are not meant.
+        metrics: Rates of one's own.
+        allow_stochastic: Whether the sampler may add noise.
+        checkpoint: Where unfinished runs are kept.
+        on_step: Called with (done, in all).
+    """
+
+    header: PlanHeader
+    stats: CalibrationStats | None
+    model: nn.Module | None
+    scheduler: Any
+    conditioning: Mapping[str, torch.Tensor] | None = None
+    inputs: Mapping[str, torch.Tensor] | None = None
+    metrics: Mapping[str, Metric] | None = None
+    allow_stochastic: bool = False
+    checkpoint: str | Path | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+    def again(self, reused: torch.Tensor) -> CalibrationStats:
+        """The calibration once more, its rates measured under provisional reuses [T, sites] (InvarDiff's phase 2).
+
+        Raises:
+            PlanError: The model or scheduler is missing, or the conditioning is not that of the calibration.
+        """
+        if self.stats is None or self.model is None or self.scheduler is None:
+            raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
+        if digest(self.conditioning) != self.stats.conditioning:
+            raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
+        shapes = input_shapes(self.inputs or example_inputs(self.model), family_of(self.model).unbatched)
+        if shapes != self.header.shapes:
+            raise PlanError(
+                f"the statistics are of inputs {dict(self.header.shapes)}, phase 2 would measure {shapes}; pass example_inputs "
+                f"of these shapes to make_plan"
+            )
+        return calibrate(
+            self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
+            seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
+            inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
+            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
+        )  # fmt: skip
+
+    def fit(self, sites: Sequence[Site], actions: Mapping[str, str], **settings: Any) -> CachePlan:
+        """A plan whose skipped steps are fitted combinations (`stepgraph.fit_whole_step`).
+
+        Raises:
+            PlanError: The model or scheduler is missing.
+        """
+        if self.model is None or self.scheduler is None:
+            raise PlanError("the whole-step rule is fitted on the model: pass model= and scheduler=")
+        plan = CachePlan.build(self.header, sites, actions)
+        return fit_whole_step(
+            plan, self.model, self.scheduler, conditioning=self.conditioning, on_step=self.on_step, **settings
+        )
+
+    def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
+        """Routers from a file, or trained on the model (Learning-to-Cache).
+
+        Raises:
+            PlanError: The file belongs to something else, or there is no model to train on.
+        """
+        if file is not None:
+            if not isinstance(file, (str, Path)):
+                raise PlanError(f"router is {file!r}; expected the name of a file of trained routers")
+            router = Router.load(file)
+            router.refuse_other(self.header, str(file))
+            return router
+        if self.model is None or self.scheduler is None:
+            raise PlanError(
+                "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
+            )
+        settings = settings_of(preset, changes)
+        return train_router(
+            self.model, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
+            on_step=self.on_step,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Learning-to-Cache: routers trained by gradient through the traced graph."""

@@ -1,0 +1,76 @@
+"""A traced model whose module sites are mixtures of stored and fresh values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from stepgraph.compiler.interfaces.pass_context import PassContext, slot_name
+from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
+from stepgraph.compiler.passes.erase_markers import erase_markers
+from stepgraph.compiler.passes.soften_site import beta_name, soften_site
+from stepgraph.compiler.passes.store_site import store_site
+from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.errors import CompileError
+from stepgraph.plan import COMPUTE, MODULE_KINDS
+from stepgraph.plan.liveness import VALUE, Read
+
+
+class SoftModel:
+    """Two graphs on one model's weights: `fill` computes everything and `mix` interpolates every module site.
+
+    Attributes:
+        sites: The module sites, in graph order.
+    """
+
+    def __init__(self, model: nn.Module, marked: MarkedGraph) -> None:
+        self._marked, self._model = marked, model
+        self._modules = tuple(i for i, site in enumerate(marked.sites) if site.kind in MODULE_KINDS)
+        if not self._modules:
+            raise CompileError(f"{type(model).__name__} has no module site; there is nothing to route")
+        self.sites = tuple(marked.sites[i] for i in self._modules)
+        self._fill = self._rewritten(soft=False)
+        self._mix = self._rewritten(soft=True)
+
+    def _rewritten(self, soft: bool) -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self._marked.graph, {}))
+        gm = self._marked.trace.bind(self._model, graph)
+        every = COMPUTE * len(self._marked.sites)
+        reads = tuple(Read(i, VALUE, 1) for i in self._modules) if soft else ()
+        stores = tuple((i, VALUE) for i in self._modules)
+        context = PassContext(self._marked.sites, every, reads, stores, written_storages(self._marked.graph))
+        # The mixture first: what a later step reads is the mixture.
+        passes = (soften_site,) if soft else ()
+        for rewrite in (*passes, store_site, erase_markers, eliminate_dead_code):
+            rewrite(gm, context)
+        gm.graph.lint()
+        gm.recompile()
+        return gm
+
+    def fill(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute everything: the model's output [B, ...] and the value of every module site, pre-gate."""
+        output, *values = self._fill(**self._tensors(inputs))
+        return output, values
+
+    def mix(
+        self, inputs: Mapping[str, Any], stored: Sequence[torch.Tensor], beta: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Interpolate: the model's output and the mixture at every module site.
+
+        Args:
+            inputs: The forward's arguments.
+            stored: One value per site.
+            beta: [B, sites], 0 reuses and 1 computes.
+        """
+        extra = {}
+        for number, (site, value) in enumerate(zip(self.sites, stored, strict=True)):
+            extra[slot_name(site)] = value
+            extra[beta_name(site)] = beta[:, number].to(value.dtype).reshape(-1, *(1,) * (value.ndim - 1))
+        output, *values = self._mix(**self._tensors(inputs), **extra)
+        return output, values
+
+    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: inputs[name] for name in self._marked.trace.inputs}

@@ -1,0 +1,258 @@
+"""Learning-to-Cache: which module may be reused at which step, learnt by gradient (arXiv 2406.01733)."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.compiler.routers.router import Router, read_router, write_router
+from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
+from stepgraph.compiler.routers.router_states import NoisedLatents, States, Trajectories, clean_latents
+from stepgraph.compiler.routers.soft_model import SoftModel
+from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.errors import PlanError
+from stepgraph.fingerprint import tensor_digest
+from stepgraph.plan import PlanHeader
+from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+
+CHECKPOINT = "stepgraph-router-checkpoint"
+TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
+
+
+def train_router(
+    model: nn.Module,
+    scheduler: Any,
+    *,
+    steps: int,
+    settings: RouterSettings | None = None,
+    data: torch.Tensor | None = None,
+    conditioning: Mapping[str, torch.Tensor] | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Router:
+    """Train one logit per routed step and module site; the model's own weights stay as they are.
+
+    A full step fills the stored values. At the routed steps behind it every module site is
+    (1 - beta) * stored + beta * fresh with beta = sigmoid(logit), and the loss of a routed step is its squared distance from
+    the full model's prediction + lam * sum of betas, after the mean over the samples of that step. There is no guidance. In
+    runs longer than one step the mixtures are what the next step reads, and both sides see the full model's states.
+
+    Args:
+        model: In evaluation mode, on any device.
+        scheduler: A deterministic diffusers scheduler; it is copied and not changed. With `states="q_sample"` its step must
+            need nothing but the prediction, so solvers with a history need `states="trajectory"`.
+        steps: Number of inference steps.
+        settings: The paper's unless given.
+        data: Clean latents [N, C, ...] for `states="q_sample"`; the model samples `settings.pool` itself unless given.
+        conditioning: The model's other inputs for `data`, [N, ...] each.
+        checkpoint: A file that is written every `every` iterations and at the end; where it exists, training goes on from it.
+            A resumed training equals an uninterrupted one bit for bit.
+        every: Iterations between checkpoints.
+        on_step: Called with (iterations done, iterations in all).
+
+    Raises:
+        PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
+            is not finite.
+    """
+    chosen = settings or RouterSettings()
+    own = prepare_scheduler(scheduler, steps)
+    example = example_inputs(model, chosen.batch)
+    refuse_stochastic(scheduler, steps)
+    # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
+    example["timestep"] = own.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
+    marked = marked_graph(model, example)
+    header = make_header(model, scheduler, steps, marked, guidance="none")
+    with torch.no_grad():
+        states = _states(model, scheduler, steps, chosen, data, conditioning)
+    training = _Training(SoftModel(model, marked), states, header, chosen)
+    digest = _digest(data, conditioning)
+    if checkpoint is not None and Path(checkpoint).exists():
+        training.resume(checkpoint, digest)
+    with _frozen(model):
+        while training.done < chosen.iterations:
+            training.iterate()
+            if on_step is not None:
+                on_step(training.done, chosen.iterations)
+            if checkpoint is not None and (training.done % every == 0 or training.done == chosen.iterations):
+                training.save(checkpoint, digest)
+    return training.router()
+
+
+class _Training:
+    """Logits, optimizer and random numbers of one training."""
+
+    def __init__(self, soft: SoftModel, states: States, header: PlanHeader, settings: RouterSettings) -> None:
+        self.soft, self.states, self.header, self.settings = soft, states, header, settings
+        full = full_steps(len(header.timesteps), settings.run, settings.shift)
+        last = len(full) - 1
+        self.starts = torch.tensor([s for s, whole in enumerate(full) if whole and s < last and not full[s + 1]])
+        if not len(self.starts):
+            raise PlanError(f"with run {settings.run} and shift {settings.shift} none of the {len(full)} steps is routed")
+        generator = torch.Generator().manual_seed(settings.seed)
+        first = torch.randn(len(full), len(soft.sites), generator=generator) * settings.init
+        limit = settings.clamp
+        first = first if limit is None else first.clamp(-limit, limit)
+        # Every router has moments of its own, which stand still while its step is not drawn.
+        self.rows = [row.clone().requires_grad_() for row in first]
+        self.optimizer = torch.optim.AdamW(self.rows, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(settings.seed + 1)
+        self.history: list[tuple[float, float]] = []
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """All routers, [T, sites]."""
+        return torch.stack([row.detach() for row in self.rows])
+
+    @property
+    def done(self) -> int:
+        """Iterations so far."""
+        return len(self.history)
+
+    def iterate(self) -> None:
+        """One update of all logits from one batch."""
+        with torch.enable_grad():
+            error, computed, drawn = self.losses()
+            loss = error + self.settings.lam * computed
+            if not torch.isfinite(loss):
+                raise PlanError(
+                    f"the loss is {loss.item()} at iteration {self.done + 1} (squared error {error.item()}); the model gives "
+                    f"NaN or infinite values, or lam {self.settings.lam} is too large"
+                )
+            # One term per routed step, so that each logit's gradient is the one of its own step's loss.
+            gradients = torch.autograd.grad(loss * len(self.starts), self.rows, allow_unused=True)
+        for step, (row, gradient) in enumerate(zip(self.rows, gradients, strict=True)):
+            row.grad = gradient if step in drawn else None
+        self.optimizer.step()
+        if self.settings.clamp is not None:
+            with torch.no_grad():
+                for row in self.rows:
+                    row.clamp_(-self.settings.clamp, self.settings.clamp)
+        self.history.append((float(error.detach()), float(computed.detach())))
+
+    def losses(self) -> tuple[torch.Tensor, torch.Tensor, set[int]]:
+        """Squared error and sum of betas per window, averaged over one new batch, and the routed steps that it holds.
+
+        Both sum over a window's routed steps.
+        """
+        settings = self.settings
+        offset = int(torch.randint(len(self.starts), (1,), generator=self.generator))
+        first = self.starts[(torch.arange(settings.batch) + offset) % len(self.starts)]
+        window = self.states.window(first, settings.run, self.generator)
+        with torch.no_grad():
+            _, stored = self.soft.fill(window.inputs[0])
+        error = computed = torch.zeros(())
+        logits, drawn = torch.stack(self.rows), set()
+        for number, target in enumerate(window.targets, start=1):
+            beta = torch.sigmoid(logits[window.steps[number]])
+            drawn |= set(window.steps[number][window.valid[number]].tolist())
+            output, stored = self.soft.mix(window.inputs[number], stored, beta.to(target.device))
+            squares = (output.float() - target.float()).square().flatten(1)
+            own = squares.mean(1) if settings.loss == "mean" else squares.sum(1)
+            valid = window.valid[number].float()
+            error = error + (own.cpu() * valid).mean()
+            computed = computed + (beta.sum(1) * valid).mean()
+        return error, computed, drawn
+
+    def router(self) -> Router:
+        """What has been learnt so far."""
+        history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, 2)
+        return Router(self.header, self.soft.sites, self.logits, self.settings, history)
+
+    def save(self, path: str | Path, digest: str) -> None:
+        """Write everything that training goes on from; the file appears whole or not at all."""
+        router = self.router()
+        states = [self.optimizer.state.get(row, {}) for row in self.rows]
+        moments = {
+            name: torch.stack(
+                [state.get(name, torch.zeros_like(row)) for state, row in zip(states, router.logits, strict=True)]
+            )
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        tensors = {
+            "logits": router.logits, "history": router.history, **moments, "generator": self.generator.get_state(),
+            "updates": torch.tensor([float(state.get("step", 0.0)) for state in states]),
+        }  # fmt: skip
+        write_router(path, CHECKPOINT, self.header, self.soft.sites, self.settings, tensors, data=digest)
+
+    def resume(self, path: str | Path, digest: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            PlanError: It is of another training; the message says what differs.
+        """
+        header, sites, settings, tensors, described = read_router(path, CHECKPOINT, TABLES)
+        Router(header, sites, tensors["logits"], settings).refuse_other(self.header, str(path))
+        for name in RouterSettings.__dataclass_fields__:
+            before, now = getattr(settings, name), getattr(self.settings, name)
+            if before != now and name != "iterations":
+                raise PlanError(f"{path}: begun with {name} {before!r}, asked for is {now!r}; remove the file to begin again")
+        if described.get("data") != digest:
+            raise PlanError(f"{path}: begun on other data; remove the file to begin again")
+        done = len(tensors["history"])
+        if done > self.settings.iterations:
+            raise PlanError(f"{path}: already at iteration {done}, asked for are {self.settings.iterations}")
+        for step, row in enumerate(self.rows):
+            with torch.no_grad():
+                row.copy_(tensors["logits"][step])
+            if tensors["updates"][step]:
+                moments = {name: tensors[name][step].clone() for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[row] = {"step": tensors["updates"][step].clone(), **moments}
+        self.generator.set_state(tensors["generator"])
+        self.history = [(float(error), float(computed)) for error, computed in tensors["history"]]
+
+
+def _states(
+    model: nn.Module,
+    scheduler: Any,
+    steps: int,
+    settings: RouterSettings,
+    data: torch.Tensor | None,
+    conditioning: Mapping[str, torch.Tensor] | None,
+) -> States:
+    """The source of states that the settings ask for."""
+    pool, batch, dropout, seed = settings.pool, settings.batch, settings.label_dropout, settings.seed + 2
+    if settings.states == "trajectory":
+        if data is not None:
+            raise PlanError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
+        return Trajectories(model, scheduler, steps, pool, batch, dropout, seed)
+    if data is None:
+        clean, own = clean_latents(model, scheduler, steps, pool, batch, seed)
+        return NoisedLatents(model, scheduler, steps, clean, own, dropout)
+    example = example_inputs(model)
+    latents, _, *others = example
+    wanted = tuple(example[latents].shape[1:])
+    if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
+        raise PlanError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
+    given = dict(conditioning or {})
+    for name in others:
+        if name not in given or len(given[name]) != len(data):
+            found = f"of {len(given[name])} samples" if name in given else "missing"
+            raise PlanError(f"the conditioning {name!r} is {found}; expected one for each of the {len(data)} latents")
+    device, dtype = example[latents].device, example[latents].dtype
+    return NoisedLatents(
+        model, scheduler, steps, data.to(device, dtype), {name: given[name].to(device) for name in others}, dropout
+    )
+
+
+def _digest(data: torch.Tensor | None, conditioning: Mapping[str, torch.Tensor] | None) -> str:
+    """Hash of the data that the user gave; empty where the model makes its own."""
+    given = ([] if data is None else [data]) + [value for _, value in sorted((conditioning or {}).items())]
+    return hashlib.sha256(b"".join(map(tensor_digest, given))).hexdigest()[:16] if given else ""
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters that ask for no gradients, and ask for them again afterwards."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)

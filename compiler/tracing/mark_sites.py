@@ -1,0 +1,197 @@
+"""Finding the sites in a traced model and marking them in its graph.
+
+A marker is an identity node behind the value of a site; everything that used the value uses the marker. Passes rewrite
+markers and never have to look for a site again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.compiler.tracing.graphs import live_nodes, macs_of, storages_of, written_storages
+from stepgraph.compiler.tracing.trace import Trace
+from stepgraph.errors import CompileError
+from stepgraph.plan import Site, joint_calls
+
+
+def site_value(value: torch.Tensor, stack_input: torch.Tensor | None = None, *, site: str) -> torch.Tensor:
+    """Identity: `value` is the value of `site`. For `stack_residual` the site's value is `value - stack_input`."""
+    return value
+
+
+@dataclass(frozen=True)
+class MarkedGraph:
+    """A traced graph with a marker for every site.
+
+    Attributes:
+        trace: Where it came from; its graph is not changed.
+        graph: A copy with markers; a marker's meta holds its site's index as `marker`, and every node that belongs to a
+            site holds the innermost one's name as `site`.
+        sites: In the order of their markers.
+        macs: Multiply-accumulates of the whole graph per sample.
+        batch: The batch size that was traced.
+    """
+
+    trace: Trace
+    graph: fx.Graph
+    sites: tuple[Site, ...]
+    macs: int
+    batch: int
+
+
+def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
+    """Find the sites of a traced model and put markers on them.
+
+    Raises:
+        CompileError: The model does not have the blocks that its family describes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(trace.graph, copies))
+    blocks = _blocks(trace, family)
+    # What nothing reads, such as the text output of SD3's last attention, has no value to reuse.
+    live = live_nodes([next(iter(reversed(trace.graph.nodes)))])
+    current: dict[fx.Node, fx.Node] = {}
+
+    ends: dict[fx.Node, fx.Node] = {}
+
+    def mark(original: fx.Node, last: fx.Node, site: Site, *extra: fx.Node) -> None:
+        # The value is what the site leaves behind at its end: it may write to it in place after the node that made it.
+        value, end = current.get(original, copies[original]), ends.get(last, copies[last])
+        with graph.inserting_after(max(value, end)):
+            marker = graph.call_function(site_value, (value, *extra), {"site": site.name})
+        value.replace_all_uses_with(marker, delete_user_cb=lambda user: marker < user)
+        marker.meta |= value.meta | {"mutates": frozenset(), "macs": 0, "marker": site}
+        current[original] = ends[last] = marker
+
+    for path, stack in blocks.items():
+        for child, kinds in stack.values.items():
+            for number in range(_calls(trace, f"{path}.{child}")):
+                call = trace.calls[f"{path}.{child}", number]
+                _refuse_other_outputs(f"{path}.{child}", len(call.outputs), kinds)
+                for position, (node, kind) in enumerate(zip(call.outputs, kinds, strict=True)):
+                    if node in live:
+                        mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
+        call = trace.calls[path, 0]
+        if stack.streams:
+            mark(call.outputs[0], call.last, Site(path, "block"))
+    first, last = (trace.calls[list(blocks)[end], 0] for end in (0, -1))
+    tokens_in = _kept(graph, copies[first.inputs[0]], copies[first.before])
+    mark(last.outputs[family.tokens], last.last, Site("", "stack_residual"), tokens_in)
+    mark(last.outputs[family.tokens], last.last, Site("", "hidden"))
+    output = next(iter(reversed(trace.graph.nodes)))
+    if len(output.all_input_nodes) == 1:
+        mark(output.all_input_nodes[0], output.prev, Site("", "output"))
+    graph.lint()
+    _name_members(graph, blocks)
+    return _measured(trace, graph, family)
+
+
+def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
+    """The node's value behind `before`: a copy of it where the graph writes to it in place."""
+    if not storages_of(node) & written_storages(graph):
+        return node
+    with graph.inserting_after(max(node, before)):
+        copy = graph.call_method("clone", (node,))
+    copy.meta |= {"val": node.meta["val"].clone()}
+    return copy
+
+
+def _blocks(trace: Trace, family: Family) -> dict[str, Stack]:
+    """Paths of the transformer blocks in call order, each with what it holds."""
+    paths = [path for path, number in trace.calls if number == 0]
+    found = {path: stack for path in paths for stack in family.stacks if stack.holds(path)}
+    if not found:
+        places = ", ".join(stack.blocks for stack in family.stacks)
+        raise CompileError(f"the model ran no block at {places}, where its family keeps its transformer blocks")
+    return found
+
+
+def _refuse_other_outputs(path: str, outputs: int, kinds: tuple[str, ...]) -> None:
+    if outputs != len(kinds):
+        raise CompileError(
+            f"{path} returned {outputs} tensors; expected {len(kinds)} ({', '.join(kinds)}). Another attention processor, such "
+            f"as an IP adapter's? Take it off, or teach it to the family in compiler/models"
+        )
+
+
+def _calls(trace: Trace, path: str) -> int:
+    return sum(1 for known, _ in trace.calls if known == path)
+
+
+def _name_members(graph: fx.Graph, blocks: Mapping[str, Stack]) -> None:
+    """Write into every node's meta the name of the innermost module site it belongs to."""
+    members = {f"{path}.{child}" for path, stack in blocks.items() for child in stack.values}
+    members |= {path for path, stack in blocks.items() if stack.streams}
+    for node in graph.nodes:
+        inside = [key for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in members]
+        if inside:
+            node.meta["site"] = inside[-1].replace("@", "#")
+
+
+def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
+    """Number the markers in graph order and measure what a reuse of each saves and how large its value is."""
+    output = next(iter(reversed(graph.nodes)))
+    batch = next(value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched)
+    total = macs_of(live_nodes([output]))
+    markers = [node for node in graph.nodes if "marker" in node.meta]
+    found: list[Site] = [node.meta["marker"] for node in markers]
+    sites = sized(markers, found, batch)
+    for number, node in enumerate(markers):
+        node.meta["marker"] = number
+    return MarkedGraph(trace, graph, sites, total // batch, batch)
+
+
+def sized(markers: Sequence[fx.Node], sites: Sequence[Site], batch: int) -> tuple[Site, ...]:
+    """The sites with what a reuse of each saves and how large its value is, per sample, as their markers stand."""
+    found = []
+    for node, site, macs in zip(markers, sites, savings(markers, sites, macs_of), strict=True):
+        value: torch.Tensor = node.meta["val"]
+        size = value.numel() * value.element_size()
+        found.append(replace(site, macs=int(macs) // batch, bytes=size // batch))
+    return tuple(found)
+
+
+def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable[[set[fx.Node]], float]) -> list[float]:
+    """What a reuse of each marked site saves, by a measure of sets of nodes.
+
+    Only all outputs of a joint call together save the call itself: their figures add up to that.
+    """
+    output = next(iter(reversed(markers[0].graph.nodes)))
+    live = live_nodes([output])
+    saved = [measure(saved_by([marker], live)) for marker in markers]
+    for members in joint_calls(sites):
+        first, *rest = members
+        saved[first] = measure(saved_by([markers[i] for i in members], live)) - sum(saved[i] for i in rest)
+    return saved
+
+
+def saved_by(markers: Sequence[fx.Node], live: set[fx.Node] | None = None) -> set[fx.Node]:
+    """The nodes that need not run where these markers' sites, and no others, are reused; `live` is what runs without any."""
+    output = next(iter(reversed(markers[0].graph.nodes)))
+    left = live_nodes([output], cut=markers)
+    for marker in markers:
+        if len(marker.args) > 1:
+            # A reused stack residual is added to the tokens that go into the stack.
+            stack_input = marker.args[1]
+            assert isinstance(stack_input, fx.Node)
+            left |= live_nodes([stack_input])
+    return (live if live is not None else live_nodes([output])) - left
+
+
+def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:
+    """What differs between a plan's sites and a model's, in words; None where they agree."""
+    plan_names, model_names = [(s.name, s.kind) for s in planned], [(s.name, s.kind) for s in found]
+    if plan_names == model_names:
+        return None
+    unknown = [name for name, _ in plan_names if name not in dict(model_names)]
+    missing = [name for name, _ in model_names if name not in dict(plan_names)]
+    if unknown:
+        known = ", ".join(name for name, _ in model_names[:6])
+        return f"unknown site {unknown[0]!r} in the plan; the model has {known}, ..."
+    if missing:
+        return f"the plan says nothing about the site {missing[0]!r}"
+    return "the plan lists the sites in another order or with other kinds than the model has them"

@@ -1,0 +1,168 @@
+"""Value-carrying tracing: a model's forward becomes a torch.fx graph in which every node knows its shape and dtype.
+
+While the forward runs, every tensor in it is a `TracedTensor`: a tensor without data that carries the graph node it
+came from and a fake tensor as its value. All of torch's functions, methods and properties pass through one place,
+`Tracer.call_torch`: it runs the operation on the fake values and records a node for it. Shapes, dtypes and devices are
+plain Python values, so control flow on them needs no special care; what asks for data is refused by file and line.
+
+torch.nn modules stay `call_module` nodes, everything else is inlined. No weight is read: a model on the meta device or
+of fake tensors traces like a real one, and `Trace.bind` puts the graph on any model of the same structure.
+"""
+
+import operator
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from stepgraph.compiler.tracing.pause_collector import collector_paused
+from stepgraph.compiler.tracing.refuse_unfaithful import (
+    forget_in_memos,
+    refuse_changed_state,
+    refuse_other_operations,
+    refuse_survivors,
+    state_of,
+)
+from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer, frame_location
+from stepgraph.errors import TraceError
+from stepgraph.inputs import flat_inputs, like_flat
+from stepgraph.runtime.attach.attach import own_forward
+
+# Two traces at once would see each other's patches of nn.Module.
+TRACE_LOCK = threading.RLock()
+
+
+@dataclass
+class Trace:
+    """A traced forward.
+
+    Attributes:
+        graph: Placeholders are the tensor inputs by name; the output is the flat tuple of returned tensors. Node meta:
+            `val` (fake tensor), `nn_module_stack`, `macs`, `mutates` (keys of the storages the node writes to).
+        calls: Every module call by (path, how many calls of that path came before).
+        constants: Tensors that the forward holds outside parameters and buffers, by attribute name in the graph.
+        output_spec: Rebuilds what the forward returned from the flat outputs.
+        inputs: The example inputs' fake values by name.
+        seconds: How long tracing took.
+    """
+
+    graph: fx.Graph
+    calls: dict[tuple[str, int], ModuleCall]
+    constants: dict[str, torch.Tensor]
+    output_spec: pytree.TreeSpec
+    inputs: dict[str, FakeTensor]
+    seconds: float = 0.0
+
+    def bind(self, model: nn.Module, graph: fx.Graph | None = None) -> fx.GraphModule:
+        """The graph (or a rewritten one) on a model's parameters and modules, which are shared and not copied."""
+        graph = graph or self.graph
+        attributes: dict[str, Any] = dict(self.constants)
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr") and node.target not in attributes:
+                attributes[node.target] = operator.attrgetter(node.target)(model)
+        return fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Trace a model's forward for inputs of fixed shapes.
+
+    Args:
+        model: In evaluation mode; real, on the meta device, or built of fake tensors.
+        inputs: Keyword arguments of the forward. Tensors (real or fake) become inputs of the graph, named like the
+            argument; tensors inside a dict become inputs too (`stepgraph.inputs`). Everything else is a constant of the graph.
+
+    Raises:
+        TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
+            twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
+    """
+    training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
+    for name, value in flat_inputs(inputs).items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+            raise TraceError(
+                f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
+                f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
+            )
+    started = time.perf_counter()
+    with TRACE_LOCK, collector_paused(), torch.inference_mode(False), torch.no_grad():
+        first, second = _record(model, inputs), _record(model, inputs)
+    refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
+    return replace(first, seconds=time.perf_counter() - started)
+
+
+def _record(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Run the forward once on traced tensors, and see to it that none of them stays behind."""
+    made: list[weakref.ref[TracedTensor]] = []
+    try:
+        recorded = _run(model, inputs, made)
+    except BaseException:
+        forget_in_memos(made)
+        raise
+    refuse_survivors(made)
+    return recorded
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"]) -> Trace:
+    """Run the forward once on traced tensors."""
+    given = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
+    tensors = [*model.parameters(), *model.buffers(), *given.values()]
+    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
+    tracer = Tracer(model, mode, device)
+    tracer.made = made
+    before = state_of(model)
+    call, getattribute = nn.Module.__call__, nn.Module.__getattr__
+    # Other threads may run this very model meanwhile; for them nothing changes.
+    own = threading.get_ident()
+
+    def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        mine = threading.get_ident() == own
+        return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
+
+    def traced_getattr(module: nn.Module, name: str) -> Any:
+        value = getattribute(module, name)
+        return tracer.get_attribute(value) if threading.get_ident() == own else value
+
+    with ExitStack() as stack:
+        # A thread that is just reading an attribute may keep the tracer alive a little longer.
+        stack.callback(tracer.attribute_nodes.clear)
+        # Under autocast a traced operation would have other dtypes than the graph's run has.
+        for kind in tracer.devices:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(mode)
+        stack.enter_context(tracer.flops)
+        placeholders = {name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in given.items()}
+        stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
+        stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
+        stack.enter_context(tracer)
+        # A model that an executable is attached to is traced as it was before.
+        forward = own_forward(model)
+        run = call if forward is None else lambda _, **arguments: forward(**arguments)
+        try:
+            result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
+        except TraceError:
+            raise
+        except Exception as error:
+            where = frame_location(error.__traceback__)
+            raise TraceError(f"{where}: the forward cannot be traced: {type(error).__name__}: {error}") from error
+    refuse_changed_state(model, before)
+    leaves, spec = pytree.tree_flatten(result)
+    if not all(isinstance(leaf, TracedTensor) for leaf in leaves):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, TracedTensor)}))
+        raise TraceError(f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph")
+    tracer.graph.output(tuple(leaf.node for leaf in leaves))
+    fakes = {name: traced.value for name, traced in placeholders.items()}
+    return Trace(tracer.graph, tracer.calls, tracer.constants, spec, fakes)
+
+
+__all__ = ["Trace", "TraceError", "trace"]

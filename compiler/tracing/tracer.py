@@ -1,0 +1,391 @@
+"""The tracer: what happens while a model's forward runs on traced tensors. `stepgraph.compiler.tracing.trace` is how it is used."""
+
+import enum
+import linecache
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from stepgraph.errors import TraceError
+
+TORCH_FOLDER = str(Path(torch.__file__).parent)
+DATA = vars(torch._C.TensorBase)["data"]
+NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of an inlined or leaf module.
+
+    Attributes:
+        inputs: Nodes of the tensor arguments, in call order.
+        outputs: Nodes of the returned tensors.
+        before: The last node recorded before the call.
+        last: The last node recorded within it.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    before: fx.Node
+    last: fx.Node
+
+
+class TracedTensor(torch.Tensor):
+    """Stands for a tensor during tracing: `value` is its fake tensor, `node` the graph node that makes it."""
+
+    value: FakeTensor
+    node: fx.Node
+
+    @staticmethod
+    def __new__(cls: type["TracedTensor"], value: FakeTensor, node: fx.Node) -> "TracedTensor":
+        """A wrapper of the value's shape, strides, dtype and device, without storage."""
+        traced: TracedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
+            device=value.device,
+        )  # fmt: skip
+        traced.value, traced.node = value, node
+        return traced
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function here and calls a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Reached only by code that goes around torch's function protocol."""
+        raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
+
+
+def _outside(file: str) -> bool:
+    """Whether a source file is neither torch's nor the tracer's."""
+    return not file.startswith((TORCH_FOLDER, "<")) and Path(file).parent != Path(__file__).parent
+
+
+def model_frame() -> tuple[str, int, str, str] | None:
+    """File, line, function and source of the innermost frame outside torch and the tracer: the model's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _outside(file):
+            return file, frame.f_lineno, frame.f_code.co_name, linecache.getline(file, frame.f_lineno).strip()
+        frame = frame.f_back
+    return None
+
+
+def model_location() -> str:
+    """ "file:line (source)" of the place in the model's own code that is running."""
+    found = model_frame()
+    return f"{found[0]}:{found[1]}" + (f" ({found[3]})" if found[3] else "") if found else "an unknown place"
+
+
+def frame_location(trail: TracebackType | None) -> str:
+    """ "file:line" of the innermost frame of a traceback that lies in the model's own code."""
+    place = "an unknown place"
+    while trail is not None:
+        file = trail.tb_frame.f_code.co_filename
+        place = f"{file}:{trail.tb_lineno}" if _outside(file) else place
+        trail = trail.tb_next
+    return place
+
+
+@dataclass
+class Tracer(TorchFunctionMode):
+    """Records one run of a model's forward. Use `trace`."""
+
+    model: nn.Module
+    mode: FakeTensorMode
+    device: torch.device
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    calls: dict[tuple[str, int], ModuleCall] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.paths = {id(module): path for path, module in self.model.named_modules()}
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        self.attributes = {id(tensor): name for name, tensor in tensors}
+        self.attribute_nodes: dict[str, TracedTensor] = {}
+        self.fakes: dict[int, FakeTensor] = {}
+        self.kept_alive: list[torch.Tensor] = []
+        self.stack: dict[str, tuple[str, type]] = {}
+        self.inside = False
+        # Every traced tensor that was made, to see afterwards which of them something outside still holds.
+        self.made: list[weakref.ref[TracedTensor]] = []
+        self.devices = {"cpu", self.device.type}
+        # Attention on the CPU is one operator that torch's counter does not know by this name.
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+
+    # -- what the forward does ---------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every torch function, tensor method and tensor property that runs during the trace."""
+        return func(*args, **(kwargs or {})) if self.inside else self.call_torch(func, args, kwargs or {})
+
+    def call_torch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run an operation on fake values; record it unless what it returns is plain Python, such as a shape."""
+        if getattr(func, "__name__", "") == "__set__" and getattr(func, "__self__", None) is DATA:
+            raise TraceError(
+                f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
+            )
+        value, mutates, macs = self.run(func, args, kwargs)
+        if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            return value
+        op, target, arguments = _spelling(func, args)
+        return self.record(op, target, arguments, kwargs, value, mutates, macs)
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Inline a module, or record it as one node where it is one of torch.nn's own."""
+        path = self.paths.get(id(module))
+        if self.inside or path is None:
+            return original(module, *args, **kwargs)
+        number = sum(1 for known, _ in self.calls if known == path)
+        # The slot is taken before the call, so that calls are numbered in the order in which they start.
+        before = self.last_node()
+        self.calls[path, number] = ModuleCall((), (), before, before)
+        key = f"{path}@{number}" if number else path
+        self.stack[key] = (path, type(module))
+        try:
+            if is_leaf(module):
+                twin = self.twin(module)
+                held = {**vars(twin)}
+                value, mutates, macs = self.run(twin, args, kwargs)
+                changed = [name for name, part in vars(twin).items() if held.get(name, self) is not part]
+                if changed:
+                    raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
+                result = self.record("call_module", path, args, kwargs, value, mutates, macs)
+            else:
+                result = original(module, *args, **kwargs)
+        finally:
+            del self.stack[key]
+        self.calls[path, number] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
+        return result
+
+    def last_node(self) -> fx.Node:
+        """The node recorded last."""
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """The module with fake parameters; the module itself may be running in another thread."""
+        twin = object.__new__(type(module))
+        tensors = {
+            kind: {name: None if t is None else self.fake(t) for name, t in getattr(module, kind).items()}
+            for kind in ("_parameters", "_buffers")
+        }
+        children = {name: None if child is None else self.twin(child) for name, child in module._modules.items()}
+        twin.__dict__ = {**vars(module), **tensors, "_modules": children}
+        return twin
+
+    def get_attribute(self, value: Any) -> Any:
+        """What an attribute read of a module gives during the trace: parameters and buffers become graph nodes."""
+        name = self.attributes.get(id(value)) if not self.inside and isinstance(value, torch.Tensor) else None
+        if name is None:
+            return value
+        if name not in self.attribute_nodes:
+            self.attribute_nodes[name] = self.record("get_attr", name, (), {}, self.fake(value))
+        return self.attribute_nodes[name]
+
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
+        """The operation's result on fake values, the storages it wrote to, and its multiply-accumulates."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self.fake, (args, kwargs))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        versions, flops = [t._version for t in tensors], self.flops.get_total_flops()
+        try:
+            with self.pass_through():
+                value = func(*args, **kwargs)
+        except TraceError:
+            raise
+        except RuntimeError as error:
+            name = getattr(func, "__name__", type(func).__name__)
+            if not isinstance(error, FAKE_ERRORS) and "tensor subclasses" not in str(error):
+                raise
+            raise TraceError(
+                f"{model_location()}: {name.strip('_')}() needs the tensor's values, so the result depends on data and "
+                f"cannot be part of a static graph; compute it from shapes, or outside the model's forward"
+            ) from error
+        with self.pass_through():
+            written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
+        for tensor in written:
+            self.refuse_parameter_write(tensor)
+        return value, frozenset(map(storage_key, written)), (self.flops.get_total_flops() - flops) // 2
+
+    def refuse_parameter_write(self, written: torch.Tensor) -> None:
+        """An operation in place on a parameter or buffer would make a later call depend on an earlier one."""
+        key = storage_key(written)
+        if any(key == storage_key(node.meta["val"]) for node in self.graph.nodes if node.op == "placeholder"):
+            return
+        hollow = [t for t in [*self.model.parameters(), *self.model.buffers()] if isinstance(t, FakeTensor)]
+        for owner in [*self.kept_alive, *hollow]:
+            if storage_key(self.fake(owner)) == key:
+                name = self.attributes.get(id(owner))
+                what = f"the model's own {name!r}" if name else "a tensor that it holds"
+                raise TraceError(f"{model_location()}: the forward writes to {what}; {NO_PAST}")
+
+    def record(
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        value: Any,
+        mutates: frozenset[int] = frozenset(),
+        macs: int = 0,
+    ) -> Any:
+        """Append a node; returns the traced tensor for its value, or the like of it for a tuple of tensors."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
+        # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
+        args, kwargs = pytree.tree_map_only(np.generic, lambda number: number.item(), (args, kwargs))
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if not isinstance(leaf, ARGUMENTS):
+                raise TraceError(f"{model_location()}: a {type(leaf).__name__} cannot be an argument in a static graph")
+        if any(torch.is_autocast_enabled(device) for device in self.devices):
+            raise TraceError(
+                f"{model_location()}: the forward switches autocast on, which a static graph cannot carry; convert the model "
+                f"or these tensors to the lower precision instead"
+            )
+        node = self.graph.create_node(op, target, tuple(args), kwargs)
+        node.meta |= {"nn_module_stack": dict(self.stack), "mutates": mutates, "macs": macs}
+        place = model_frame() if op.startswith("call") else None
+        if place is not None:
+            # In the form that fx reads to print the model's source line over the nodes that come from it.
+            node.stack_trace = f'  File "{place[0]}", line {place[1]}, in {place[2]}\n    {place[3]}'
+        return self.wrap(value, node)
+
+    def wrap(self, value: Any, node: fx.Node) -> Any:
+        """The traced counterpart of a node's value; tuples and lists are taken apart at once."""
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            traced = TracedTensor(value, node)  # type: ignore[arg-type]
+            self.made.append(weakref.ref(traced))
+            return traced
+        if isinstance(value, (tuple, list)):
+            parts = [self.record("call_function", operator.getitem, (node, i), {}, v) for i, v in enumerate(value)]
+            return type(value)(parts)
+        if isinstance(value, dict):
+            return {k: self.record("call_function", operator.getitem, (node, k), {}, v) for k, v in value.items()}
+        return value
+
+    def fake(self, tensor: torch.Tensor) -> FakeTensor:
+        """The fake value of any tensor that turns up during the trace."""
+        if isinstance(tensor, TracedTensor):
+            return tensor.value
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
+            return tensor
+        if id(tensor) not in self.fakes:
+            self.kept_alive.append(tensor)
+            with self.pass_through():
+                # Meta tensors stand for ones on the device; inference tensors have no version counter, their fakes need one.
+                hollow = tensor.device.type == "meta" or tensor.is_inference()
+                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(tensor)
+        return self.fakes[id(tensor)]
+
+    def hollow(self, tensor: torch.Tensor) -> FakeTensor:
+        """A fake tensor with the layout of another, which is not looked at any further."""
+        device = self.device if tensor.device.type == "meta" else tensor.device
+        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(self.mode, meta, device)
+
+    @contextmanager
+    def pass_through(self) -> Iterator[None]:
+        """Within it, operations run as they are and are not recorded."""
+        previous, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = previous
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The node of a traced tensor; a plain tensor becomes a constant of the graph."""
+        if isinstance(tensor, TracedTensor):
+            return tensor.node
+        name = self.attributes.get(id(tensor))
+        if name is None:
+            if isinstance(tensor, FakeTensor):
+                raise TraceError(
+                    f"{model_location()}: a tensor without data that is neither a parameter nor a registered buffer "
+                    f"is used here; trace the model with its weights, or register the tensor as a buffer"
+                )
+            self.kept_alive.append(tensor)
+            name = self.attributes[id(tensor)] = f"_tensor_constant{len(self.constants)}"
+            self.constants[name] = tensor
+        traced: TracedTensor = self.get_attribute(tensor)
+        return traced.node
+
+
+# What a node's arguments can hold beside nodes.
+ARGUMENTS = (
+    fx.Node, int, float, complex, str, type(None), type(...), slice, range, enum.Enum,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+FAKE_ERRORS = (
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same number for all views of one (fake) storage, while one of them lives."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """torch.nn's own modules are leaves, apart from containers, whose children are visited."""
+    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _spelling(func: Any, args: Any) -> tuple[str, Any, Any]:
+    """How a node writes an intercepted call: (op, target, args)."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if name in OPERATORS:
+        return "call_function", OPERATORS[name], args
+    # Methods that torch.Tensor writes in Python, such as unflatten, are none for torch; inductor takes them only as methods.
+    if torch.overrides.is_tensor_method_or_property(func) or vars(torch.Tensor).get(name) is func:
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "getitem",
+        "setitem",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+    )
+}
+
+
+def _nodes(values: Any) -> tuple[fx.Node, ...]:
+    return tuple(leaf.node for leaf in pytree.tree_leaves(values) if isinstance(leaf, TracedTensor))

@@ -1,0 +1,5 @@
+"""`python -m stepgraph.cli`."""
+
+from stepgraph.cli.main import main
+
+main()

@@ -1,0 +1,225 @@
+"""`stepgraph demo`: the shipped model sampled fully and with two cache plans, measured side by side."""
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.config import CompileConfig
+from stepgraph.files.whole_file import whole_file, writable_folder
+from stepgraph.metrics import psnr, relative_l2
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.sampling.sample import sample
+
+PLANS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "FORA N=2": ("interval", {"every": 2}),
+    "whole-step N=2": ("interval", {"every": 2, "kinds": ["hidden"]}),
+}
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table; everything is compared with the eager model's images from the same noise.
+
+    Attributes:
+        name: Of the plan.
+        gmacs: Multiply-accumulates per image of the whole run, both guidance halves, in 10^9.
+        ms_per_step: Median over the rounds.
+        speedup: Median over the rounds of the eager model's time over this one's in the same round.
+        relative_l2: Of the final images.
+        psnr: In dB; None where the images are equal.
+        accuracy: Share of the images that the classifier reads as the class that was asked for.
+        peak_slot_mb: Stored values for the whole batch.
+    """
+
+    name: str
+    gmacs: float
+    ms_per_step: float
+    speedup: float
+    relative_l2: float
+    psnr: float | None
+    accuracy: float
+    peak_slot_mb: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured, and the pictures it wrote."""
+
+    device: str
+    dtype: str
+    backend: str
+    steps: int
+    images: int
+    guidance_scale: float
+    rounds: int
+    seed: int
+    versions: Mapping[str, str]
+    rows: tuple[DemoRow, ...]
+    pictures: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def run_demo(
+    out: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "eager",
+    steps: int = 50,
+    images: int = 32,
+    guidance_scale: float = 2.0,
+    rounds: int = 3,
+    seed: int = 0,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Demo:
+    """Sample with the eager model and every plan of `PLANS` from the same noise, in interleaved rounds.
+
+    Args:
+        out: Folder for the pictures; made if it does not exist.
+        device: Where to run.
+        dtype: Of model and noise.
+        backend: "eager" or "inductor".
+        steps: DDIM steps.
+        images: How many, the classes in turn.
+        guidance_scale: Of classifier-free guidance, both halves in one batch.
+        rounds: Timed rounds; in each, every runner samples all images once.
+        seed: Of the noise.
+        on_step: Called with (what runs, evaluations done, evaluations in all).
+
+    Raises:
+        OSError: `out` cannot be written; found before anything is sampled.
+    """
+    writable_folder(out)
+    model, scheduler, classifier = load_model("glyph-dit", device, dtype), load_scheduler("glyph-dit"), load_classifier()
+    plans = {
+        name: make_plan(policy, model=model, scheduler=scheduler, steps=steps, **arguments)
+        for name, (policy, arguments) in PLANS.items()
+    }
+    inputs = example_inputs(model, 2 * images)
+    runners: dict[str, Executable | nn.Module] = {"eager diffusers": model}
+    for name, plan in plans.items():
+        runners[name] = compile_plan(model, plan, inputs, CompileConfig(backend))
+    noise = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    labels = torch.arange(images, device=device) % len(CLASSES)
+    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    results: dict[str, torch.Tensor] = {}
+    done, total = 0, (rounds * steps + 2) * len(runners)
+
+    def run(name: str, count: int) -> torch.Tensor:
+        def report(step: int, _: int) -> None:
+            if on_step is not None:
+                on_step(name, done + step, total)
+
+        return sample(runners[name], scheduler, noise, guidance_scale, steps=count, on_step=report, **conditioning)
+
+    for name in runners:
+        _warm_up(runners[name], inputs)
+        done += 2
+    for _ in range(rounds):
+        for name in runners:
+            started = _now(device)
+            results[name] = run(name, steps)
+            seconds[name].append(_now(device) - started)
+            done += steps
+    reference = results["eager diffusers"]
+    rows = []
+    for name, runner in runners.items():
+        executable = runner if isinstance(runner, Executable) else None
+        decibel = psnr(results[name], reference)
+        full = plans["full"].header.macs * 2 * steps
+        rows.append(
+            DemoRow(
+                name=name,
+                gmacs=(executable.macs().computed / images if executable else full) / 1e9,
+                ms_per_step=1e3 * statistics.median(seconds[name]) / steps,
+                speedup=statistics.median(e / s for e, s in zip(seconds["eager diffusers"], seconds[name], strict=True)),
+                relative_l2=relative_l2(results[name], reference),
+                psnr=decibel if decibel != float("inf") else None,
+                accuracy=accuracy(classifier, results[name], labels),
+                peak_slot_mb=executable.memory().peak_slot_bytes / 1e6 if executable else 0.0,
+            )
+        )
+    pictures = [_draw_sheets(out, results), _draw_difference(out, results)]
+    for name, plan in plans.items():
+        if name != "full":
+            path = out / f"demo-plan-{name.split()[0].lower()}.png"
+            plan.plot(path)
+            pictures.append(path)
+    return Demo(
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        backend=backend,
+        steps=steps,
+        images=images,
+        guidance_scale=guidance_scale,
+        rounds=rounds,
+        seed=seed,
+        versions={name: importlib.metadata.version(name) for name in ("stepgraph", "torch", "diffusers")},
+        rows=tuple(rows),
+        pictures=tuple(map(str, pictures)),
+    )
+
+
+def _warm_up(runner: Executable | nn.Module, inputs: dict[str, Any]) -> None:
+    """Two evaluations that are not timed: both variants of a plan with period 2."""
+    predict = runner.session() if isinstance(runner, Executable) else runner
+    with torch.no_grad():
+        for _ in range(2):
+            predict(**inputs)
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _draw_sheets(out: Path, results: Mapping[str, torch.Tensor]) -> Path:
+    """The eager model's images and each cached plan's beside them."""
+    chosen = {name: images for name, images in results.items() if name != "full"}
+    return _draw_panels(out / "demo-images.png", {name: contact_sheet(images) for name, images in chosen.items()})
+
+
+def _draw_difference(out: Path, results: Mapping[str, torch.Tensor], gain: float = 4.0) -> Path:
+    """Each plan's difference from the eager model's images, amplified."""
+    reference = results["eager diffusers"]
+    panels = {
+        f"{name}: {gain:g} x |difference|": contact_sheet((gain * (images - reference).abs()).clamp(0, 2) - 1)
+        for name, images in results.items()
+        if name not in ("eager diffusers", "full")
+    }
+    return _draw_panels(out / "demo-difference.png", panels)
+
+
+def _draw_panels(path: Path, panels: Mapping[str, Any]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(panels), 3.1), layout="constrained")
+    for axis, (title, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=11)
+        axis.set_axis_off()
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=130)
+    return path

@@ -1,0 +1,75 @@
+"""Reading a plan's JSON: records of named and typed fields, and what sites say about their corrections."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from stepgraph.errors import PlanError
+from stepgraph.plan.corrections import Forecast, Increment
+
+
+def corrections_in(
+    records: Sequence[Any], distinct: Sequence[Forecast]
+) -> tuple[dict[tuple[int, int], Forecast], dict[int, Increment]]:
+    """Take what the sites' parsed JSON says about corrections out of it."""
+    forecasts: dict[tuple[int, int], Forecast] = {}
+    increments: dict[int, Increment] = {}
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            continue
+        used = record.pop("forecasts", {})
+        if not isinstance(used, dict):
+            raise PlanError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
+        for step, number in used.items():
+            if not step.isascii() or not step.isdigit() or type(number) is not int or not 0 <= number < len(distinct):
+                raise PlanError(
+                    f"site {i}: forecasts has {step!r}: {number!r}; expected a step and the number of one of the "
+                    f"{len(distinct)} forecasts"
+                )
+            forecasts[int(step), i] = distinct[number]
+        if "increment" in record:
+            increments[i] = parse_record(Increment, record.pop("increment"), f"site {i}: increment")
+    return forecasts, increments
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it says two things under one name."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise PlanError(f"the key {twice[0]!r} appears more than once in one object")
+    return dict(pairs)
+
+
+# What the parsed JSON of a field must be (and each member of it); every field that is not listed is a string.
+WHOLE = (int, object)
+FIELD_TYPES: dict[str, tuple[Any, Any]] = {
+    "steps": WHOLE, "macs": WHOLE, "call": WHOLE, "output": WHOLE, "bytes": WHOLE,
+    "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
+    "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
+    "terms": (list, str), "coefficients": (list, list), "ranks": (dict, int), "saved": WHOLE, "projection": WHOLE,
+}  # fmt: skip
+
+
+def _is(value: Any, expected: Any) -> bool:
+    """isinstance, where true and false are no numbers."""
+    return expected is object or (isinstance(value, expected) and not isinstance(value, bool))
+
+
+def parse_record(kind: Any, values: Any, what: str) -> Any:
+    """A dataclass from parsed JSON; unknown, missing and wrongly typed fields are refused by name."""
+    if not isinstance(values, dict):
+        raise PlanError(f"{what} is {type(values).__name__}; expected an object")
+    expected = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(expected))
+    if unknown:
+        raise PlanError(f"{what} has the unknown key {unknown[0]!r}; the keys are {', '.join(expected)}")
+    for name, value in values.items():
+        outer, inner = FIELD_TYPES.get(name, (str, object))
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, bool) or not isinstance(value, outer) or not all(_is(m, inner) for m in members):
+            raise PlanError(f"{what}: {name} is {value!r}, which is not of the type this field has")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise PlanError(f"{what} is incomplete: {error}") from error

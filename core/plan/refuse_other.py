@@ -1,0 +1,61 @@
+"""The refusal of models and schedulers other than those that a plan was made for."""
+
+from typing import Any
+
+from torch import nn
+
+from stepgraph.errors import MismatchError
+from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype
+from stepgraph.plan.header import PlanHeader
+from stepgraph.scheduler import scheduler_facts
+
+
+def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
+    """Compare a model with the one a plan was made for.
+
+    Raises:
+        MismatchError: Class, dtype, structure or weights differ; the message says both sides.
+    """
+    if type(model).__name__ != header.model:
+        raise MismatchError(f"the plan is for {header.model}; this model is {type(model).__name__}")
+    given = dtype_name(model_dtype(model))
+    if given != header.dtype:
+        raise MismatchError(
+            f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it"
+        )
+    planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
+    if planned[0] != own[0]:
+        raise MismatchError(
+            f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
+            f"{planned[0]}, this model's {own[0]}"
+        )
+    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
+        raise MismatchError(
+            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a "
+            f"plan for these weights"
+        )
+
+
+def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:
+    """Compare a scheduler that is set to its steps with the one a plan was compiled for.
+
+    Raises:
+        MismatchError: Class, number of steps, configuration or timesteps differ; the message says both sides.
+    """
+    facts = scheduler_facts(scheduler)
+    if facts["scheduler"] != header.scheduler:
+        raise MismatchError(f"compiled for {header.scheduler}, but {what} has {facts['scheduler']}; compile a plan for it")
+    evaluations = len(facts["timesteps"])
+    if evaluations != len(header.timesteps):
+        raise MismatchError(
+            f"compiled for {header.steps} inference steps ({len(header.timesteps)} evaluations), but {what} is set to "
+            f"{evaluations} evaluations; ask for {header.steps} steps or compile a plan for the other number"
+        )
+    if facts["scheduler_hash"] != header.scheduler_hash:
+        raise MismatchError(
+            f"compiled for another configuration of {header.scheduler} (hash {header.scheduler_hash}, {what} has "
+            f"{facts['scheduler_hash']}); compile a plan for this configuration"
+        )
+    for step, (planned, given) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
+        if abs(planned - given) > 1e-3:
+            raise MismatchError(f"compiled for timestep {planned:g} at step {step}, but {what} has {given:g} there")

@@ -1,0 +1,160 @@
+"""What a scheduler and classifier-free guidance do to a model's inputs and outputs, written once.
+
+Everything that samples (the loop, its fused update, fits along trajectories, training of routers, benchmarks) takes these facts
+from here; only the runner of an export, which must run without stepgraph, states them again.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.checks import check_whole
+from stepgraph.errors import PlanError
+from stepgraph.fingerprint import config_of, hash_config
+
+
+def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Any:
+    """A copy of a scheduler, set to `steps`; the given one keeps its state.
+
+    Raises:
+        PlanError: `steps` is not a whole number that the scheduler takes.
+    """
+    check_whole("steps", steps, least=1)
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps, device=device)
+    return own
+
+
+def first_latents(scheduler: Any, noise: Tensor) -> Tensor:
+    """Where sampling begins, [B, C, ...], from standard normal noise; flow-matching schedulers scale it by nothing."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def scaled_input(scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+    """What the model gets of the latents [B, C, ...]; some classes count their steps by this call, as by `step`."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    scaled: Tensor = scheduler.scale_model_input(latents, timestep)
+    return scaled
+
+
+def stepped(scheduler: Any, output: Tensor, timestep: Tensor, latents: Tensor, arguments: Mapping[str, float]) -> Tensor:
+    """The scheduler's own step to the next latents [B, C, ...]; it counts, so that a step on its own needs a copy."""
+    moved: Tensor = scheduler.step(output, timestep, latents, **arguments, return_dict=False)[0]
+    return moved
+
+
+def without_variance(output: Tensor, channels: int) -> Tensor:
+    """The prediction [B, C, ...] of a model that may return a learned variance behind it, in as many channels again."""
+    return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * channels else output
+
+
+def guided(outputs: Sequence[Tensor], guidance_scale: float) -> Tensor:
+    """One output as it is; of two, classifier-free guidance: base + scale * (wanted - base) (arXiv 2207.12598, in the form of
+    diffusers' pipelines).
+    """
+    wanted, base = outputs[0], outputs[-1]
+    return base + guidance_scale * (wanted - base) if len(outputs) == 2 else wanted
+
+
+def refuse_stochastic(scheduler: Any, steps: int) -> None:
+    """See whether a scheduler adds noise: its first steps are made twice, with different seeds.
+
+    Raises:
+        PlanError: They differ.
+    """
+    # Schedulers that predict a variance expect it behind the noise, in as many channels again.
+    learned = str(config_of(scheduler).get("variance_type", "")).startswith("learned")
+    generator = torch.Generator().manual_seed(0)
+    start, output = torch.randn(1, 4, 4, 4, generator=generator), torch.randn(1, 8 if learned else 4, 4, 4, generator=generator)
+    ends = []
+    for seed in (0, 1):
+        own, latents = prepare_scheduler(scheduler, steps), start
+        stochastic = step_arguments(own)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                for t in own.timesteps[:3]:
+                    latents = stepped(own, output, t, latents, stochastic)
+            except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+                raise PlanError(
+                    f"{type(scheduler).__name__} does not step from a prediction, a timestep and a sample alone "
+                    f"({type(error).__name__}: {error}); samplers that need more are not supported"
+                ) from error
+        ends.append(latents)
+    if not torch.equal(*ends):
+        raise PlanError(
+            f"{type(scheduler).__name__} is stochastic: it adds noise at every step, so that what changes from step to step is "
+            f"that noise, not what a cache could keep; use a deterministic sampler such as DDIMScheduler, or pass "
+            f"allow_stochastic=True (--allow-stochastic) if that is what you want"
+        )
+
+
+def step_arguments(scheduler: Any, eta: float = 0.0) -> dict[str, float]:
+    """The arguments of a scheduler's step that say how much noise it adds.
+
+    Raises:
+        PlanError: `eta` is not in 0..1, or is asked of a scheduler without it.
+    """
+    takes = "eta" in inspect.signature(scheduler.step).parameters
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1 or (eta and not takes):
+        raise PlanError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0{'..1' if takes else ', as it has no eta'}")
+    return {"eta": float(eta)} if takes else {}
+
+
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """The header fields of a scheduler that has been set to its steps."""
+    return {
+        "scheduler": type(scheduler).__name__,
+        "scheduler_hash": hash_config(config_of(scheduler)),
+        "timesteps": tuple(map(float, scheduler.timesteps.tolist())),
+        "prediction": _prediction(scheduler),
+    }
+
+
+def _prediction(scheduler: Any) -> str:
+    """What a scheduler takes the model's output for, or nothing where it does not say."""
+    kind = str(config_of(scheduler).get("prediction_type") or "")
+    # Flow-matching schedulers have no such setting, and solvers that serve both call it by a longer name.
+    if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction":
+        return "flow"
+    return kind
+
+
+def latents_name(model: nn.Module) -> str:
+    """What a model calls its latents: the first argument of its class's own forward, as an attached executable replaces the
+    instance's.
+    """
+    return list(inspect.signature(type(model).forward).parameters)[1]
+
+
+def model_calls(cond: dict[str, Any], uncond: dict[str, Any] | None, separate: bool) -> list[dict[str, Any]]:
+    """Per call of the model within a step, its inputs beside latents and timestep, put into batches."""
+    if uncond is None:
+        return [cond]
+    return [cond, uncond] if separate else [{name: together(value, uncond.get(name)) for name, value in cond.items()}]
+
+
+def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Conditional inputs and, with guidance, the unconditional ones."""
+    negative = {name.removeprefix("negative_"): value for name, value in given.items() if name.startswith("negative_")}
+    cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
+    stray = sorted(set(negative) - set(cond))
+    if stray:
+        raise PlanError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+    # As in diffusers' pipelines, a scale of 1 or less means no guidance.
+    if guidance_scale <= 1:
+        return cond, None
+    missing = sorted(set(cond) - set(negative))
+    if missing:
+        raise PlanError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
+    return cond, negative
+
+
+def together(cond: Any, uncond: Any) -> Any:
+    """An input of both guidance halves in one batch."""
+    return torch.cat([cond, uncond]) if isinstance(cond, torch.Tensor) else cond

@@ -1,0 +1,1 @@
+"""Executables on disk, as data."""

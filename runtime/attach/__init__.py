@@ -1,0 +1,1 @@
+"""Running an executable inside a diffusers pipeline."""

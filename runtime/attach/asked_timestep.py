@@ -1,0 +1,86 @@
+"""Which timestep a pipeline's call asks for, found without waiting for an accelerator where that can be."""
+
+from typing import Any
+
+import torch
+
+from stepgraph.errors import PlanError
+from stepgraph.runtime.program.tables import waits
+
+# How far a call's timestep may be from the plan's.
+NEAR = 1e-3
+
+
+class Schedule:
+    """A scheduler's timesteps during one run.
+
+    Attributes:
+        timesteps: The scheduler's own tensor [T]; a scheduler makes a new one for every run.
+    """
+
+    def __init__(self, timesteps: torch.Tensor) -> None:
+        self.timesteps = timesteps
+        self._values: list[float] = [float(t) for t in timesteps.tolist()]
+        self._version = None if timesteps.is_inference() else timesteps._version
+        self._near: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._late: torch.Tensor | None = None
+
+    def value(self, given: torch.Tensor) -> float | None:
+        """The timestep of a call whose tensor is one of the scheduler's timesteps itself, repeated or not; else None.
+
+        Samplers loop over the scheduler's tensor and expand its entries, which are views: where one lies says which it is.
+        """
+        own = self.timesteps
+        same = given.dtype == own.dtype and given.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+        if not same or self._version is None or own._version != self._version or not _repeated(given):
+            return None
+        place, rest = divmod(int(given.storage_offset()) - int(own.storage_offset()), own.stride(0))
+        return self._values[place] if rest == 0 and 0 <= place < len(self._values) else None
+
+    def compare(self, given: torch.Tensor, step: int) -> None:
+        """Compare a call's timesteps with those of a step on their device; `finish` says what came of it."""
+        key = (given.device, given.dtype)
+        if key not in self._near:
+            self._near[key] = self.timesteps.to(*key).float()
+        differs = ((given.float() - self._near[key][step]).abs() > NEAR).any()
+        self._late = differs if self._late is None else self._late | differs
+
+    def finish(self) -> None:
+        """The end of the run.
+
+        Raises:
+            PlanError: A comparison found another timestep.
+        """
+        late, self._late = self._late, None
+        if late is not None and bool(late):
+            raise PlanError(
+                "the pipeline asked for other timesteps than the plan's in this run, whose result is wrong; the plan's "
+                "timesteps must be visited in order. (Found at the end: on an accelerator, reading each would wait for it)"
+            )
+
+
+def _repeated(given: torch.Tensor) -> bool:
+    """Whether a tensor is one value, expanded or not."""
+    return given.numel() > 0 and all(stride == 0 or size == 1 for size, stride in zip(given.shape, given.stride()))
+
+
+def needs_waiting(given: Any) -> bool:
+    """Whether reading a call's timestep would wait for a device."""
+    return isinstance(given, torch.Tensor) and waits(given.device)
+
+
+def read_timestep(given: Any) -> float:
+    """The timestep that a call asks for; one for the whole batch.
+
+    Raises:
+        PlanError: There is none, or the samples of the batch have several.
+    """
+    if not isinstance(given, (torch.Tensor, int, float)) or (isinstance(given, torch.Tensor) and not given.numel()):
+        raise PlanError(f"the call has the timestep {given!r}; expected a number or a tensor of one per sample")
+    if not isinstance(given, torch.Tensor):
+        return float(given)
+    flat = given.flatten()
+    # Samplers expand one number over the batch; then there is nothing to compare.
+    if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
+        raise PlanError(f"the call has several timesteps, {flat.tolist()}; a plan has one for all samples of a step")
+    return float(flat[0])

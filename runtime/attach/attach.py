@@ -1,0 +1,168 @@
+"""Running an executable inside a diffusers pipeline."""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.runtime.attach.asked_timestep import NEAR, Schedule, needs_waiting, read_timestep
+from stepgraph.runtime.program.tables import waits
+from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.session import Session
+
+# By transformer; the attachment itself lives on it, as its forward.
+_attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Stands in for the forward of a pipeline's transformer.
+
+    A run begins with the first call after the last run's end, or with a call at the plan's first timestep; whatever an
+    aborted run left is dropped then.
+    """
+
+    executable: Compiled
+    pipe: Any
+    signature: inspect.Signature
+    replaced: Any = None
+    session: Session = field(init=False)
+    schedule: Schedule | None = None
+    first_latents: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.session = self.executable.session()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refused: the copy's forward would run the original's weights."""
+        raise CompileError("an executable is attached to this model; detach it before copying the model")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, answered by the executable."""
+        inputs = dict(self.signature.bind(*args, **kwargs).arguments)
+        for extra in [p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
+            inputs |= inputs.pop(extra, {})
+        try:
+            self._find_step(inputs)
+        except BaseException:
+            self.session.reset()
+            raise
+        result = self.session(**inputs)
+        if self.session.finished and self.schedule is not None:
+            self.schedule.finish()
+        return result
+
+    def _find_step(self, inputs: dict[str, Any]) -> None:
+        """Make sure that the session's next step is the one the pipeline asks for.
+
+        Raises:
+            PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
+        """
+        header, step = self.executable.plan.header, self.session.step
+        begun = step > 0 or self.session.branch > 0
+        asked = self._asked(inputs.get("timestep"), going_on=begun and not self.session.finished)
+        if asked is None:
+            return
+        expected = None if self.session.finished else header.timesteps[step]
+        at_start = abs(asked - header.timesteps[0]) <= NEAR
+        if begun and expected is not None and abs(asked - expected) <= NEAR and not (at_start and self._begins_again(inputs)):
+            return
+        if begun and expected is not None and not at_start:
+            calls = f"{len(header.branches)} calls ({', '.join(header.branches)})" if len(header.branches) > 1 else "one call"
+            raise PlanError(
+                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
+                f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
+            )
+        self.session = self.executable.session()
+        refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
+        if not at_start:
+            raise PlanError(
+                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
+                f"{asked:g}; run the schedule from its beginning"
+            )
+        self.schedule = Schedule(self.pipe.scheduler.timesteps)
+        if needs_waiting(inputs["timestep"]):
+            # The copy of all timesteps is made here, not at a later step, which would wait for it.
+            self.schedule.compare(inputs["timestep"], 0)
+        self.first_latents = inputs[next(iter(self.signature.parameters))]
+
+    def _asked(self, given: Any, going_on: bool) -> float | None:
+        """The timestep that a call asks for; None for the next one, to be compared on its device.
+
+        At a run's beginning it is read in any case.
+        """
+        same_run = going_on and self.schedule is not None and self.pipe.scheduler.timesteps is self.schedule.timesteps
+        if not needs_waiting(given) or not same_run or self.schedule is None:
+            return read_timestep(given)
+        value = self.schedule.value(given)
+        if value is None:
+            self.schedule.compare(given, self.session.step)
+        return value
+
+    def _begins_again(self, inputs: dict[str, Any]) -> bool:
+        """Whether the call for a later branch of step 0 is really the first call of a new run.
+
+        A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents, which
+        are not waited for.
+        """
+        if self.schedule is None or self.pipe.scheduler.timesteps is not self.schedule.timesteps:
+            return True
+        latents = inputs[next(iter(self.signature.parameters))]
+        return self.session.step == 0 and not waits(latents.device) and not _equal(latents, self.first_latents)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+
+
+def attach(executable: Compiled, pipe: Any) -> None:
+    """Replace the forward of `pipe.transformer` by the executable.
+
+    Raises:
+        CompileError: The pipeline has no transformer, or already has an executable attached.
+        PlanError: The transformer is another model, or has other weights, than the plan was made for.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
+    if transformer in _attached:
+        raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
+    refuse_other_model(executable.plan.header, transformer)
+    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
+    attachment.replaced = transformer.__dict__.get("forward")
+    transformer.forward = attachment
+    _attached[transformer] = weakref.ref(attachment)
+
+
+def detach(executable: Compiled) -> None:
+    """Undo every `attach` of an executable."""
+    mine = [(t, made) for t, ref in list(_attached.items()) if (made := ref()) is None or made.executable is executable]
+    for transformer, attachment in mine:
+        found = transformer.__dict__.get("forward")
+        if attachment is not None and found is not attachment:
+            raise CompileError(
+                f"the forward of {type(transformer).__name__} was replaced by {found!r} after the executable was "
+                f"attached; undo that first, then detach"
+            )
+    for transformer, attachment in mine:
+        if attachment is not None:
+            del transformer.__dict__["forward"]
+            if attachment.replaced is not None:
+                transformer.__dict__["forward"] = attachment.replaced
+        del _attached[transformer]
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward that an attached model had before; None where nothing is attached."""
+    attachment = model.__dict__.get("forward")
+    if not isinstance(attachment, Attachment):
+        return None
+    replaced: Callable[..., Any] = attachment.replaced or MethodType(type(model).forward, model)
+    return replaced

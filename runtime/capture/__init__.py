@@ -1,0 +1,1 @@
+"""CUDA graphs, of single calls and of whatever can be recorded."""

@@ -1,0 +1,133 @@
+"""Single calls of variants as graphs: for pipelines and sessions, whose loop is somebody else's."""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.errors import CaptureError
+from stepgraph.runtime.capture.cudagraph import Recorder, addresses, ordinary_tensors, refuse_difference
+from stepgraph.runtime.memory.arena import Place
+from stepgraph.runtime.memory.slot_table import SlotMemory
+
+Given = Mapping[Hashable, Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A captured call: what replays it, and where its results are then."""
+
+    replay: Callable[[], None]
+    results: tuple[Tensor, ...]
+
+
+class CapturedSteps:
+    """The captured calls of a program, each captured when it is met for the second time, or at once.
+
+    Inputs, tables and coefficients are copied into buffers where they are other tensors than at the last call; stored values
+    lie in memory that all calls share, so one run at a time can use them.
+    """
+
+    def __init__(self, recorder: Recorder, memory: SlotMemory, model: nn.Module, at_once: bool) -> None:
+        # What runs once only does not pay for a capture.
+        self._at_once, self._met = at_once, set[Hashable]()
+        self.memory, self.refused = memory, ""
+        self._recorder, self._model, self._weights = recorder, model, addresses(model)
+        self._lock = threading.Lock()
+        self._owner: weakref.ref[object] | None = None
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._seen: dict[Hashable, tuple[Tensor, int]] = {}
+        self._steps: dict[Hashable, _Step] = {}
+
+    def lease(self, owner: object) -> bool:
+        """Take it for a run; False where another run has it, or nothing can be captured."""
+        with self._lock:
+            other = self._owner() if self._owner is not None else None
+            if self.refused or (other is not None and other is not owner):
+                return False
+            self._owner = weakref.ref(owner)
+            return True
+
+    def release(self, owner: object) -> None:
+        """The end of a run."""
+        with self._lock:
+            if self._owner is not None and self._owner() is owner:
+                self._owner = None
+
+    def valid(self) -> bool:
+        """Whether the weights still lie where the graphs read them."""
+        return self._weights == addresses(self._model)
+
+    def run(
+        self, call: Hashable, stores: Sequence[Place], given: Given, work: Callable[[Given], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Replay a call, or capture it.
+
+        Args:
+            call: What is called, and the places of the arena that it reads.
+            stores: The places that it writes to.
+            given: All else that it reads, by name; the same names have the same shapes and dtypes at every call.
+            work: Does it with what is given, writes to the places, and gives the results.
+
+        Returns:
+            The results, in tensors of their own.
+
+        Raises:
+            CaptureError: It cannot be captured, or a replay gives something else.
+        """
+        with self._recorder.turn(), ordinary_tensors():
+            self._load(given)
+            key = (call, tuple(stores), tuple(given))
+            own = {name: self._buffers[name] for name in given}
+            if not self._at_once and key not in self._met:
+                self._met.add(key)
+                return [value.clone() for value in work(own)]
+            if key not in self._steps:
+                self._steps[key] = self._capture(lambda: work(own), stores)
+            else:
+                self._steps[key].replay()
+            return [result.clone() for result in self._steps[key].results]
+
+    def _load(self, given: Given) -> None:
+        """Bring the buffers up to date; what is the last call's tensor, untouched, is there already."""
+        targets, sources = [], []
+        for name, value in given.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
+            seen, tracked = self._seen.get(name), not value.is_inference()
+            if seen is None or not tracked or seen[0] is not value or seen[1] != value._version:
+                targets.append(self._buffers[name])
+                sources.append(value)
+            # What has no version may be written to unseen.
+            if tracked:
+                self._seen[name] = (value, value._version)
+            else:
+                self._seen.pop(name, None)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _capture(self, work: Callable[[], Sequence[Tensor]], stores: Sequence[Place]) -> _Step:
+        """Run the call as it is, capture it, and compare a replay with it."""
+        # What a capture allocates does not last.
+        found = self._recorder.warm_up(work)
+        results = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in found)
+        lasting = [*results, *(tensor for place in stores for tensor in self.memory.arena.tensors(place))]
+        expected = [value.clone() for value in (*found, *lasting[len(results) :])]
+
+        def captured() -> None:
+            for result, value in zip(results, work(), strict=True):
+                result.copy_(value)
+
+        try:
+            replay = self._recorder.record(captured)
+        except RuntimeError as error:
+            raise CaptureError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
+        for tensor in lasting:
+            tensor.zero_()
+        replay()
+        for tensor, value in zip(lasting, expected, strict=True):
+            refuse_difference(tensor, value, "step")
+        return _Step(replay, results)

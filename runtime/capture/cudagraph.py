@@ -1,0 +1,220 @@
+"""CUDA graphs: work on a device that is launched once and replayed, and what was captured for an executable."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from logging import INFO, WARNING
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from stepgraph.env import get_logger, read_env
+from stepgraph.errors import CaptureError
+
+T = TypeVar("T")
+# How many captures of a kind an executable keeps: each holds the memory of a run.
+LIMITS = {"run": 4, "steps": 8}
+# How many keys are remembered that were only asked for, or refused.
+MOST_NOTES = 64
+# How far a replay may be from the work itself, relative L2: the kernels are the same, but may add up in another order.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class Recorder(Protocol):
+    """Captures work on one device.
+
+    What a capture allocates is scratch that all captures of a recorder share: nothing in it lasts from one replay to the next.
+    What lasts lies in buffers that were there before, and the captured work writes into them.
+    """
+
+    def turn(self) -> AbstractContextManager[None]:
+        """A time in which nobody else uses the recorder's captures and their buffers, on whatever thread or stream."""
+
+    def warm_up(self, run: Callable[[], T]) -> T:
+        """Run work as it will be captured, so that kernels are loaded and tuned; within a turn."""
+
+    def record(self, run: Callable[[], object]) -> Callable[[], None]:
+        """Capture work, and give what replays it; both within a turn.
+
+        Raises:
+            RuntimeError: The work waits for the device, or does something else that a graph cannot hold.
+        """
+
+
+class CudaRecorder:
+    """CUDA graphs on a device, with one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._lock = device, threading.RLock()
+        with torch.cuda.device(device):
+            self._stream, self._last = torch.cuda.Stream(), torch.cuda.Event()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._anchor: Callable[[], None] | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See `Recorder`."""
+        with self._lock, torch.cuda.device(self._device):
+            # Another thread's stream may not have come to the end of its replay.
+            torch.cuda.current_stream().wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last.record()
+
+    def warm_up(self, run: Callable[[], T]) -> T:
+        """See `Recorder`; on the stream that captures, whose cuBLAS workspace is then there."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = run()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, run: Callable[[], object]) -> Callable[[], None]:
+        """See `Recorder`."""
+        self._refuse_waiting(run)
+        before = torch.cuda.current_stream()
+        try:
+            # A pool whose last graph is gone is no longer there for the next one.
+            self._anchor = self._anchor or self._captured(lambda: torch.zeros(1, device=self._device))
+            return self._captured(run)
+        except BaseException:
+            self._abandon(before)
+            raise
+
+    def _captured(self, run: Callable[[], object]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may allocate memory meanwhile, which the default mode would take for this one's mistake.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            run()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _refuse_waiting(self, run: Callable[[], object]) -> None:
+        """Run the work once more where waiting for the device is an error: a capture that fails is hard to recover from."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.warm_up(run)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def _abandon(self, stream: torch.cuda.Stream) -> None:
+        """After a capture that failed: torch leaves its stream current, and its pool open."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        # The failed capture's error is reported once more by the next call on the device.
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self._device)
+        self._stream, self._pool, self._anchor = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle(), None
+
+
+# By kind of device.
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+
+
+def why_not(device: torch.device) -> str:
+    """Why nothing can be captured on a device as things are now; empty where it can."""
+    if device.type not in RECORDERS:
+        return f"the latents are on {device}; graphs are captured on {', '.join(RECORDERS)}"
+    if read_env().check:
+        return "STEPGRAPH_CHECK=1 looks at every step's values on the host"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a graph is being captured already"
+    return ""
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Buffers can be written to from anywhere only if they are not made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where a model's parameters and buffers lie."""
+    return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def versions(model: nn.Module) -> tuple[int, ...]:
+    """How often each of a model's parameters and buffers has been written to; -1 where that is not counted."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    """Compare what a replay gave with what the work itself gives.
+
+    Raises:
+        CaptureError: They differ by more than rounding.
+    """
+    if not torch.equal(got.isnan(), wanted.isnan()):
+        raise CaptureError(f"a replay of the captured {what} has NaN where the loop has none, or the other way round")
+    # Values of eight bits are roundings of values that differ by rounding.
+    most = TOLERANCE.get(wanted.dtype, 6e-2)
+    got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    if error > most:
+        raise CaptureError(
+            f"a replay of the captured {what} differs from the loop by {error:.1e} of its norm; at most {most:.0e} is expected"
+        )
+
+
+class Captured:
+    """What was captured for an executable, by its kind and what it was captured for; the oldest of a kind makes room."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._recorders: dict[torch.device, Recorder] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def recorder(self, device: torch.device) -> Recorder:
+        """The recorder of a device."""
+        with self._lock:
+            if device not in self._recorders:
+                self._recorders[device] = RECORDERS[device.type](device)
+            return self._recorders[device]
+
+    def find(self, key: tuple[Any, ...], make: Callable[[], T], valid: Callable[[T], bool], at_once: bool) -> T | str | None:
+        """What was captured for a key; the reason where it cannot be; None where it is asked for the first time.
+
+        Args:
+            key: Its kind, and what it is captured for.
+            make: Captures it, or raises a CaptureError; then it is not tried again.
+            valid: Whether it can still be replayed; else it is captured anew.
+            at_once: Capture when it is asked for the first time; else when it is asked for again, so that what runs once
+                only does not pay for it.
+        """
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None and not at_once and key not in self._kept:
+                self._keep(key, None)
+                return None
+            if found is None or not (isinstance(found, str) or valid(found)):
+                # What cannot be replayed any more gives its memory back first.
+                self._keep(key, None)
+                try:
+                    found = make()
+                except CaptureError as error:
+                    found = str(error)
+                    get_logger("capture").log(INFO if at_once else WARNING, "not captured: %s", found)
+                self._keep(key, found)
+            return found
+
+    def _keep(self, key: tuple[Any, ...], value: Any) -> None:
+        self._kept.pop(key, None)
+        self._kept[key] = value
+        # What was only asked for so far, or refused, is no capture.
+        kind = _kind(value)
+        same = [name for name, kept in self._kept.items() if name[0] == key[0] and _kind(kept) == kind]
+        for old in same[: -(LIMITS[key[0]] if kind == "capture" else MOST_NOTES)]:
+            del self._kept[old]
+
+
+def _kind(kept: Any) -> str:
+    return "reason" if isinstance(kept, str) else "asked" if kept is None else "capture"

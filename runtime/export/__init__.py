@@ -1,0 +1,1 @@
+"""Executables that run, or are read, without stepgraph."""

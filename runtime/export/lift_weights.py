@@ -1,0 +1,118 @@
+"""Graphs whose weights are arguments, so that programs on disk hold none and share one file of them."""
+
+import copy
+import hashlib
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from stepgraph.ops import OPS
+from stepgraph.runtime.program.packed_linear import linear_maps, merged_linear
+
+
+@dataclass
+class WeightNames:
+    """Names for the tensors of a model's graphs; one tensor has one name, in however many places it stands.
+
+    Parameters and buffers have the names that they have in the model, what is tied the first of them; constants that the
+    tracer or the plan made are numbered, equal ones together.
+
+    Args:
+        model: The model.
+    """
+
+    model: nn.Module
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[Any, ...], str] = {}
+        named = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            self._known.setdefault(_place(tensor), name)
+
+    def name(self, tensor: Tensor, kind: str = "constants") -> str:
+        """The name of a tensor, which is noted as used.
+
+        Args:
+            tensor: A weight, or a constant.
+            kind: What the name of a constant begins with.
+        """
+        name = self._known.get(_place(tensor))
+        if name is None:
+            number = sum(known.startswith(f"{kind}.") for known in self.tensors)
+            name = self._known.setdefault((kind, *_contents(tensor)), f"{kind}.{number}")
+        self.tensors.setdefault(name, tensor.detach())
+        return name
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _contents(tensor: Tensor) -> tuple[Any, ...]:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return (hashlib.sha256(raw.numpy().tobytes()).hexdigest(), tensor.shape, tensor.dtype)
+
+
+class Lifted(nn.Module):
+    """A graph as a module without weights: (*inputs, *weights) -> flat tuple of tensors.
+
+    Args:
+        gm: The graph; it is copied, and its modules are shared with nobody, so that sessions may go on running.
+        names: Notes the graph's weights.
+        portable: Fused operations as their references, which are plain torch; else by the providers that were chosen.
+    """
+
+    def __init__(self, gm: fx.GraphModule, names: WeightNames, portable: bool = True) -> None:
+        super().__init__()
+        graph, attributes = fx.Graph(), dict[str, Any]()
+        given: dict[str, Tensor] = {}
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in gm.graph.nodes:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if portable and "provider" in node.meta:
+                copies[node].target = OPS[node.meta["provider"].partition(" by ")[0]].reference
+            elif portable and node.target is merged_linear:
+                copies[node].target = linear_maps
+            if node.op in ("call_module", "get_attr") and str(node.target) not in attributes:
+                attributes[str(node.target)], tensors = _emptied(operator.attrgetter(str(node.target))(gm), str(node.target))
+                given |= tensors
+        # By their paths in the graph.
+        self.paths = {path: names.name(tensor) for path, tensor in given.items()}
+        self.weights = tuple(dict.fromkeys(self.paths.values()))
+        # In a tuple: as a submodule it would hand torch.export its empty weights.
+        self._held = (fx.GraphModule(attributes, graph, class_name=type(gm).__name__),)
+
+    def examples(self) -> list[Tensor]:
+        """Zeros like the inputs of a variant's graph, contiguous."""
+        placeholders = self._held[0].graph.find_nodes(op="placeholder")
+        return [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device) for n in placeholders]
+
+    def results(self) -> list[Tensor]:
+        """The results without data."""
+        output = next(iter(reversed(self._held[0].graph.nodes)))
+        return [node.meta["val"] for node in output.args[0]]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The graph's results."""
+        count = len(tensors) - len(self.weights)
+        by_name = dict(zip(self.weights, tensors[count:], strict=True))
+        return functional_call(self._held[0], {path: by_name[name] for path, name in self.paths.items()}, tensors[:count])
+
+
+def _emptied(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
+    """A module or tensor without memory, and its tensors by their path."""
+    if isinstance(value, Tensor):
+        return _empty(value), {path: value}
+    tensors = dict(value.named_parameters(remove_duplicate=False)) | dict(value.named_buffers(remove_duplicate=False))
+    made = copy.deepcopy(value, {id(tensor): _empty(tensor) for tensor in tensors.values()})
+    return made, {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

@@ -1,0 +1,1 @@
+"""Where stored values lie: slots by liveness, and their places in one arena."""

@@ -1,0 +1,1 @@
+"""A compiled program as data: variants, regions' calls, tables, packed weights."""

@@ -1,0 +1,152 @@
+"""What an executable runs: the variants of a plan for inputs of one signature, and where their values lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from stepgraph.errors import PlanError
+from stepgraph.inputs import flat_inputs, holds_tensors
+from stepgraph.plan import CachePlan
+from stepgraph.runtime.memory.layout import Layout
+from stepgraph.runtime.memory.slots import SlotPlan
+from stepgraph.runtime.program.region_calls import Run
+from stepgraph.runtime.program.tables import Hoisted
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The specialised graph of one distinct (actions, stores).
+
+    Attributes:
+        run: Takes the inputs, the tensors of the slots read, constants and tables.
+        graph: The same before lowering, for reading.
+        row: One action letter per site.
+        macs: Multiply-accumulates of one call, for the whole batch, those of hoisted values included.
+        providers: "<op> by <provider>" -> number of calls, of the fused operations in the graph.
+        tables: Which of the program's tables it takes.
+    """
+
+    run: Run
+    graph: fx.GraphModule
+    row: str
+    macs: int
+    providers: Mapping[str, int] = field(default_factory=dict)
+    tables: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """All steps for inputs of one signature.
+
+    Attributes:
+        plan: The plan, with sizes and costs measured on this model.
+        input_names: Order of the variants' tensor inputs.
+        variants: The distinct specialised graphs.
+        rows: Which variant each step runs.
+        slots: What each step reads, stores and frees.
+        layout: Where in a session's arena that lies.
+        constants: Per step and branch, the coefficients of its forecasts.
+        results: How many of a variant's outputs are the model's.
+        output_spec: Rebuilds the model's return value from them.
+        batch: The batch size of the inputs.
+        macs_total: Multiply-accumulates of one evaluation with nothing reused, for the whole batch.
+        seconds: How long each stage of compilation took.
+        hoisted: What is computed before the loop, unless hoisting is off.
+        regions: How many distinct regions were compiled.
+        factor_bytes: Size of the low-rank factors.
+        folded: Sites whose stored values are part of another's: a sum takes their place.
+    """
+
+    plan: CachePlan
+    input_names: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    rows: tuple[int, ...]
+    slots: SlotPlan
+    layout: Layout
+    constants: tuple[tuple[tuple[torch.Tensor, ...], ...], ...]
+    results: int
+    output_spec: pytree.TreeSpec
+    batch: int
+    macs_total: int
+    seconds: Mapping[str, float]
+    hoisted: Hoisted | None = None
+    regions: int = 0
+    factor_bytes: int = 0
+    folded: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of a whole run, for the compiled batch and all branches."""
+
+    computed: int
+    total: int
+    per_step: tuple[int, ...]
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Total over computed."""
+        return self.total / self.computed if self.computed else float("inf")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a run in bytes, for the compiled batch and all branches.
+
+    Attributes:
+        peak_slot_bytes: The most bytes of stored values held at once.
+        slots: How many slots there are.
+        values_stored: How many values are stored in the course of a run.
+        weight_bytes: The model's weights and the factors.
+        table_bytes: Hoisted values.
+        arena_bytes: What a session allocates for stored values and for activations that cross regions.
+        work_bytes: What of it is for these activations.
+        host_bytes: Host memory that it allocates for values that are off-loaded.
+    """
+
+    peak_slot_bytes: int
+    slots: int
+    values_stored: int
+    weight_bytes: int
+    table_bytes: int
+    arena_bytes: int
+    work_bytes: int
+    host_bytes: int
+
+
+def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without contents: a tensor as (shape, dtype), a dict of tensors as a dict of these, all else by its value."""
+
+    def about(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.dtype
+        return described(value) if holds_tensors(value) else value
+
+    return {name: about(value) for name, value in inputs.items()}
+
+
+def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
+        for name, value in sorted(flat_inputs(inputs).items())
+    )
+
+
+def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """STEPGRAPH_CHECK=1: refuse tensors that are not finite.
+
+    Raises:
+        PlanError: The message names the tensor and how many of its values are NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise PlanError(
+                    f"{what}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite (STEPGRAPH_CHECK)"
+                )

@@ -1,0 +1,118 @@
+"""What runs a variant: a flat list of calls of regions and kernels, or one function of the whole graph."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepgraph.errors import CompileError
+from stepgraph.runtime.memory.arena import Arena, Place
+
+
+class Run(Protocol):
+    """A variant that runs."""
+
+    @property
+    def work_bytes(self) -> int:
+        """What it needs of the arena for activations."""
+
+    def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
+        """Run it.
+
+        Args:
+            arguments: Inputs, tensors of the slots read, constants, tables.
+            stores: Where the tensors that are stored go.
+            arena: The session's.
+
+        Returns:
+            The model's results.
+
+        Raises:
+            CompileError: An argument has another shape than what was compiled for; nothing is compiled again.
+        """
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One function (*arguments) -> (*results, *tensors to store).
+
+    Attributes:
+        forward: The function.
+        results: How many of its outputs are the model's results.
+    """
+
+    forward: Callable[..., Sequence[Tensor]]
+    results: int
+    work_bytes: int = 0
+
+    def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
+        """See `Run`."""
+        outputs = self.forward(*arguments)
+        for place, value in zip(stores, outputs[self.results :], strict=True):
+            arena.write(place, value)
+        return outputs[: self.results]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a flat program.
+
+    Attributes:
+        run: The region or kernel: (*arguments, *memory for its results) -> nothing.
+        reads: Registers of its arguments.
+        writes: Registers of the memory for its results.
+    """
+
+    run: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A variant's program. Its registers are the arguments, the weights, the activations, the results made, the stored tensors.
+
+    Attributes:
+        calls: In order.
+        shapes: Of the arguments.
+        weights: Parameters, buffers and constants.
+        work: Places of activations that cross regions, in the arena.
+        work_bytes: What they take.
+        made: Results that regions write: shape, dtype and device; fresh memory in every run, for they are the caller's.
+        results: Registers of the results.
+        stores: Registers of the tensors that are stored.
+        direct: Of these, whether a region writes it to its place, unless it is kept in a narrower dtype.
+    """
+
+    calls: tuple[Call, ...]
+    shapes: tuple[torch.Size, ...]
+    weights: tuple[Tensor, ...]
+    work: tuple[Place, ...]
+    work_bytes: int
+    made: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    results: tuple[int, ...]
+    stores: tuple[int, ...]
+    direct: tuple[bool, ...]
+
+    def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
+        """See `Run`."""
+        shapes = tuple(tensor.shape for tensor in arguments)
+        if shapes != self.shapes:
+            given, expected = [tuple(shape) for shape in shapes], [tuple(shape) for shape in self.shapes]
+            raise CompileError(f"compiled for arguments of the shapes {expected}; given are {given}")
+        # Strides are part of what was compiled.
+        held = [*(tensor.contiguous() for tensor in arguments), *self.weights, *map(arena.target, self.work)]
+        held += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.made]
+        held += [
+            torch.empty(place.shape, dtype=place.read_as, device=arena.memory.device) if place.narrow else arena.target(place)
+            for place, direct in zip(stores, self.direct, strict=True)
+            if direct
+        ]
+        for call in self.calls:
+            call.run(*[held[i] for i in call.reads], *[held[i] for i in call.writes])
+        for place, register, direct in zip(stores, self.stores, self.direct, strict=True):
+            if place.narrow or not direct:
+                arena.write(place, held[register])
+        return [held[register] for register in self.results]

@@ -1,0 +1,238 @@
+"""Tables: values that the loop reads but that depend on the prompt or the timestep only, computed before it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepgraph.env import get_logger
+from stepgraph.errors import CompileError
+
+Graph = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One value that variants read in place of computing it.
+
+    Attributes:
+        name: Of the node that computes it.
+        bytes: Its size: of one value, or at timestep level of the values of all steps.
+        per_step: Whether it depends on the timestep.
+    """
+
+    name: str
+    bytes: int
+    per_step: bool
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """What is computed before the loop.
+
+    Attributes:
+        inputs: The model's inputs that it depends on, without the timestep.
+        prompt: (*inputs) -> values at prompt level.
+        timestep: (timestep, *inputs, *values at prompt level) -> values at timestep level, for one step.
+        tables: In the order of these values, prompt level first.
+        kept: Values of these that would exceed the limit and stay in the loop, by name, with their bytes.
+        scale: What the model takes the scheduler's timestep times.
+    """
+
+    inputs: tuple[str, ...]
+    prompt: Graph
+    timestep: Graph
+    tables: tuple[Table, ...]
+    kept: Mapping[str, int]
+    scale: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tables of one branch."""
+        return sum(table.bytes for table in self.tables)
+
+
+class Tables:
+    """The tables of one branch of a running session.
+
+    Args:
+        hoisted: What to compute.
+        timesteps: The scheduler's timestep of every step.
+        batched: All steps at once, at the first; else each step's own when it is reached, which gives the eager model's bits.
+    """
+
+    def __init__(self, hoisted: Hoisted, timesteps: Sequence[float], batched: bool) -> None:
+        self.hoisted, self.timesteps, self.batched = hoisted, timesteps, batched
+        self._seen: list[tuple[torch.Tensor, int, torch.Tensor | None]] | None = None
+        self._prompt: tuple[torch.Tensor, ...] = ()
+        self._stacked: tuple[torch.Tensor, ...] = ()
+        self._rows: list[tuple[torch.Tensor, ...]] = []
+        self._expected: torch.Tensor | None = None
+        self._numbers: list[float] = []
+        self._late: torch.Tensor | None = None
+        self._changes = 0
+
+    def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The values that a step reads, in the order of `Hoisted.tables`."""
+        given = [inputs[name] for name in self.hoisted.inputs]
+        if not self._seen_before(given):
+            # A caller who makes the conditioning anew at every step would have all steps computed each time.
+            self.batched = self.batched and self._changes < 2
+            self._changes += 1
+            self._seen = [_mark(value) for value in given]
+            self._prompt = self.hoisted.prompt(*given)
+            self._rows = []
+        if not any(table.per_step for table in self.hoisted.tables):
+            return self._prompt
+        timestep = inputs["timestep"]
+        if self.batched and not self._rows:
+            self._compute_all(step, timestep, given)
+        if self._rows and self._matches(step, timestep):
+            return self._prompt + self._rows[step]
+        return self._prompt + self.hoisted.timestep(timestep, *given, *self._prompt)
+
+    def _seen_before(self, given: Sequence[torch.Tensor]) -> bool:
+        return self._seen is not None and all(_unchanged(v, *seen) for v, seen in zip(given, self._seen, strict=True))
+
+    def _compute_all(self, step: int, timestep: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+        """All steps in one batch, if `timestep` is this step's by one of the usual conventions."""
+        self._expected = _every_timestep(timestep, step, self.timesteps, self.hoisted.scale)
+        if self._expected is None:
+            get_logger("tables").info("step %d: the timestep is not the scheduler's; tables are computed at every step", step)
+            self.batched = False
+            return
+        self._numbers = [] if waits(timestep.device) else self._expected.tolist()
+        self._stacked = evaluate_rows(self.hoisted, self._every(timestep), [*given, *self._prompt])
+        self._rows = rows_of(self._stacked)
+
+    def _every(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The timestep inputs of all steps [T, *timestep]."""
+        assert self._expected is not None
+        return self._expected.reshape(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
+
+    def fixed(self, inputs: Mapping[str, Any]) -> "FixedTables":
+        """The same tables at addresses that stay, for inputs that are written anew in place; after a run."""
+        every = self._every(inputs["timestep"]) if self._rows else None
+        return FixedTables(self.hoisted, [inputs[name] for name in self.hoisted.inputs], every, self._prompt, self._stacked)
+
+    def _matches(self, step: int, timestep: torch.Tensor) -> bool:
+        assert self._expected is not None
+        if not waits(timestep.device):
+            return bool(set(timestep.flatten().tolist()) == {self._numbers[step]})
+        differs = (timestep != self._expected[step]).any()
+        self._late = differs if self._late is None else self._late | differs
+        return True
+
+    def finish(self) -> None:
+        """The end of the run: on an accelerator, where timesteps are compared without waiting, say what the comparisons found.
+
+        Raises:
+            CompileError: The timesteps were others than the scheduler's.
+        """
+        if self._late is not None and bool(self._late):
+            raise CompileError(
+                "the timesteps of this run were not the scheduler's that the plan was made for; tables had been computed for "
+                "those. Pass the scheduler's own timesteps, or compile with hoist=False"
+            )
+
+
+class FixedTables:
+    """The tables of one branch in buffers of their own, for a run that is captured: `compute` writes them.
+
+    Args:
+        hoisted: What to compute.
+        given: The inputs that it depends on, in their buffers.
+        every: The timesteps of all steps [T, ...]; None where each step computes its own.
+        prompt: Like the values at prompt level.
+        stacked: Like those at timestep level, of all steps [T, ...].
+    """
+
+    def __init__(
+        self,
+        hoisted: Hoisted,
+        given: Sequence[torch.Tensor],
+        every: torch.Tensor | None,
+        prompt: Sequence[torch.Tensor],
+        stacked: Sequence[torch.Tensor],
+    ) -> None:
+        self._hoisted, self._given, self._every = hoisted, given, every
+        self._prompt = tuple(torch.empty_like(value) for value in prompt)
+        self._stacked = tuple(torch.empty_like(value) for value in stacked) if every is not None else ()
+        self._rows = rows_of(self._stacked)
+
+    def compute(self) -> None:
+        """Write the tables of what is in the inputs' buffers now."""
+        values = self._hoisted.prompt(*self._given)
+        if self._every is not None:
+            values = (*values, *evaluate_rows(self._hoisted, self._every, [*self._given, *values]))
+        for buffer, value in zip((*self._prompt, *self._stacked), values, strict=True):
+            buffer.copy_(value)
+
+    def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """See `Tables.at`."""
+        if self._rows:
+            return self._prompt + self._rows[step]
+        if not any(table.per_step for table in self._hoisted.tables):
+            return self._prompt
+        return self._prompt + self._hoisted.timestep(inputs["timestep"], *self._given, *self._prompt)
+
+    def finish(self) -> None:
+        """The timesteps are the scheduler's own: nothing to check."""
+
+
+def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The values at timestep level of all steps, [T, ...] each, in one batch where that goes.
+
+    Args:
+        hoisted: What to compute.
+        every: The timesteps of all steps [T, ...].
+        fixed: The inputs, then the values at prompt level.
+    """
+    try:
+        stacked = torch.vmap(hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
+        rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
+        return tuple(torch.stack(values) for values in zip(*rows, strict=True))
+    return tuple(_alone(value) for value in stacked)
+
+
+def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Per step, its values of those of all steps."""
+    return list(zip(*(value.unbind(0) for value in stacked), strict=True))
+
+
+def waits(device: torch.device) -> bool:
+    """Whether reading a result would wait for a device that works on its own."""
+    return device.type != "cpu"
+
+
+def _mark(value: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+    """A tensor, its version, and for one that has none a copy."""
+    return (value, 0, value.clone()) if value.is_inference() else (value, value._version, None)
+
+
+def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
+    """Whether an input is what it was, without waiting for an accelerator where that can be known."""
+    if copy is not None:
+        return torch.equal(value, copy)
+    untouched = not seen.is_inference() and seen._version == version
+    if value is seen:
+        return untouched
+    return untouched and not waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
+
+
+def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], scale: float) -> torch.Tensor | None:
+    """The timestep inputs of all steps [T], by the convention (scheduler, model, pipeline) that this step's input follows."""
+    own = torch.tensor(timesteps, dtype=torch.float32).to(given.dtype)
+    conventions = [own] if scale == 1 else [own, own * scale, own / round(1 / scale)]
+    here = given.cpu()
+    return next((every.to(given.device) for every in conventions if bool((here == every[step]).all())), None)
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """A slice of something larger in memory of its own, so that the larger thing can go."""
+    return value.contiguous() if value.untyped_storage().nbytes() > value.nbytes else value

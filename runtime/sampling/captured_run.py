@@ -1,0 +1,151 @@
+"""A whole sampling run as one graph: every model call, guidance and the scheduler's steps, from buffers that stay."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepgraph.errors import CaptureError
+from stepgraph.runtime.capture.cudagraph import Recorder, addresses, ordinary_tensors, refuse_difference, versions
+from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.sampling.loop import Loop
+from stepgraph.runtime.sampling.update import Update
+from stepgraph.runtime.session.compiled import Compiled
+
+
+class CapturedRun:
+    """One run of an executable, captured: called with noise and conditioning, it replays.
+
+    Latents and conditioning are copied into buffers of its own, and the result out of one, so that callers on several threads
+    take turns. Tables are a graph of their own, replayed where the conditioning is another than the last call's.
+    """
+
+    def __init__(
+        self,
+        executable: Compiled,
+        loop: Loop,
+        new_update: Callable[[], Update],
+        recorder: Recorder,
+        noise: Tensor,
+        calls: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Run the loop, capture it, and compare a replay with it.
+
+        Args:
+            executable: What to run.
+            loop: Its schedule.
+            new_update: A run's updates, which read nothing on the host.
+            recorder: Of the noise's device.
+            noise: [B, C, ...].
+            calls: See `Loop.run`.
+
+        Raises:
+            CaptureError: The run cannot be captured, or a replay's result is another.
+        """
+        self._executable, self._loop, self._recorder = executable, loop, recorder
+        self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
+        with recorder.turn(), ordinary_tensors():
+            self._noise = noise.clone(memory_format=torch.contiguous_format)
+            self._calls = [{name: _own(value) for name, value in given.items()} for given in calls]
+            session = executable.session(capture=False)
+            expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
+            self._result, self._memory = torch.empty_like(expected), session.memory
+            self._tables = self._fixed_tables(session.tables)
+            # They hold coefficients that the graph reads.
+            self._updates = [new_update(), new_update()]
+            self._capture()
+            self._compare(expected)
+        self._weights = addresses(executable.model)
+
+    def _fixed_tables(self, tables: Sequence[Tables | FixedTables | None]) -> list[FixedTables | None]:
+        """The tables that a run has computed, for every branch, in buffers."""
+        rows = self._noise.shape[0] * (2 if self._loop.doubled else 1)
+        timestep = self._loop.timesteps[:1].expand(rows)
+        return [
+            own.fixed({**given, "timestep": timestep}) if isinstance(own, Tables) else None
+            for own, given in zip(tables, self._calls, strict=True)
+        ]
+
+    def _capture(self) -> None:
+        """Warm up exactly what is captured, then capture it."""
+        self._recorder.warm_up(self._compute_tables)
+        self._recorder.warm_up(lambda: self._run(self._updates[0]))
+        try:
+            self._replay_tables = self._recorder.record(self._compute_tables)
+            self._replay = self._recorder.record(lambda: self._run(self._updates[1]))
+        except RuntimeError as error:
+            raise CaptureError(f"the run cannot be captured: {str(error).splitlines()[0]}") from error
+
+    def _compute_tables(self) -> None:
+        with torch.no_grad():
+            for tables in self._tables:
+                if tables is not None:
+                    tables.compute()
+
+    def _run(self, update: Update) -> None:
+        session = self._executable.session(capture=False)
+        session.use_memory(self._memory)
+        session.use_tables(self._tables)
+        self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
+
+    def _compare(self, expected: Tensor) -> None:
+        """Replay, and refuse what the loop did not give."""
+        self._result.zero_()
+        self._replay_tables()
+        self._replay()
+        refuse_difference(self._result, expected, "run")
+
+    def __call__(self, noise: Tensor, given: Mapping[str, Any], calls: Callable[[], Sequence[Mapping[str, Any]]]) -> Tensor:
+        """Replay the run.
+
+        Args:
+            noise: As at the capture.
+            given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, and so
+                are the weights, nothing is computed for it.
+            calls: Makes of it what `Loop.run` takes.
+
+        Returns:
+            Latents [B, C, ...] of their own.
+        """
+        # A model that has changed is refused as by every run.
+        self._executable.session()
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        with self._recorder.turn(), torch.no_grad():
+            self._noise.copy_(noise)
+            if not self._untouched(tensors):
+                self._seen = None
+                self._load(calls())
+                self._replay_tables()
+                # What has no version may be written to unseen.
+                tracked = not any(value.is_inference() for value in tensors)
+                marks = [(value, value._version) for value in tensors] if tracked else None
+                self._seen = (marks, versions(self._executable.model)) if marks is not None else None
+            self._replay()
+            return self._result.clone()
+
+    def _untouched(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tables hold: conditioning and weights are the last call's, by identity and version.
+
+        Their values would have to be waited for.
+        """
+        if self._seen is None:
+            return False
+        marks, weights = self._seen
+        same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
+        return all(same) and weights == versions(self._executable.model)
+
+    def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        for own, given in zip(self._calls, calls, strict=True):
+            for name, value in given.items():
+                if isinstance(value, Tensor):
+                    own[name].copy_(value)
+
+    def valid(self) -> bool:
+        """Whether the weights still lie where the graph reads them."""
+        return self._weights == addresses(self._executable.model)
+
+
+def _own(value: Any) -> Any:
+    """A tensor in a buffer of its own; anything else as it is."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value

@@ -1,0 +1,165 @@
+"""The plain sampling loop, and what a plan records of a scheduler."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.plan.refuse_other import refuse_other_schedule
+from stepgraph.runtime.capture.cudagraph import why_not
+from stepgraph.runtime.program.program import signature
+from stepgraph.runtime.program.tables import waits
+from stepgraph.runtime.sampling.captured_run import CapturedRun
+from stepgraph.runtime.sampling.linear_steps import state_of
+from stepgraph.runtime.sampling.loop import Loop
+from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
+from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, split_conditioning, step_arguments
+
+
+@torch.no_grad()
+def sample(
+    runner: Compiled | nn.Module,
+    scheduler: Any,
+    noise: torch.Tensor,
+    guidance_scale: float = 1.0,
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    fused_update: bool | None = None,
+    capture: bool | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **conditioning: Any,
+) -> torch.Tensor:
+    """Denoise `noise` with an executable, or with an eager model for comparison.
+
+    Args:
+        runner: The executable, or a model (then `steps` must be given).
+        scheduler: A diffusers scheduler; it is copied and not changed. Noise that a stochastic one adds is not seeded.
+        noise: Standard normal latents [B, C, ...] in the model's dtype and on its device; scaled by the scheduler's
+            `init_noise_sigma`.
+        guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
+        steps: Number of inference steps; an executable brings its own.
+        eta: Share of the noise that schedulers with such an argument (DDIM) put back; 0 is deterministic.
+        fused_update: Take guidance and the scheduler's step in one pass, with coefficients found before the loop; accumulated
+            in float32, so rounded otherwise. None: where the scheduler's steps are fixed linear combinations, for executables
+            that are not exact. True: or refuse. False: the scheduler's own step.
+        capture: On CUDA, replay the whole run as one CUDA graph, which waits for nothing; the first replay is compared with the
+            loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
+            True: at once, or refuse. False: the loop, without graphs of its steps either. None: as the executable was
+            compiled (`CompileConfig.cuda_graphs`); where that is None too, from the second run with the same scheduler, scale
+            and shapes on, where that goes.
+        on_step: Called with (steps done, steps in all) after every step.
+        **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
+            `negative_<name>`.
+
+    Returns:
+        Latents [B, C, ...] of `noise`'s dtype.
+
+    Raises:
+        PlanError: The scheduler is not the one the plan was made for, an input is missing, the scale is no number, or
+            `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
+        CompileError: `capture` is asked of a run that cannot be captured.
+    """
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+        raise PlanError(f"guidance_scale is {guidance_scale!r}; expected a finite number; 1 is no guidance")
+    own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
+    cond, uncond = split_conditioning(conditioning, guidance_scale)
+    if separate and uncond is None:
+        raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
+    wish = isinstance(runner, Compiled) and not runner.config.exact if fused_update is None else fused_update
+
+    def new_update() -> tuple[Update, str]:
+        return choose_update(own, step_arguments(own, eta), noise, None if uncond is None else guidance_scale, wish)
+
+    update, reason = new_update()
+    if fused_update and reason:
+        raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
+    loop = Loop(own, latents_name(_model_of(runner)), uncond is not None and not separate, own.timesteps.to(noise.device))
+
+    def calls() -> Sequence[Mapping[str, Any]]:
+        return model_calls(cond, uncond, separate)
+
+    if capture is None and isinstance(runner, Compiled):
+        capture = runner.config.cuda_graphs
+    graphs = capture is not False
+    if capture or (capture is None and waits(noise.device)):
+        refusal = _why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning)
+        found: CapturedRun | str | None = refusal
+        if not refusal and isinstance(runner, Compiled):
+            key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(own))
+            found = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
+        if isinstance(found, CapturedRun):
+            return found(noise, conditioning, calls)
+        if capture:
+            raise CompileError(f"capture=True, but {found}; leave it out to run the loop")
+        # The second run will be captured as a whole.
+        graphs = found is not None
+    predict: Callable[..., Any] = runner.session(graphs) if isinstance(runner, Compiled) else runner
+    return loop.run(predict, update, noise, calls(), on_step)
+
+
+def _captured_run(
+    executable: Compiled,
+    key: tuple[Any, ...],
+    loop: Loop,
+    new_update: Callable[[], Update],
+    noise: torch.Tensor,
+    calls: Callable[[], Sequence[Mapping[str, Any]]],
+    at_once: bool,
+) -> CapturedRun | str | None:
+    """The captured run of a key; the reason where there is none; None where it is to be captured the next time."""
+
+    def make() -> CapturedRun:
+        return CapturedRun(executable, loop, new_update, executable.captured.recorder(noise.device), noise, calls())
+
+    return executable.captured.find(("run", *key), make, CapturedRun.valid, at_once)
+
+
+def _why_uncaptured(
+    runner: Compiled | nn.Module, noise: torch.Tensor, update: Update, reason: str, on_step: Callable[[int, int], None] | None
+) -> str:
+    """Why a run cannot be captured; empty where it can be tried."""
+    if not isinstance(runner, Compiled):
+        return f"{type(runner).__name__} is not compiled"
+    if on_step is not None:
+        return "on_step is called on the host after every step"
+    if runner.config.offload:
+        return "offload=True copies values on a stream of its own, beside the run (graphs of its steps go: cuda_graphs)"
+    if not isinstance(update, FusedUpdate):
+        return reason or "the scheduler takes its own steps, on the host (fused_update=False, or an exact executable)"
+    return why_not(noise.device)
+
+
+def _nested(conditioning: Mapping[str, Any]) -> str:
+    """Which input holds tensors that no buffer would be made for."""
+    for name, value in conditioning.items():
+        if any(isinstance(leaf, torch.Tensor) and leaf is not value for leaf in pytree.tree_leaves(value)):
+            return f"the input {name} is a {type(value).__name__} that holds tensors"
+    return ""
+
+
+def _scheduler_for(runner: Compiled | nn.Module, scheduler: Any, steps: int | None, device: torch.device) -> tuple[Any, bool]:
+    """A copy of the scheduler, set to the run's steps, and whether cond and uncond are calls of their own."""
+    if not isinstance(runner, Compiled):
+        if steps is None:
+            raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
+        return prepare_scheduler(scheduler, steps, device), False
+    header = runner.plan.header
+    if steps is not None and steps != header.steps:
+        raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
+    own = prepare_scheduler(scheduler, header.steps, device)
+    refuse_other_schedule(header, own, "the scheduler of this call")
+    return own, header.guidance == "separate"
+
+
+def _model_of(runner: Compiled | nn.Module) -> nn.Module:
+    """The model behind an executable, or behind whatever runs a model and calls it `observed`."""
+    if isinstance(runner, Compiled):
+        return runner.model
+    model: nn.Module = getattr(runner, "observed", runner)
+    return model

@@ -1,0 +1,1 @@
+"""Runs of a compiled plan, and the memory of what happens in them."""

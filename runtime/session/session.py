@@ -1,0 +1,236 @@
+"""One sampling run of a compiled plan."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from stepgraph.env import get_logger, read_env
+from stepgraph.errors import CaptureError, CompileError
+from stepgraph.inputs import flat_inputs
+from stepgraph.plan.liveness import Read, traffic
+from stepgraph.runtime.capture.captured_steps import CapturedSteps
+from stepgraph.runtime.capture.cudagraph import ordinary_tensors, why_not
+from stepgraph.runtime.memory.layout import Moves
+from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
+from stepgraph.runtime.program.program import Program, Variant, refuse_nan
+from stepgraph.runtime.program.tables import FixedTables, Tables, waits
+
+if TYPE_CHECKING:
+    from stepgraph.runtime.session.compiled import Compiled
+
+
+class Session:
+    """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
+
+    def __init__(self, executable: "Compiled", capture: bool = True) -> None:
+        self.executable, self.capture = executable, capture
+        self._steps: dict[int, CapturedSteps] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first step; all stored values and their memory are dropped."""
+        header = self.executable.plan.header
+        self.step, self.branch = 0, 0
+        self._tables: list[SlotTable | None] = [None] * len(header.branches)
+        self._programs: list[Program | None] = [None] * len(header.branches)
+        self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
+        self._release()
+        self._steps = {}
+        self._memory: dict[int, SlotMemory] = {}
+        self.peak_slot_bytes = 0
+        self._check = read_env().check
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has run."""
+        return self.step == self.executable.plan.steps
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes allocated for stored values and activations on the device."""
+        return sum(memory.arena.memory.nbytes for memory in self._memory.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the values held now, over all branches."""
+        return sum(table.bytes for table in self._tables if table is not None)
+
+    @property
+    def tables(self) -> tuple[Tables | FixedTables | None, ...]:
+        """Of every branch, its tables; None before its first step, and where nothing is hoisted."""
+        return tuple(self._hoisted)
+
+    @property
+    def memory(self) -> dict[int, SlotMemory]:
+        """The memory of the programs that run."""
+        return self._memory
+
+    def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
+        """Work in the memory of another session, which is over; before the first step."""
+        self._memory = dict(memory)
+
+    def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
+        """Read the tables of every branch from there, in place of computing them; before the first step."""
+        self._hoisted = list(tables)
+
+    def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
+        """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
+        program, table = self._programs[branch], self._tables[branch]
+        if program is None or table is None or self.finished:
+            return {}
+        reads = traffic(program.plan, program.folded)[self.step].reads
+        return {read: table.read(slot) for read, slot in zip(reads, program.slots.steps[self.step].reads, strict=True)}
+
+    def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
+        """Run the next call of the plan: the next branch of this step, or the first of the next.
+
+        Args:
+            return_dict: False gives a plain tuple instead of the model's output class, as in diffusers.
+            **inputs: The model's forward arguments.
+
+        Raises:
+            CompileError: The run is over, or the inputs' shapes changed within it.
+
+        An exception inside a step resets the session, so that nothing stale is left.
+        """
+        try:
+            results, spec = self._run({name: value for name, value in inputs.items() if value is not None})
+        except BaseException:
+            self.reset()
+            raise
+        return pytree.tree_unflatten(results, spec) if return_dict else tuple(results)
+
+    def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
+        if self.finished:
+            raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        program, inputs = self._program(inputs), flat_inputs(inputs)
+        slots = program.slots.steps[self.step]
+        arguments = [inputs[name] for name in program.input_names]
+        if torch.is_autocast_enabled(arguments[0].device.type):
+            raise CompileError(
+                "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
+                "compile that"
+            )
+        if self._check:
+            refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
+        table = self._table(program, arguments[0].device)
+        variant = program.variants[program.rows[self.step]]
+        moves = program.layout.steps[self.step][self.branch]
+        with ordinary_tensors():
+            table.begin(moves)
+        with torch.no_grad():
+            tables = self._hoisted_values(program, variant, inputs)
+            constants = program.constants[self.step][self.branch]
+            results = self._call(program, table, moves, arguments, constants, tables)
+        if self._check:
+            refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
+        for slot, value in zip(slots.stores, moves.stores, strict=True):
+            table.hold(slot, value)
+        self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
+        for slot in (*slots.frees, *(slot for slot, _ in moves.leave)):
+            table.free(slot)
+        self.branch = (self.branch + 1) % len(self._tables)
+        self.step += self.branch == 0
+        for tables in self._hoisted if self.finished else ():
+            if tables is not None:
+                tables.finish()
+        if self.finished:
+            self._release()
+        return results, program.output_spec
+
+    def _call(
+        self,
+        program: Program,
+        table: SlotTable,
+        moves: Moves,
+        arguments: Sequence[torch.Tensor],
+        constants: Sequence[torch.Tensor],
+        tables: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Run this step's variant, from the slots it reads to the places of what it stores; a replay where that is captured."""
+        row = program.rows[self.step]
+        variant, reads = program.variants[row], program.slots.steps[self.step].reads
+        places = [place for value in moves.stores for place in value]
+
+        def work(*values: torch.Tensor) -> list[torch.Tensor]:
+            stored = [tensor for slot in reads for tensor in table.read(slot)]
+            outputs = variant.run([*values[: len(arguments)], *stored, *values[len(arguments) :]], places, table.arena)
+            # The arena is written to again; what is returned is the caller's.
+            return [value.clone() if table.arena.owns(value) else value for value in outputs]
+
+        steps = self._steps.get(id(program))
+        if steps is None or steps.refused:
+            return work(*arguments, *constants, *tables)
+        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        given |= {("constant", row, number): value for number, value in enumerate(constants)}
+        given |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        try:
+            return steps.run((row, tuple(map(table.places, reads))), places, given, lambda given: work(*given.values()))
+        except CaptureError as error:
+            if self.executable.config.cuda_graphs:
+                raise
+            steps.refused = str(error)
+            get_logger("capture").warning("not captured: %s", error)
+        return work(*arguments, *constants, *tables)
+
+    def _table(self, program: Program, device: torch.device) -> SlotTable:
+        """The stored values of this branch; branches that run one program share its memory."""
+        table = self._tables[self.branch]
+        if table is None:
+            number = id(program)
+            if number not in self._memory:
+                steps = self._captured_steps(program, device)
+                self._memory[number] = steps.memory if steps is not None else SlotMemory.of(program.layout, device)
+            table = SlotTable(self._memory[number], program.slots.count, spoil=self._check)
+            self._tables[self.branch] = table
+        return table
+
+    def _captured_steps(self, program: Program, device: torch.device) -> CapturedSteps | None:
+        """The captured steps of a program, where there are any to be had; they have memory of their own."""
+        executable, config = self.executable, self.executable.config
+        wish = not config.exact and waits(device) if config.cuda_graphs is None else config.cuda_graphs
+        if not wish or not self.capture:
+            return None
+        reason = why_not(device)
+        if reason and config.cuda_graphs:
+            raise CompileError(f"cuda_graphs=True, but {reason}; leave it out to launch every kernel")
+
+        def make() -> CapturedSteps:
+            recorder = executable.captured.recorder(device)
+            return CapturedSteps(recorder, SlotMemory.of(program.layout, device), executable.model, bool(config.cuda_graphs))
+
+        if not reason:
+            steps = executable.captured.find(("steps", id(program)), make, CapturedSteps.valid, at_once=True)
+            if isinstance(steps, CapturedSteps) and steps.lease(self):
+                self._steps[id(program)] = steps
+                return steps
+        return None
+
+    def _release(self) -> None:
+        """Let another run have the captured steps."""
+        for steps in self._steps.values():
+            steps.release(self)
+
+    def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tables that a variant takes, as they are at this step."""
+        if program.hoisted is None or not variant.tables:
+            return []
+        tables = self._hoisted[self.branch]
+        if tables is None:
+            batched = not self.executable.config.exact
+            tables = self._hoisted[self.branch] = Tables(program.hoisted, program.plan.header.timesteps, batched)
+        values = tables.at(self.step, inputs)
+        return [values[number] for number in variant.tables]
+
+    def _program(self, inputs: dict[str, Any]) -> Program:
+        """The program of this branch; stored values have the shapes of the one the run began with."""
+        program, begun = self.executable.program(inputs), self._programs[self.branch]
+        if begun is not None and program is not begun:
+            raise CompileError(
+                f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
+                f"{program.batch} now); start a new session"
+            )
+        self._programs[self.branch] = program
+        return program
