@@ -1,0 +1,120 @@
+"""What users install: the wheel holds everything, and it and the editable install import from any folder."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from helpers.paths import ROOT
+
+FOLDERS = {
+    "core": "",
+    "compiler": "compiler",
+    "runtime": "runtime",
+    "triton_kernels": "triton_kernels",
+    "csrc": "csrc",
+    "bench": "bench",
+}
+
+
+def packages() -> dict[str, Path]:
+    """Package name -> folder, for every folder that holds Python files."""
+    found = {}
+    for folder, name in FOLDERS.items():
+        inside = {path.parent for path in (ROOT / folder).rglob("*.py")}
+        for path in inside:
+            parts = ("stepgraph", *filter(None, [name]), *path.relative_to(ROOT / folder).parts)
+            found[".".join(parts)] = path
+    return found
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: setuptools leaves its build folder behind, and would take old files from one."""
+    here = tmp_path_factory.mktemp("wheel")
+    # The installed package may be tested without its checkout's history, so the copy follows names and not git.
+    left_out = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "results")
+    shutil.copytree(ROOT, here / "source", ignore=left_out)
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-q")
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", here, here / "source", cwd=here)
+    return next(here.glob("stepgraph-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new environment with the wheel.
+
+    It sees this environment's packages through a plain path, which leaves out the .pth files there and with them the
+    editable install.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = environment / "lib" / version / "site-packages"
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check", "-q", "--ignore-installed")
+    run(environment / "bin" / "python", "-m", "pip", "install", *options, wheel, cwd=environment)
+    return environment / "bin"
+
+
+def test_every_package_is_declared():
+    declared = dict(re.findall(r'^"(stepgraph[\w.]*)" = "([\w/]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    found = {name: path.relative_to(ROOT).as_posix() for name, path in packages().items()}
+    assert declared == found, "tool.setuptools.package-dir in pyproject.toml does not list the folders with Python files"
+    listed = (ROOT / "pyproject.toml").read_text().split("packages = [", 1)[1].split("]", 1)[0]
+    assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(found)
+
+
+def test_wheel_holds_every_file(wheel: Path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {"stepgraph/py.typed"}
+    for package, folder in packages().items():
+        place = package.replace(".", "/")
+        expected |= {f"{place}/{path.name}" for path in folder.glob("*.py")}
+    expected |= {f"stepgraph/csrc/{path.name}" for kind in ("cpp", "h") for path in (ROOT / "csrc").glob(f"*.{kind}")}
+    expected |= {f"stepgraph/bench/{path.name}" for path in (ROOT / "bench").glob("*.sh")}
+    assets = [path for path in (ROOT / "core" / "assets").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    expected |= {f"stepgraph/{path.relative_to(ROOT / 'core').as_posix()}" for path in assets}
+    assert sorted(expected - names) == []
+
+
+def test_wheel_holds_nothing_else(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted({name.split("/")[0].split("-")[0] for name in names}) == ["stepgraph"]
+    assert [name for name in names if name.endswith(("ruff.toml", ".pyc", ".pt"))] == []
+
+
+def test_wheel_names_its_licence(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
+        assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
+
+
+def test_wheel_imports_from_anywhere(installed: Path, tmp_path: Path):
+    modules = ", ".join(sorted(packages()))
+    where = run(installed / "python", "-c", f"import {modules}; print(stepgraph.__file__)", cwd=tmp_path)
+    assert Path(where).is_relative_to(installed.parent)
+
+
+def test_wheel_has_the_command(installed: Path, tmp_path: Path):
+    shown = run(installed / "stepgraph", "--help", cwd=tmp_path)
+    for command in ("demo", "plan", "compile", "doctor"):
+        assert command in shown
+
+
+def test_editable_install_imports_from_anywhere(tmp_path: Path):
+    where = run(sys.executable, "-c", "import stepgraph.compiler.passes; print(stepgraph.__file__)", cwd=tmp_path)
+    assert Path(where) == ROOT / "core" / "__init__.py"

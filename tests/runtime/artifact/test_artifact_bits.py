@@ -1,0 +1,98 @@
+"""Artifacts: every process computes the same bits, and no damage is taken for what was saved."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stepgraph as sg
+from helpers.artifacts import rewrite
+from helpers.paths import TESTS
+from helpers.tiny import inputs, noise, tiny_dit
+from stepgraph.bench.deploy import fuzz_artifacts
+from stepgraph.bench.deploy.fuzz_artifacts import fuzz
+
+# -- determinism -----------------------------------------------------------------------------------------------------------
+
+SAMPLE = """
+import sys, torch
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[1])
+from helpers.tiny import tiny_scheduler, noise, labels
+import stepgraph as sg
+torch.set_num_threads(1)
+found = {}
+for path in sys.argv[3:]:
+    executable = sg.load(path)
+    dtype = next(executable.model.parameters()).dtype
+    found[str(dtype)] = sg.sample(executable, tiny_scheduler("ddim"), noise(2).to(dtype), **labels(1, 2))
+save_file(found, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_processes_compute_the_same_bits(ddim, tmp_path: Path, backend: str):
+    """Compiled by two processes that keep their regions in one place at once, taken from there, and compiled elsewhere."""
+    artifacts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_dit().to(dtype)
+        plan = sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2)
+        given = inputs(2) | {"hidden_states": noise(2).to(dtype)}
+        artifacts.append(tmp_path / f"artifact-{len(artifacts)}")
+        sg.compile(model, plan, given, "eager").save(artifacts[-1], with_weights=True)
+        options = json.loads((artifacts[-1] / "manifest.json").read_text())["options"]
+        rewrite(artifacts[-1], options=options | {"backend": backend})
+
+    def start(name: str, cache: str) -> tuple[subprocess.Popen, Path]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPGRAPH_CACHE": str(tmp_path / cache)}
+        environment.pop("STEPGRAPH_REGIONS", None)
+        command = [sys.executable, "-c", SAMPLE, str(TESTS), str(tmp_path / name), *map(str, artifacts)]
+        return subprocess.Popen(command, env=environment), tmp_path / name
+
+    running = [start("first", "kept"), start("beside", "kept")]
+    assert [process.wait(timeout=300) for process, _ in running] == [0, 0]
+    kept = {path: path.read_bytes() for path in (tmp_path / "kept" / "regions").glob("*")}
+    running += [start("again", "kept"), start("apart", "other")]
+    assert [process.wait(timeout=300) for process, _ in running] == [0, 0, 0, 0]
+    assert bool(kept) == (backend == "inductor")
+    assert {path: path.read_bytes() for path in (tmp_path / "kept" / "regions").glob("*")} == kept
+    first, *others = (load_file(path) for _, path in running)
+    assert {name: str(tensor.dtype) for name, tensor in first.items()} == {name: name for name in first}
+    assert len(first) == 2
+    for other in others:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+# -- fuzzing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_artifacts_are_refused_or_equal():
+    found = fuzz(150, seed=1)
+    assert found["crashes"] == []
+    assert found["files_written_elsewhere"] == 0
+    assert sum(found["outcomes"].values()) == 150
+    assert found["outcomes"]["wrong hash: refused"] > 15
+    assert found["outcomes"]["right hash: refused"] > 20
+    assert found["outcomes"]["right digest: refused"] > 10
+    assert found["outcomes"]["zip: refused"] > 15
+
+
+@pytest.mark.parametrize("check", ["refuse_model", "Factors.parse"])
+def test_the_fuzzer_notices_what_a_missing_check_lets_through(monkeypatch, check: str):
+    """Other weights or factors behind right hashes, accepted."""
+    if check == "refuse_model":
+        monkeypatch.setattr(fuzz_artifacts, "refuse_model", lambda *_: None)
+        # The factors' own check would notice the other weights.
+        monkeypatch.setattr(fuzz_artifacts, "compile_artifact", lambda *_: None)
+    else:
+        monkeypatch.setattr(fuzz_artifacts.Factors, "parse", lambda data, *_: SimpleNamespace(digest=hash(data)))
+    crashes = fuzz(150, seed=1)["crashes"]
+    assert crashes
+    assert {entry["file"] for entry in crashes} <= {"weights.safetensors", "factors.safetensors", "plan.json", "manifest.json"}

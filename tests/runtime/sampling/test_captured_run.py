@@ -1,0 +1,294 @@
+"""Captured runs, on a tape that stands for a CUDA graph: they give what the loop gives, or say why they are not there."""
+
+import threading
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+
+import stepgraph as sg
+from helpers.captures import REUSED, STEPS, planned, with_calls
+from helpers.corrections import factors_of, maps_of
+from helpers.oracle import Oracle, run_loop
+from helpers.tape import HostReadError, Tape
+from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
+from stepgraph.runtime.capture import cudagraph
+
+SCHEDULERS = {
+    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
+    "euler": diffusers.EulerDiscreteScheduler,
+    "flow": diffusers.FlowMatchEulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+}
+NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
+
+
+def compiled(dit, scheduler, actions=REUSED, guidance="none", **options) -> sg.Executable:
+    rows = 4 if guidance == "batched" else 2
+    return sg.compile(dit, planned(dit, scheduler, actions, guidance), inputs(rows), **({"backend": "eager"} | options))
+
+
+def two_prompts(exe, scheduler, scale=1.0, **options) -> list[torch.Tensor]:
+    """Two noises under two prompts, one after the other, and the first again."""
+    null = NULL if scale > 1 else {}
+    asked = [(0, labels(1, 2)), (1, labels(3, 4)), (0, labels(1, 2))]
+    return [sg.sample(exe, scheduler, noise(2, seed), scale, **given, **null, **options) for seed, given in asked]
+
+
+def assert_same(exe, scheduler, scale=1.0):
+    """Captured and not: the same bits, as the tape runs the same operations."""
+    wanted, got = (two_prompts(exe, scheduler, scale, capture=capture) for capture in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+    assert torch.equal(got[0], got[2])
+    assert not torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "scale"),
+    [
+        ("ddim", "none", 1.0), ("ddim", "batched", 3.0), ("euler", "separate", 3.0), ("flow", "batched", 3.0),
+        ("dpm++", "none", 1.0), ("dpm++", "separate", 3.0),
+    ],
+)  # fmt: skip
+def test_a_captured_run_is_the_loop(dit, tape, name, guidance, scale):
+    scheduler = SCHEDULERS[name]()
+    assert_same(compiled(dit, scheduler, guidance=guidance), scheduler, scale)
+    # One capture of the tables and one of the run, and nothing is left to the scheduler's own step.
+    assert [len(one.recorded) for one in tape] == [2]
+    assert tape[0].replayed == [0, 1] * 4
+
+
+def test_a_captured_run_is_the_oracle(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler)
+    got = two_prompts(exe, scheduler, capture=True)[1]
+    wanted = run_loop(Oracle.of(dit, exe.plan), scheduler, noise(2, 1), STEPS, 1.0, labels(3, 4), None)[0]
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_forecasts_increments_and_narrow_slots_are_captured(dit):
+    scheduler = SCHEDULERS["dpm++"]()
+    forecast = sg.forecast(planned(dit, scheduler), order=1)
+    assert "F" in "".join(forecast.rows)
+    exe = sg.compile(dit, forecast, inputs(2), backend="eager", slot_dtype="bfloat16")
+    assert_same(exe, scheduler)
+    factors = factors_of(dit, maps_of(dit))
+    plan = planned(dit, scheduler, {"attn": "CLCLCL", "ff": "CRLRCL"})
+    plan = replace(plan, header=replace(plan.header, factors=factors.digest))
+    assert_same(sg.compile(dit, plan, inputs(2), backend="eager", factors=factors), scheduler)
+
+
+@pytest.mark.parametrize("options", [{"hoist": False}, {"hoist_limit_mb": 0.0}])
+def test_without_tables_everything_is_in_the_run(dit, options):
+    scheduler = SCHEDULERS["ddim"]()
+    assert_same(compiled(dit, scheduler, **options), scheduler)
+
+
+def test_exact_tables_are_computed_step_by_step(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler, exact=True)
+    wanted, got = (two_prompts(exe, scheduler, fused_update=True, capture=capture) for capture in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
+def test_tables_follow_the_conditioning_and_only_that(dit, tape):
+    scheduler, given = SCHEDULERS["ddim"](), labels(1, 2)
+    exe = compiled(dit, scheduler)
+    results = [sg.sample(exe, scheduler, noise(2, seed), capture=True, **given) for seed in (0, 1, 0)]
+    # The comparison at the capture, then the first call; the others find the tables there.
+    assert tape[0].replayed == [0, 1, 0, 1, 1, 1]
+    given["class_labels"].fill_(7)
+    changed = sg.sample(exe, scheduler, noise(2), capture=True, **given)
+    assert tape[0].replayed[6:] == [0, 1]
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(changed, sg.sample(exe, scheduler, noise(2), **labels(7, 7)))
+    with torch.inference_mode():
+        unversioned = labels(1, 2)
+        for _ in range(2):
+            assert torch.equal(sg.sample(exe, scheduler, noise(2), capture=True, **unversioned), results[0])
+    assert tape[0].replayed[8:] == [0, 1, 0, 1]
+
+
+def test_a_captured_run_reads_the_weights_as_they_are(tape):
+    model, scheduler = tiny_dit(), SCHEDULERS["ddim"]()
+    exe = compiled(model, scheduler)
+    before = sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(2)
+    written = sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+    assert len(tape[0].recorded) == 2
+    assert torch.equal(written, sg.sample(exe, scheduler, noise(2), **labels(1, 2)))
+    # Weights that lie elsewhere are captured anew.
+    model.proj_out_2.weight.data = model.proj_out_2.weight.data / 2
+    moved = sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+    assert len(tape[0].recorded) == 4
+    assert torch.equal(moved, before)
+    assert not torch.equal(moved, written)
+
+
+def test_tables_follow_the_weights_they_are_made_of(tape):
+    """The conditioning is the same tensors in all runs; the weight is read by tables alone."""
+    model, scheduler, given = tiny_dit(), SCHEDULERS["ddim"](), labels(1, 2)
+    exe = compiled(model, scheduler)
+    before = sg.sample(exe, scheduler, noise(2), capture=True, **given)
+    with torch.no_grad():
+        model.transformer_blocks[0].norm1.linear.weight.mul_(3)
+    written = sg.sample(exe, scheduler, noise(2), capture=True, **given)
+    assert len(tape[0].recorded) == 2
+    assert not torch.equal(written, before)
+    assert torch.equal(written, sg.sample(exe, scheduler, noise(2), **given))
+
+
+def test_off_loading_is_declined(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    with pytest.raises(sg.CompileError, match="capture=True, but offload=True copies values on a stream of its own"):
+        sg.sample(compiled(dit, scheduler, offload=True), scheduler, noise(2), capture=True, **labels(1, 2))
+
+
+def test_scales_and_shapes_are_captures_of_their_own_and_the_oldest_makes_room(dit, tape):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler, {"ff": "CRCRCR"}, "batched")
+    for scale in (2.0, 3.0, 4.0, 5.0, 6.0, 6.0, 5.0, 2.0):
+        got = sg.sample(exe, scheduler, noise(2), scale, capture=True, **labels(1, 2), **NULL)
+        assert torch.equal(got, sg.sample(exe, scheduler, noise(2), scale, **labels(1, 2), **NULL))
+    # Five scales, of which four are kept: the first is captured again.
+    assert len(tape[0].recorded) == 2 * 6
+
+
+def test_threads_take_turns(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler)
+    wanted = {seed: sg.sample(exe, scheduler, noise(2, seed), **labels(seed, 2)) for seed in range(4)}
+    got = {}
+
+    def run(seed: int):
+        got[seed] = [sg.sample(exe, scheduler, noise(2, seed), capture=True, **labels(seed, 2)) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, wanted[seed]) for seed in wanted for result in got[seed])
+
+
+# -- declined --------------------------------------------------------------------------------------------------------------
+
+
+def clipping(monkeypatch):
+    return diffusers.DDIMScheduler(), {}
+
+
+def watched(monkeypatch):
+    return SCHEDULERS["ddim"](), {"on_step": lambda done, steps: None}
+
+
+def unfused(monkeypatch):
+    return SCHEDULERS["ddim"](), {"fused_update": False}
+
+
+def checked(monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_CHECK", "1")
+    return SCHEDULERS["ddim"](), {}
+
+
+def on_a_cpu(monkeypatch):
+    monkeypatch.delitem(cudagraph.RECORDERS, "cpu")
+    return SCHEDULERS["ddim"](), {}
+
+
+DECLINED = {
+    clipping: "DDIMScheduler is no fixed linear combination.*clip_sample=True",
+    watched: "on_step is called on the host after every step",
+    unfused: "the scheduler takes its own steps, on the host",
+    checked: "STEPGRAPH_CHECK=1 looks at every step's values",
+    on_a_cpu: "the latents are on cpu; graphs are captured on cuda",
+}
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_what_cannot_be_captured_is_declined(dit, tape, monkeypatch, case):
+    scheduler, options = case(monkeypatch)
+    exe = compiled(dit, scheduler)
+    with pytest.raises(sg.CompileError, match=f"capture=True, but .*{DECLINED[case]}.*leave it out to run the loop"):
+        sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2), **options)
+    assert tape == []
+    sg.sample(exe, scheduler, noise(2), **labels(1, 2), **options)
+
+
+def test_models_nested_tensors_and_autocast_are_declined(dit):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler)
+    with pytest.raises(sg.CompileError, match="DiTTransformer2DModel is not compiled"):
+        sg.sample(dit, scheduler, noise(2), steps=STEPS, capture=True, **labels(1, 2))
+    with pytest.raises(sg.CompileError, match="the input cross_attention_kwargs is a dict that holds tensors"):
+        sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2), cross_attention_kwargs={"scale": torch.ones(1)})
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(sg.CompileError, match="capture=True, but autocast is on"):
+        sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+
+
+def test_a_model_that_reads_on_the_host_is_declined_and_stays_so(dit, tape):
+    def reading(call):
+        return lambda *given: call(*given) if given[0][0].sum().item() < 1e9 else ()
+
+    scheduler = SCHEDULERS["ddim"]()
+    exe = with_calls(compiled(dit, scheduler), reading)
+    for _ in range(2):
+        with pytest.raises(sg.CompileError, match="capture=True, but the run cannot be captured: item while recording"):
+            sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+    assert len(tape[0].recorded) == 1
+    sg.sample(exe, scheduler, noise(2), **labels(1, 2))
+
+
+def test_a_run_that_depends_on_python_is_declined(dit):
+    """The comparison finds it: the loop that is captured is another than the one before."""
+    count = [0]
+
+    def counting(call):
+        def counted(*given):
+            count[0] += 1
+            return tuple(value * (1 + 1e-3 * count[0]) for value in call(*given))
+
+        return counted
+
+    scheduler = SCHEDULERS["ddim"]()
+    exe = with_calls(compiled(dit, scheduler), counting)
+    with pytest.raises(sg.CompileError, match=r"a replay of the captured run differs from the loop by .* of its norm"):
+        sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+
+
+def test_without_a_wish_the_second_run_is_captured():
+    """What runs once does not pay; and what was declined is not tried again."""
+    made, captured = [], cudagraph.Captured()
+
+    def make() -> str | list[int]:
+        made.append(1)
+        return [1]
+
+    def refuse() -> list[int]:
+        made.append(2)
+        raise cudagraph.CaptureError("no")
+
+    assert captured.find(("run", "a"), make, bool, at_once=False) is None
+    assert captured.find(("run", "a"), make, bool, at_once=False) == [1]
+    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
+    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
+    assert made == [1, 2]
+
+
+def test_the_tape_keeps_what_python_decided_and_refuses_host_reads():
+    x, out = torch.tensor([3.0, 1.0]), torch.zeros(2)
+    tape, factor = Tape(), 2.0
+    replay = tape.record(lambda: out.copy_((x * factor).flip(0) + x[0]))
+    factor = 5.0
+    x.copy_(torch.tensor([1.0, 10.0]))
+    replay()
+    assert out.tolist() == [21.0, 3.0]
+    reads = [
+        lambda: x.sum().item(), lambda: bool(x[0] > 1), lambda: x.tolist(), lambda: torch.equal(x, x), lambda: x.cpu(),
+        lambda: x.nonzero(), lambda: torch.tensor([1.0]), lambda: float(x[0]), lambda: x.numpy(),
+    ]  # fmt: skip
+    for read in reads:
+        with pytest.raises(HostReadError):
+            tape.record(read)

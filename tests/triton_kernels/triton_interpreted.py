@@ -1,0 +1,295 @@
+"""The Triton kernels in Triton's interpreter, against float64; run by test_triton_kernels.py in a process of its own.
+
+The interpreter is chosen when Triton is imported, for the whole process: TRITON_INTERPRET=1 python -m pytest this-file.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
+from stepgraph.ops import OPS
+from stepgraph.triton_kernels import declines
+from stepgraph.triton_kernels import lowrank_delta as delta_file
+from stepgraph.triton_kernels import lowrank_input as input_file
+from stepgraph.triton_kernels.launch import Machine
+from stepgraph.triton_kernels.lowrank_tiles import takes_single
+
+# Relative root mean square error. The interpreter truncates where it casts to bfloat16.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+FORMS = {"single": Machine(processors=1), "two": Machine(processors=132)}
+
+
+def widened(handle):
+    """The bits of bfloat16, which the interpreter keeps as uint16, as the float32 that they mean."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bfloat16_products():
+    """Without this the interpreter multiplies bfloat16's bit patterns as integers, and says nothing."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_dot
+    named = list(inspect.signature(original).parameters)
+    assert named == ["self", "a", "b", "d", "input_precision", "max_num_imprecise_acc"], "look at the patch again"
+    assert product() != 4.0, "the interpreter has learned bfloat16; remove the patch"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest))
+        assert product() == 4.0
+        assert "computes wrongly" in declines.modulated_norm(*(torch.ones(1, 1, 8, dtype=torch.bfloat16) for _ in range(3)))
+        patch.setattr(declines, "INTERPRETED", declines.DTYPES)
+        yield
+
+
+@triton.jit
+def product_kernel(x_ptr, out_ptr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x))
+
+
+def product() -> float:
+    """An element of the product of two matrices of halves [16, 16] in bfloat16: 4."""
+    out = torch.empty(16, 16)
+    product_kernel[(1,)](torch.full((16, 16), 0.5, dtype=torch.bfloat16), out)
+    return out[0, 0].item()
+
+
+@pytest.fixture(autouse=True)
+def _only_triton(monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
+
+
+@pytest.fixture(params=list(FORMS))
+def form(request, monkeypatch) -> str:
+    for file in (delta_file, input_file):
+        monkeypatch.setattr(file, "machine", lambda device: FORMS[request.param])
+    return request.param
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def wide(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    return [wide(item) for item in value] if isinstance(value, list) else value
+
+
+def check(name: str, dtype: torch.dtype, *args, **kwargs):
+    """Run an operation with the Triton provider; its results are those of the reference in float64."""
+    op = OPS[name]
+    assert op.choose(*args, **kwargs).name == "triton"
+    found = op(*args, **kwargs)
+    wanted = op.reference(*wide(list(args)), **{key: wide(value) for key, value in kwargs.items()})
+    for one, other in zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]:
+        assert one.shape == other.shape
+        assert one.is_contiguous()
+        # Nothing that was left unwritten, which is NaN here, passes this.
+        assert ((one.double() - other).norm() / other.norm()).item() < TOLERANCE[dtype]
+    return found
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """The same values with rows that do not follow each other."""
+    held = torch.full((*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 5), float("nan"), dtype=x.dtype)
+    held[..., : x.shape[-2], : x.shape[-1]] = x
+    return held[..., : x.shape[-2], : x.shape[-1]]
+
+
+MODULATIONS = [(2, 70), (2, 1, 70), (1, 1, 70), (70,), (1, 37, 70), (2, 37, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MODULATIONS)
+def test_modulated_norm(dtype, shape):
+    x, scale, shift = random(2, 37, 70, dtype=dtype), random(*shape, dtype=dtype), random(2, 70, dtype=dtype)
+    check("modulated_norm", dtype, x, scale, shift)
+    # Columns of one table of six, as adaLN makes them.
+    table = random(2, 6 * 70, dtype=dtype)
+    check("modulated_norm", dtype, padded(x), *table.chunk(6, dim=-1)[2:4], 1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 33, 1152, 4100])
+def test_modulated_norm_widths(channels):
+    shifted = random(3, 5, channels) + 3
+    # One channel is normalised to zero: the shift is all there is.
+    check("modulated_norm", torch.float32, shifted, random(3, channels), random(3, channels), eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rank"), [((2, 33, 65), 20), ((40, 130), 1), ((1, 70, 256), 130), ((2, 3, 5, 96), 48)])
+def test_lowrank_input(dtype, shape, rank, form):
+    x, b = random(*shape, dtype=dtype), random(rank, shape[-1], dtype=dtype)
+    p = check("lowrank_input", dtype, x, b)
+    assert p.dtype == torch.float32
+    # Accumulated and kept in float32, whatever the inputs are.
+    exact = x.double() @ b.double().T
+    assert ((p.double() - exact).norm() / exact.norm()).item() < 1e-6
+    if len(shape) < 4:
+        assert torch.equal(OPS["lowrank_input"](padded(x), b), p)
+
+
+def case(shape, ranks, columns, dtype, modulated=False, gated=False):
+    """Arguments of lowrank_delta with a changed input, the unchanged input, and the named arguments."""
+    batch, tokens, channels = shape
+    x = random(*shape, dtype=dtype)
+    b = random(sum(ranks), channels, dtype=dtype, scale=channels**-0.5)
+    a = [random(out, rank, dtype=dtype, scale=rank**-0.5) for out, rank in zip(columns, ranks)]
+    y = [random(batch, tokens, out, dtype=dtype) for out in columns]
+    named, seen = {}, x
+    if modulated:
+        named = {"scale": random(batch, channels, dtype=dtype, scale=0.3), "shift": random(1, 1, channels, dtype=dtype)}
+        seen = OPS["modulated_norm"](x, *named.values())
+    if gated:
+        named |= {"gate": random(batch, columns[0], dtype=dtype), "residual": random(batch, tokens, columns[0], dtype=dtype)}
+    p = OPS["lowrank_input"](seen, b)
+    changed = x + random(*shape, dtype=dtype, scale=0.3)
+    return (changed, y, p, a, b), x, named
+
+
+CASES = [
+    ((2, 33, 65), (20,), (70,)),
+    ((1, 40, 100), (130,), (96,)),
+    ((2, 64, 130), (48,), (130,)),
+    ((1, 1, 40), (1,), (24,)),
+    ((2, 33, 130), (20, 48, 1), (70, 64, 130)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("modulated", "gated"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("shape", "ranks", "columns"), CASES)
+def test_lowrank_delta(dtype, form, shape, ranks, columns, modulated, gated):
+    gated = gated and len(ranks) == 1
+    args, unchanged, named = case(shape, ranks, columns, dtype, modulated, gated)
+    assert takes_single(shape[0] * shape[1], ranks, dtype, FORMS[form]) == (
+        form == "single" and (dtype != torch.float32 or max(ranks) <= 64)
+    )
+    check("lowrank_delta", dtype, *args, **named)
+    (_, y, *rest) = args
+    found = OPS["lowrank_delta"](unchanged, y, *rest, **named)
+    # Nothing changed: the stored outputs to the last bit, or what the gate makes of them.
+    wanted = [OPS["gated_residual"](named["residual"], [named["gate"]], y)] if gated else y
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lowrank_delta_of_rows_apart(dtype, form):
+    (x, y, *rest), _, named = case((2, 33, 65), (20,), (70,), dtype, True, True)
+    wanted = OPS["lowrank_delta"](x, y, *rest, **named)
+    named["residual"] = padded(named["residual"])
+    found = check("lowrank_delta", dtype, padded(x), [padded(y[0])], *rest, **named)
+    assert torch.equal(found[0], wanted[0])
+    # Stored as [B, H, N, C] and read as [B, N, H, C] is no view that the kernels can walk.
+    other = random(1, 8, 4, 65, dtype=dtype).transpose(1, 2)
+    assert "not contiguous" in OPS["lowrank_input"].providers["triton"].declines(other, rest[2])
+
+
+def test_lowrank_delta_at_full_rank_is_the_linear_map(form):
+    weight, x, stored = random(48, 32), random(2, 40, 32), random(2, 40, 32)
+    args = (x, [stored @ weight.T], OPS["lowrank_input"](stored, torch.eye(32)), [weight], torch.eye(32))
+    torch.testing.assert_close(OPS["lowrank_delta"](*args)[0], x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_can_be_split(monkeypatch):
+    machine = Machine(processors=8)
+    for file in (delta_file, input_file):
+        monkeypatch.setattr(file, "machine", lambda device: machine)
+    args, _, _ = case((2, 70, 64), (16, 20), (300, 70), torch.float16)
+    seen, launch = [], delta_file.launch
+    monkeypatch.setattr(delta_file, "launch", lambda *given, **named: (seen.append(given[3].block), launch(*given, **named)))
+    check("lowrank_delta", torch.float16, *args)
+    assert [block["SPLITS"] for block in seen] == [1]
+    monkeypatch.setattr(delta_file, "machine", lambda device: Machine(processors=12))
+    check("lowrank_delta", torch.float16, *args)
+    assert [block["SPLITS"] for block in seen] == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
+def test_gated_residual(dtype, count):
+    values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
+    gates = [random(*MODULATIONS[i % len(MODULATIONS)], dtype=dtype) for i in range(count)]
+    x = random(2, 37, 70, dtype=dtype)
+    found = check("gated_residual", dtype, x, gates, values)
+    if count <= 8:
+        assert torch.equal(OPS["gated_residual"](padded(x), gates, [padded(value) for value in values]), found)
+
+
+@pytest.mark.parametrize("channels", [5, 128, 1152, 3000])
+def test_gated_residual_widths(channels):
+    check("gated_residual", torch.float32, random(3, 7, channels), [random(3, channels)], [random(3, 7, channels)])
+    rows = random(7, channels)
+    check("gated_residual", torch.float32, rows, [random(channels), random(7, channels)], [rows + 1, rows - 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("constant", [0, 1])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_linear_combination(dtype, count, constant, per_channel):
+    values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
+    coefficients = random(count + constant, *([70] if per_channel else []))
+    found = check("linear_combination", dtype, values, coefficients)
+    assert torch.equal(OPS["linear_combination"]([padded(value) for value in values], coefficients), found)
+
+
+def test_linear_combination_of_latents():
+    values = [random(2, 4, 9, 9) for _ in range(3)]
+    check("linear_combination", torch.float32, values, random(4))
+    check("linear_combination", torch.float32, values, random(3, 9))
+    check("linear_combination", torch.float32, [random(5), random(5)], random(2))
+
+
+def test_nothing_in_nothing_out():
+    empty, row = torch.empty(2, 0, 8), random(2, 8)
+    assert OPS["modulated_norm"](empty, row, row).shape == (2, 0, 8)
+    assert OPS["gated_residual"](empty, [row], [empty]).shape == (2, 0, 8)
+    assert OPS["linear_combination"]([empty], random(1)).shape == (2, 0, 8)
+    p = OPS["lowrank_input"](empty, random(3, 8))
+    assert OPS["lowrank_delta"](empty, [empty], p, [random(8, 3)], random(3, 8), row, row)[0].shape == (2, 0, 8)
+
+
+def test_compiles_in_one_graph():
+    (x, y, p, a, b), _, named = case((2, 33, 65), (20, 16), (70, 65), torch.float32, True)
+    delta = OPS["lowrank_delta"].choose(x, y, p, a, b, **named).run
+    norm = OPS["modulated_norm"].choose(x, *named.values()).run
+
+    def chain(x, first, second):
+        changed = delta(norm(x * 2, *named.values()), [first, second + 1], p, a, b, **named)
+        return [torch.relu(changed[0]), changed[1]]
+
+    torch._dynamo.reset()
+    found = torch.compile(chain, fullgraph=True, backend="aot_eager")(x, *y)
+    assert all(torch.equal(one, other) for one, other in zip(found, chain(x, *y), strict=True))
+
+
+def test_operators_agree_with_their_schemas():
+    args, _, named = case((2, 9, 33), (4, 5), (6, 7), torch.float32, True)
+    for name, given, keywords in [
+        ("lowrank_delta", args, named),
+        ("lowrank_input", (args[0], args[4]), {}),
+        ("modulated_norm", (args[0], *named.values()), {}),
+        ("gated_residual", (args[0], [named["scale"]], [args[0]]), {}),
+        ("linear_combination", ([args[0], args[0]], random(2)), {}),
+    ]:
+        operator = OPS[name].choose(*given, **keywords).run
+        torch.library.opcheck(operator, given, keywords, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_whole_run_of_the_shipped_model(monkeypatch):
+    """Two steps of glyph-dit, the second of them corrected, with every operation in Triton."""
+    monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
+    drift, providers = run_glyph_dit(steps=2)
+    assert drift < 1e-5
+    assert set(providers) == {f"{op} by triton" for op in OPERATIONS}
