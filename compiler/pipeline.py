@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.interfaces.pass_context import PassContext, coefficient_dtype
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.interfaces.program_context import ProgramContext
 from stepgraph.compiler.lowering.lower import lower
-from stepgraph.compiler.models import family_of
-from stepgraph.compiler.passes.fold_sums import fold_sums
-from stepgraph.compiler.passes.hoist_conditioning import Inputs, hoist
-from stepgraph.compiler.passes.merge_projections import merge_projections
-from stepgraph.compiler.passes.split_projections import split_projections
 from stepgraph.compiler.specializing.bind_factors import bind_factors
-from stepgraph.compiler.specializing.specialize import PASSES, Specialized, dump, numbered_forecasts, specialize
-from stepgraph.compiler.tracing.describe import marked_graph, refuse_other_inputs, refuse_other_sites
-from stepgraph.compiler.tracing.pause_collector import collector_paused
+from stepgraph.compiler.specializing.coefficients import coefficients_of
+from stepgraph.compiler.specializing.specialize import rewrite_model, rewrite_program, specialize
+from stepgraph.compiler.tracing.collector_paused import collector_paused
+from stepgraph.compiler.tracing.describe import refuse_other_inputs, refuse_other_sites
+from stepgraph.compiler.tracing.graphs import macs_of
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
-from stepgraph.env import get_logger, read_env
+from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.inputs import flat_inputs
+from stepgraph.node_facts import PROVIDER, output_of
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 from stepgraph.plan.liveness import MAPS
@@ -33,25 +33,28 @@ from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.memory.layout import kept_dtype, lay_out
 from stepgraph.runtime.memory.slots import assign_slots
 from stepgraph.runtime.program.packed_linear import packs
-from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan, signature
-from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
 from stepgraph.runtime.session.compiled import parts_of
 
 
 def compile_plan(
-    model: nn.Module, plan: CachePlan, example_inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
+    model: nn.Module,
+    plan: CachePlan,
+    example_inputs: Mapping[str, Any],
+    config: CompileConfig,
+    factors: Factors | None = None,
+    traced: TracedModel | None = None,
 ) -> Executable:
-    """Compile a plan for a model (`stepgraph.compile`)."""
+    """Compile a plan for a model (`stepgraph.compile`); `traced` hands on graphs that were made of this very model before."""
     refuse_other_model(plan.header, model)
-    if read_env().check:
-        refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
+    refuse_nan_weights(model)
 
-    def build(inputs: Mapping[str, Any]) -> Program:
+    def build(inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
         with collector_paused():
-            return build_program(model, plan, inputs, config, factors)
+            return build_program(TracedModel.of(model, traced), plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
-    program = build(inputs)
+    program = build(inputs, traced)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
@@ -59,64 +62,56 @@ def compile_plan(
 
 
 def build_program(
-    model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
+    traced: TracedModel, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
 ) -> Program:
     """All stages for inputs of one signature."""
-    clock = _Clock()
-    refuse_other_inputs(plan, inputs, family_of(model).unbatched)
+    clock, model, family = _Clock(), traced.model, traced.family
+    refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
 
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
-    marked = marked_graph(model, inputs)
+    marked = traced.marked(inputs)
     refuse_other_sites(plan, marked)
-    # Where two values meet in one projection, each is stored as its own part of the product.
-    if not config.exact and split_projections.__name__ not in read_env().disabled_passes:
-        marked = split_projections(marked, model, plan)
+    # What the plan stores of some values becomes another value there.
+    example = flat_inputs(inputs)
+    marked = rewrite_model(marked, model, plan, config, example)
     # Sizes are measured on this model; a plan file only reports them.
     plan, groups = bind_factors(replace(plan, sites=marked.sites), marked, model, factors)
     clock.stage("trace")
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
-    specialized = specialize(marked, model, plan, flat_inputs(inputs), groups, config.exact)
-    results, folded = marked.trace.output_spec.num_leaves, frozenset[int]()
-    if not config.exact and fold_sums.__name__ not in read_env().disabled_passes:
-        specialized, folded = fold_sums(specialized, results)
-    slots = assign_slots(plan, folded)
+    rows = specialize(marked, model, plan, example, groups, config)
     constants = coefficients_of(plan, factors, next(model.parameters()))
-    macs = [specialized.macs(i) for i in range(len(specialized.graphs))]
+    macs = [macs_of(gm.graph.nodes) for gm in rows.graphs]
     clock.stage("specialize")
 
-    # What depends on the prompt or the timestep alone leaves the loop.
-    hoisted, tables = hoist_tables(specialized, model, plan, marked.trace.inputs, config)
+    # Over all rows: what is only added up is one stored sum, what depends on the prompt or the timestep alone leaves the loop.
+    results = marked.trace.output_spec.num_leaves
+    limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
+    steps = 1 if config.exact else plan.steps
+    context = ProgramContext(tuple(marked.trace.inputs), results, steps, family.timestep, limit, packs)
+    rewrite_program(rows, plan, context, config, example, constants)
+    slots = assign_slots(plan, rows.folded)
     clock.stage("hoist")
 
-    # What reads one value in the loop is multiplied with it at once.
-    if config.merge and config.packs and merge_projections.__name__ not in read_env().disabled_passes:
-        for number, gm in enumerate(specialized.graphs):
-            merge_projections(gm, packs)
-            dump(gm, read_env(), number, len(PASSES) + 2, merge_projections.__name__)
-
-    # Graphs become code and callables last, when nothing rewrites them any more.
-    for gm in specialized.graphs:
-        gm.recompile()
-    stacks = family_of(model).stacks
-    lowered = lower(specialized.graphs, config, lambda path: any(stack.holds(path) for stack in stacks), results)
+    # Graphs become callables last, when nothing rewrites them any more.
+    lowered = lower(rows.graphs, config, family.holds_block, results)
     variants = tuple(
-        Variant(run, gm, context.row, macs[i], providers_of(gm), tables[i])
-        for i, (run, gm, context) in enumerate(zip(lowered.runs, specialized.graphs, specialized.contexts, strict=True))
+        Variant(run, gm, row_context.row, macs[i], providers_of(gm), rows.tables[i])
+        for i, (run, gm, row_context) in enumerate(zip(lowered.runs, rows.graphs, rows.contexts, strict=True))
     )
-    kept = [tensors_kept(gm, context, results, config.storage) for gm, context in zip(specialized.graphs, specialized.contexts)]
+    stored = [tensors_stored(gm, row_context, results, config.storage) for gm, row_context in zip(rows.graphs, rows.contexts)]
     work = max(run.work_bytes for run in lowered.runs)
-    layout = lay_out(slots, [kept[i] for i in specialized.rows], len(plan.header.branches), work, config.offload)
+    layout = lay_out(slots, [stored[i] for i in rows.rows], len(plan.header.branches), work, config.offload)
     clock.stage("lower")
     get_logger("pipeline").info("%d variants for %d steps: %s", len(variants), plan.steps, clock.seconds)
     return Program(
         plan=plan,
         input_names=tuple(marked.trace.inputs),
         variants=variants,
-        rows=specialized.rows,
+        rows=rows.rows,
         slots=slots,
-        folded=folded,
+        folded=rows.folded,
         layout=layout,
         constants=constants,
         results=results,
@@ -124,62 +119,29 @@ def build_program(
         batch=marked.batch,
         macs_total=marked.macs * marked.batch,
         seconds=clock.seconds,
-        hoisted=hoisted,
+        hoisted=rows.hoisted,
         regions=lowered.regions,
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 
 
-def hoist_tables(
-    specialized: Specialized, model: nn.Module, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig
-) -> tuple[Hoisted | None, tuple[tuple[int, ...], ...]]:
-    """What is computed before the loop, and the tables that each variant takes."""
-    if not config.hoist:
-        return None, ((),) * len(specialized.graphs)
-    limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
-    steps = 1 if config.exact else plan.steps
-    hoisted, tables = hoist(specialized.graphs, Inputs(tuple(inputs)), steps, family_of(model).timestep, limit)
-    for variant, gm in enumerate(specialized.graphs):
-        dump(gm, read_env(), variant, len(PASSES) + 1, "hoist")
-    return hoisted, tables
-
-
-def coefficients_of(
-    plan: CachePlan, factors: Factors | None, weight: torch.Tensor
-) -> tuple[tuple[tuple[torch.Tensor, ...], ...], ...]:
-    """Per step and branch, the tensors of the forecasts' coefficients, on the weights' device."""
-    dtype, steps = coefficient_dtype(weight.dtype), []
-    for step in range(plan.steps):
-        used = {number: (i, forecast) for i, (forecast, number) in numbered_forecasts(plan, step).items()}
-        branches = []
-        for branch in range(len(plan.header.branches)):
-            tensors = []
-            for _, (i, forecast) in sorted(used.items()):
-                affine = factors.affine if factors is not None else {}
-                given = affine[f"{plan.sites[i].name}/{step}"] if forecast.per_channel else forecast.coefficients[branch]
-                tensors.append(torch.as_tensor(given, dtype=dtype, device=weight.device))
-            branches.append(tuple(tensors))
-        steps.append(tuple(branches))
-    return tuple(steps)
-
-
-def tensors_kept(
+def tensors_stored(
     gm: fx.GraphModule, context: PassContext, results: int, storage: torch.dtype | None
 ) -> list[list[tuple[torch.Tensor, torch.dtype]]]:
     """Of every value that a variant stores, its tensors and the dtypes they are kept in."""
-    (outputs,) = next(iter(reversed(gm.graph.nodes))).args
-    rest = iter(outputs[results:])
-    kept = []
+    (outputs,) = output_of(gm.graph).args
+    rest = iter(outputs[results:])  # type: ignore[index]
+    stored = []
     for site, part in context.stores:
         count = sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1
         values = [node.meta["val"] for node in islice(rest, count)]
-        kept.append([(value, kept_dtype(value, part, storage)) for value in values])
-    return kept
+        stored.append([(value, kept_dtype(value, part, storage)) for value in values])
+    return stored
 
 
 def providers_of(gm: fx.GraphModule) -> dict[str, int]:
     """The fused operations of a graph and who runs them, with the number of calls."""
-    return dict(Counter(node.meta["provider"] for node in gm.graph.nodes if "provider" in node.meta))
+    return dict(Counter(str(node.meta[PROVIDER]) for node in gm.graph.nodes if PROVIDER in node.meta))
 
 
 def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -22,12 +22,12 @@ from rich.table import Table
 from stepgraph.bench.quality.paired import Host
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.router_states import Trajectories
-from stepgraph.compiler.routers.soft_model import SoftModel
 from stepgraph.compiler.routers.train_router import train_router
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 
 if TYPE_CHECKING:
@@ -171,11 +171,11 @@ def loss_against_image(host: Host, base: CachePlan, router: Router, progress: Pr
     bar = progress.add_task("loss against image", total=len(steps) * len(kinds))
     states = Trajectories(host.model, host.scheduler, host.steps, 64, 64, 0.0, seed=7)
     generator = torch.Generator().manual_seed(0)
-    soft: SoftModel | None = None
+    soft: MixedModel | None = None
     rows = []
     for step in steps:
         window = states.window(torch.full((64,), step - 1), 1, generator)
-        soft = soft or SoftModel(host.model, marked_graph(host.model, window.inputs[0]))
+        soft = soft or MixedModel(host.model, marked_graph(host.model, window.inputs[0]))
         _, stored = soft.fill(window.inputs[0])
         for kind in kinds:
             reused = torch.zeros(len(router.full), len(router.sites), dtype=torch.bool)

@@ -16,8 +16,9 @@ from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.calibration.time_sites import time_sites
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.fingerprint import config_of, model_dtype
@@ -47,6 +48,7 @@ def calibrate(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    traced: TracedModel | None = None,
 ) -> CalibrationStats:
     """Run the sampler and average over the samples how each site changes from step to step.
 
@@ -64,7 +66,8 @@ def calibrate(
         conditioning: As for `stepgraph.sample`, `samples` rows each, `negative_<name>` too with guidance. The example
             conditioning of the model's family unless given (classes in turn for DiT).
         inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
-        provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does.
+        provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does, and no site is
+            timed (`ms` is NaN).
         metrics: Rates to measure beside those of `stepgraph.compiler.calibration.rates`, by name.
         channels: Whether to keep per-channel means of all linear maps, which needs the memory of one step's activations.
         lags: Over how many steps changes are measured, K; at least 1.
@@ -73,6 +76,7 @@ def calibrate(
         checkpoint: A file that the sums go to after every sample, and from which an interrupted call takes them up; with
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
+        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Memory holds the sites' values of `lags` + 2 steps, whatever the number of steps and samples, and of the current run's other
     steps at most 2048 elements of each value, for the similarities of any two steps.
@@ -95,13 +99,13 @@ def calibrate(
     if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
         raise PlanError(f"lags is {lags!r}; expected a whole number of at least 1")
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
-    marked = marked_graph(model, inputs)
+    traced = TracedModel.of(model, traced)
+    marked, family = traced.marked(inputs), traced.family
     header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if provisional is not None and tuple(provisional.shape) != (evaluations, len(marked.sites)):
         raise PlanError(f"provisional is {list(provisional.shape)}; expected [{evaluations}, {len(marked.sites)}]")
-    family = family_of(model)
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
@@ -136,7 +140,11 @@ def calibrate(
         done += 1
         progress.save(observer, done)
     tables = _finished(observer, header, marked, samples, latents.device)
-    tables["ms"] = time_sites(model, marked, inputs)
+    # A second phase is asked for its rates alone.
+    timed = provisional is None
+    tables["ms"] = (
+        time_sites(model, marked, inputs) if timed else torch.full((len(marked.sites),), torch.nan, dtype=torch.float64)
+    )
     if family.embedding is None:
         tables["embedding"] = torch.full((evaluations,), torch.nan, dtype=torch.float64)
     kept = {name: tables.pop(name) for name in list(tables) if name in observer.channels.sums}

@@ -9,14 +9,9 @@ from torch import fx, nn
 
 from stepgraph.compiler.calibration.rates import Metric, over
 from stepgraph.compiler.calibration.stats import table_shapes
-from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.passes.erase_markers import erase_markers
-from stepgraph.compiler.passes.store_site import store_site
-from stepgraph.compiler.tracing.graphs import storages_of, written_storages
 from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.plan import COMPUTE
-from stepgraph.plan.liveness import VALUE
+from stepgraph.compiler.tracing.watched_graph import watched_graph
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
 STACK = 2**24
@@ -51,21 +46,12 @@ class Observer(nn.Module):
         self.observed, self.timestep = model, timestep
         self.names = tuple(marked.trace.inputs)
         self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional, lags)
-        every = tuple(range(len(marked.sites)))
-        stores = tuple((i, VALUE) for i in every)
-        context = PassContext(marked.sites, COMPUTE * len(every), (), stores, written_storages(marked.graph))
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(marked.graph, {}))
-        self.graph = marked.trace.bind(model, graph)
-        mapped = {node.name for node in maps_of_sites(marked, model)} if channels else set()
-        linears = [node for node in self.graph.graph.nodes if node.name in mapped]
+        linears = list(maps_of_sites(marked, model)) if channels else []
         inputs = list(dict.fromkeys(node.all_input_nodes[0] for node in linears))
-        embedded = _embedding(self.graph.graph, marked, embedding)
+        embedded = _embedding(marked, embedding)
         self.results = marked.trace.output_spec.num_leaves
-        store_site(self.graph, context)
-        _return_too(self.graph.graph, [*embedded, *inputs, *linears], context.written)
-        erase_markers(self.graph, context)
-        self.graph.recompile()
+        values = [(node, None) for node in (*embedded, *inputs, *linears)]
+        self.graph = watched_graph(marked, model, range(len(marked.sites)), values)
         self.embeds = bool(embedded)
         joint = {node: number for number, node in enumerate(inputs)}
         self.channels = ChannelSums(
@@ -266,21 +252,9 @@ def _stackable(values: Sequence[torch.Tensor]) -> list[list[int]]:
     return [columns for stacks in found.values() for columns in stacks]
 
 
-def _embedding(graph: fx.Graph, marked: MarkedGraph, path: str | None) -> list[fx.Node]:
+def _embedding(marked: MarkedGraph, path: str | None) -> list[fx.Node]:
     """The node whose value is the timestep embedding that a module computes."""
-    original = marked.trace.calls[path, 0].outputs[0] if path is not None else None
-    return [node for node in graph.nodes if original is not None and node.name == original.name][:1]
-
-
-def _return_too(graph: fx.Graph, nodes: Sequence[fx.Node], written: frozenset[int]) -> None:
-    """Append values to the graph's outputs; copied where the graph writes to them later."""
-    output = next(iter(reversed(graph.nodes)))
-    kept = []
-    for node in nodes:
-        value = node
-        if storages_of(node) & written:
-            with graph.inserting_after(node):
-                value = graph.call_method("clone", (node,))
-            value.meta |= {"val": node.meta["val"]}
-        kept.append(value)
-    output.args = ((*output.args[0], *kept),)
+    if path is None:
+        return []
+    original = marked.trace.calls[path, 0].outputs[0]
+    return [node for node in marked.graph.nodes if node.name == original.name][:1]

@@ -7,15 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from stepgraph.compiler.calibration.calibrate import calibrate, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan, runs_model
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.list_policies import describe_policy
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.compiler.tracing.describe import example_inputs, make_header
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CompileError, PlanError
@@ -86,7 +85,9 @@ def accelerate(
         refuse_stochastic(pipe.scheduler, steps)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
     runs = {**settings, "conditioning": digest(conditioning)}
-    circumstances = _circumstances(transformer, pipe.scheduler, steps)
+    # One graph of each signature serves the header, the calibration and the compiler.
+    traced, inputs = TracedModel(transformer), example_inputs(transformer, batch)
+    circumstances = asdict(make_header(transformer, pipe.scheduler, steps, traced.marked(inputs)))
     measured = POLICIES[policy].wants_stats(own)
 
     def unfinished(file: Path) -> Path:
@@ -95,7 +96,7 @@ def accelerate(
     def measure() -> CalibrationStats:
         return calibrate(
             transformer, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
-            checkpoint=unfinished(stats_file), on_step=on_step, **settings,
+            checkpoint=unfinished(stats_file), on_step=on_step, traced=traced, **settings,
         )  # fmt: skip
 
     def decide() -> CachePlan:
@@ -103,7 +104,7 @@ def accelerate(
         unfinished(stats_file).unlink(missing_ok=True)
         return make_plan(
             policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, **own,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, traced=traced, **own,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
@@ -117,7 +118,7 @@ def accelerate(
     plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
     plan = _kept(plan_file, CachePlan.load, decide)
     unfinished(plan_file).unlink(missing_ok=True)
-    executable = compile_plan(transformer, plan, example_inputs(transformer, batch), CompileConfig(backend, exact))
+    executable = compile_plan(transformer, plan, inputs, CompileConfig(backend, exact), traced=traced)
     return executable.attach(pipe)
 
 
@@ -152,11 +153,6 @@ def _contents(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the files that arguments name: what a file holds can change under its name."""
     files = {name: Path(value) for name, value in arguments.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-
-
-def _circumstances(model: nn.Module, scheduler: Any, steps: int) -> dict[str, Any]:
-    """What statistics and plans depend on beside their own arguments."""
-    return asdict(make_header(model, scheduler, steps, marked_graph(model)))
 
 
 def _key(facts: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.planning.services import SERVICES, Services
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.tracing.describe import branches_of, make_header, marked_graph
+from stepgraph.compiler.tracing.describe import branches_of, make_header
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
@@ -39,6 +40,7 @@ def make_plan(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    traced: TracedModel | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -58,6 +60,7 @@ def make_plan(
         checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
             delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
+        traced: Graphs that were made of this very model before, so that it is not traced again.
         **arguments: The policy's own.
 
     Raises:
@@ -79,10 +82,11 @@ def make_plan(
     else:
         if not allow_stochastic:
             refuse_stochastic(scheduler, steps)
-        marked = marked_graph(model, example_inputs)
+        traced = TracedModel.of(model, traced)
+        marked = traced.marked(example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
     services = Services(
-        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step
+        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step, traced
     )
     offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)

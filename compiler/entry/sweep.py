@@ -12,6 +12,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
 from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import config_of, model_dtype
@@ -67,7 +68,13 @@ def sweep(
     # A model that cannot be sampled by name is refused before any work.
     runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
     guidance = "batched" if guidance_scale > 1 else "none"
-    base = {"model": model, "scheduler": scheduler, "steps": stats.header.steps if steps is None and stats else steps}
+    traced = TracedModel(model)
+    base = {
+        "model": model,
+        "scheduler": scheduler,
+        "traced": traced,
+        "steps": stats.header.steps if steps is None and stats else steps,
+    }
     plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
     shorter = _neighbours(plans, scheduler)
     # Values that make the same plan are run once, under the first one's name.
@@ -85,7 +92,7 @@ def sweep(
     )
     errors = {}
     for i in distinct:
-        executable = compile_plan(model, plans[i], example_inputs(model, runs.rows), CompileConfig("eager"))
+        executable = compile_plan(model, plans[i], example_inputs(model, runs.rows), CompileConfig("eager"), traced=traced)
         errors[plans[i].rows] = runs.error(f"{', '.join(knobs)} = {values[i]}", executable, header.steps)
     points = tuple(
         SweepPoint(branches * plan.summary().macs, *errors[plan.rows], value, plan)

@@ -17,10 +17,10 @@ from stepgraph.compiler.calibration.calibrate import check_guidance, check_sampl
 from stepgraph.compiler.calibration.trajectory import Trajectory
 from stepgraph.compiler.forecast.correct import with_cells
 from stepgraph.compiler.forecast.least_squares import least_squares
-from stepgraph.compiler.forecast.true_values import TrueValues
+from stepgraph.compiler.forecast.site_values import SiteValues
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.specializing.specialize import numbered_forecasts
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.specializing.coefficients import numbered_forecasts
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import model_dtype
@@ -99,6 +99,7 @@ def fit_in_closed_loop(
     runs: Runs,
     factors: Factors | None = None,
     per_channel: bool = False,
+    traced: TracedModel | None = None,
 ) -> Fitted:
     """Fit the coefficients of some FORECASTs of a plan, step after step.
 
@@ -113,6 +114,7 @@ def fit_in_closed_loop(
         runs: What is sampled.
         factors: Where the plan has LOWRANK sites.
         per_channel: Whether every channel gets coefficients of its own.
+        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: Another model or scheduler than the plan's, a stochastic one, or settings that do not go with the plan.
@@ -130,7 +132,7 @@ def fit_in_closed_loop(
     noise = noise.to(weight.device, model_dtype(model))
     given = conditioning_of(model, runs.conditioning, runs.samples, guided, weight.device)
     own, full = (Trajectory(plan.header, model, scheduler, noise, runs.guidance_scale, given) for _ in range(2))
-    loop = ClosedLoop(plan, model, cells, own.inputs()[0], runs, factors, per_channel)
+    loop = ClosedLoop(plan, model, cells, own.inputs()[0], runs, factors, per_channel, traced)
     with torch.no_grad():
         for step in range(plan.steps):
             loop.step(own, full)
@@ -155,14 +157,16 @@ class ClosedLoop:
         runs: Runs,
         factors: Factors | None,
         per_channel: bool,
+        traced: TracedModel | None = None,
     ) -> None:
         self.plan, self.cells, self.runs, self.per_channel = plan, dict(cells), runs, per_channel
         self.fitted = Fitted()
         sites = () if runs.target == STATE else sorted({i for _, i in cells})
-        self.whole = TrueValues(marked_graph(model, inputs), model, sites)
-        self.session = self._compiled(model, inputs, factors)
+        traced = TracedModel.of(model, traced)
+        self.whole = SiteValues(traced.marked(inputs), model, sites)
+        self.session = self._compiled(traced, inputs, factors)
 
-    def _compiled(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], factors: Factors | None) -> Session:
+    def _compiled(self, traced: TracedModel, inputs: Mapping[str, torch.Tensor], factors: Factors | None) -> Session:
         """A session of the plan with placeholders."""
         forecasts, affine, branches = {}, dict[str, torch.Tensor](), len(self.plan.header.branches)
         for (step, i), terms in self.cells.items():
@@ -173,7 +177,7 @@ class ClosedLoop:
         plan = with_cells(self.plan, dict.fromkeys(self.cells, FORECAST), forecasts, {})
         if affine:
             plan, factors = plan.with_header(factors=""), with_affine(factors, affine, self.plan)
-        return compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors).session()
+        return compile_plan(traced.model, plan, inputs, CompileConfig("eager", exact=True), factors, traced).session()
 
     def step(self, own: Trajectory, full: Trajectory) -> None:
         """One step of both runs; what is open is fitted first."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from stepgraph.compiler.forecast.closed_loop import FULL, OWN, STATE, Cells, Fitted, Runs, fit_in_closed_loop, with_affine
 from stepgraph.compiler.forecast.correct import chosen, find_cells, with_cells
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
@@ -32,6 +33,7 @@ def fit_whole_step(
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    traced: TracedModel | None = None,
 ) -> CachePlan:
     """The fitted whole-step rule: four scalars a skipped step, in place of the model.
 
@@ -57,6 +59,7 @@ def fit_whole_step(
         ridge: See `stepgraph.compiler.forecast.closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
+        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: The plan skips no step, or it, the model and the scheduler do not belong together.
@@ -67,7 +70,7 @@ def fit_whole_step(
             "make_plan('interval', kinds=['output'], every=2, ...)"
         )
     runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
-    return _fitted_plan(plan, model, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
+    return _fitted_plan(plan, model, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step", traced)
 
 
 def fit_forecast(
@@ -176,11 +179,12 @@ def _fitted_plan(
     runs: Runs,
     factors: Factors | None,
     by: str,
+    traced: TracedModel | None = None,
 ) -> CachePlan:
     """The plan with fitted scalars."""
     cells = _open_cells(plan, terms, kinds, sites)
     _refuse_other_target(plan, cells, runs)
-    fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors)
+    fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, traced=traced)
     forecasts = {
         cell: Forecast(tuple(cells[cell]), tuple(tuple(row.tolist()) for row in found))
         for cell, found in fitted.coefficients.items()

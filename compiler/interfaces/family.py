@@ -59,3 +59,7 @@ class Family:
     unbatched: frozenset[str] = frozenset()
     module: str = "diffusers"
     scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))
+
+    def holds_block(self, path: str) -> bool:
+        """Whether a module path is that of a transformer block."""
+        return any(stack.holds(path) for stack in self.stacks)

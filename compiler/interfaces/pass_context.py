@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import Site
 from stepgraph.plan.corrections import Forecast
 from stepgraph.plan.liveness import Read
@@ -45,7 +46,6 @@ class PassContext:
         forecasts: Site index -> its forecast in this row, and the number of the constant that holds its coefficients. All
             forecasts with the same coefficients share one.
         groups: Site index -> its linear maps, for the sites that are LOWRANK somewhere in the plan.
-        exact: Whether every operation stays what it is in the eager model.
     """
 
     sites: tuple[Site, ...]
@@ -55,12 +55,11 @@ class PassContext:
     written: frozenset[int]
     forecasts: Mapping[int, tuple[Forecast, int]] = field(default_factory=dict)
     groups: Mapping[int, tuple[MapGroup, ...]] = field(default_factory=dict)
-    exact: bool = True
 
     @staticmethod
     def results(graph: fx.Graph) -> list[fx.Node]:
         """The nodes whose values the graph returns."""
-        output: fx.Node = next(iter(reversed(graph.nodes)))
+        output: fx.Node = output_of(graph)
         return output.all_input_nodes
 
     @staticmethod
@@ -72,8 +71,8 @@ class PassContext:
 def markers(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
     """The markers of a graph with their site indices, in graph order."""
     for node in list(graph.nodes):
-        if "marker" in node.meta:
-            yield node.meta["marker"], node
+        if MARKER in node.meta:
+            yield node.meta[MARKER], node
 
 
 def slot_name(site: Site, part: str = "value", age: int = 1, tensor: int = 0) -> str:

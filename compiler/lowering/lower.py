@@ -13,6 +13,7 @@ from stepgraph.compiler.lowering.region_cache import compile_kept
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.node_facts import output_of
 from stepgraph.runtime.memory.arena import Place, Span, assign_offsets
 from stepgraph.runtime.program.region_calls import Call, Flat, Run, Whole
 
@@ -81,7 +82,7 @@ class _Builder:
     def flat(self, gm: fx.GraphModule, pieces: Sequence[Piece]) -> Flat:
         """A variant as calls of its regions."""
         arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        (outputs,) = next(iter(reversed(gm.graph.nodes))).args
+        (outputs,) = output_of(gm.graph).args
         direct = {node: attribute(gm, str(node.target)) for node in outputs if node.op == "get_attr"}
         weights = {id(tensor): tensor for piece in pieces for tensor in piece.weights}
         weights |= {id(tensor): tensor for tensor in direct.values()}

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from stepgraph.compiler.tracing.graphs import written_storages
-from stepgraph.ops import INTO
+from stepgraph.node_facts import op_of
+from stepgraph.ops import INTO, gated_residual
 from stepgraph.runtime.program.packed_linear import packed_columns, packed_linear, packs
 
 
@@ -163,7 +164,7 @@ def _paths(stack: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _passes_over_several(node: fx.Node) -> bool:
-    return str(node.meta.get("provider", "")).startswith("gated_residual") and len(node.args[1]) > 1  # type: ignore[arg-type]
+    return op_of(node) == gated_residual.name and len(node.args[1]) > 1  # type: ignore[arg-type]
 
 
 def _is_kernel(run: Sequence[fx.Node]) -> bool:

@@ -13,7 +13,8 @@ from stepgraph.compiler.lowrank.check_moments import check_moments
 from stepgraph.compiler.lowrank.covariance_passes import Measured, new_sum, plan_passes
 from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled_rows
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
-from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.compiler.tracing.describe import example_inputs, make_header
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.fingerprint import model_dtype
@@ -199,13 +200,14 @@ def measure_covariances(
     refuse_stochastic(scheduler, steps)
     guidance = plan.header.guidance if plan is not None else "batched" if guided else "none"
     given = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1))
-    marked = marked_graph(model, given)
+    traced = TracedModel(model)
+    marked = traced.marked(given)
     header = make_header(model, scheduler, steps, marked, guidance=guidance)
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if evaluations <= 1:
         raise PlanError(f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps")
-    runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale) if plan is not None else None
+    runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale, traced) if plan is not None else None
     targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
     if not targets:
         raise PlanError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")

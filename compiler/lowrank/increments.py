@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from stepgraph.compiler.calibration.calibrate import conditioning_of
-from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.passes.erase_markers import erase_markers
-from stepgraph.compiler.tracing.graphs import storages_of, written_storages
 from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.watched_graph import Watched, watched_graph
 from stepgraph.errors import PlanError
-from stepgraph.plan import COMPUTE, MODULE_KINDS
+from stepgraph.plan import MODULE_KINDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +176,7 @@ class Watcher(nn.Module):
         self.observed, self.timestep = model, family_of(model).timestep
         self.names, self.results = tuple(marked.trace.inputs), marked.trace.output_spec.num_leaves
         self.sums, self.periods = dict(sums), tuple(periods)
-        self.graph = _watched_graph(model, marked, list(self.sums))
+        self.graph = watched_graph(marked, model, values=_watched(list(self.sums)))
 
     def begin(self) -> None:
         """A new sampling run."""
@@ -211,33 +209,12 @@ class Watcher(nn.Module):
             sums.add(xs, {path: next(increments) for path in target.outputs})
 
 
-def _watched_graph(model: nn.Module, marked: MarkedGraph, targets: Sequence[Target]) -> fx.GraphModule:
-    """The model's graph, which returns the targets' values and outputs too."""
-    copies: dict[fx.Node, fx.Node] = {}
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(marked.graph, copies))
-    written = written_storages(graph)
-    gm = marked.trace.bind(model, graph)
-    kept = []
+def _watched(targets: Sequence[Target]) -> list[Watched]:
+    """Of every target its values as their readers find them, and in whole mode its outputs."""
+    watched: list[Watched] = []
     for target in targets:
-        for value, call in target.values:
-            kept.append(_kept(copies[value], copies[call], written))
-        kept += [_kept(copies[y], copies[y].next, written) for y in target.outputs.values()]
-    output = next(iter(reversed(gm.graph.nodes)))
-    output.args = ((*output.args[0], *kept),)
-    erase_markers(gm, PassContext(marked.sites, COMPUTE * len(marked.sites), (), (), written))
-    gm.recompile()
-    return gm
-
-
-def _kept(value: fx.Node, call: fx.Node, written: frozenset[int]) -> fx.Node:
-    """The value as `call` reads it: a copy made before the call where the graph writes to it in place."""
-    if not storages_of(value) & written:
-        return value
-    with value.graph.inserting_before(call):
-        copy = value.graph.call_method("clone", (value,))
-    copy.meta |= {"val": value.meta["val"]}
-    return copy
+        watched += [*target.values, *((output, None) for output in target.outputs.values())]
+    return watched
 
 
 def sampled_rows(

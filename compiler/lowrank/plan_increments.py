@@ -11,6 +11,7 @@ from stepgraph.compiler.calibration.trajectory import Trajectory
 from stepgraph.compiler.lowrank.increments import Target, Watcher
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import PlanError
 from stepgraph.plan import COMPUTE, LOWRANK, CachePlan
@@ -39,6 +40,7 @@ class PlanRuns:
         scheduler: Any,
         inputs: Mapping[str, Tensor],
         guidance_scale: float,
+        traced: TracedModel | None = None,
     ) -> None:
         refuse_other_model(plan.header, model)
         refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
@@ -56,7 +58,7 @@ class PlanRuns:
             )
         around = [own for (step, i), own in plan.forecasts.items() if plan.rows[step][i] == LOWRANK]
         self.ages = max((age for forecast in around for age in forecast.ages), default=1)
-        self.executable = compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors)
+        self.executable = compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
         self.plan, self.scheduler, self.scale = self.executable.plan, scheduler, guidance_scale
 
     @property

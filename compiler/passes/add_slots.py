@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, coefficient_dtype, coefficients_name, markers, slot_name
+from stepgraph.node_facts import SLOT
 from stepgraph.plan.liveness import INPUT, MAPS, Read
 
 
@@ -32,7 +33,7 @@ def add_slots(gm: fx.GraphModule, ctx: PassContext) -> int:
 
     for read in ctx.reads:
         for number, value in enumerate(stored_tensors(gm.graph, ctx, read, values[read.site])):
-            meta = {} if read.part == MAPS else {"slot": read.site}
+            meta = {} if read.part == MAPS else {SLOT: read.site}
             add(slot_name(ctx.sites[read.site], read.part, read.age, number), value, **meta)
     for number, site in sorted({number: site for site, (_, number) in ctx.forecasts.items()}.items()):
         forecast, value = ctx.forecasts[site][0], values[site]

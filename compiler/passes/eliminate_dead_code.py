@@ -4,6 +4,7 @@ from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.tracing.graphs import live_nodes
+from stepgraph.node_facts import output_of
 
 
 def eliminate_dead_code(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -22,7 +23,7 @@ def eliminate_dead_code(gm: fx.GraphModule, ctx: PassContext) -> int:
 
         %gated = mul(%gate, %slot)
     """
-    live = live_nodes([next(iter(reversed(gm.graph.nodes)))])
+    live = live_nodes([output_of(gm.graph)])
     dead = [node for node in reversed(gm.graph.nodes) if node not in live and node.op != "placeholder"]
     for node in dead:
         gm.graph.erase_node(node)

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.node_facts import output_of
 
 
 def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -14,16 +15,16 @@ def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
 
     These are a dropout in evaluation mode, a division or multiplication by 1, a conversion to the dtype at hand, and joining
     what a tensor was just split into, as FLUX does with text and image between its single blocks. They stand between a linear
-    map and its gate, or between one residual and the next, where the fused operations look for these. Not with `ctx.exact`,
-    which keeps every operation, not where something is written to in place, and not where the caller gets the value: both may
+    map and its gate, or between one residual and the next, where the fused operations look for these. Not
+    where something is written to in place, and not where the caller gets the value: both may
     want a copy.
 
     Before: `%dropped = call_module[to_out.1](%out)`, `%value = div(%dropped, 1.0)`, `%gated = mul(%gate, %value)`.
     After: `%gated = mul(%gate, %out)`.
     """
     count = 0
-    output = next(iter(reversed(gm.graph.nodes)))
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    output = output_of(gm.graph)
+    for node in list(gm.graph.nodes):
         if output in node.users:
             continue
         joined = _rejoined(node)

@@ -2,7 +2,8 @@
 
 from torch import fx
 
-from stepgraph.compiler.interfaces.pass_context import PassContext, markers
+from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.tracing.mark_sites import unmark
 
 
 def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -10,11 +11,4 @@ def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:
 
     Before: `%value = site_value(%ff, site=...)`, `%gated = mul(%gate, %value)`. After: `%gated = mul(%gate, %ff)`.
     """
-    count = 0
-    for _, marker in markers(gm.graph):
-        value = marker.args[0]
-        assert isinstance(value, fx.Node)
-        marker.replace_all_uses_with(value)
-        gm.graph.erase_node(marker)
-        count += 1
-    return count
+    return unmark(gm.graph)

@@ -15,13 +15,13 @@ def fold_constants(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Replace tensors of one number that take no more than a shape from another tensor; returns how many.
 
     What depends on the timestep's shape alone would be a table of all steps otherwise, and what depends on the latents' would
-    be filled in every step. Not with `ctx.exact`, which keeps every operation, and not where it is written to in place.
+    be filled in every step. Not where it is written to in place.
 
     Before, behind a reused value without a gate: `%ones = ones_like(%gate)`, bfloat16 [B, 1, C].
     After: `%ones = full([B, 1, C], 1, dtype=torch.bfloat16, device=...)`, which is hoisted as one value for the run.
     """
     count = 0
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    for node in list(gm.graph.nodes):
         number = _number(node)
         if number is None or storages_of(node) & ctx.written:
             continue

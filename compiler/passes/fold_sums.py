@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of, slot_name
-from stepgraph.compiler.specializing.specialize import Specialized
+from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
+from stepgraph.node_facts import op_of, output_of
 from stepgraph.ops import gated_residual
 from stepgraph.plan.liveness import VALUE
 
 
-def fold_sums(specialized: Specialized, results: int) -> tuple[Specialized, frozenset[int]]:
+def fold_sums(program: RowGraphs, ctx: ProgramContext) -> int:
     """Store sums in place of values that every row reads as one of the same ungated terms, or not at all.
 
     Before, in the row that stores, and in the one that reads::
@@ -30,32 +31,27 @@ def fold_sums(specialized: Specialized, results: int) -> tuple[Specialized, froz
         return (%sample, %sum)
         %x1 = gated_residual(%x, [%gate, %ones, %gate_1], [%slot_attn1_0, %slot_attn2_0, %slot_attn1_1])
 
-    Args:
-        specialized: The rows' graphs, which are changed.
-        results: How many of a graph's outputs are the model's.
-
-    Returns:
-        The graphs with contexts that match them, and the sites whose values are now part of another's.
+    The contexts follow, and `program.folded` names the sites whose values are now part of another's; returns how many.
     """
-    groups = _groups(specialized)
-    gone = frozenset(site for _, *others in groups for site in others)
-    if not gone:
-        return specialized, gone
+    groups = _groups(program)
+    folded = frozenset(site for _, *others in groups for site in others)
+    if not folded:
+        return 0
     contexts = []
-    for gm, context in zip(specialized.graphs, specialized.contexts, strict=True):
-        _store_sums(gm, context, groups, results)
-        _read_sums(gm, context, gone)
-        gm.graph.lint()
-        reads = tuple(read for read in context.reads if read.part != VALUE or read.site not in gone)
-        stores = tuple((site, part) for site, part in context.stores if part != VALUE or site not in gone)
+    for gm, context in zip(program.graphs, program.contexts, strict=True):
+        _store_sums(gm, context, groups, ctx.results)
+        _read_sums(gm, context, folded)
+        reads = tuple(read for read in context.reads if read.part != VALUE or read.site not in folded)
+        stores = tuple((site, part) for site, part in context.stores if part != VALUE or site not in folded)
         contexts.append(replace(context, reads=reads, stores=stores))
-    return replace(specialized, contexts=tuple(contexts)), gone
+    program.contexts, program.folded = tuple(contexts), folded
+    return len(folded)
 
 
-def _groups(specialized: Specialized) -> list[list[int]]:
+def _groups(program: RowGraphs) -> list[list[int]]:
     """Sites whose stored values go together everywhere, in the model's order."""
     told: dict[int, list[object]] = {}
-    for number, (gm, context) in enumerate(zip(specialized.graphs, specialized.contexts, strict=True)):
+    for number, (gm, context) in enumerate(zip(program.graphs, program.contexts, strict=True)):
         run_of = {site: (number, i) for i, run in enumerate(_runs(gm, context)) for site in run}
         for read in context.reads:
             # What is read in any other way stays alone.
@@ -92,7 +88,7 @@ def _slots(gm: fx.GraphModule, context: PassContext) -> dict[fx.Node, int]:
 
 
 def _is_residual(node: fx.Node) -> bool:
-    return str(node.meta.get("provider", "")).startswith(f"{gated_residual.name} ")
+    return op_of(node) == gated_residual.name
 
 
 def _ungated(node: fx.Node, slots: Mapping[fx.Node, int]) -> list[fx.Node]:
@@ -108,7 +104,7 @@ def _is_one(gate: fx.Node) -> bool:
 
 def _store_sums(gm: fx.GraphModule, context: PassContext, groups: Iterable[Sequence[int]], results: int) -> None:
     """Replace the stored values of each group by their sum, which is added up where each is made."""
-    output = next(iter(reversed(gm.graph.nodes)))
+    output = output_of(gm.graph)
     nodes: list[fx.Node | None] = list(output.args[0])
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     places = _places(context, results)

@@ -7,6 +7,7 @@ from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of
 from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.node_facts import MACS, SLOT
 from stepgraph.ops import gated_residual
 
 
@@ -26,7 +27,7 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
     """
     count = 0
     ones: fx.Node | None = None
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    for node in list(gm.graph.nodes):
         found = _matched(node)
         ungated = _ungated(node) if found is None else None
         if ungated is not None:
@@ -43,7 +44,7 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
             arguments = (start, [*gates, gate], [*values, value])  # type: ignore[misc]
         with gm.graph.inserting_before(node):
             fused = gm.graph.call_function(gated_residual, arguments)
-        fused.meta |= {key: kept for key, kept in node.meta.items() if key != "macs"}
+        fused.meta |= {key: kept for key, kept in node.meta.items() if key != MACS}
         node.replace_all_uses_with(fused)
         for gone in dict.fromkeys((node, gated, x)):
             if not gone.users:
@@ -73,7 +74,7 @@ def _ungated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if (
             x.target is gated_residual
             and len(x.users) == 1
-            and "slot" in value.meta
+            and SLOT in value.meta
             and len(shapes) == 3
             and len(set(shapes)) == 1
         ):

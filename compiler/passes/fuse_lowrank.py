@@ -22,10 +22,10 @@ def fuse_lowrank(gm: fx.GraphModule, ctx: PassContext) -> int:
     After: `%next = lowrank_delta(%x, [%y], %p, [%a], %b, %scale, %shift, 1e-6, %gate, %h)[0]`.
     """
     count = 0
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    for node in list(gm.graph.nodes):
         if node.target is lowrank_delta:
             count += _take_norm(gm.graph, node)
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    for node in list(gm.graph.nodes):
         if node.target is gated_residual and not any(storages_of(n) & ctx.written for n in node.all_input_nodes):
             count += _take_gate(gm.graph, node)
     return count

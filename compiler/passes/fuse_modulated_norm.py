@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of, is_call
 from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.node_facts import MACS, MUTATES
 from stepgraph.ops import modulated_norm
 
 
@@ -24,14 +25,14 @@ def fuse_modulated_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
     After: `%modulated = modulated_norm(%x, %scale, %shift, 1e-6)`.
     """
     count = 0
-    for node in list(gm.graph.nodes) if not ctx.exact else ():
+    for node in list(gm.graph.nodes):
         found = _matched(gm, node)
         if found is None or any(storages_of(n) & ctx.written for n in found[0]):
             continue
         (x, scale, shift), eps, inner = found
         with gm.graph.inserting_before(node):
             fused = gm.graph.call_function(modulated_norm, (x, scale, shift, eps))
-        fused.meta |= {key: value for key, value in node.meta.items() if key != "macs"}
+        fused.meta |= {key: value for key, value in node.meta.items() if key != MACS}
         node.replace_all_uses_with(fused)
         for gone in (node, *inner):
             if not gone.users:
@@ -68,7 +69,7 @@ def _without_one(graph: fx.Graph, more: fx.Node) -> fx.Node | None:
             return None
         with graph.inserting_before(more):
             indexed = graph.call_function(operator.getitem, (scale, more.args[1]))
-        indexed.meta |= {key: value for key, value in more.meta.items() if key != "mutates"}
+        indexed.meta |= {key: value for key, value in more.meta.items() if key != MUTATES}
         return indexed
     if is_call(more, "add"):
         for value, one in (more.args, more.args[::-1]):

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
 from stepgraph.compiler.tracing.graphs import live_nodes, storages_of, written_storages
 from stepgraph.env import get_logger
+from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table
 
 RANDOM = frozenset({"bernoulli", "dropout", "multinomial", "normal", "rand", "rand_like", "randint", "randn", "randn_like"})
@@ -42,44 +44,47 @@ class Inputs:
         return Level.PROMPT if name in self.prompt else Level.LATENT
 
 
-def hoist(
-    graphs: Sequence[fx.GraphModule], inputs: Inputs, steps: int, scale: float, limit_bytes: float | None
-) -> tuple[Hoisted, tuple[tuple[int, ...], ...]]:
-    """Replace what variants need not compute in the loop by inputs, in place.
+def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
+    """Replace what variants need not compute in the loop by inputs; returns the number of tables.
 
-    Args:
-        graphs: The variants' graphs.
-        inputs: Their inputs.
-        steps: T, how many values a table at timestep level has.
-        scale: What the model takes the scheduler's timestep times.
-        limit_bytes: Most bytes of all tables; beyond it, the largest are computed in the loop after all.
+    Before, in every variant (class_labels [B], timestep [B])::
 
-    Returns:
-        What is computed before the loop, and for each graph the tables that it takes behind its other inputs.
+        %embedded = call_module[...emb](%timestep, %class_labels)                 # [B, C]
+        %modulation = call_module[...norm1.linear](%embedded)                     # [B, 6 C]
+        %scale = getitem(%chunked, 1)
+
+    After, in the variants that read it; `program.hoisted` computes the tables of all steps in one batch::
+
+        %table_modulation = placeholder                                           # [B, 6 C]
+        %scale = getitem(%chunked, 1)
+
+    Where all tables exceed `ctx.limit_bytes`, the largest are computed in the loop after all.
     """
-    kept: dict[str, int] = {}
+    inputs, steps = Inputs(ctx.inputs), ctx.steps
+    in_loop: dict[str, int] = {}
     while True:
         cones = _Cones(inputs)
-        borders = [cones.add_borders(gm, kept) for gm in graphs]
+        borders = [cones.add_borders(gm, in_loop) for gm in program.graphs]
         sizes = {node.name: _bytes(node) * (steps if cones.levels[node] == Level.TIMESTEP else 1) for node in cones.tables}
-        if limit_bytes is None or sum(sizes.values()) <= limit_bytes:
+        if ctx.limit_bytes is None or sum(sizes.values()) <= ctx.limit_bytes:
             break
-        kept |= _largest(sizes, limit_bytes)
-    if kept:
+        in_loop |= _largest(sizes, ctx.limit_bytes)
+    if in_loop:
         get_logger("hoist").warning(
             "hoist_limit_mb: %d values of %.1f MB stay in the loop, such as %s",
-            len(kept),
-            sum(kept.values()) / 1e6,
-            max(kept, key=kept.__getitem__),
+            len(in_loop),
+            sum(in_loop.values()) / 1e6,
+            max(in_loop, key=in_loop.__getitem__),
         )
     prompt, timestep, order = cones.split()
     tables = tuple(Table(n.name, sizes.get(n.name, _bytes(n)), cones.levels[n] == Level.TIMESTEP) for n in order)
     place = {node: number for number, node in enumerate(order)}
-    taken = tuple(
-        _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(graphs, borders, strict=True)
+    program.tables = tuple(
+        _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(program.graphs, borders, strict=True)
     )
     # Bound methods: vmap would write the whole module out to have a name for it.
-    return Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, kept, scale), taken
+    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep_scale)
+    return len(tables)
 
 
 def _largest(sizes: Mapping[str, int], limit: float) -> dict[str, int]:
@@ -107,14 +112,13 @@ def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
         example = next(node for node, own in border.items() if own == number)
         with graph.inserting_before(before):
             given[number] = graph.placeholder(f"table_{example.name}")
-        given[number].meta |= {"val": example.meta["val"], "table": number}
+        given[number].meta |= {"val": example.meta["val"], TABLE: number}
     for node, number in border.items():
         node.replace_all_uses_with(given[number])
-    live = live_nodes([next(iter(reversed(graph.nodes)))])
+    live = live_nodes([output_of(graph)])
     for node in reversed(list(graph.nodes)):
         if node not in live and node.op != "placeholder":
             graph.erase_node(node)
-    graph.lint()
     return tuple(numbers)
 
 
@@ -125,7 +129,7 @@ def levels_of(graph: fx.Graph, inputs: Inputs) -> dict[fx.Node, Level]:
     for node in graph.nodes:
         if node.op == "placeholder":
             levels[node] = inputs.level(str(node.target))
-        elif node.op == "output" or "provider" in node.meta or storages_of(node) & written or _is_random(node):
+        elif node.op == "output" or PROVIDER in node.meta or storages_of(node) & written or _is_random(node):
             levels[node] = Level.LATENT
         else:
             levels[node] = max((levels[n] for n in node.all_input_nodes), default=Level.PROMPT)
@@ -157,9 +161,9 @@ class _Cones:
     def add_borders(self, gm: fx.GraphModule, kept: Collection[str]) -> dict[fx.Node, fx.Node]:
         """The hoisted values that a graph's loop reads, each with its node here."""
         levels = levels_of(gm.graph, self.inputs)
-        live = live_nodes([next(iter(reversed(gm.graph.nodes)))])
+        live = live_nodes([output_of(gm.graph)])
         while True:
-            border = _border(gm.graph, live, levels)
+            border, levels = _border(gm.graph, live, levels)
             copies = self._copied(gm, border)
             demoted = [node for node in border if copies[node].name in kept]
             if not demoted:
@@ -232,12 +236,15 @@ class _Cones:
         return fx.GraphModule({name: self.attributes[name] for name in used}, graph, class_name="Hoisted")
 
 
-def _border(graph: fx.Graph, live: Collection[fx.Node], levels: dict[fx.Node, Level]) -> list[fx.Node]:
-    """The hoisted tensors that the loop reads. A tuple is unpacked in the loop, so what it is made of is read there; so is a
-    view of a weight, which costs nothing there.
+def _border(
+    graph: fx.Graph, live: Collection[fx.Node], levels: Mapping[fx.Node, Level]
+) -> tuple[list[fx.Node], dict[fx.Node, Level]]:
+    """The hoisted tensors that the loop reads, and the levels with what must follow into the loop.
+
+    A tuple is unpacked in the loop, so what it is made of is read there; so is a view of a weight, which costs nothing there.
     """
     weights = frozenset().union(*(storages_of(node) for node in graph.nodes if node.op == "get_attr"))
-    border: dict[fx.Node, None] = {}
+    levels, border = dict(levels), dict[fx.Node, None]()
     for node in reversed(graph.nodes):
         if node not in live or levels[node] != Level.LATENT:
             continue
@@ -248,7 +255,7 @@ def _border(graph: fx.Graph, live: Collection[fx.Node], levels: dict[fx.Node, Le
                 border[value] = None
             else:
                 levels[value] = Level.LATENT
-    return [node for node in graph.nodes if node in border and levels[node] != Level.LATENT]
+    return [node for node in graph.nodes if node in border and levels[node] != Level.LATENT], levels
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from stepgraph.compiler.interfaces.pass_context import (
     find_input,
     slot_name,
 )
+from stepgraph.node_facts import MACS, MARKER, PROJECTION
 from stepgraph.ops import linear_combination, lowrank_delta, lowrank_input
 from stepgraph.plan import LOWRANK
 from stepgraph.plan.liveness import MAPS
@@ -63,11 +64,11 @@ def _correct(gm: fx.GraphModule, ctx: PassContext, index: int, group: MapGroup, 
         tokens = stored[-1].meta["val"].numel() // group.b.shape[0]
         delta.meta |= {
             "val": [node.meta["val"] for node in maps],
-            "macs": tokens * (group.b.numel() + sum(a.numel() for a in group.a)),
+            MACS: tokens * (group.b.numel() + sum(a.numel() for a in group.a)),
         }
         parts = [graph.call_function(operator.getitem, (delta, number)) for number in range(len(maps))]
     for node, part in zip(maps, parts, strict=True):
-        part.meta |= {key: value for key, value in node.meta.items() if key not in ("macs", "marker")}
+        part.meta |= {key: value for key, value in node.meta.items() if key not in (MACS, MARKER)}
         node.replace_all_uses_with(part)
         graph.erase_node(node)
 
@@ -94,8 +95,8 @@ def _project(gm: fx.GraphModule, index: int, group: MapGroup, number: int, name:
         p = gm.graph.call_function(lowrank_input, (x, b))
     p.meta |= {
         "val": wide.new_empty((*wide.shape[:-1], group.b.shape[0]), dtype=coefficient_dtype(wide.dtype)),
-        "macs": wide.numel() // wide.shape[-1] * group.b.numel(),
-        "projection": (index, number),
+        MACS: wide.numel() // wide.shape[-1] * group.b.numel(),
+        PROJECTION: (index, number),
     }
 
 

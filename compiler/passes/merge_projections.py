@@ -21,13 +21,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
 from stepgraph.compiler.tracing.graphs import storages_of, written_storages
+from stepgraph.node_facts import MACS
 from stepgraph.runtime.program.packed_linear import merged_linear
 
 Takes = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
-def merge_projections(gm: fx.GraphModule, takes: Takes) -> int:
+def merge_projections(program: RowGraphs, ctx: ProgramContext) -> int:
+    """Merge the linear maps of every variant (`merge_maps`), after hoisting: what is computed once a prompt is not worth a
+    stacked copy. Returns how many merged maps there are.
+    """
+    return sum(merge_maps(gm, ctx.packs) for gm in program.graphs)
+
+
+def merge_maps(gm: fx.GraphModule, takes: Takes) -> int:
     """Replace the linear maps of one module that read one value by one map and views of its result; returns how many of these
     there are.
 
@@ -46,7 +55,7 @@ def merge_projections(gm: fx.GraphModule, takes: Takes) -> int:
     the graph takes a view that a part of a wider tensor does not have.
 
     Args:
-        gm: A variant's graph, after hoisting: what is computed once a prompt is not worth a stacked copy.
+        gm: A variant's graph.
         takes: Whether a linear map of (x, weight) runs with packed weights.
     """
     written, groups = written_storages(gm.graph), dict[Any, list[fx.Node]]()
@@ -57,10 +66,7 @@ def merge_projections(gm: fx.GraphModule, takes: Takes) -> int:
         if takes(node.args[0].meta["val"], linear.weight):
             module = str(node.target).rpartition(".")[0]
             groups.setdefault((node.args[0], module, linear.weight.dtype, linear.bias is None), []).append(node)
-    merged = [_merge(gm, maps) for maps in groups.values() if len({node.target for node in maps}) > 1]
-    if any(merged):
-        gm.graph.lint()
-    return sum(merged)
+    return sum(_merge(gm, maps) for maps in groups.values() if len({node.target for node in maps}) > 1)
 
 
 def _plain_linear(gm: fx.GraphModule, node: fx.Node) -> nn.Linear | None:
@@ -85,10 +91,10 @@ def _merge(gm: fx.GraphModule, maps: list[fx.Node]) -> bool:
     with graph.inserting_before(maps[0]):
         lists = [_parameters(gm, maps, name) for name in ("weight", "bias")]
         joined = graph.call_function(merged_linear, (x, *lists))
-        joined.meta |= maps[0].meta | {"val": whole, "macs": sum(node.meta.get("macs", 0) for node in maps)}
+        joined.meta |= maps[0].meta | {"val": whole, MACS: sum(node.meta.get(MACS, 0) for node in maps)}
         narrowed = [graph.call_method("narrow", (joined, -1, s, w)) for s, w in zip(starts, widths, strict=False)]
     for node, part, value, found in zip(maps, narrowed, parts, views, strict=True):
-        part.meta |= node.meta | {"val": value, "macs": 0}
+        part.meta |= node.meta | {"val": value, MACS: 0}
         for view, own in (found or {}).items():
             view.meta["val"] = own
         node.replace_all_uses_with(part)

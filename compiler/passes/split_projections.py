@@ -2,17 +2,18 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, site_value, sized
+from stepgraph.compiler.interfaces.program_context import ModelContext
+from stepgraph.compiler.tracing.mark_sites import site_value
+from stepgraph.node_facts import MACS, MARKER
 from stepgraph.plan import COMPUTE, DEAD, LOWRANK, REUSE, CachePlan
 
 
-def split_projections(marked: MarkedGraph, model: nn.Module, plan: CachePlan) -> MarkedGraph:
+def split_projections(gm: fx.GraphModule, ctx: ModelContext) -> int:
     """Move the markers of values that meet in one projection behind their own parts of it, where the plan reuses them.
 
     Before, in a single block of FLUX (attention [B, N, C] and MLP [B, N, 4 C] through the weight W [C, 5 C])::
@@ -34,27 +35,15 @@ def split_projections(marked: MarkedGraph, model: nn.Module, plan: CachePlan) ->
     stored MLP is a quarter in size. Equal to the unsplit projection but for rounding, in the same number of multiplications.
     Left alone are sites that the plan forecasts or corrects, projections that it corrects, and anything but a plain
     `nn.Linear` (a LoRA, quantised weights).
-
-    Returns:
-        The marked graph with the split projections, and its sites with what their reuse now saves and stores; the same
-        object where there is nothing to split.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(marked.graph, copies))
+    plan, count = ctx.plan, 0
     moved = _plainly_reused(plan)
     corrected = {i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK}
-    count = 0
-    for node in list(graph.nodes):
-        index = node.meta.get("marker")
+    for node in list(gm.graph.nodes):
+        index = node.meta.get(MARKER)
         if index is not None and plan.sites[index].kind == "proj_out" and index not in corrected:
-            count += _split(graph, model, node.args[0], moved)
-    if not count:
-        return marked
-    graph.lint()
-    markers = {node.meta["marker"]: node for node in graph.nodes if "marker" in node.meta}
-    sites = sized([markers[i] for i in range(len(marked.sites))], marked.sites, marked.batch)
-    return replace(marked, graph=graph, sites=sites)
+            count += _split(gm, node.args[0], moved)
+    return count
 
 
 def _plainly_reused(plan: CachePlan) -> frozenset[int]:
@@ -63,21 +52,21 @@ def _plainly_reused(plan: CachePlan) -> frozenset[int]:
     return frozenset(i for i, letters in enumerate(columns) if REUSE in letters and letters <= {COMPUTE, REUSE, DEAD})
 
 
-def _split(graph: fx.Graph, model: nn.Module, projection: object, moved: frozenset[int]) -> bool:
+def _split(gm: fx.GraphModule, projection: object, moved: frozenset[int]) -> bool:
     """Split one projection, if one of the values that it joins is to move."""
-    joined = _joined(model, projection)
+    graph, joined = gm.graph, _joined(gm, projection)
     if not isinstance(projection, fx.Node) or joined is None:
         return False
     values = list(joined.args[0])  # type: ignore[arg-type]
-    if not any(isinstance(value, fx.Node) and value.meta.get("marker") in moved for value in values):
+    if not any(isinstance(value, fx.Node) and value.meta.get(MARKER) in moved for value in values):
         return False
     total: fx.Node | None = None
     with graph.inserting_before(projection):
-        weight, bias = (_parameter(graph, model, projection, name) for name in ("weight", "bias"))
+        weight, bias = (_parameter(gm, projection, name) for name in ("weight", "bias"))
         start = 0
         for value in values:
             width = value.meta["val"].shape[-1]
-            marker = value if value.meta.get("marker") in moved else None
+            marker = value if value.meta.get(MARKER) in moved else None
             given = value.args[0] if marker else value
             # The bias goes with the first part: it is the same in every step.
             part = _partial(graph, projection, given, weight, bias if total is None else None, (start, start + width))
@@ -93,11 +82,11 @@ def _split(graph: fx.Graph, model: nn.Module, projection: object, moved: frozens
     return True
 
 
-def _joined(model: nn.Module, projection: object) -> fx.Node | None:
+def _joined(gm: fx.GraphModule, projection: object) -> fx.Node | None:
     """The concatenation along the channels that a plain linear map reads and nothing else does."""
     if not isinstance(projection, fx.Node) or projection.op != "call_module":
         return None
-    module = model.get_submodule(str(projection.target))
+    module = gm.get_submodule(str(projection.target))
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or len(projection.args) != 1:
         return None
     joined = projection.args[0]
@@ -110,12 +99,12 @@ def _joined(model: nn.Module, projection: object) -> fx.Node | None:
     return joined if own and isinstance(dim, int) and dim % joined.meta["val"].ndim == joined.meta["val"].ndim - 1 else None
 
 
-def _parameter(graph: fx.Graph, model: nn.Module, projection: fx.Node, name: str) -> fx.Node | None:
+def _parameter(gm: fx.GraphModule, projection: fx.Node, name: str) -> fx.Node | None:
     """A node that reads the projection's weight or bias; None where it has no bias."""
-    tensor = getattr(model.get_submodule(str(projection.target)), name)
+    tensor = getattr(gm.get_submodule(str(projection.target)), name)
     if tensor is None:
         return None
-    node = graph.get_attr(f"{projection.target}.{name}")
+    node = gm.graph.get_attr(f"{projection.target}.{name}")
     node.meta |= {"val": projection.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)}
     return node
 
@@ -132,7 +121,7 @@ def _partial(
     own.meta |= {"val": weight.meta["val"][index], "nn_module_stack": projection.meta["nn_module_stack"]}
     product = graph.call_function(F.linear, (value, own, bias))
     macs = value.meta["val"].numel() * projection.meta["val"].shape[-1]
-    product.meta |= projection.meta | {"val": projection.meta["val"].clone(), "macs": macs}
+    product.meta |= projection.meta | {"val": projection.meta["val"].clone(), MACS: macs}
     return product
 
 
@@ -146,5 +135,5 @@ def _marked_again(graph: fx.Graph, marker: fx.Node, value: fx.Node) -> fx.Node:
 
 def _sum(graph: fx.Graph, projection: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
     total = graph.call_function(torch.add, (first, second))
-    total.meta |= projection.meta | {"val": projection.meta["val"].clone(), "macs": 0}
+    total.meta |= projection.meta | {"val": projection.meta["val"].clone(), MACS: 0}
     return total

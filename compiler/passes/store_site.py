@@ -6,6 +6,7 @@ from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, markers
 from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.node_facts import PROJECTION, output_of
 from stepgraph.plan.liveness import INPUT, MAPS
 
 
@@ -27,7 +28,7 @@ def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:
     to in place, is copied where it is made.
     """
     graph = gm.graph
-    output = next(iter(reversed(graph.nodes)))
+    output = output_of(graph)
     # A stored value must not change or be held twice: inputs and results belong to the caller.
     shared = set(ctx.written).union(*(storages_of(node) for node in ctx.borders(graph)))
     at = dict(markers(graph))
@@ -63,7 +64,7 @@ def store_site(gm: fx.GraphModule, ctx: PassContext) -> int:
 def _maps(graph: fx.Graph, ctx: PassContext, index: int) -> list[fx.Node]:
     """The tensors of a site's linear maps, in the order in which they are stored."""
     nodes = {node.name: node for node in graph.nodes}
-    projections = {node.meta["projection"]: node for node in graph.nodes if "projection" in node.meta}
+    projections = {node.meta[PROJECTION]: node for node in graph.nodes if PROJECTION in node.meta}
     found = []
     for number, group in enumerate(ctx.groups[index]):
         found += [nodes[name] for name in group.maps] + [projections[index, number]]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.importers import IMPORTERS
-from stepgraph.compiler.tracing.describe import make_header, marked_graph
+from stepgraph.compiler.tracing.describe import make_header
+from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import PlanError
 from stepgraph.plan import FORMAT, CachePlan
 from stepgraph.plan.json import without_duplicates

@@ -17,6 +17,7 @@ from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.plan import CachePlan, PlanHeader, Site
 
@@ -39,6 +40,7 @@ class Services:
         allow_stochastic: Whether the sampler may add noise.
         checkpoint: Where unfinished runs are kept.
         on_step: Called with (done, in all).
+        traced: Graphs that were made of the model before.
     """
 
     header: PlanHeader
@@ -51,6 +53,7 @@ class Services:
     allow_stochastic: bool = False
     checkpoint: str | Path | None = None
     on_step: Callable[[int, int], None] | None = None
+    traced: TracedModel | None = None
 
     def again(self, reused: torch.Tensor) -> CalibrationStats:
         """The calibration once more, its rates measured under provisional reuses [T, sites] (InvarDiff's phase 2).
@@ -72,7 +75,7 @@ class Services:
             self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
             seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
             inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
-            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
+            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step, traced=self.traced,
         )  # fmt: skip
 
     def fit(self, sites: Sequence[Site], actions: Mapping[str, str], **settings: Any) -> CachePlan:
@@ -85,7 +88,13 @@ class Services:
             raise PlanError("the whole-step rule is fitted on the model: pass model= and scheduler=")
         plan = CachePlan.build(self.header, sites, actions)
         return fit_whole_step(
-            plan, self.model, self.scheduler, conditioning=self.conditioning, on_step=self.on_step, **settings
+            plan,
+            self.model,
+            self.scheduler,
+            conditioning=self.conditioning,
+            on_step=self.on_step,
+            traced=self.traced,
+            **settings,
         )
 
     def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
@@ -107,5 +116,5 @@ class Services:
         settings = settings_of(preset, changes)
         return train_router(
             self.model, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
-            on_step=self.on_step,
+            on_step=self.on_step, traced=self.traced,
         )  # fmt: skip

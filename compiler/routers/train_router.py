@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.compiler.routers.router_states import NoisedLatents, States, Trajectories, clean_latents
-from stepgraph.compiler.routers.soft_model import SoftModel
-from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+from stepgraph.compiler.tracing.describe import example_inputs, make_header
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
@@ -34,6 +35,7 @@ def train_router(
     checkpoint: str | Path | None = None,
     every: int = 100,
     on_step: Callable[[int, int], None] | None = None,
+    traced: TracedModel | None = None,
 ) -> Router:
     """Train one logit per routed step and module site; the model's own weights stay as they are.
 
@@ -54,6 +56,7 @@ def train_router(
             A resumed training equals an uninterrupted one bit for bit.
         every: Iterations between checkpoints.
         on_step: Called with (iterations done, iterations in all).
+        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
@@ -65,11 +68,11 @@ def train_router(
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
     example["timestep"] = own.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
-    marked = marked_graph(model, example)
+    marked = TracedModel.of(model, traced).marked(example)
     header = make_header(model, scheduler, steps, marked, guidance="none")
     with torch.no_grad():
         states = _states(model, scheduler, steps, chosen, data, conditioning)
-    training = _Training(SoftModel(model, marked), states, header, chosen)
+    training = _Training(MixedModel(model, marked), states, header, chosen)
     digest = _digest(data, conditioning)
     if checkpoint is not None and Path(checkpoint).exists():
         training.resume(checkpoint, digest)
@@ -86,7 +89,7 @@ def train_router(
 class _Training:
     """Logits, optimizer and random numbers of one training."""
 
-    def __init__(self, soft: SoftModel, states: States, header: PlanHeader, settings: RouterSettings) -> None:
+    def __init__(self, soft: MixedModel, states: States, header: PlanHeader, settings: RouterSettings) -> None:
         self.soft, self.states, self.header, self.settings = soft, states, header, settings
         full = full_steps(len(header.timesteps), settings.run, settings.shift)
         last = len(full) - 1

@@ -12,6 +12,7 @@ from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.env import get_logger
 from stepgraph.errors import PlanError
+from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import LOWRANK, CachePlan
 from stepgraph.plan.corrections import Increment
 from stepgraph.plan.factors import Factors
@@ -36,7 +37,7 @@ def _groups(
     weight = next(model.parameters())
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
-        marker = next(node for node in marked.graph.nodes if node.meta.get("marker") == index)
+        marker = next(node for node in marked.graph.nodes if node.meta.get(MARKER) == index)
         given = marked.trace.calls[site.path, site.call].inputs[0]
         shape = tuple(matrix.shape[i] for i, matrix in enumerate(factors.maps[site.path]))
         if shape != (marker.meta["val"].shape[-1], given.meta["val"].shape[-1]):
@@ -118,13 +119,13 @@ def increment_of(marked: MarkedGraph, index: int, groups: Sequence[MapGroup]) ->
         size += tokens * group.b.shape[0] * (8 if coefficient_dtype(x.dtype) == torch.float64 else 4)
         for name, a in zip(group.maps, group.a, strict=True):
             node = nodes[name]
-            path = marked.sites[index].path if "marker" in node.meta else str(node.target)
+            path = marked.sites[index].path if MARKER in node.meta else str(node.target)
             ranks[path] = a.shape[1]
             new += tokens * a.numel()
             size += node.meta["val"].numel() * node.meta["val"].element_size()
             maps.add(node)
     # What is still needed once the maps' outputs come from elsewhere: their inputs, and what else the output depends on.
-    output = next(iter(reversed(marked.graph.nodes)))
+    output = output_of(marked.graph)
     left = live_nodes([output, *(nodes[group.input] for group in groups)], cut=maps) - maps
     saved = macs_of(live_nodes([output]) - left) - new - projection
     batch = marked.batch

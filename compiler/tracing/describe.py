@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, mark_sites, same_sites
-from stepgraph.compiler.tracing.trace import trace
+from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
 from stepgraph.inputs import flat_inputs
@@ -25,12 +24,6 @@ def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     return family_of(model).example_inputs(config_of(model), batch, model_dtype(model), device)
-
-
-def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:
-    """Trace a model and mark its sites."""
-    family = family_of(model)
-    return mark_sites(trace(model, inputs or example_inputs(model)), family)
 
 
 def input_shapes(inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
@@ -51,7 +44,7 @@ def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGrap
         fingerprint=fingerprint(model),
         steps=steps,
         **scheduler_facts(prepare_scheduler(scheduler, steps)),
-        shapes=input_shapes(marked.trace.inputs, family_of(model).unbatched),
+        shapes=input_shapes(marked.trace.inputs, marked.family.unbatched),
         dtype=dtype_name(model_dtype(model)),
         macs=marked.macs,
         guidance=guidance,

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.tracing.tracer import storage_key
+from stepgraph.node_facts import MACS, MARKER, MUTATES
 
 
 def storages_of(node: fx.Node) -> frozenset[int]:
@@ -25,7 +26,7 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
     pending = list(outputs)
     graph = pending[0].graph if pending else fx.Graph()
     memories = _memories(graph, frozenset(cut))
-    writers = [node for node in graph.nodes if node.meta.get("mutates")]
+    writers = [node for node in graph.nodes if node.meta.get(MUTATES)]
     live: set[fx.Node] = set()
     while pending:
         node = pending.pop()
@@ -33,11 +34,11 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
             live.add(node)
             if node not in cut:
                 # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
-                pending.extend(node.args[:1] if "marker" in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
+                pending.extend(node.args[:1] if MARKER in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
         if not pending and writers:
             # A write to memory that something live lies in is live too, although nothing reads its result.
             touched = frozenset().union(*(memory for n in live for memory in memories[n].values()))
-            pending = [w for w in writers if w not in live and any(memories[w][k] & touched for k in w.meta["mutates"])]
+            pending = [w for w in writers if w not in live and any(memories[w][k] & touched for k in w.meta[MUTATES])]
     return live
 
 
@@ -51,7 +52,7 @@ def _memories(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> dict[fx.Node, d
     memories: dict[fx.Node, dict[int, frozenset[fx.Node]]] = {}
     for node in graph.nodes if written else ():
         own: dict[int, frozenset[fx.Node]] = {}
-        for key in (storages_of(node) | node.meta.get("mutates", frozenset())) & written:
+        for key in (storages_of(node) | node.meta.get(MUTATES, frozenset())) & written:
             sources = [] if node in cut else [memories[n][key] for n in node.all_input_nodes if key in memories[n]]
             own[key] = frozenset().union(*sources) if sources else frozenset((node,))
         memories[node] = own
@@ -60,9 +61,9 @@ def _memories(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> dict[fx.Node, d
 
 def macs_of(nodes: Iterable[fx.Node]) -> int:
     """Multiply-accumulates of some nodes, for the whole traced batch."""
-    return sum(node.meta.get("macs", 0) for node in nodes)
+    return sum(node.meta.get(MACS, 0) for node in nodes)
 
 
 def written_storages(graph: fx.Graph) -> frozenset[int]:
     """Keys of all storages that some node of the graph writes to in place."""
-    return frozenset().union(*(node.meta.get("mutates", frozenset()) for node in graph.nodes))
+    return frozenset().union(*(node.meta.get(MUTATES, frozenset()) for node in graph.nodes))

@@ -3,6 +3,7 @@
 from torch import fx, nn
 
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, saved_by
+from stepgraph.node_facts import MARKER, SITE
 from stepgraph.plan import MODULE_KINDS
 
 
@@ -22,9 +23,9 @@ def maps_of_sites(marked: MarkedGraph, owner: nn.Module) -> dict[fx.Node, int]:
         if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), nn.Linear)
     ]
     sites = {site.name: i for i, site in enumerate(marked.sites) if site.kind in MODULE_KINDS and not site.output}
-    found = {node: sites[node.meta["site"]] for node in linears if node.meta.get("site") in sites}
+    found = {node: sites[node.meta[SITE]] for node in linears if node.meta.get(SITE) in sites}
     empty = set(sites.values()) - set(found.values())
-    for marker in [node for node in marked.graph.nodes if node.meta.get("marker") in empty]:
+    for marker in [node for node in marked.graph.nodes if node.meta.get(MARKER) in empty]:
         only = saved_by([marker])
-        found |= {node: marker.meta["marker"] for node in linears if node in only and node not in found}
+        found |= {node: marker.meta[MARKER] for node in linears if node in only and node not in found}
     return {node: found[node] for node in linears if node in found}

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from stepgraph.compiler.interfaces.family import Family, Stack
 from stepgraph.compiler.tracing.graphs import live_nodes, macs_of, storages_of, written_storages
 from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.errors import CompileError
+from stepgraph.node_facts import MACS, MARKER, MUTATES, SITE, output_of
 from stepgraph.plan import Site, joint_calls
 
 
@@ -33,6 +34,7 @@ class MarkedGraph:
         sites: In the order of their markers.
         macs: Multiply-accumulates of the whole graph per sample.
         batch: The batch size that was traced.
+        family: Whose sites these are.
     """
 
     trace: Trace
@@ -40,6 +42,25 @@ class MarkedGraph:
     sites: tuple[Site, ...]
     macs: int
     batch: int
+    family: Family
+
+
+def bound_copy(marked: MarkedGraph, model: nn.Module, copies: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
+    """A copy of the marked graph on a model's parameters and modules; `copies` takes down which node is whose copy."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(marked.graph, {} if copies is None else copies))
+    return marked.trace.bind(model, graph)
+
+
+def unmark(graph: fx.Graph) -> int:
+    """Replace every marker by the value it marks; returns how many there were."""
+    markers = [node for node in graph.nodes if MARKER in node.meta]
+    for marker in markers:
+        value = marker.args[0]
+        assert isinstance(value, fx.Node)
+        marker.replace_all_uses_with(value)
+        graph.erase_node(marker)
+    return len(markers)
 
 
 def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
@@ -53,10 +74,10 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
     graph.output(graph.graph_copy(trace.graph, copies))
     blocks = _blocks(trace, family)
     # What nothing reads, such as the text output of SD3's last attention, has no value to reuse.
-    live = live_nodes([next(iter(reversed(trace.graph.nodes)))])
+    live = live_nodes([output_of(trace.graph)])
     current: dict[fx.Node, fx.Node] = {}
-
     ends: dict[fx.Node, fx.Node] = {}
+    site_of: dict[fx.Node, Site] = {}
 
     def mark(original: fx.Node, last: fx.Node, site: Site, *extra: fx.Node) -> None:
         # The value is what the site leaves behind at its end: it may write to it in place after the node that made it.
@@ -64,7 +85,8 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
         with graph.inserting_after(max(value, end)):
             marker = graph.call_function(site_value, (value, *extra), {"site": site.name})
         value.replace_all_uses_with(marker, delete_user_cb=lambda user: marker < user)
-        marker.meta |= value.meta | {"mutates": frozenset(), "macs": 0, "marker": site}
+        marker.meta |= value.meta | {MUTATES: frozenset(), MACS: 0}
+        site_of[marker] = site
         current[original] = ends[last] = marker
 
     for path, stack in blocks.items():
@@ -82,12 +104,12 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
     tokens_in = _kept(graph, copies[first.inputs[0]], copies[first.before])
     mark(last.outputs[family.tokens], last.last, Site("", "stack_residual"), tokens_in)
     mark(last.outputs[family.tokens], last.last, Site("", "hidden"))
-    output = next(iter(reversed(trace.graph.nodes)))
+    output = output_of(trace.graph)
     if len(output.all_input_nodes) == 1:
         mark(output.all_input_nodes[0], output.prev, Site("", "output"))
     graph.lint()
     _name_members(graph, blocks)
-    return _measured(trace, graph, family)
+    return _measured(trace, graph, family, site_of)
 
 
 def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -129,20 +151,19 @@ def _name_members(graph: fx.Graph, blocks: Mapping[str, Stack]) -> None:
     for node in graph.nodes:
         inside = [key for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in members]
         if inside:
-            node.meta["site"] = inside[-1].replace("@", "#")
+            node.meta[SITE] = inside[-1].replace("@", "#")
 
 
-def _measured(trace: Trace, graph: fx.Graph, family: Family) -> MarkedGraph:
+def _measured(trace: Trace, graph: fx.Graph, family: Family, site_of: Mapping[fx.Node, Site]) -> MarkedGraph:
     """Number the markers in graph order and measure what a reuse of each saves and how large its value is."""
-    output = next(iter(reversed(graph.nodes)))
+    output = output_of(graph)
     batch = next(value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched)
+    markers = [node for node in graph.nodes if node in site_of]
+    for index, marker in enumerate(markers):
+        marker.meta[MARKER] = index
     total = macs_of(live_nodes([output]))
-    markers = [node for node in graph.nodes if "marker" in node.meta]
-    found: list[Site] = [node.meta["marker"] for node in markers]
-    sites = sized(markers, found, batch)
-    for number, node in enumerate(markers):
-        node.meta["marker"] = number
-    return MarkedGraph(trace, graph, sites, total // batch, batch)
+    sites = sized(markers, [site_of[marker] for marker in markers], batch)
+    return MarkedGraph(trace, graph, sites, total // batch, batch, family)
 
 
 def sized(markers: Sequence[fx.Node], sites: Sequence[Site], batch: int) -> tuple[Site, ...]:
@@ -160,7 +181,7 @@ def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable
 
     Only all outputs of a joint call together save the call itself: their figures add up to that.
     """
-    output = next(iter(reversed(markers[0].graph.nodes)))
+    output = output_of(markers[0].graph)
     live = live_nodes([output])
     saved = [measure(saved_by([marker], live)) for marker in markers]
     for members in joint_calls(sites):
@@ -171,7 +192,7 @@ def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable
 
 def saved_by(markers: Sequence[fx.Node], live: set[fx.Node] | None = None) -> set[fx.Node]:
     """The nodes that need not run where these markers' sites, and no others, are reused; `live` is what runs without any."""
-    output = next(iter(reversed(markers[0].graph.nodes)))
+    output = output_of(markers[0].graph)
     left = live_nodes([output], cut=markers)
     for marker in markers:
         if len(marker.args) > 1:

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from stepgraph.compiler.tracing.pause_collector import collector_paused
+from stepgraph.compiler.tracing.collector_paused import collector_paused
 from stepgraph.compiler.tracing.refuse_unfaithful import (
     forget_in_memos,
     refuse_changed_state,

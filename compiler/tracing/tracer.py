@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stepgraph.errors import TraceError
+from stepgraph.node_facts import MACS, MUTATES, output_of
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 DATA = vars(torch._C.TensorBase)["data"]
@@ -175,7 +176,7 @@ class Tracer(TorchFunctionMode):
 
     def last_node(self) -> fx.Node:
         """The node recorded last."""
-        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        last: fx.Node = output_of(self.graph)
         return last
 
     def twin(self, module: nn.Module) -> nn.Module:
@@ -259,7 +260,7 @@ class Tracer(TorchFunctionMode):
                 f"or these tensors to the lower precision instead"
             )
         node = self.graph.create_node(op, target, tuple(args), kwargs)
-        node.meta |= {"nn_module_stack": dict(self.stack), "mutates": mutates, "macs": macs}
+        node.meta |= {"nn_module_stack": dict(self.stack), MUTATES: mutates, MACS: macs}
         place = model_frame() if op.startswith("call") else None
         if place is not None:
             # In the form that fx reads to print the model's source line over the nodes that come from it.

@@ -8,6 +8,7 @@ from xml.sax.saxutils import escape
 
 from torch import Tensor, fx
 
+from stepgraph.node_facts import op_of, output_of
 from stepgraph.plan import COMPUTE, DEAD, MODULE_KINDS, CachePlan
 from stepgraph.plan.liveness import StepTraffic
 from stepgraph.plan.plot import COLOURS
@@ -198,7 +199,7 @@ def draw_dot(picture: Picture) -> str:
             lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(block)}; color={_quoted(LINE)};"]
         lines += [f"    {node}" for node in nodes]
         lines += ["  }"] if block else []
-    output = next(iter(reversed(picture.graph.nodes)))
+    output = output_of(picture.graph)
     lines.append(f'  {numbers[output]} [label="results and stored values", fillcolor="#ffffff"];')
     for node in picture.graph.nodes:
         lines += [f"  {numbers[source]} -> {numbers[node]};" for source in node.all_input_nodes if source.op != "get_attr"]
@@ -210,7 +211,7 @@ def _look(picture: Picture, node: fx.Node, sites: dict[str, int]) -> str:
     fill, ink = GREY, TEXT
     if node.op == "placeholder":
         fill = COLOURS["R"] if str(node.target).startswith("slot_") else "#ffffff"
-    elif (corrects := CORRECTIONS.get(str(node.meta.get("provider")).partition(" by ")[0])) is not None:
+    elif (corrects := CORRECTIONS.get(op_of(node))) is not None:
         fill, ink = COLOURS[corrects], INK[corrects]
     else:
         owner = owner_of(node, sites)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from stepgraph.node_facts import PROVIDER, op_of, output_of
 from stepgraph.ops import OPS
 from stepgraph.runtime.program.packed_linear import linear_maps, merged_linear
 
@@ -74,8 +75,8 @@ class Lifted(nn.Module):
         copies: dict[fx.Node, fx.Node] = {}
         for node in gm.graph.nodes:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            if portable and "provider" in node.meta:
-                copies[node].target = OPS[node.meta["provider"].partition(" by ")[0]].reference
+            if portable and PROVIDER in node.meta:
+                copies[node].target = OPS[op_of(node)].reference
             elif portable and node.target is merged_linear:
                 copies[node].target = linear_maps
             if node.op in ("call_module", "get_attr") and str(node.target) not in attributes:
@@ -94,7 +95,7 @@ class Lifted(nn.Module):
 
     def results(self) -> list[Tensor]:
         """The results without data."""
-        output = next(iter(reversed(self._held[0].graph.nodes)))
+        output = output_of(self._held[0].graph)
         return [node.meta["val"] for node in output.args[0]]
 
     def forward(self, *tensors: Tensor) -> Any:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from stepgraph.env import read_env
 from stepgraph.errors import PlanError
 from stepgraph.inputs import flat_inputs, holds_tensors
 from stepgraph.plan import CachePlan
@@ -135,6 +136,16 @@ def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
         for name, value in sorted(flat_inputs(inputs).items())
     )
+
+
+def refuse_nan_weights(model: nn.Module) -> None:
+    """STEPGRAPH_CHECK=1: refuse weights that are not finite.
+
+    Raises:
+        PlanError: See `refuse_nan`.
+    """
+    if read_env().check:
+        refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:

@@ -127,7 +127,7 @@ def test_published_costs_of_dit_xl():
     """
     from stepgraph.compiler.entry.load_model import load_model
     from stepgraph.compiler.specializing.bind_factors import group_maps, increment_of
-    from stepgraph.compiler.tracing.describe import marked_graph
+    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     model = load_model("dit-xl-2-256:random", "meta")
     marked = marked_graph(model, None)

@@ -12,11 +12,14 @@ from torch import fx, nn
 from helpers.paths import PUBLISHED
 from stepgraph.compiler.entry.load_model import load_scheduler, load_to_plan
 from stepgraph.compiler.importers import invardiff_flux_book
-from stepgraph.compiler.passes.merge_projections import merge_projections
-from stepgraph.compiler.passes.split_projections import split_projections
-from stepgraph.compiler.specializing.specialize import specialize
-from stepgraph.compiler.tracing.describe import make_header, marked_graph
+from stepgraph.compiler.passes.merge_projections import merge_maps
+from stepgraph.compiler.specializing.specialize import rewrite_model, specialize
+from stepgraph.compiler.tracing.describe import make_header
+from stepgraph.compiler.tracing.graphs import macs_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.config import CompileConfig
+from stepgraph.node_facts import op_of
 from stepgraph.ops import gated_residual, modulated_norm
 from stepgraph.plan import MODULE_KINDS, CachePlan
 from stepgraph.runtime.program.packed_linear import merged_linear
@@ -57,7 +60,7 @@ def test_the_published_sizes():
 
 def fused(graph: fx.Graph) -> tuple[int, list[int]]:
     """How many norms have their modulation in one operation, and how many updates each gated residual makes."""
-    ops = {node: node.meta["provider"].partition(" by ")[0] for node in graph.nodes if "provider" in node.meta}
+    ops = {node: op_of(node) for node in graph.nodes if op_of(node)}
     residuals = [len(node.args[1]) for node, op in ops.items() if op == gated_residual.name]
     return list(ops.values()).count(modulated_norm.name), residuals
 
@@ -95,7 +98,7 @@ def test_every_modulation_gate_and_projection_of_a_full_size_model_is_fused(name
     kinds = {site.kind for site in marked.sites} & set(MODULE_KINDS)
     header = make_header(model, load_scheduler(f"{name}:random"), 3, marked)
     plan = CachePlan.build(header, marked.sites, dict.fromkeys(kinds, "CRC"))
-    specialized = specialize(marked, model, plan, exact=False)
+    specialized = specialize(marked, model, plan, config=CompileConfig("eager"))
     assert specialized.rows == (0, 1, 2)
     storing, reusing, full = (graph.graph for graph in specialized.graphs)
     assert fused(full) == (norms, [1] * gates)
@@ -103,7 +106,7 @@ def test_every_modulation_gate_and_projection_of_a_full_size_model_is_fused(name
     assert fused(reusing) == (1, runs)
     assert not [node for node in reusing.nodes if node.op == "call_module" and ".attn" in str(node.target)]
     # The weights are on the meta device, which packs nothing.
-    counts = [merge_projections(gm, lambda x, weight: True) for gm in specialized.graphs]
+    counts = [merge_maps(gm, lambda x, weight: True) for gm in specialized.graphs]
     assert counts == [sum(MERGED[name].values()), 0, sum(MERGED[name].values())]
     assert Counter(len(node.args[1]) for node in full.nodes if node.target is merged_linear) == MERGED[name]
 
@@ -116,9 +119,9 @@ def test_the_published_flux_books_save_more_where_the_projection_is_split(name, 
     book = json.loads((PUBLISHED / f"invardiff_flux_28_{name}.json").read_text())
     header = make_header(model, load_scheduler("flux-dev:random"), 28, marked)
     plan = CachePlan.build(header, marked.sites, invardiff_flux_book.actions(book, marked.sites, 28))
-    halves = split_projections(marked, model, plan)
-    specialized = specialize(halves, model, replace(plan, sites=halves.sites), exact=False)
-    macs = [specialized.macs(variant) for variant in specialized.rows]
+    halves = rewrite_model(marked, model, plan, CompileConfig("eager"))
+    specialized = specialize(halves, model, replace(plan, sites=halves.sites), config=CompileConfig("eager"))
+    macs = [macs_of(specialized.graphs[variant].graph.nodes) for variant in specialized.rows]
     n, m, c = 4096 + 512, 512, 3072
     # q, k, v and the attention over all tokens; then image and text projected, or a half of the single block's projection.
     attention = 4 * n * c * c + 2 * n * n * c

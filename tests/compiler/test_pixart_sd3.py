@@ -15,8 +15,9 @@ from helpers.oracle import run_loop
 from helpers.oracle_families import PixArtOracle, SD3Oracle
 from helpers.pixart_sd3 import IMAGE, PIXART, SD3, STEPS, TEXT, WIDTH, pixart_inputs, planned, scheduler_of, sd3_inputs
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import CompileError, PlanError
+from stepgraph.node_facts import op_of
 from stepgraph.plan import MODULE_KINDS, CachePlan
 
 
@@ -320,6 +321,6 @@ def test_modulations_and_gates_are_fused_and_give_the_same(name, batch, request)
     found = []
     for variant in exe.default.rows:
         nodes = [n for n in exe.default.variants[variant].graph.graph.nodes if "provider" in n.meta]
-        ops = Counter(n.meta["provider"].partition(" by ")[0] for n in nodes)
-        found.append((ops["modulated_norm"], [len(n.args[1]) for n in nodes if n.meta["provider"].startswith("gated_res")]))
+        ops = Counter(op_of(n) for n in nodes)
+        found.append((ops["modulated_norm"], [len(n.args[1]) for n in nodes if op_of(n) == "gated_residual"]))
     assert found == [(norms, fresh), (1, reused), (norms, fresh)]

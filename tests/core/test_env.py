@@ -10,8 +10,10 @@ from torch import fx
 import stepgraph as sg
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.specializing import specialize as specialize_module
+from stepgraph.compiler.specializing.passes import PROGRAM_PASSES, ROW_PASSES, is_wanted
 from stepgraph.env import VARIABLES, get_logger, read_env
 from stepgraph.errors import PlanError
+from stepgraph.node_facts import output_of
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def break_arithmetic(gm: fx.GraphModule, ctx) -> int:
 
 def break_shape(gm: fx.GraphModule, ctx) -> int:
     """A pass that returns another shape."""
-    output = next(iter(reversed(gm.graph.nodes)))
+    output = output_of(gm.graph)
     with gm.graph.inserting_before(output):
         short = gm.graph.call_method("flatten", (output.args[0][0],))
     output.args = ((short, *output.args[0][1:]),)
@@ -112,9 +114,8 @@ def break_shape(gm: fx.GraphModule, ctx) -> int:
 
 @pytest.mark.parametrize("broken", [break_arithmetic, break_shape], ids=lambda f: f.__name__)
 def test_check_catches_a_broken_pass(monkeypatch, dit, plan, broken):
-    at = specialize_module.PASSES.index(specialize_module.reuse_site) + 1
-    passes = (*specialize_module.PASSES[:at], broken, *specialize_module.PASSES[at:])
-    monkeypatch.setattr(specialize_module, "PASSES", passes)
+    at = [rewrite.__name__ for rewrite in ROW_PASSES].index("reuse_site") + 1
+    monkeypatch.setattr(specialize_module, "ROW_PASSES", (*ROW_PASSES[:at], broken, *ROW_PASSES[at:]))
     build(dit, plan)
     monkeypatch.setenv("STEPGRAPH_CHECK", "1")
     with pytest.raises(sg.CompileError, match=f"pass {broken.__name__} changed output 0"):
@@ -127,20 +128,22 @@ def test_check_catches_a_broken_pass(monkeypatch, dit, plan, broken):
 def test_dump_writes_a_file_per_variant_and_pass(monkeypatch, dit, plan, tmp_path):
     monkeypatch.setenv("STEPGRAPH_DUMP", str(tmp_path / "deep" / "dumps"))
     exe = build(dit, plan)
-    names = [rewrite.__name__ for rewrite in specialize_module.PASSES]
-    wanted = {
-        f"variant{variant:03d}-{number:02d}-{name}.py"
+    wanted = {"model-00-traced.py"}
+    wanted |= {f"variant{variant:03d}-01-marked.py" for variant in range(len(exe.default.variants))}
+    wanted |= {
+        f"variant{variant:03d}-{number:02d}-{rewrite.__name__}.py"
         for variant in range(len(exe.default.variants))
-        for number, name in enumerate(["traced", *names, "hoist"])
+        for number, rewrite in enumerate((*ROW_PASSES, *PROGRAM_PASSES), start=2)
+        if is_wanted(rewrite, exe.config)
     }
     files = {path.name: path.read_text() for path in (tmp_path / "deep" / "dumps").iterdir()}
     assert set(files) == wanted
     assert all("def forward(self, hidden_states" in text for text in files.values())
-    assert "site_value" in files["variant001-00-traced.py"]
-    assert "slot_" not in files["variant001-00-traced.py"]
-    assert "slot_transformer_blocks_0_ff" in files["variant001-01-add_slots.py"]
-    last = f"variant001-{len(names):02d}-{names[-1]}.py"
-    assert "site_value" not in files[last]
+    assert "site_value" in files["model-00-traced.py"]
+    assert "site_value" in files["variant001-01-marked.py"]
+    assert "slot_" not in files["variant001-01-marked.py"]
+    assert "slot_transformer_blocks_0_ff" in files["variant001-02-add_slots.py"]
+    assert "site_value" not in files[max(name for name in files if name.startswith("variant001"))]
 
 
 @pytest.mark.parametrize("check", ["0", "1"])

@@ -15,7 +15,7 @@ from stepgraph.compiler.lowrank.covariances import Covariances, measure_covarian
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.lowrank.increments import find_maps, find_sites, find_targets
 from stepgraph.compiler.lowrank.map_errors import measured_errors
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import PlanError
 from stepgraph.runtime.sampling.sample import sample
 

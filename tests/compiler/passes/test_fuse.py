@@ -17,7 +17,9 @@ from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.passes.erase_identities import erase_identities
 from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
 from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
+from stepgraph.compiler.tracing.mark_sites import bound_copy
 from stepgraph.csrc.library import native
+from stepgraph.node_facts import op_of
 from stepgraph.ops import OPS, gated_residual, lowrank_delta, modulated_norm
 
 # Per row: (modulated_norm, gated_residual, lowrank_delta, lowrank_input) in the graphs of a DiT of two blocks.
@@ -60,7 +62,7 @@ def test_what_a_dit_is_fused_to(dit, row, provider, monkeypatch):
 def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
     exe = both(dit, plan_of(dit, {"attn": "CR", "ff": "CR"}), exact=False)[2]
     graph = exe.default.variants[exe.default.rows[1]].graph.graph
-    (fused,) = (node for node in graph.nodes if node.meta.get("provider", "").startswith("gated_residual"))
+    (fused,) = (node for node in graph.nodes if op_of(node) == "gated_residual")
     assert [node.meta["slot"] for node in fused.args[2]] == [0, 1, 3, 4]
     assert not [node for node in graph.nodes if node.target in ("mul", operator.mul) and node.meta["val"].ndim == 3]
 
@@ -68,14 +70,12 @@ def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
 def rewritten(model, given) -> tuple[torch.fx.GraphModule, PassContext]:
     """A traced model without markers."""
     from stepgraph.compiler.passes.erase_markers import erase_markers
-    from stepgraph.compiler.tracing.describe import marked_graph
     from stepgraph.compiler.tracing.graphs import written_storages
+    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     marked = marked_graph(model, given)
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(marked.graph, {}))
-    gm = marked.trace.bind(model, graph)
-    context = PassContext(marked.sites, "C" * len(marked.sites), (), (), written_storages(marked.graph), exact=False)
+    gm = bound_copy(marked, model)
+    context = PassContext(marked.sites, "C" * len(marked.sites), (), (), written_storages(marked.graph))
     erase_markers(gm, context)
     return gm, context
 
@@ -119,7 +119,7 @@ def test_what_flux_splits_and_joins_again_between_its_single_blocks_is_one_run()
     wanted, got = (run_flow(who, scheduler, 3, flux_inputs(2)) for who in (FluxOracle.of(model, plan), exe.session()))
     assert error(got[-1], wanted[-1]) < 2e-6
     nodes = exe.default.variants[exe.default.rows[1]].graph.graph.nodes
-    runs = [len(node.args[1]) for node in nodes if node.meta.get("provider", "").startswith("gated_residual")]
+    runs = [len(node.args[1]) for node in nodes if op_of(node) == "gated_residual"]
     # Image and text of two double blocks, and both together in two single ones.
     assert sorted(runs) == [2, 4, 4]
     # Positions and time embeddings are joined still, and text and image once, before the first single block.
@@ -152,7 +152,7 @@ def test_a_shared_norm_stays(dit):
     from stepgraph.compiler.passes.fuse_lowrank import fuse_lowrank
 
     gm = torch.fx.GraphModule(torch.nn.Module(), graph)
-    assert fuse_lowrank(gm, PassContext((), "", (), (), frozenset(), exact=False)) == 0
+    assert fuse_lowrank(gm, PassContext((), "", (), (), frozenset())) == 0
 
 
 def test_an_op_that_nobody_takes_does_not_compile(dit, monkeypatch):

@@ -14,7 +14,7 @@ from helpers.families import FLUX, flux_inputs, flux_plan
 from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, planned, sd3_inputs
 from helpers.tiny import TINY, inputs, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.lowering.lower import Lowered
-from stepgraph.compiler.passes.merge_projections import merge_projections
+from stepgraph.compiler.passes.merge_projections import merge_maps
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.packed_weights import PackedWeights
 from stepgraph.runtime.program.packed_linear import PACKED, merged_linear, packs
@@ -34,7 +34,7 @@ def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
     """An eager executable with its linear maps merged, which only compiled ones have, and how many there are per variant."""
     variants, counts = [], []
     for variant in exe.default.variants:
-        counts.append(merge_projections(variant.graph, packs))
+        counts.append(merge_maps(variant.graph, packs))
         variant.graph.recompile()
         variants.append(replace(variant, run=Whole(variant.graph.forward, exe.default.results)))
     program = replace(exe.default, variants=tuple(variants))
@@ -205,7 +205,7 @@ def test_what_is_left_alone(reason, count):
     torch.manual_seed(0)
     model, x = Maps(reason).eval(), torch.randn(2, 3, 8)
     gm = trace(model, {"x": x}).bind(model)
-    assert merge_projections(gm, lambda x, weight: True) == count
+    assert merge_maps(gm, lambda x, weight: True) == count
     gm.recompile()
     with torch.no_grad():
         assert error(gm(x.clone())[0], model(x.clone())) < 1e-5

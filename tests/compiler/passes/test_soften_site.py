@@ -7,9 +7,10 @@ import stepgraph as sg
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.passes.soften_site import beta_name, soften_site
-from stepgraph.compiler.routers.soft_model import SoftModel
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.compiler.tracing.mark_sites import bound_copy
+from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.plan.liveness import VALUE, Read
 
 MODULES = (0, 1, 3, 4)
@@ -17,9 +18,7 @@ MODULES = (0, 1, 3, 4)
 
 def softened(model, reads=MODULES, batch: int = 1):
     marked = marked_graph(model, inputs(batch))
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(marked.graph, {}))
-    gm = marked.trace.bind(model, graph)
+    gm = bound_copy(marked, model)
     context = PassContext(
         marked.sites, "C" * len(marked.sites), tuple(Read(i, VALUE, 1) for i in reads), (), written_storages(marked.graph)
     )
@@ -50,8 +49,8 @@ def test_only_module_sites_are_mixed(dit):
         soften_site(gm, context)
 
 
-def soft_model(model, batch: int) -> SoftModel:
-    return SoftModel(model, marked_graph(model, inputs(batch)))
+def soft_model(model, batch: int) -> MixedModel:
+    return MixedModel(model, marked_graph(model, inputs(batch)))
 
 
 def given(*timesteps: int, seed: int = 0, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -121,7 +120,7 @@ def test_beta_zero_is_reuse_and_each_sample_has_its_own_weights(dit):
 def test_gradients_are_those_of_finite_differences():
     model = tiny_dit().double()
     marked = marked_graph(model, inputs(2) | {"hidden_states": noise(2).double()})
-    soft = SoftModel(model, marked)
+    soft = MixedModel(model, marked)
     with torch.no_grad():
         _, stored = soft.fill(given(700, 300, dtype=torch.float64))
     values = given(100, 40, seed=1, dtype=torch.float64)

@@ -13,8 +13,9 @@ from helpers.families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_
 from helpers.oracle_families import FluxOracle, run_flow
 from stepgraph.compiler.lowering.outline import cut, lift
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.passes.split_projections import split_projections
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.specializing.specialize import rewrite_model
+from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast
 from stepgraph.runtime.program.packed_linear import PACKED, packed_columns, packs
@@ -115,7 +116,7 @@ def test_what_is_left_alone(flow, reason):
     last = Forecast(("y1",), ((1.0,),))
     plan = replace(plan, forecasts={(s, i): last for s, row in enumerate(plan.rows) for i, a in enumerate(row) if a == "F"})
     marked = marked_graph(model, flux_inputs())
-    assert split_projections(marked, model, plan) is marked
+    assert rewrite_model(marked, model, plan, CompileConfig("eager")) is marked
 
 
 def test_a_projection_may_be_split_in_one_block_and_reused_in_another(flux, flow):

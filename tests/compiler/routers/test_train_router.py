@@ -226,15 +226,16 @@ def test_the_other_settings_train_too(model, changes):
 
 def test_longer_runs_read_what_the_step_before_mixed(model):
     """With run 2, the second routed step's loss depends on the first one's logits."""
-    from stepgraph.compiler.routers.soft_model import SoftModel
+    from stepgraph.compiler.routers.mixed_model import MixedModel
     from stepgraph.compiler.routers.train_router import _Training
-    from stepgraph.compiler.tracing.describe import example_inputs, make_header, marked_graph
+    from stepgraph.compiler.tracing.describe import example_inputs, make_header
+    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     settings = replace(SMALL, run=2, batch=4)
     marked = marked_graph(model, example_inputs(model, 4))
     header = make_header(model, DDIMScheduler(), 3, marked)
     states = Trajectories(model, DDIMScheduler(), 3, 4, 4, 0.0, 0)
-    training = _Training(SoftModel(model, marked), states, header, settings)
+    training = _Training(MixedModel(model, marked), states, header, settings)
     window = states.window(torch.zeros(4, dtype=torch.int64), 2, torch.Generator().manual_seed(0))
     _, stored = training.soft.fill(window.inputs[0])
     first = torch.full((4, 4), 0.5, requires_grad=True)

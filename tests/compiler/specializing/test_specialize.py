@@ -7,9 +7,13 @@ import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
 from helpers.tiny import inputs, labels, noise, tiny_scheduler
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.specializing.specialize import PASSES, specialize
-from stepgraph.compiler.tracing.describe import marked_graph
+from stepgraph.compiler.specializing.passes import ROW_PASSES, is_wanted
+from stepgraph.compiler.specializing.specialize import specialize
 from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.compiler.tracing.mark_sites import bound_copy
+from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.config import CompileConfig
+from stepgraph.node_facts import output_of
 from stepgraph.plan.liveness import VALUE, Read, traffic
 
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
@@ -98,11 +102,10 @@ def test_rewrite_counts(dit, row, stores, counts):
     marked = marked_graph(dit, inputs())
     reads = tuple(Read(i, VALUE, 1) for i, letter in enumerate(row) if letter == "R")
     context = PassContext(marked.sites, row, reads, tuple((i, VALUE) for i in stores), written_storages(marked.graph))
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(marked.graph, {}))
-    gm = marked.trace.bind(dit, graph)
+    gm = bound_copy(marked, dit)
     found = {}
-    for rewrite in PASSES:
+    exact = [rewrite for rewrite in ROW_PASSES if is_wanted(rewrite, CompileConfig("eager", exact=True))]
+    for rewrite in exact:
         before = len(gm.graph.nodes)
         found[rewrite.__name__] = rewrite(gm, context)
         gm.graph.lint()
@@ -112,11 +115,11 @@ def test_rewrite_counts(dit, row, stores, counts):
             assert rewrite(gm, context) == 0
     assert (found["reuse_site"], found["store_site"], found["erase_markers"]) == counts
     assert found["add_slots"] == len(reads)
-    assert found["lowrank_site"] == found["forecast_site"] == found["choose_providers"] == 0
+    assert found["lowrank_site"] == found["forecast_site"] == found["choose_references"] == 0
     assert (found["eliminate_dead_code"] > 0) == bool(reads) or row == "CCCCCCCCC"
     slots = [node.name for node in gm.graph.nodes if node.op == "placeholder" and node.name.startswith("slot_")]
     assert len(slots) == counts[0]
-    assert len(next(iter(reversed(gm.graph.nodes))).args[0]) == 1 + counts[1]
+    assert len(output_of(gm.graph).args[0]) == 1 + counts[1]
 
 
 @pytest.mark.parametrize(

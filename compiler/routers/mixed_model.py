@@ -4,21 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, slot_name
-from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
-from stepgraph.compiler.passes.erase_markers import erase_markers
 from stepgraph.compiler.passes.soften_site import beta_name, soften_site
-from stepgraph.compiler.passes.store_site import store_site
 from stepgraph.compiler.tracing.graphs import written_storages
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.watched_graph import watched_graph
 from stepgraph.errors import CompileError
 from stepgraph.plan import COMPUTE, MODULE_KINDS
 from stepgraph.plan.liveness import VALUE, Read
 
 
-class SoftModel:
+class MixedModel:
     """Two graphs on one model's weights: `fill` computes everything and `mix` interpolates every module site.
 
     Attributes:
@@ -26,29 +24,16 @@ class SoftModel:
     """
 
     def __init__(self, model: nn.Module, marked: MarkedGraph) -> None:
-        self._marked, self._model = marked, model
+        self._inputs = tuple(marked.trace.inputs)
         self._modules = tuple(i for i, site in enumerate(marked.sites) if site.kind in MODULE_KINDS)
         if not self._modules:
             raise CompileError(f"{type(model).__name__} has no module site; there is nothing to route")
         self.sites = tuple(marked.sites[i] for i in self._modules)
-        self._fill = self._rewritten(soft=False)
-        self._mix = self._rewritten(soft=True)
-
-    def _rewritten(self, soft: bool) -> fx.GraphModule:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self._marked.graph, {}))
-        gm = self._marked.trace.bind(self._model, graph)
-        every = COMPUTE * len(self._marked.sites)
-        reads = tuple(Read(i, VALUE, 1) for i in self._modules) if soft else ()
-        stores = tuple((i, VALUE) for i in self._modules)
-        context = PassContext(self._marked.sites, every, reads, stores, written_storages(self._marked.graph))
-        # The mixture first: what a later step reads is the mixture.
-        passes = (soften_site,) if soft else ()
-        for rewrite in (*passes, store_site, erase_markers, eliminate_dead_code):
-            rewrite(gm, context)
-        gm.graph.lint()
-        gm.recompile()
-        return gm
+        self._fill = watched_graph(marked, model, self._modules)
+        reads = tuple(Read(i, VALUE, 1) for i in self._modules)
+        context = PassContext(marked.sites, COMPUTE * len(marked.sites), reads, (), written_storages(marked.graph))
+        # What a later step reads is the mixture.
+        self._mix = watched_graph(marked, model, self._modules, prepare=lambda gm: soften_site(gm, context))
 
     def fill(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute everything: the model's output [B, ...] and the value of every module site, pre-gate."""
@@ -73,4 +58,4 @@ class SoftModel:
         return output, values
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: inputs[name] for name in self._marked.trace.inputs}
+        return {name: inputs[name] for name in self._inputs}

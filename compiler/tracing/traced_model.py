@@ -1,0 +1,59 @@
+"""A model with the graphs that were made of it: each is traced once, for whoever in a chain of calls needs it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
+from stepgraph.compiler.tracing.mark_sites import MarkedGraph, mark_sites
+from stepgraph.compiler.tracing.trace import trace
+from stepgraph.runtime.program.program import signature
+
+
+class TracedModel:
+    """A model's family and its marked graphs, by the inputs' signature.
+
+    It belongs to one chain of calls, such as one `accelerate`, and is dropped with it: a graph has whatever the forward read of
+    the model baked in (a LoRA's strength, say), so that nothing of it is shared between models or kept for later.
+
+    Attributes:
+        model: As it is traced.
+        family: Its adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.family = model, family_of(model)
+        self._graphs: dict[tuple[Any, ...], MarkedGraph] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, traced: "TracedModel | None") -> "TracedModel":
+        """What was handed on, where it is of this very model; a new one otherwise."""
+        return traced if traced is not None and traced.model is model else cls(model)
+
+    def marked(self, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:
+        """The marked graph for inputs of a signature.
+
+        Without inputs, one for the family's example inputs, of whatever batch size: its sites and all that a plan's header says
+        are per sample.
+
+        Raises:
+            TraceError: The forward cannot be a static graph.
+            CompileError: The model does not have the blocks that its family describes.
+        """
+        if inputs is None:
+            inputs = example_inputs(self.model)
+            shapes = input_shapes(inputs, self.family.unbatched)
+            for known in self._graphs.values():
+                if input_shapes(known.trace.inputs, self.family.unbatched) == shapes:
+                    return known
+        key = signature(inputs)
+        if key not in self._graphs:
+            self._graphs[key] = mark_sites(trace(self.model, inputs), self.family)
+        return self._graphs[key]
+
+
+def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:
+    """Trace a model and mark its sites, for one use."""
+    return TracedModel(model).marked(inputs)
