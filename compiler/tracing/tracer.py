@@ -5,9 +5,11 @@ import linecache
 import operator
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -69,8 +71,9 @@ class TracedTensor(torch.Tensor):
         raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
 
 
+@lru_cache(maxsize=None)
 def _outside(file: str) -> bool:
-    """Whether a source file is neither torch's nor the tracer's."""
+    """Whether a source file is neither torch's nor the tracer's; asked for every frame above every operation."""
     return not file.startswith((TORCH_FOLDER, "<")) and Path(file).parent != Path(__file__).parent
 
 
@@ -103,11 +106,16 @@ def frame_location(trail: TracebackType | None) -> str:
 
 @dataclass
 class Tracer(TorchFunctionMode):
-    """Records one run of a model's forward. Use `trace`."""
+    """Records one run of a model's forward. Use `trace`.
+
+    Attributes:
+        counted: Whether multiply-accumulates are counted, which takes a third of the time.
+    """
 
     model: nn.Module
     mode: FakeTensorMode
     device: torch.device
+    counted: bool = True
     graph: fx.Graph = field(default_factory=fx.Graph)
     calls: dict[tuple[str, int], ModuleCall] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -127,7 +135,8 @@ class Tracer(TorchFunctionMode):
         self.devices = {"cpu", self.device.type}
         # Attention on the CPU is one operator that torch's counter does not know by this name.
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) if self.counted else None
+        self.call_counts: Counter[str] = Counter()
 
     # -- what the forward does ---------------------------------------------------------------------------------------
 
@@ -152,7 +161,8 @@ class Tracer(TorchFunctionMode):
         path = self.paths.get(id(module))
         if self.inside or path is None:
             return original(module, *args, **kwargs)
-        number = sum(1 for known, _ in self.calls if known == path)
+        number = self.call_counts[path]
+        self.call_counts[path] += 1
         # The slot is taken before the call, so that calls are numbered in the order in which they start.
         before = self.last_node()
         self.calls[path, number] = ModuleCall((), (), before, before)
@@ -203,9 +213,16 @@ class Tracer(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
         """The operation's result on fake values, the storages it wrote to, and its multiply-accumulates."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self.fake, (args, kwargs))
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        versions, flops = [t._version for t in tensors], self.flops.get_total_flops()
+        tensors: list[FakeTensor] = []
+
+        def faked(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            tensors.append(self.fake(leaf))
+            return tensors[-1]
+
+        args, kwargs = _mapped(faked, args, kwargs)
+        versions, flops = [t._version for t in tensors], self.total_flops
         try:
             with self.pass_through():
                 value = func(*args, **kwargs)
@@ -223,7 +240,12 @@ class Tracer(TorchFunctionMode):
             written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
         for tensor in written:
             self.refuse_parameter_write(tensor)
-        return value, frozenset(map(storage_key, written)), (self.flops.get_total_flops() - flops) // 2
+        return value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
+
+    @property
+    def total_flops(self) -> int:
+        """What has been counted so far: two for every multiply-accumulate."""
+        return self.flops.get_total_flops() if self.flops is not None else 0
 
     def refuse_parameter_write(self, written: torch.Tensor) -> None:
         """An operation in place on a parameter or buffer would make a later call depend on an earlier one."""
@@ -248,12 +270,7 @@ class Tracer(TorchFunctionMode):
         macs: int = 0,
     ) -> Any:
         """Append a node; returns the traced tensor for its value, or the like of it for a tuple of tensors."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
-        # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
-        args, kwargs = pytree.tree_map_only(np.generic, lambda number: number.item(), (args, kwargs))
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if not isinstance(leaf, ARGUMENTS):
-                raise TraceError(f"{model_location()}: a {type(leaf).__name__} cannot be an argument in a static graph")
+        args, kwargs = _mapped(self.argument, args, kwargs)
         if any(torch.is_autocast_enabled(device) for device in self.devices):
             raise TraceError(
                 f"{model_location()}: the forward switches autocast on, which a static graph cannot carry; convert the model "
@@ -266,6 +283,17 @@ class Tracer(TorchFunctionMode):
             # In the form that fx reads to print the model's source line over the nodes that come from it.
             node.stack_trace = f'  File "{place[0]}", line {place[1]}, in {place[2]}\n    {place[3]}'
         return self.wrap(value, node)
+
+    def argument(self, leaf: Any) -> Any:
+        """What stands for a value among a node's arguments."""
+        if isinstance(leaf, torch.Tensor):
+            return self.node_of(leaf)
+        # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
+        if isinstance(leaf, np.generic):
+            return leaf.item()
+        if not isinstance(leaf, ARGUMENTS):
+            raise TraceError(f"{model_location()}: a {type(leaf).__name__} cannot be an argument in a static graph")
+        return leaf
 
     def wrap(self, value: Any, node: fx.Node) -> Any:
         """The traced counterpart of a node's value; tuples and lists are taken apart at once."""
@@ -337,6 +365,20 @@ FAKE_ERRORS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
+
+
+PLAIN = (torch.Tensor, fx.Node, int, float, complex, str, type(None), type(...), torch.dtype, torch.device)
+
+
+def _mapped(apply: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Positional and keyword arguments with every leaf replaced; most hold no containers, and need no tree to be built."""
+    if type(args) is tuple and all(isinstance(leaf, PLAIN) for leaf in args):
+        if not kwargs:
+            return tuple(map(apply, args)), {}
+        if all(isinstance(leaf, PLAIN) for leaf in kwargs.values()):
+            return tuple(map(apply, args)), {name: apply(leaf) for name, leaf in kwargs.items()}
+    mapped: tuple[Any, Any] = pytree.tree_map(apply, (args, kwargs))
+    return mapped
 
 
 def storage_key(tensor: torch.Tensor) -> int:
