@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from helpers.shared_graphs import marked_once
 from helpers.tiny import tiny_dit, tiny_scheduler
+from stepgraph.compiler.tracing.traced_model import TracedModel
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=15,
@@ -44,6 +46,13 @@ def _seeded(request):
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(previous)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_are_handed_on(request, monkeypatch):
+    """Tests marked `traces` trace for themselves."""
+    if not request.node.get_closest_marker("traces"):
+        monkeypatch.setattr(TracedModel, "marked", marked_once)
 
 
 @pytest.fixture(autouse=True)
