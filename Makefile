@@ -45,7 +45,7 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
 
 docs: wheel ## Build the site from docs/ and the docstrings, in build/site; a dead link fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP) ## Format the code and apply the lint rules' safe fixes
 	$(BIN)/ruff format
