@@ -7,7 +7,7 @@ LINT := build/lint
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test quick lint wheel docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; stepgraph needs 3.10 or newer: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'setuptools>=77'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx,docs]'
 	@touch $@
 
 setup: $(STAMP) ## Create .venv with the pinned versions and the package, editable
@@ -25,19 +25,27 @@ setup: $(STAMP) ## Create .venv with the pinned versions and the package, editab
 demo: $(STAMP) ## Run the demonstration
 	$(BIN)/stepgraph demo
 
-test: lint ## Lint, then run all tests that need no GPU
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: lint ## Lint, then run all tests that need no GPU, and list the 20 slowest
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
-# mypy cannot follow the editable install's mapped folders, so it checks the package as users get it: the wheel, which needs no
-# native library for that.
-lint: $(STAMP) ## Check format, lint rules, import direction and types
+quick: $(STAMP) ## Run the tests that are not marked slow, without lint
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not slow'
+
+lint: wheel ## Check format, lint rules, import direction and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py core/cli.py core/cli_artifact.py core/cli_bench.py core/cli_common.py core/cli_correct.py core/cli_export.py core/cli_factors.py core/cli_plan.py core/cli_router.py core/cli_sweep.py core/demo.py
+	MYPYPATH=$(LINT)/site $(BIN)/mypy --strict -p stepgraph
+
+# mypy and the API reference cannot follow the editable install's mapped folders, so they read the package as users get it: the
+# wheel, which needs no native library for that.
+wheel: $(STAMP)
 	@rm -rf $(LINT) build/lib build/bdist.*
 	CC=/bin/false CXX=/bin/false $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
-	MYPYPATH=$(LINT)/site $(BIN)/mypy --strict -p stepgraph
+
+docs: wheel ## Build the site from docs/ and the docstrings, in build/site; a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP) ## Format the code and apply the lint rules' safe fixes
 	$(BIN)/ruff format
