@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.make-setup
+DOCS := $(VENV)/.make-docs
 LINT := build/lint
 SHELL := /bin/bash
 
@@ -17,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; stepgraph needs 3.10 or newer: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'setuptools>=77'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx,docs]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx]'
 	@touch $@
 
 setup: $(STAMP) ## Create .venv with the pinned versions and the package, editable
@@ -34,7 +35,7 @@ quick: $(STAMP) ## Run the tests that are not marked slow, without lint
 lint: wheel ## Check format, lint rules, import direction and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/ruff check --config core/face.ruff.toml core/__init__.py core/cli.py core/cli_artifact.py core/cli_bench.py core/cli_common.py core/cli_correct.py core/cli_export.py core/cli_factors.py core/cli_plan.py core/cli_router.py core/cli_sweep.py core/demo.py
+	$(BIN)/ruff check --config core/cli/ruff.toml core/__init__.py core/cli
 	MYPYPATH=$(LINT)/site $(BIN)/mypy --strict -p stepgraph
 
 # mypy and the API reference cannot follow the editable install's mapped folders, so they read the package as users get it: the
@@ -44,8 +45,12 @@ wheel: $(STAMP)
 	CC=/bin/false CXX=/bin/false $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
 
-docs: wheel ## Build the site from docs/ and the docstrings, in build/site; a dead link fails
+docs: wheel $(DOCS) ## Build the site from docs/ and the docstrings, in build/site; a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
 
 format: $(STAMP) ## Format the code and apply the lint rules' safe fixes
 	$(BIN)/ruff format

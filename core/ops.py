@@ -214,7 +214,7 @@ def _fake_input(x: Tensor, b: Tensor) -> Tensor:
 
 @_op(_fake_input)
 def lowrank_input(x: Tensor, b: Tensor) -> Tensor:
-    """The input of linear maps in rank space, p = B x: what is cached in place of x (DESIGN.md, decision 6).
+    """The input of linear maps in rank space, p = B x: what is cached in place of x (docs/design.md, decision 6).
 
     Args:
         x: [..., C_in].

@@ -1,6 +1,6 @@
 """Sizes of artifacts, and how long a fresh process takes to load them.
 
-    python -m stepgraph.bench.deploy.artifacts --model dit-xl-2-256:random --book invardiff_dit_xl2_50_slow.json --dtype bfloat16
+    python -m stepgraph.bench.deploy.artifacts --model dit-xl-2-256:random --book invardiff_dit_xl2_50_slow.json
 
 The artifact is saved with and without weights. A fresh process loads it, with the regions that saving it has kept, and runs its
 first steps, whose outputs have to be the saving process's to the last bit.

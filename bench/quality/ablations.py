@@ -2,9 +2,9 @@
 
     python -m stepgraph.bench.quality.ablations --scheduler ddim --steps 20 --out bench/results
 
-Every plan is tuned to about half the MACs, so that choices are compared at equal cost, and measured as in `bench.quality`. For
-the calibration's size three draws of the samples are taken, and `agreement` is the share of (step, site) pairs in which a plan
-equals the one from the largest calibration of the same draw.
+Every plan is tuned to about half the MACs, so that choices are compared at equal cost, and measured as in
+`bench.quality.quality`. For the calibration's size three draws of the samples are taken, and `agreement` is the share of
+(step, site) pairs in which a plan equals the one from the largest calibration of the same draw.
 """
 
 import argparse

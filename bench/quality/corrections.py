@@ -2,8 +2,8 @@
 
     python -m stepgraph.bench.quality.corrections --scheduler ddim --steps 20 --out bench/results
 
-Each row is one plan, measured as in `bench.quality`: the relative L2 of the final image against full compute from the same
-noise, at the multiply-accumulates that its graphs really compute. Factors, covariances and fitted coefficients come from
+Each row is one plan, measured as in `bench.quality.quality`: the relative L2 of the final image against full compute from the
+same noise, at the multiply-accumulates that its graphs really compute. Factors, covariances and fitted coefficients come from
 calibration runs with a seed of their own. `versus_fewer_steps` is the error over that of the same sampler in fewer steps at
 equal MACs; below 1 the plan beats them.
 """

@@ -2,9 +2,9 @@
 
     python -m stepgraph.bench.quality.forecasts --scheduler ddim --steps 20 --out bench/results
 
-Every row is a plan with a fixed period, measured as in `bench.quality` on noise that no fit has seen. `versus_taylor` is its
-error over that of TaylorSeer of order 1 on every module at the same period. With the scheduler flow-euler the model is
-converted (`bench.flow_glyphs`).
+Every row is a plan with a fixed period, measured as in `bench.quality.quality` on noise that no fit has seen. `versus_taylor`
+is its error over that of TaylorSeer of order 1 on every module at the same period. With the scheduler flow-euler the model is
+converted (`bench.glyphs.flow_glyphs`).
 """
 
 import argparse

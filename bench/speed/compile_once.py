@@ -2,7 +2,7 @@
 
     python -m stepgraph.bench.speed.compile_once --plan slow
 
-`bench.runtime` starts it, so that nothing is compiled or cached beforehand but what lies in TORCHINDUCTOR_CACHE_DIR.
+`bench.speed.runtime` starts it, so that nothing is compiled or cached beforehand but what lies in TORCHINDUCTOR_CACHE_DIR.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def memory(plan: CachePlan, batch: int) -> dict[str, Any]:
 
 
 def in_fresh_process(arguments: Mapping[str, Any], cache: str) -> dict[str, Any]:
-    """What `bench.compile_once` measures, with the disk caches of inductor and stepgraph in a folder.
+    """What `bench.speed.compile_once` measures, with the disk caches of inductor and stepgraph in a folder.
 
     Raises:
         CompileError: The process failed; the message has the end of what it said.

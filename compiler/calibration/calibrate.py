@@ -66,8 +66,8 @@ def calibrate(
         conditioning: As for `stepgraph.sample`, `samples` rows each, `negative_<name>` too with guidance. The example
             conditioning of the model's family unless given (classes in turn for DiT).
         inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
-        provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does, and no site is
-            timed (`ms` is NaN).
+        provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does, and no site
+            is timed (`ms` is NaN).
         metrics: Rates to measure beside those of `stepgraph.compiler.calibration.rates`, by name.
         channels: Whether to keep per-channel means of all linear maps, which needs the memory of one step's activations.
         lags: Over how many steps changes are measured, K; at least 1.

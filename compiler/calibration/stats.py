@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepgraph.errors import PlanError
-from stepgraph.files.tensor_record import described_sites, read_record, write_record
+from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.plan import PlanHeader, Site
+from stepgraph.plan.described import described_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,7 +112,7 @@ class CalibrationStats:
         return self.tables["ms"]
 
     def rate(self, metric: str = "v1") -> torch.Tensor:
-        """A rate of change, [T, sites] (`stepgraph.compiler.calibration.rates`); 1 in the first and last row, where there is none.
+        """A rate of change, [T, sites] (see `rates`); 1 in the first and last row, where there is none.
 
         "lagged" is `relative` at lag 1: the error that a reuse really makes, in every row but the first.
 
@@ -138,7 +139,7 @@ class CalibrationStats:
         return replace(self, branches=(name,), tables=own)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """The invariance pictures of the papers; written to `path` where given (`stepgraph.compiler.calibration.stats_plot`)."""
+        """The invariance pictures of the papers; written to `path` where given (see `stats_plot`)."""
         from stepgraph.compiler.calibration.stats_plot import plot_stats
 
         return plot_stats(self, path)

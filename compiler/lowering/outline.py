@@ -1,4 +1,4 @@
-"""Outlining: a variant is cut into pieces, and equal pieces are one region, compiled once (DESIGN.md, decision 4).
+"""Outlining: a variant is cut into pieces, and equal pieces are one region, compiled once (docs/design.md, decision 4).
 
 A piece is what lies within one transformer block, before the first or behind the last. Runs of reused sites, which are one
 operation across blocks, stand between them. A piece's weights are inputs of its region, so that blocks of one make share it;

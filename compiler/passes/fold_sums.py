@@ -1,4 +1,4 @@
-"""Reused values that are only ever added up are stored as their sum (DESIGN.md, decision 7).
+"""Reused values that are only ever added up are stored as their sum (docs/design.md, decision 7).
 
 Where reused sites have no gate, as PixArt's cross-attentions and U-ViT's branches have none, the steps that reuse a run of them
 read x + C_1 + C_2 + ...: one stored sum takes the place of the values.

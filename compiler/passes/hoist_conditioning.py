@@ -1,4 +1,4 @@
-"""Hoisting: what depends on the prompt or the timestep alone is computed before the loop (DESIGN.md, decision 3)."""
+"""Hoisting: what depends on the prompt or the timestep alone is computed before the loop (docs/design.md, decision 3)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

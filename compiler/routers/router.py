@@ -10,9 +10,10 @@ import torch
 
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.errors import PlanError
-from stepgraph.files.tensor_record import described_sites, read_record, write_record
+from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import PlanHeader, Site
+from stepgraph.plan.described import described_sites
 
 FORMAT = "stepgraph-router"
 VERSION = 1

@@ -27,7 +27,8 @@ def run_passes(
 ) -> int:
     """Run passes over a subject, in order; returns the number of rewrites.
 
-    Under STEPGRAPH_DUMP every graph is written before the first pass, and after each under the pass's number in ORDER. STEPGRAPH_LOG=debug says what each rewrote and how long it took.
+    Under STEPGRAPH_DUMP every graph is written before the first pass, and after each under the pass's number in ORDER.
+    STEPGRAPH_LOG=debug says what each rewrote and how long it took.
 
     Args:
         passes: One of the three literals of `stepgraph.compiler.specializing.passes`.

@@ -1,4 +1,4 @@
-"""The tracer: what happens while a model's forward runs on traced tensors. `stepgraph.compiler.tracing.trace` is how it is used."""
+"""The tracer: what happens while a model's forward runs on traced tensors. `trace` is how it is used."""
 
 import enum
 import linecache
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -71,7 +71,7 @@ class TracedTensor(torch.Tensor):
         raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outside(file: str) -> bool:
     """Whether a source file is neither torch's nor the tracer's; asked for every frame above every operation."""
     return not file.startswith((TORCH_FOLDER, "<")) and Path(file).parent != Path(__file__).parent

@@ -11,8 +11,6 @@ from safetensors.torch import load
 
 from stepgraph.errors import PlanError
 from stepgraph.files.whole_file import save_tensors
-from stepgraph.plan import PlanHeader, Site
-from stepgraph.plan.json import parse_record
 
 
 def write_record(
@@ -77,16 +75,3 @@ def _refuse_other_form(described: Any, path: str | Path, form: str, version: int
     if described.get("format") != form or type(given) is not int or given != version:
         found = f"{described.get('format')} {given!r}"
         raise PlanError(f"{path}: expected {form} version {version}; got {found}")
-
-
-def described_sites(described: Mapping[str, Any], path: str | Path) -> tuple[PlanHeader, tuple[Site, ...]]:
-    """The header and the sites that a record's metadata holds.
-
-    Raises:
-        PlanError: They are incomplete or not valid.
-    """
-    header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
-    sites = described.get("sites")
-    if not isinstance(sites, list):
-        raise PlanError(f"{path}: sites is {type(sites).__name__}; expected a list")
-    return header, tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(sites))

@@ -1,4 +1,4 @@
-"""Linear maps on CPUs with weights in oneDNN's own layout, one packed copy for all regions (DESIGN.md, decision 8)."""
+"""Linear maps on CPUs with weights in oneDNN's own layout, one packed copy for all regions (docs/design.md, decision 8)."""
 
 import torch
 from torch import Tensor

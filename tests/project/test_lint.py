@@ -1,5 +1,6 @@
-"""The direction of imports: ruff refuses what points the wrong way, and the lists of bans name every file there is."""
+"""The import walls: a folder is a stage, and imports only from the floors below it."""
 
+import ast
 import subprocess
 import sys
 
@@ -7,145 +8,181 @@ import pytest
 
 from helpers.paths import ROOT
 
-FORBIDDEN = [
-    # The vocabulary imports nothing of the package's other parts.
-    ("core/plan.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("core/ops.py", "import stepgraph.triton_kernels"),
-    ("core/ops.py", "import stepgraph.csrc"),
-    ("core/liveness.py", "from stepgraph.runtime.memory.slots import assign_slots"),
-    ("core/config.py", "from stepgraph.bench import record"),
-    ("core/env.py", "from stepgraph.cli.main import main"),
-    ("core/files.py", "from stepgraph import runtime"),
-    # Kernels see the vocabulary.
-    ("triton_kernels/new_kernel.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("triton_kernels/new_kernel.py", "from stepgraph.runtime.memory.slots import assign_slots"),
-    ("triton_kernels/new_kernel.py", "import stepgraph.csrc"),
-    ("csrc/loader.py", "import stepgraph.triton_kernels"),
-    ("csrc/loader.py", "import stepgraph.runtime"),
-    ("csrc/loader.py", "from stepgraph.bench import record"),
-    # The runtime runs without the compiler, and chooses no kernel by name.
-    ("runtime/executable.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("runtime/executable.py", "import stepgraph.triton_kernels.adaln"),
-    ("runtime/executable.py", "from stepgraph.csrc import loader"),
-    ("runtime/executable.py", "from stepgraph.cli.main import main"),
-    ("runtime/executable.py", "from stepgraph.cli.demo import run"),
-    ("runtime/executable.py", "import stepgraph.bench"),
-    # So does the compiler.
-    ("compiler/pipeline.py", "import stepgraph.triton_kernels"),
-    ("compiler/pipeline.py", "from stepgraph import csrc"),
-    ("compiler/pipeline.py", "from stepgraph.cli.main import main"),
-    ("compiler/pipeline.py", "from stepgraph.cli.demo import run"),
-    ("compiler/pipeline.py", "from stepgraph.bench import record"),
-    # Passes, policies and adapters stand alone, and the compiler's own bans hold for them.
-    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.passes.store_site import store_site"),
-    ("compiler/passes/new_pass.py", "from stepgraph.compiler.passes import reuse_site"),
-    ("compiler/passes/reuse_site.py", "import stepgraph.triton_kernels"),
-    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.specializing.specialize import PASSES"),
-    ("compiler/policies/full.py", "from stepgraph.compiler.policies.interval import interval"),
-    ("compiler/policies/full.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("compiler/policies/full.py", "import stepgraph.bench"),
-    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.importers.invardiff_book import export"),
-    ("compiler/importers/l2c_router.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("compiler/models/dit.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("compiler/models/dit.py", "from stepgraph.runtime.memory.slots import assign_slots"),
-    ("compiler/models/new_family.py", "from stepgraph.compiler.models.dit import DIT"),
-    ("compiler/models/dit.py", "from stepgraph.cli.main import main"),
-]
+# From the ground up. What stands in one row does not import each other; core/cli and core/__init__.py are the face.
+FLOORS = (
+    ("core", "core/assets"),
+    ("core/files",),
+    ("core/plan",),
+    ("triton_kernels", "csrc"),
+    ("runtime/memory",),
+    ("runtime/program", "runtime/capture"),
+    ("runtime/session",),
+    ("runtime/sampling", "runtime/attach", "runtime/artifact"),
+    ("runtime/export",),
+    ("runtime",),
+    ("compiler/interfaces",),
+    ("compiler/models", "compiler/policies", "compiler/importers"),
+    ("compiler/tracing",),
+    ("compiler/passes",),
+    ("compiler/specializing", "compiler/lowering"),
+    ("compiler",),
+    ("compiler/calibration",),
+    ("compiler/routers", "compiler/forecast", "compiler/lowrank"),
+    ("compiler/planning",),
+    ("compiler/entry",),
+    ("core/cli", "bench"),
+    ("bench/glyphs",),
+    ("bench/ops", "bench/speed", "bench/deploy", "bench/quality"),
+)
+FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+SOURCES = ("core", "compiler", "runtime", "triton_kernels", "csrc", "bench")
+# Files of one kind in these folders do not import each other.
+ALONE = {"compiler/passes", "compiler/policies", "compiler/importers", "compiler/models"}
 
-ALLOWED = [
-    ("core/plan.py", "from stepgraph.files.whole_file import whole_file"),
-    ("core/__init__.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("core/cli.py", "from stepgraph.runtime.sampling.sample import sample"),
-    ("core/demo.py", "from stepgraph.compiler.tracing.trace import trace"),
-    ("triton_kernels/new_kernel.py", "from stepgraph.ops import register"),
-    ("csrc/loader.py", "from stepgraph.env import read_env"),
-    ("runtime/executable.py", "from stepgraph.plan import CachePlan"),
-    ("compiler/pipeline.py", "from stepgraph.runtime.memory.slots import assign_slots"),
-    ("compiler/passes/reuse_site.py", "from stepgraph.compiler.interfaces.pass_context import PassContext"),
-    ("compiler/policies/full.py", "from stepgraph.compiler.interfaces.policy import Policy"),
-    ("compiler/policies/__init__.py", "from stepgraph.compiler.policies.full import FULL"),
-    ("compiler/models/dit.py", "from stepgraph.compiler.interfaces.family import Family"),
-    ("compiler/models/__init__.py", "from stepgraph.compiler.models.dit import DIT"),
-    ("bench/record.py", "from stepgraph.cli.main import main"),
-    ("tests/test_new.py", "import stepgraph.triton_kernels"),
-]
+
+def package(folder: str) -> str:
+    """The dotted name of a folder; `core` is stepgraph itself."""
+    return ("stepgraph." + folder.removeprefix("core").strip("/").replace("/", ".")).rstrip(".")
+
+
+def example_of(folder: str) -> str:
+    """A module that lies in a folder."""
+    return {
+        "core": "stepgraph.config",
+        "runtime": "stepgraph.runtime.executable",
+        "compiler": "stepgraph.compiler.pipeline",
+    }.get(folder, f"{package(folder)}.some_file")
+
+
+def modules() -> dict[str, str]:
+    """Module name -> folder, of every source file."""
+    found = {}
+    for source in SOURCES:
+        for path in (ROOT / source).rglob("*.py"):
+            folder = path.parent.relative_to(ROOT).as_posix()
+            stem = "" if path.stem == "__init__" else f".{path.stem}"
+            found[package(folder) + stem] = folder
+    return found
+
+
+def imports(path) -> set[str]:
+    """The stepgraph modules, or names of packages, that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stepgraph":
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "stepgraph"}
+    return names
+
+
+def folder_of(name: str, known: dict[str, str]) -> str | None:
+    """Where an imported name lies."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return known.get(name)
+
+
+def test_every_folder_has_its_floor():
+    assert set(modules().values()) == set(FLOOR_OF)
+
+
+def test_a_folder_imports_from_floors_below_only():
+    known, wrong = modules(), []
+    for source in SOURCES:
+        for path in (ROOT / source).rglob("*.py"):
+            folder = path.parent.relative_to(ROOT).as_posix()
+            if path == ROOT / "core" / "__init__.py":
+                continue
+            for name in imports(path):
+                other = folder_of(name, known)
+                # The face itself is no vocabulary: what it offers lies on floors of its own.
+                face = name.count(".") <= 1 and name not in known and folder not in ("core/cli", "bench") and source != "bench"
+                if face or (other not in (None, folder) and FLOOR_OF[other] >= FLOOR_OF[folder]):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", ["triton_kernels", *sorted(ALONE)])
+def test_files_of_one_kind_do_not_import_each_other(folder):
+    shared = {"triton_kernels": {"declines", "launch", "settings", "tiles", "projection"}}.get(folder, set())
+    for path in (ROOT / folder).glob("*.py"):
+        if path.stem in shared | {"__init__"}:
+            continue
+        inside = {name.removeprefix(package(folder) + ".") for name in imports(path) if name.startswith(package(folder) + ".")}
+        assert {name.split(".")[0] for name in inside} <= shared, path.name
 
 
 def findings(path: str, line: str, rule: str, *options: str) -> str:
     """What ruff says about a module of one import that lies at `path`."""
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--no-cache",
-        "--output-format=concise",
-        f"--select={rule}",
-        *options,
-    ]
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", f"--select={rule}", *options]
     command += ["--stdin-filename", path, "-"]
     result = subprocess.run(command, input=f"{line}\n", capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode in (0, 1), result.stderr
     return result.stdout
 
 
-@pytest.mark.parametrize(("path", "line"), FORBIDDEN)
-def test_refuses_import(path: str, line: str):
-    found = findings(path, line, "TID251")
-    assert "TID251" in found
+@pytest.mark.parametrize("folder", sorted(FLOOR_OF))
+def test_ruff_refuses_imports_from_above(folder):
+    """A new file in the folder, which no configuration knows, imports from every folder on a floor above, or beside it."""
+    above = [other for other, number in FLOOR_OF.items() if number > FLOOR_OF[folder]]
+    beside = [other for other in FLOORS[FLOOR_OF[folder]] if other not in (folder, "core", "core/assets")]
+    if folder.startswith("bench"):
+        above = [other for other in above if other.startswith("bench")]
+        beside = [other for other in beside if other.startswith("bench")]
+    forbidden = [*above, *beside, *([folder] if folder in ALONE else [])]
+    text = "\n".join(f"import {example_of(other)}" for other in forbidden)
+    lines = findings(f"{folder}/new_file.py", text, "TID251").splitlines()
+    refused = {int(line.split(":")[1]) for line in lines if " TID251 " in line}
+    assert [other for number, other in enumerate(forbidden, start=1) if number not in refused] == []
     # The message says what to do instead, not only that it is banned.
-    assert len(found.splitlines()[0].split("is banned: ")[1]) > 20
+    assert all(len(line.split("is banned: ")[1]) > 20 for line in lines if " TID251 " in line)
 
 
-@pytest.mark.parametrize(("path", "line"), ALLOWED)
-def test_allows_import(path: str, line: str):
-    assert "TID251" not in findings(path, line, "TID251")
+@pytest.mark.parametrize("folder", sorted(FLOOR_OF))
+def test_ruff_allows_imports_from_below(folder):
+    below = [other for other, number in FLOOR_OF.items() if number < FLOOR_OF[folder]]
+    below = [other for other in below if other not in ("triton_kernels", "csrc", "core/cli")]
+    text = "\n".join(f"import {example_of(other)}" for other in below)
+    assert "TID251" not in findings(f"{folder}/new_file.py", text, "TID251")
 
 
-def test_refuses_import_inside_a_function():
+def test_ruff_refuses_imports_inside_a_function():
     assert "TID251" in findings(
-        "runtime/attach.py", "def f():\n    from stepgraph.compiler.tracing.trace import trace", "TID251"
+        "runtime/attach/attach.py", "def f():\n    from stepgraph.compiler.tracing import trace", "TID251"
     )
 
 
-@pytest.mark.parametrize("path", ["core/plan.py", "compiler/passes/reuse_site.py", "runtime/slots.py", "bench/record.py"])
-def test_refuses_relative_import(path: str):
+@pytest.mark.parametrize(
+    "path", ["core/plan/plan.py", "compiler/passes/reuse_site.py", "runtime/memory/slots.py", "bench/record.py"]
+)
+def test_ruff_refuses_relative_imports(path: str):
     assert "TID252" in findings(path, "from .sibling import name", "TID252")
 
 
-@pytest.mark.parametrize("path", ["core/__init__.py", "core/cli.py", "core/demo.py"])
+@pytest.mark.parametrize("path", ["core/__init__.py", "core/cli/main.py", "core/cli/new_command.py"])
 @pytest.mark.parametrize("target", ["bench.record", "triton_kernels", "csrc"])
-def test_face_imports_neither_bench_nor_kernels(path: str, target: str):
-    face = ("--config", "core/face.ruff.toml")
+def test_the_face_imports_neither_bench_nor_kernels(path: str, target: str):
+    face = ("--config", "core/cli/ruff.toml")
     assert "TID251" in findings(path, f"import stepgraph.{target}", "TID251", *face)
     assert "TID251" not in findings(path, "from stepgraph.compiler.tracing.trace import trace", "TID251", *face)
 
 
-def test_make_lint_checks_every_face_file():
-    toml = pytest.importorskip("tomllib")
-    exempt = toml.loads((ROOT / "core/ruff.toml").read_text())["lint"]["per-file-ignores"]
-    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "core/face.ruff.toml" in line)
-    assert [name for name in exempt if f"core/{name}" not in recipe] == []
+def test_make_lint_checks_the_face():
+    recipe = (ROOT / "Makefile").read_text()
+    assert "ruff check --config core/cli/ruff.toml core/__init__.py core/cli" in recipe
 
 
-def _modules(folder: str, *apart: str) -> set[str]:
-    package = "stepgraph." + folder.replace("/", ".")
-    files = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.parent.name for path in (ROOT / folder).glob("*/*.py")}
-    return {f"{package}.{name}" for name in files - {"__init__", *apart}}
+@pytest.mark.parametrize("path", ["tests/project/test_new.py", "bench/speed/new.py"])
+def test_tests_and_benchmarks_see_everything(path):
+    text = "import stepgraph.cli.main\nimport stepgraph.compiler.entry.accelerate\nimport stepgraph.triton_kernels"
+    assert "TID251" not in findings(path, text, "TID251")
 
 
-@pytest.mark.parametrize(
-    ("folder", "expected"),
-    [
-        ("compiler/passes", _modules("compiler/passes", "context")),
-        ("compiler/policies", _modules("compiler/policies", "policy")),
-        ("compiler/importers", _modules("compiler/importers", "importer")),
-        ("compiler/models", _modules("compiler/models", "family", "load") | _modules("compiler", "models")),
-    ],
-)
-def test_bans_name_every_module(folder: str, expected: set[str]):
-    toml = pytest.importorskip("tomllib")
-    bans = toml.loads((ROOT / folder / "ruff.toml").read_text())["lint"]["flake8-tidy-imports"]["extend-banned-api"]
-    assert sorted(expected - set(bans)) == [], f"add these to {folder}/ruff.toml, as its other lines do"
-    gone = {name for name in bans if name.startswith(f"stepgraph.{folder.replace('/', '.')}.")} - expected
-    assert sorted(gone) == [], f"{folder}/ruff.toml bans modules that do not exist"
+def test_no_test_imports_another():
+    names = [path for path in (ROOT / "tests").rglob("*.py") if path.stem.startswith("test_")]
+    for path in names:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module or "").split(".")[-1].startswith("test_"), path.name
+            assert module != "conftest", path.name
