@@ -1,7 +1,8 @@
 """The fused operations: each is first a short torch function, and providers do the same faster.
 
 The reference is an operation's meaning, its schema and its fallback. A provider (Triton on GPUs, C++ on CPUs) registers on it
-and says for which arguments it is there; the compiler asks once per graph node, for real shapes.
+and says for which arguments it is there; the compiler asks once per graph node, for real shapes. Which arguments belong
+together is the operation's to say, once for all providers: `op_shapes`.
 
 B batch, N tokens, C channels, R rank. Products with factors and linear combinations accumulate in at least float32;
 `modulated_norm` and `gated_residual` round after every operation, as the eager model does. Tokens are the second dimension of
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepgraph import op_shapes
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import OpError
 
@@ -38,8 +40,9 @@ class Provider:
         name: "reference", "triton", "cpu".
         run: Called like the reference. Of providers other than the reference a torch operator, which torch.compile and
             torch.export carry along as it is.
-        declines: Called like the reference, with real or fake tensors: why the provider does not take these arguments;
-            empty where it does. It looks at shapes, strides, dtypes and devices only.
+        declines: Called like the reference, with real or fake tensors: why the provider does not take these arguments,
+            because they do not belong together or its kernels cannot do it; empty where it takes them. It looks at shapes,
+            strides, dtypes and devices only.
     """
 
     name: str
@@ -55,12 +58,14 @@ class Op:
         name: Of the operation, and of its torch operators (`torch.ops.stepgraph.<name>_<provider>`).
         reference: The torch function that defines it.
         fake: Called like the reference: empty tensors of the results' shapes.
+        misfit: Called like the reference: why the arguments do not belong together, for any provider; empty where they do.
         providers: By name; the reference is one of them.
     """
 
     name: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
+    misfit: Callable[..., str]
     providers: dict[str, Provider] = field(default_factory=dict)
 
     def register(self, name: str, run: Callable[..., Any], declines: Callable[..., str], into: bool = False) -> None:
@@ -69,7 +74,7 @@ class Op:
         Args:
             name: The provider's.
             run: Called like the reference.
-            declines: See `Provider`.
+            declines: What of arguments that belong together the kernels cannot do, see `Provider`.
             into: Whether `run` also takes the memory for its result, `out`: then `INTO` has the operator that writes there.
 
         Raises:
@@ -81,10 +86,14 @@ class Op:
         LIBRARY.define(operator + torch.library.infer_schema(self.reference, mutates_args=()))
         LIBRARY.impl(operator, _by_rows(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"stepgraph::{operator}", self.fake, lib=LIBRARY)
-        made = getattr(torch.ops.stepgraph, operator).default
-        self.providers[name] = Provider(name, made, _by_rows(declines))
+        registered = getattr(torch.ops.stepgraph, operator).default
+
+        def declined(*args: Any, **kwargs: Any) -> str:
+            return self.misfit(*args, **kwargs) or declines(*args, **kwargs)
+
+        self.providers[name] = Provider(name, registered, _by_rows(declined))
         if into:
-            INTO[made] = _writing(operator, run)
+            INTO[registered] = _writing(operator, run)
 
     def choose(self, *args: Any, **kwargs: Any) -> Provider:
         """The first provider in order of priority that takes these arguments.
@@ -164,21 +173,21 @@ def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     return "cpu"
 
 
-def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+def _op(fake: Callable[..., Any], misfit: Callable[..., str]) -> Callable[[Callable[..., Any]], Op]:
     """Make an operation of its reference."""
 
-    def made(reference: Callable[..., Any]) -> Op:
-        op = Op(reference.__name__, reference, fake)
+    def add(reference: Callable[..., Any]) -> Op:
+        op = Op(reference.__name__, reference, fake, misfit)
         op.providers[REFERENCE] = Provider(REFERENCE, reference, lambda *_, **__: "")
         OPS[op.name] = op
         return op
 
-    return made
+    return add
 
 
 def rows(modulation: Tensor, x: Tensor) -> Tensor:
     """A modulation [B, C] as it broadcasts over the tokens of `x` [B, N, C]; others as they are."""
-    return modulation.unsqueeze(1) if modulation.ndim == 2 and x.ndim == 3 else modulation
+    return modulation.unsqueeze(1) if op_shapes.per_batch(modulation, x) else modulation
 
 
 def _side_by_side(value: Tensor) -> bool:
@@ -209,10 +218,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _fake_input(x: Tensor, b: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=op_shapes.accumulated(x))
 
 
-@_op(_fake_input)
+@_op(_fake_input, op_shapes.lowrank_input)
 def lowrank_input(x: Tensor, b: Tensor) -> Tensor:
     """The input of linear maps in rank space, p = B x: what is cached in place of x (docs/design.md, decision 6).
 
@@ -233,7 +242,7 @@ def _fake_delta(
     return [torch.empty_like(stored, memory_format=torch.contiguous_format) for stored in y]
 
 
-@_op(_fake_delta)
+@_op(_fake_delta, op_shapes.lowrank_delta)
 def lowrank_delta(
     x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
     eps: float = 1e-6, gate: Tensor | None = None, residual: Tensor | None = None,
@@ -267,17 +276,17 @@ def lowrank_delta(
         x = modulated_norm.reference(x, scale, shift, eps)
     t = lowrank_input.reference(x, b) - p
     parts = t.split([map_a.shape[1] for map_a in a], dim=-1)
-    found = [stored + F.linear(part.to(stored.dtype), map_a) for stored, part, map_a in zip(y, parts, a, strict=True)]
+    corrected = [stored + F.linear(part.to(stored.dtype), map_a) for stored, part, map_a in zip(y, parts, a, strict=True)]
     if gate is not None and residual is not None:
-        found = [gated_residual.reference(residual, [gate], found)]
-    return found
+        corrected = [gated_residual.reference(residual, [gate], corrected)]
+    return corrected
 
 
 def _fake_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_op(_fake_norm)
+@_op(_fake_norm, op_shapes.modulated_norm)
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm without affine parameters, then the adaLN modulation: norm(x) * (1 + scale) + shift.
 
@@ -294,7 +303,7 @@ def _fake_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tens
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_op(_fake_residual)
+@_op(_fake_residual, op_shapes.gated_residual)
 def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
     """Gated residual updates, x + sum_i gate_i * value_i, in this order: a run of sites in one pass.
 
@@ -313,7 +322,7 @@ def _fake_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
     return torch.empty_like(values[0], memory_format=torch.contiguous_format)
 
 
-@_op(_fake_combination)
+@_op(_fake_combination, op_shapes.linear_combination)
 def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
     """sum_i c_i * value_i, and a constant where there is one coefficient more than values: a forecast from stored values.
 

@@ -25,7 +25,9 @@ linear_combination.register("cpu", run_linear_combination, declines_linear_combi
 
 def describe() -> tuple[dict[str, str], list[str]]:
     """What `stepgraph doctor` shows of the native library, and advice."""
-    found = native()
-    shown = f"{found.level}: the highest of {', '.join(LEVELS[1:-1])} that this CPU runs"
-    advice = [f"the C++ providers of fused operations are missing ({found.missing}): {found.advice}"] if found.advice else []
-    return {"native library": found.missing or shown}, advice
+    library = native()
+    shown = f"{library.level}: the highest of {', '.join(LEVELS[1:-1])} that this CPU runs"
+    advice = (
+        [f"the C++ providers of fused operations are missing ({library.missing}): {library.advice}"] if library.advice else []
+    )
+    return {"native library": library.missing or shown}, advice

@@ -5,15 +5,7 @@ from torch import Tensor
 
 from stepgraph.csrc.library import kernels
 from stepgraph.csrc.limits import declines_machine, declines_size
-from stepgraph.csrc.places import (
-    common,
-    declines_modulation,
-    declines_rows,
-    declines_tensors,
-    modulation_of,
-    rows_of,
-    words,
-)
+from stepgraph.csrc.places import common, declines_modulations, declines_tensors, modulation_of, rows_of, words
 
 
 def run_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -28,9 +20,8 @@ def run_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-
 def declines_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> str:
     """Why the C++ kernel does not normalise these."""
     return (
-        declines_machine() or declines_tensors(x, scale, shift) or declines_rows(x)
-        or declines_modulation(scale, x) or declines_modulation(shift, x) or declines_size("modulated_norm", x)
-    )  # fmt: skip
+        declines_machine() or declines_tensors(x) or declines_modulations(x, scale, shift) or declines_size("modulated_norm", x)
+    )
 
 
 def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out: Tensor | None = None) -> Tensor:
@@ -47,14 +38,10 @@ def run_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out
 
 def declines_gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> str:
     """Why the C++ kernel does not add these."""
-    if len(gates) != len(values):
-        return f"{len(gates)} gates for {len(values)} values"
-    reason = declines_machine() or declines_tensors(x, *gates, *values) or declines_rows(x, *values)
-    for gate, value in zip(gates, values, strict=True):
-        reason = reason or declines_modulation(gate, x)
-        if not reason and value.shape != x.shape:
-            reason = f"a value {list(value.shape)} for {list(x.shape)}"
-    return reason or declines_size("gated_residual", x, len(values))
+    return (
+        declines_machine() or declines_tensors(x) or declines_modulations(x, *gates)
+        or declines_size("gated_residual", x, len(values))
+    )  # fmt: skip
 
 
 def run_linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
@@ -73,17 +60,8 @@ def run_linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor
 
 def declines_linear_combination(values: list[Tensor], coefficients: Tensor) -> str:
     """Why the C++ kernel does not combine these."""
-    if not values:
-        return "no values"
-    first = values[0]
-    reason = declines_machine() or declines_tensors(*values) or declines_rows(*values)
-    if reason:
+    if reason := declines_machine() or declines_tensors(values[0]):
         return reason
-    if any(value.shape != first.shape for value in values):
-        return f"values of shapes {[list(value.shape) for value in values]}"
-    rows = coefficients.shape[1:]
-    if coefficients.dtype != torch.float32 or coefficients.device.type != "cpu" or not coefficients.is_contiguous():
-        return f"coefficients of {coefficients.dtype} on {coefficients.device}, or not contiguous"
-    if len(coefficients) - len(values) not in (0, 1) or rows not in ((), (first.shape[-1],)):
-        return f"coefficients {list(coefficients.shape)} for {len(values)} values {list(first.shape)}"
-    return declines_size("linear_combination", first, len(values))
+    if not coefficients.is_contiguous():
+        return f"coefficients with strides {coefficients.stride()}; takes contiguous ones"
+    return declines_size("linear_combination", values[0], len(values))

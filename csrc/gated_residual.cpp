@@ -31,37 +31,31 @@ STEPGRAPH_EXPORT void stepgraph_gated_residual(const stepgraph::GatedResidual* a
 #endif
 #else
 #include "vector.h"
+#include "rows.h"
 
 namespace stepgraph::STEPGRAPH_LEVEL {
 
-// Vectors that are summed together, so that a term's address is worked out once for all of them.
-constexpr int64_t TOGETHER = 4;
-
 template <class T, bool whole>
-static inline void add_terms(const GatedResidual& a, int64_t b, int64_t n, int64_t c, int64_t left) {
+static inline void add_terms(const GatedResidual& a, Row row, int64_t c, int64_t left) {
     V total[TOGETHER];
-    const T* x = a.x.at<T>(b, n) + c;
+    const T* x = a.x.at<T>(row) + c;
     for (int64_t v = 0; v < TOGETHER; ++v) total[v] = load_part<whole>(x + v * W, left - v * W);
     for (const Gated* term = a.terms(); term < a.terms() + a.count; ++term) {
-        const T *gate = term->gate.at<T>(b, n) + c, *value = term->value.at<T>(b, n) + c;
+        const T *gate = term->gate.at<T>(row) + c, *value = term->value.at<T>(row) + c;
         for (int64_t v = 0; v < TOGETHER; ++v)
             total[v] = multiply_add(load_part<whole>(gate + v * W, left - v * W), load_part<whole>(value + v * W, left - v * W),
                                     total[v]);
     }
-    T* out = a.out.at<T>(b, n) + c;
+    T* out = a.out.at<T>(row) + c;
     for (int64_t v = 0; v < TOGETHER; ++v) store_part<whole>(out + v * W, total[v], left - v * W);
 }
 
 template <class T>
 static void gated_residual(const GatedResidual& a) {
-    const int64_t rows = a.common.rows(), threads = a.common.useful_threads(), channels = a.common.channels;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t b = row / a.common.tokens, n = row % a.common.tokens;
-        int64_t c = 0;
-        for (; c + TOGETHER * W <= channels; c += TOGETHER * W) add_terms<T, true>(a, b, n, c, channels - c);
-        if (c < channels) add_terms<T, false>(a, b, n, c, channels - c);
-    }
+    each_row(a.common, [&a](Row row) {
+        each_part<TOGETHER * W>(a.common.channels,
+                                [&](auto whole, int64_t c, int64_t left) { add_terms<T, whole>(a, row, c, left); });
+    });
 }
 
 }  // namespace stepgraph::STEPGRAPH_LEVEL

@@ -29,43 +29,41 @@ STEPGRAPH_EXPORT void stepgraph_linear_combination(const stepgraph::LinearCombin
 #endif
 #else
 #include "vector.h"
+#include "rows.h"
 
 namespace stepgraph::STEPGRAPH_LEVEL {
 
-// Vectors that are summed together, so that a value's address is worked out once for all of them.
-constexpr int64_t TOGETHER = 4;
+// Where the coefficients of value i are, from the channel c on where there is one `per_channel`.
+static inline const float* coefficients(const LinearCombination& a, int64_t i, int64_t c) {
+    return a.coefficients + i * a.across + (a.per_channel ? c : 0);
+}
 
 template <bool whole>
-static inline V coefficient(const LinearCombination& a, int64_t i, int64_t c, int64_t left) {
-    const float* from = a.coefficients + i * a.across;
-    return a.per_channel ? load_part<whole>(from + c, left) : all(*from);
+static inline V coefficient(const LinearCombination& a, const float* from, int64_t v, int64_t left) {
+    return a.per_channel ? load_part<whole>(from + v * W, left - v * W) : all(*from);
 }
 
 template <class T, bool whole>
-static inline void add_values(const LinearCombination& a, int64_t b, int64_t n, int64_t c, int64_t left) {
+static inline void add_values(const LinearCombination& a, Row row, int64_t c, int64_t left) {
     V total[TOGETHER] = {};
     if (a.constant)
-        for (int64_t v = 0; v < TOGETHER; ++v) total[v] = coefficient<whole>(a, a.count, c + v * W, left - v * W);
+        for (int64_t v = 0; v < TOGETHER; ++v) total[v] = coefficient<whole>(a, coefficients(a, a.count, c), v, left);
     for (int64_t i = 0; i < a.count; ++i) {
-        const T* value = a.values()[i].at<T>(b, n) + c;
+        const float* from = coefficients(a, i, c);
+        const T* value = a.values()[i].at<T>(row) + c;
         for (int64_t v = 0; v < TOGETHER; ++v)
-            total[v] = multiply_add(coefficient<whole>(a, i, c + v * W, left - v * W),
-                                    load_part<whole>(value + v * W, left - v * W), total[v]);
+            total[v] = multiply_add(coefficient<whole>(a, from, v, left), load_part<whole>(value + v * W, left - v * W), total[v]);
     }
-    T* out = a.out.at<T>(b, n) + c;
+    T* out = a.out.at<T>(row) + c;
     for (int64_t v = 0; v < TOGETHER; ++v) store_part<whole>(out + v * W, total[v], left - v * W);
 }
 
 template <class T>
 static void linear_combination(const LinearCombination& a) {
-    const int64_t rows = a.common.rows(), threads = a.common.useful_threads(), channels = a.common.channels;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t b = row / a.common.tokens, n = row % a.common.tokens;
-        int64_t c = 0;
-        for (; c + TOGETHER * W <= channels; c += TOGETHER * W) add_values<T, true>(a, b, n, c, channels - c);
-        if (c < channels) add_values<T, false>(a, b, n, c, channels - c);
-    }
+    each_row(a.common, [&a](Row row) {
+        each_part<TOGETHER * W>(a.common.channels,
+                                [&](auto whole, int64_t c, int64_t left) { add_values<T, whole>(a, row, c, left); });
+    });
 }
 
 }  // namespace stepgraph::STEPGRAPH_LEVEL

@@ -61,22 +61,23 @@ STEPGRAPH_EXPORT void stepgraph_lowrank(const stepgraph::Lowrank* a, double eps)
 namespace stepgraph {
 bool tiles_work() {
     alignas(64) bf16 x[32 * 32], w[2 * 32 * 16];
-    alignas(64) float found[32 * 32], expected[32 * 32];
+    alignas(64) float computed[32 * 32], expected[32 * 32];
     // 1, 2, 3 and 4 in the upper half of a float.
     const uint16_t numbers[4] = {0x3f80, 0x4000, 0x4040, 0x4080};
     for (int i = 0; i < 1024; ++i) {
         x[i].bits = numbers[i * 7 / 3 % 4];
         w[i].bits = numbers[i * 5 / 2 % 4];
     }
-    TileEngine<HardwareTiles>::multiply(x, 0, 32, w, 32, 2, found, 32);
+    TileEngine<HardwareTiles>::multiply(x, 0, 32, w, 32, 2, computed, 32);
     TileEngine<EmulatedTiles>::multiply(x, 0, 32, w, 32, 2, expected, 32);
-    return std::memcmp(found, expected, sizeof found) == 0;
+    return std::memcmp(computed, expected, sizeof computed) == 0;
 }
 }  // namespace stepgraph
 
 #endif
 #else
 #include "vector.h"
+#include "rows.h"
 #include "normalise.h"
 #include "gemm.h"
 
@@ -94,8 +95,7 @@ struct Block {
     // x and one map's T in chunks; T of all maps and a part of a result in rows.
     S *x, *z;
     float *t, *c;
-    // Of each row.
-    int64_t batch[Engine::ROWS], token[Engine::ROWS];
+    Row places[Engine::ROWS];
 
     static int64_t padded(int64_t length) { return chunks_of(length, CHUNK<T>) * X_STRIDE; }
 
@@ -109,17 +109,14 @@ struct Block {
         z = reinterpret_cast<S*>(data + x_bytes);
         t = reinterpret_cast<float*>(data + x_bytes + z_bytes);
         c = reinterpret_cast<float*>(data + x_bytes + z_bytes + t_bytes);
-        for (int64_t row = 0; row < rows; ++row) {
-            batch[row] = (first + row) / a.common.tokens;
-            token[row] = (first + row) % a.common.tokens;
-        }
+        for (int64_t row = 0; row < rows; ++row) places[row] = a.common.row(first + row);
     }
 
     int64_t t_stride() const { return chunks_of(a.ranks, PANEL) * PANEL; }
 
     template <class E>
     E* place(const Rows& tensor, int64_t row) const {
-        return tensor.at<E>(batch[row], token[row]);
+        return tensor.at<E>(places[row]);
     }
 
     // Zeros from `length` to the end of its chunk.
@@ -129,10 +126,9 @@ struct Block {
     }
 
     void copy(const T* from, S* to) const {
-        const int64_t channels = a.common.channels;
-        int64_t k = 0;
-        for (; k + W <= channels; k += W) put<T, true>(to, X_STRIDE, k, load(from + k), W);
-        if (k < channels) put<T, false>(to, X_STRIDE, k, load_part(from + k, channels - k), channels - k);
+        each_part<W>(a.common.channels, [&](auto whole, int64_t k, int64_t left) {
+            put<T, whole>(to, X_STRIDE, k, load_part<whole>(from + k, left), left);
+        });
     }
 
     void read_input() {
@@ -165,18 +161,17 @@ struct Block {
         for (int64_t row = 0; row < rows; ++row) {
             const float *from = t + row * t_stride() + rank, *stored = place<float>(a.p, row) + rank;
             S* to = z + row * CHUNK<T>;
-            int64_t k = 0;
-            for (; k + W <= ranks; k += W) put<T, true>(to, X_STRIDE, k, load(from + k) - load(stored + k), W);
-            if (const int64_t left = ranks - k; left > 0)
-                put<T, false>(to, X_STRIDE, k, load_part(from + k, left) - load_part(stored + k, left), left);
+            each_part<W>(ranks, [&](auto whole, int64_t k, int64_t left) {
+                put<T, whole>(to, X_STRIDE, k, load_part<whole>(from + k, left) - load_part<whole>(stored + k, left), left);
+            });
             pad(to, ranks);
         }
     }
 
     // W columns of a row from `column` on: y + what is in c, gated and added where asked for.
     template <bool whole>
-    void finish_vector(const Map& map, int64_t row, const float* found, int64_t column, int64_t left) const {
-        V value = load_part<whole>(place<T>(map.y, row) + column, left) + load(found);
+    void finish_vector(const Map& map, int64_t row, const float* product, int64_t column, int64_t left) const {
+        V value = load_part<whole>(place<T>(map.y, row) + column, left) + load(product);
         if (a.gated) {
             const V gate = load_part<whole>(place<T>(a.gate, row) + column, left);
             value = multiply_add(gate, value, load_part<whole>(place<T>(a.residual, row) + column, left));
@@ -186,10 +181,10 @@ struct Block {
 
     void finish(const Map& map, int64_t column, int64_t n) const {
         for (int64_t row = 0; row < rows; ++row) {
-            const float* found = c + row * Engine::WIDE;
-            int64_t k = 0;
-            for (; k + W <= n; k += W) finish_vector<true>(map, row, found + k, column + k, W);
-            if (k < n) finish_vector<false>(map, row, found + k, column + k, n - k);
+            const float* product = c + row * Engine::WIDE;
+            each_part<W>(n, [&](auto whole, int64_t k, int64_t left) {
+                finish_vector<whole>(map, row, product + k, column + k, left);
+            });
         }
     }
 
@@ -221,10 +216,9 @@ static void run_blocks(const Lowrank& a, float eps) {
     // Fewer rows to a block where threads would be left without one; whole tiles, to waste none.
     const int64_t share = chunks_of(chunks_of(rows, a.common.threads), 16) * 16;
     const int64_t size = std::min(Engine::ROWS, share), blocks = chunks_of(rows, size);
-    const int64_t threads = std::min(a.common.threads, blocks);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t block = 0; block < blocks; ++block)
+    each_of(blocks, std::min(a.common.threads, blocks), [=, &a](int64_t block) {
         Block<T, Engine>(a, eps, block * size, std::min(size, rows - block * size)).run();
+    });
 }
 
 template <class T>

@@ -23,19 +23,16 @@ STEPGRAPH_EXPORT void stepgraph_modulated_norm(const stepgraph::ModulatedNorm* a
 #endif
 #else
 #include "vector.h"
+#include "rows.h"
 #include "normalise.h"
 
 namespace stepgraph::STEPGRAPH_LEVEL {
 
 template <class T>
 static void modulated_norm(const ModulatedNorm& a, float eps) {
-    const int64_t rows = a.common.rows(), threads = a.common.useful_threads();
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t b = row / a.common.tokens, n = row % a.common.tokens;
-        normalise<T>(a.x.at<T>(b, n), a.scale.at<T>(b, n), a.shift.at<T>(b, n), eps, a.common.channels, a.out.at<T>(b, n),
-                     CHUNK<T>);
-    }
+    each_row(a.common, [&a, eps](Row row) {
+        normalise<T>(a.x.at<T>(row), a.scale.at<T>(row), a.shift.at<T>(row), eps, a.common.channels, a.out.at<T>(row), CHUNK<T>);
+    });
 }
 
 }  // namespace stepgraph::STEPGRAPH_LEVEL

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define STEPGRAPH_NATIVE 1
@@ -16,6 +17,8 @@
 #else
 #define STEPGRAPH_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
+
+#define STEPGRAPH_INLINE __attribute__((always_inline)) static inline
 
 namespace stepgraph {
 
@@ -37,14 +40,19 @@ constexpr int64_t PANEL = 16;
 
 inline int64_t chunks_of(int64_t length, int64_t chunk) { return (length + chunk - 1) / chunk; }
 
+// Which batch and which token of it a row is.
+struct Row {
+    int64_t batch, token;
+};
+
 // A tensor [B, N, C] whose channels are contiguous; strides are in elements and 0 where it is broadcast.
 struct Rows {
     char* data;
     int64_t batch, token;
 
     template <class T>
-    T* at(int64_t b, int64_t n) const {
-        return reinterpret_cast<T*>(data) + b * batch + n * token;
+    T* at(Row row) const {
+        return reinterpret_cast<T*>(data) + row.batch * batch + row.token * token;
     }
 };
 
@@ -53,6 +61,7 @@ struct Common {
     int64_t level, dtype, threads, batches, tokens, channels;
 
     int64_t rows() const { return batches * tokens; }
+    Row row(int64_t i) const { return {i / tokens, i % tokens}; }
     // Threads worth waking for an elementwise pass of so many rows.
     int64_t useful_threads() const {
         const int64_t most = 1 + rows() * channels / 32768;

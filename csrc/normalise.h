@@ -18,15 +18,11 @@ static inline void normalise(const T* x, const T* scale, const T* shift, float e
     const float mean = sum_row(x, channels, 0, [](V value) { return value; }) / channels;
     const float variance = sum_row(x, channels, mean, [=](V value) { return (value - mean) * (value - mean); }) / channels;
     const float inverse = 1 / __builtin_sqrtf(variance + eps);
-    int64_t c = 0;
-    for (; c + W <= channels; c += W) {
-        const V normal = (load(x + c) - mean) * inverse;
-        put<T, true>(out, stride, c, multiply_add(normal, load(scale + c) + 1, load(shift + c)), W);
-    }
-    if (const int64_t left = channels - c; left > 0) {
-        const V normal = (load_part(x + c, left) - mean) * inverse;
-        put<T, false>(out, stride, c, multiply_add(normal, load_part(scale + c, left) + 1, load_part(shift + c, left)), left);
-    }
+    each_part<W>(channels, [&](auto whole, int64_t c, int64_t left) {
+        const V normal = (load_part<whole>(x + c, left) - mean) * inverse;
+        const V value = multiply_add(normal, load_part<whole>(scale + c, left) + 1, load_part<whole>(shift + c, left));
+        put<T, whole>(out, stride, c, value, left);
+    });
 }
 
 }  // namespace stepgraph::STEPGRAPH_LEVEL

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.csrc.library import LEVELS, level
+from stepgraph.op_shapes import per_batch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Address and strides of a tensor's batches and tokens, in elements: `Rows` in native.h.
@@ -40,7 +41,7 @@ def common(x: Tensor) -> tuple[int, ...]:
 
 
 def rows_of(x: Tensor) -> Place:
-    """Where the rows of a tensor are that `declines_rows` takes."""
+    """Where the rows of a tensor are."""
     if x.ndim == 3:
         batches, tokens, _ = x.stride()
         return x.data_ptr(), batches, tokens
@@ -52,39 +53,23 @@ def modulation_of(modulation: Tensor, x: Tensor) -> Place:
     if modulation.ndim == 3:
         (batches, tokens, _), (batch, token, _) = modulation.shape, modulation.stride()
         return modulation.data_ptr(), batch if batches > 1 else 0, token if tokens > 1 else 0
-    if modulation.ndim == 2 and x.ndim == 3:
+    if per_batch(modulation, x):
         return modulation.data_ptr(), modulation.stride(0) if modulation.shape[0] > 1 else 0, 0
     steps = [0 if size == 1 else step for size, step in zip(modulation.shape[:-1], modulation.stride()[:-1], strict=True)]
     steps = [0] * (2 - len(steps)) + steps
     return modulation.data_ptr(), steps[0], steps[1]
 
 
-def declines_tensors(*tensors: Tensor) -> str:
-    """Why tensors cannot be taken together: device or dtype."""
-    kinds = {tensor.device.type for tensor in tensors}
-    if kinds != {"cpu"}:
-        return f"tensors on {', '.join(sorted(kinds))}, not on cpu alone"
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        return f"dtypes {', '.join(sorted(map(str, dtypes)))}; takes float32 or bfloat16 alone"
+def declines_tensors(x: Tensor) -> str:
+    """Why there are no kernels for tensors like x: device or dtype."""
+    if x.device.type != "cpu":
+        return f"tensors on {x.device.type}; takes those on cpu"
+    return "" if x.dtype in DTYPES else f"{x.dtype}; takes {' and '.join(map(str, DTYPES))}"
+
+
+def declines_modulations(x: Tensor, *modulations: Tensor) -> str:
+    """Why modulations cannot be read beside the rows of x: they are broadcast by strides, but channels have none."""
+    for modulation in modulations:
+        if modulation.shape[-1:] != x.shape[-1:]:
+            return f"a modulation {list(modulation.shape)} for x {list(x.shape)}; takes [..., {x.shape[-1]}]"
     return ""
-
-
-def declines_rows(*tensors: Tensor) -> str:
-    """Why tensors [..., C] cannot be read by rows."""
-    for tensor in tensors:
-        if tensor.ndim < 1 or (tensor.ndim > 3 and not tensor.is_contiguous()):
-            return f"a tensor of {tensor.ndim} dimensions that is not contiguous"
-        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-            return f"channels {tensor.stride(-1)} elements apart"
-    return ""
-
-
-def declines_modulation(modulation: Tensor, x: Tensor) -> str:
-    """Why a modulation does not fit the rows of `x`."""
-    fits = x.ndim <= 3 and 1 <= modulation.ndim <= x.ndim and modulation.shape[-1] == x.shape[-1]
-    if fits:
-        lead = [*modulation.shape[:-1], 1] if modulation.ndim == 2 and x.ndim == 3 else list(modulation.shape[:-1])
-        lead = [1] * (2 - len(lead)) + lead
-        fits = all(size in (1, whole) for size, whole in zip(lead, batches_tokens(x), strict=True))
-    return declines_rows(modulation) if fits else f"a modulation {list(modulation.shape)} for {list(x.shape)}"

@@ -58,12 +58,12 @@ struct EmulatedTiles {
         for (int i = 0; i < 16; ++i)
             for (int k = 0; k < 16; ++k)
                 for (int j = 0; j < 16; ++j)
-                    for (int half = 0; half < 2; ++half) add<C>(i, j, number(tiles[A][i] + 4 * k + 2 * half) *
-                                                                          number(tiles[B][k] + 4 * j + 2 * half));
+                    for (int half = 0; half < 2; ++half) add<C>(i, j, widened(tiles[A][i] + 4 * k + 2 * half) *
+                                                                          widened(tiles[B][k] + 4 * j + 2 * half));
     }
 
    private:
-    static float number(const char* from) {
+    static float widened(const char* from) {
         uint16_t bits;
         std::memcpy(&bits, from, sizeof bits);
         const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -115,15 +115,15 @@ struct TileEngine {
         const int64_t chunks = chunks_of(length, CHUNK<bf16>), stride = chunks * CHUNK<bf16> * PANEL;
         Tiles tiles;
         for (int64_t p = 0; p < panels; p += 2) {
-            const bf16* own = w + p * stride;
+            const bf16* panel = w + p * stride;
             float* to = c + p * PANEL;
             const bool tall = rows > 16, wide = p + 1 < panels;
             if (tall)
-                wide ? tile_kernel<true, true>(tiles, x, x_stride, own, stride, chunks, to, c_stride)
-                     : tile_kernel<true, false>(tiles, x, x_stride, own, stride, chunks, to, c_stride);
+                wide ? tile_kernel<true, true>(tiles, x, x_stride, panel, stride, chunks, to, c_stride)
+                     : tile_kernel<true, false>(tiles, x, x_stride, panel, stride, chunks, to, c_stride);
             else
-                wide ? tile_kernel<false, true>(tiles, x, x_stride, own, stride, chunks, to, c_stride)
-                     : tile_kernel<false, false>(tiles, x, x_stride, own, stride, chunks, to, c_stride);
+                wide ? tile_kernel<false, true>(tiles, x, x_stride, panel, stride, chunks, to, c_stride)
+                     : tile_kernel<false, false>(tiles, x, x_stride, panel, stride, chunks, to, c_stride);
         }
     }
 };

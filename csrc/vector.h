@@ -72,8 +72,8 @@ static inline V load_part(const T* from, int64_t left, float rest = 0) {
     T buffer[W] = {};
     if (left <= 0) return value;
     std::memcpy(buffer, from, left * sizeof(T));
-    const V found = load(buffer);
-    for (int64_t i = 0; i < left; ++i) value[i] = found[i];
+    const V elements = load(buffer);
+    for (int64_t i = 0; i < left; ++i) value[i] = elements[i];
     return value;
 }
 

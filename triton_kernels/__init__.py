@@ -1,4 +1,5 @@
-"""Triton providers of the fused operations, for GPUs: one file per operation (kernel, launcher).
+"""Triton providers of the fused operations, for GPUs: one file per operation (kernel, launcher); those share
+`tiles.py` and `projection.py` and do not import each other.
 
 Importing this package registers them on `stepgraph.ops` and does not import Triton: the file of an operation is imported when
 the operation first runs, and `declines.py` answers for which arguments a kernel is there without it.

@@ -1,4 +1,4 @@
-"""x + sum_i gate_i * value_i in one pass over all of them, and the tiles of kernels that do nothing but stream."""
+"""x + sum_i gate_i * value_i in one pass over all of them."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.triton_kernels.launch import Config, as_rows, fastest, launch, modulation_strides, row_strides
-from stepgraph.triton_kernels.modulated_norm import load_modulation
 from stepgraph.triton_kernels.settings import MAX_VALUES
-
-
-@triton.jit
-def tile(tokens, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's batch, tokens [BLOCK_N, 1], channels [1, BLOCK_C] and mask; channel blocks are side by side."""
-    blocks_c, blocks_n = tl.cdiv(channels, BLOCK_C), tl.cdiv(tokens, BLOCK_N)
-    channel = ((tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    block = tl.program_id(0) // blocks_c
-    token = ((block % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    return (block // blocks_n).to(tl.int64), token, channel, (token < tokens) & (channel < channels)
+from stepgraph.triton_kernels.tiles import load_modulation, load_tile, store_tile, stream_configs, tile
 
 
 @triton.jit
@@ -29,29 +19,15 @@ def gated_residual_kernel(
 ):  # fmt: skip
     """One program per tile of one batch. Unless PER_TOKEN, a tile's tokens share their gates."""
     batch, token, channel, mask = tile(tokens, channels, BLOCK_N, BLOCK_C)
-    at = batch * x_strides[0] + token * x_strides[1] + channel
-    total = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    total = load_tile(x_ptr, x_strides, batch, token, channel, mask).to(tl.float32)
     for i in tl.static_range(COUNT):
-        at = batch * value_strides[i][0] + token * value_strides[i][1] + channel
-        value = tl.load(value_ptrs[i] + at, mask=mask, other=0.0).to(tl.float32)
+        value = load_tile(value_ptrs[i], value_strides[i], batch, token, channel, mask).to(tl.float32)
         if PER_TOKEN:
             gate = load_modulation(gate_ptrs[i], gate_strides[i], batch, token, channel, mask)
         else:
             gate = load_modulation(gate_ptrs[i], gate_strides[i], batch, 0, channel, channel < channels)
         total = tl.fma(gate, value, total)
-    out_at = (batch * tokens + token) * channels + channel
-    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def channel_block(channels: int) -> int:
-    """The widest power of two up to 1024 that wastes at most an eighth of its lanes; 128 where none does."""
-    return next((block for block in (1024, 512, 256) if -(-channels // block) * block * 8 <= channels * 9), 128)
-
-
-def stream_configs(channels: int) -> list[Config]:
-    """Tiles of 2048, 4096 and 1024 elements."""
-    block = channel_block(channels)
-    return [Config.of(warps, BLOCK_N=max(1, size // block), BLOCK_C=block) for size, warps in ((2048, 4), (4096, 8), (1024, 4))]
+    store_tile(out_ptr, batch * tokens + token, channels, channel, total, mask)
 
 
 def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> Tensor:

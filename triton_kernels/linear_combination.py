@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.triton_kernels.gated_residual import stream_configs, tile
 from stepgraph.triton_kernels.launch import Config, as_rows, fastest, launch, row_strides
+from stepgraph.triton_kernels.tiles import flat_configs, load_tile, store_tile, stream_configs, tile
 
 
 @triton.jit
@@ -23,12 +23,10 @@ def linear_combination_kernel(
         else:
             coefficient = tl.load(coefficient_ptr + i)
         if i < COUNT:
-            at = batch * value_strides[i][0] + token * value_strides[i][1] + channel
-            total += coefficient * tl.load(value_ptrs[i] + at, mask=mask, other=0.0).to(tl.float32)
+            total += coefficient * load_tile(value_ptrs[i], value_strides[i], batch, token, channel, mask).to(tl.float32)
         else:
             total += coefficient
-    out_at = (batch * tokens + token) * channels + channel
-    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(out_ptr, batch * tokens + token, channels, channel, total, mask)
 
 
 def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
@@ -53,8 +51,3 @@ def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
     key = ("linear_combination", batch, tokens, channels, coefficients.shape, len(values), out.dtype, out.device)
     run(fastest(key, flat_configs() if flat else stream_configs(channels), run))
     return out
-
-
-def flat_configs() -> list[Config]:
-    """Tiles of one endless row."""
-    return [Config.of(warps, BLOCK_N=1, BLOCK_C=size) for size, warps in ((2048, 4), (4096, 8), (1024, 4))]

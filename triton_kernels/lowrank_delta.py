@@ -18,24 +18,18 @@ from stepgraph.triton_kernels.launch import (
     power_of_2,
     row_strides,
 )
-from stepgraph.triton_kernels.lowrank_input import project, prologue, run_project
 from stepgraph.triton_kernels.lowrank_tiles import MIN_BLOCK, expand_configs, row_block, single_configs, takes_single
-from stepgraph.triton_kernels.modulated_norm import load_modulation
+from stepgraph.triton_kernels.projection import project, prologue, run_project
+from stepgraph.triton_kernels.tiles import load_modulation, load_tile, store_tile
 
 
 @triton.jit
-def load_rows(ptr, strides, batch, token, column, mask):
-    """A tile of a tensor [B, N, C], in its dtype."""
-    return tl.load(ptr + batch * strides[0] + token * strides[1] + column, mask=mask, other=0.0)
-
-
-@triton.jit
-def finish(found, gate_ptr, gate_strides, residual, out_ptr, row, column, mask, tokens, columns):
-    """Store `found` [BLOCK_M, BLOCK_N], or residual + gate * found, as rows `row` and columns `column` of out."""
+def finish(result, gate_ptr, gate_strides, residual, out_ptr, row, column, mask, tokens, columns):
+    """Store `result` [BLOCK_M, BLOCK_N], or residual + gate * result, as rows `row` and columns `column` of out."""
     if gate_ptr is not None:
         gate = load_modulation(gate_ptr, gate_strides, (row // tokens)[:, None], (row % tokens)[:, None], column[None, :], mask)
-        found = tl.fma(gate, found, residual.to(tl.float32))
-    tl.store(out_ptr + row[:, None] * columns + column[None, :], found.to(out_ptr.dtype.element_ty), mask=mask)
+        result = tl.fma(gate, result, residual.to(tl.float32))
+    store_tile(out_ptr, row[:, None], columns, column[None, :], result, mask)
 
 
 @triton.jit
@@ -68,10 +62,10 @@ def delta_kernel(
             last = min((share + 1) * per_share, columns[i])
             column = share * per_share + tl.arange(0, BLOCK_N)
             mask = (row < total)[:, None] & (column < last)[None, :]
-            y = load_rows(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
+            y = load_tile(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
             residual = y
             if residual_ptr is not None:
-                residual = load_rows(residual_ptr, residual_strides, batch, token, column[None, :], mask)
+                residual = load_tile(residual_ptr, residual_strides, batch, token, column[None, :], mask)
             for start in range(share * per_share, last, BLOCK_N):
                 column = start + tl.arange(0, BLOCK_N)
                 mask = (row < total)[:, None] & (column < last)[None, :]
@@ -80,12 +74,12 @@ def delta_kernel(
                 # The pipeliner takes care of a alone; what is only streamed is loaded one tile ahead by hand.
                 ahead = column + BLOCK_N
                 ahead_mask = (row < total)[:, None] & (ahead < last)[None, :]
-                y_ahead = load_rows(y_ptrs[i], y_strides[i], batch, token, ahead[None, :], ahead_mask)
+                y_ahead = load_tile(y_ptrs[i], y_strides[i], batch, token, ahead[None, :], ahead_mask)
                 residual_ahead = y_ahead
                 if residual_ptr is not None:
-                    residual_ahead = load_rows(residual_ptr, residual_strides, batch, token, ahead[None, :], ahead_mask)
-                found = tl.dot(change_low, a, y.to(tl.float32), input_precision=PRECISION)
-                finish(found, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
+                    residual_ahead = load_tile(residual_ptr, residual_strides, batch, token, ahead[None, :], ahead_mask)
+                result = tl.dot(change_low, a, y.to(tl.float32), input_precision=PRECISION)
+                finish(result, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
                 y, residual = y_ahead, residual_ahead
 
 
@@ -103,11 +97,11 @@ def expand_kernel(
     for i in tl.static_range(MAPS):
         if tl.program_id(1) == i:
             mask = (row < total)[:, None] & (column < columns[i])[None, :]
-            y = load_rows(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
+            y = load_tile(y_ptrs[i], y_strides[i], batch, token, column[None, :], mask)
             residual = y
             if residual_ptr is not None:
-                residual = load_rows(residual_ptr, residual_strides, batch, token, column[None, :], mask)
-            found = y.to(tl.float32)
+                residual = load_tile(residual_ptr, residual_strides, batch, token, column[None, :], mask)
+            result = y.to(tl.float32)
             for start in range(0, ranks[i], BLOCK_K):
                 rank_at = start + tl.arange(0, BLOCK_K)
                 in_rank = rank_at < ranks[i]
@@ -115,8 +109,8 @@ def expand_kernel(
                 t = tl.load(t_at, mask=(row < total)[:, None] & in_rank[None, :], other=0.0)
                 a_at = a_ptrs[i] + column.to(tl.int64)[None, :] * ranks[i] + rank_at[:, None]
                 a = tl.load(a_at, mask=in_rank[:, None] & (column < columns[i])[None, :], other=0.0)
-                found = tl.dot(t, a, found, input_precision=PRECISION)
-            finish(found, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
+                result = tl.dot(t, a, result, input_precision=PRECISION)
+            finish(result, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
 
 
 def _parts(stacked: Tensor, ranks: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:

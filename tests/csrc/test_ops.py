@@ -355,7 +355,7 @@ def test_the_choice_can_be_forced(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
     x = random(1, 512, 1152)
     assert modulated_norm.choose(x, x[:, 0], x[:, 0]).name == "cpu"
-    with pytest.raises(OpError, match=r"cpu declines \(dtypes torch.float16; takes float32 or bfloat16 alone\)"):
+    with pytest.raises(OpError, match=r"cpu declines \(torch.float16; takes torch.float32 and torch.bfloat16\)"):
         modulated_norm(x.half(), x[:, 0].half(), x[:, 0].half())
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "reference")
     assert modulated_norm.choose(x, x[:, 0], x[:, 0]).name == "reference"
@@ -365,30 +365,47 @@ def test_the_choice_can_be_forced(monkeypatch):
 @pytest.mark.parametrize(
     ("op", "args", "reason"),
     [
-        ("modulated_norm", (random(2, 3, 8), random(3, 8), random(2, 8)), r"a modulation \[3, 8\] for \[2, 3, 8\]"),
+        (
+            "modulated_norm",
+            (random(2, 3, 8), random(3, 8), random(2, 8)),
+            r"scale \[3, 8\] does not broadcast against \[2, 3, 8\]",
+        ),
         ("modulated_norm", (random(2, 3, 8), random(2, 1), random(2, 8)), r"a modulation \[2, 1\] for"),
-        ("modulated_norm", (random(2, 3, 8).to("meta"), random(2, 8), random(2, 8)), "tensors on cpu, meta"),
+        (
+            "modulated_norm",
+            (random(2, 3, 8).to("meta"), random(2, 8), random(2, 8)),
+            "tensors on cpu, meta; expected one device",
+        ),
         ("gated_residual", (random(2, 3, 8), [random(2, 8)], []), "1 gates for 0 values"),
-        ("gated_residual", (random(2, 3, 8), [], []), "nothing to compute"),
-        ("gated_residual", (random(2, 3, 8), [random(2, 8)], [random(1, 3, 8)]), r"a value \[1, 3, 8\] for \[2, 3, 8\]"),
+        ("gated_residual", (random(2, 3, 8), [], []), "0 gates for 0 values; expected .* at least one"),
+        (
+            "gated_residual",
+            (random(2, 3, 8), [random(2, 8)], [random(1, 3, 8)]),
+            r"a value is \[1, 3, 8\]; expected \[2, 3, 8\]",
+        ),
         ("linear_combination", ([random(2, 8)], random(3)), r"coefficients \[3\] for 1 values"),
-        ("linear_combination", ([random(2, 8)], random(1).double()), "coefficients of torch.float64"),
-        ("lowrank_input", (random(2, 3, 8), random(4, 9)), r"B \[4, 9\] for x \[2, 3, 8\]"),
+        ("linear_combination", ([random(2, 8)], random(1).double()), "coefficients are torch.float64; expected torch.float32"),
+        ("lowrank_input", (random(2, 3, 8), random(4, 9)), r"b \[4, 9\] does not fit x \[2, 3, 8\]"),
         ("lowrank_input", (random(2, 3, 8), random(4, 8)), "torch's matrix product is faster"),
         (
             "lowrank_delta",
             (random(2, 3, 8), [random(2, 3, 6)], random(2, 3, 4), [random(6, 5)], random(4, 8)),
-            r"ranks \[5\] for B \[4, 8\]",
+            r"a \[\[6, 5\]\]; .* add up to b's 4",
         ),
         (
             "lowrank_delta",
             (random(2, 3, 8), [random(2, 3, 6)], random(2, 3, 4).bfloat16(), [random(6, 4)], random(4, 8)),
-            "of torch.bfloat16",
+            "p is torch.bfloat16; expected torch.float32",
         ),
         (
             "lowrank_delta",
             (random(2, 3, 8), [random(2, 3, 7)], random(2, 3, 4), [random(6, 4)], random(4, 8)),
-            r"y \[2, 3, 7\] for x \[2, 3, 8\] and A \[6, 4\]",
+            r"a stored output is \[2, 3, 7\]; expected \[2, 3, 6\]",
+        ),
+        (
+            "lowrank_delta",
+            (random(2, 3, 8), [random(2, 3, 6)], random(2, 3, 4), [random(6, 4)], random(4, 8), random(2, 8)),
+            "only one of scale and shift is given",
         ),
     ],
 )

@@ -94,10 +94,10 @@ def test_lowrank_delta(dtype, shape, ranks, columns, modulated, gated):
 @pytest.mark.parametrize("rank", [32, 64, 128, 256])
 def test_every_config_cancels(monkeypatch, dtype, rows, rank):
     """Whatever is chosen among the configs for p, for the update and for its halves, an unchanged input changes nothing."""
-    from stepgraph.triton_kernels import lowrank_delta, lowrank_input
+    from stepgraph.triton_kernels import lowrank_delta, projection
 
     def take(index):
-        for file in (lowrank_delta, lowrank_input):
+        for file in (lowrank_delta, projection):
             monkeypatch.setattr(file, "fastest", lambda key, candidates, run: candidates[index % len(candidates)])
 
     (_, y, p, a, b), x, _ = case((1, rows, 1152), (rank,), (1152,), dtype)

@@ -14,7 +14,8 @@ from stepgraph.triton_kernels import declines
 HERE = Path(__file__).parent
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a", "gfx942"]
 PRODUCTS = {"project_kernel", "delta_kernel", "expand_kernel"}
-KERNELS = PRODUCTS | {"modulated_norm_kernel", "gated_residual_kernel", "linear_combination_kernel"}
+NORMS = {"modulated_norm_kernel", "moments_kernel"}
+KERNELS = PRODUCTS | NORMS | {"gated_residual_kernel", "linear_combination_kernel"}
 pytestmark = pytest.mark.skipif(not declines._installed(), reason="triton is not installed")
 
 
@@ -36,7 +37,7 @@ def test_shipped_configs(rows, target):
     for dtype in ("bf16", "fp16", "fp32"):
         everything = dtype == "bf16" and target != "sm_86"
         used = {row["kernel"] for row in mine if row["dtype"] == dtype}
-        assert used >= (KERNELS if everything else {"project_kernel", "expand_kernel", "modulated_norm_kernel"})
+        assert used >= (KERNELS if everything else {"project_kernel", "expand_kernel"} | NORMS)
         # In float32, rank 128 takes two kernels.
         assert ("delta_kernel" in used) == (dtype != "fp32")
     assert [row for row in mine if row["faults"]] == []
@@ -63,7 +64,7 @@ def test_p_is_added_up_as_what_is_subtracted_from_it(rows, target, amount_of_row
 @pytest.mark.parametrize("target", TARGETS)
 def test_moments_are_added_up_alike(rows, target):
     """Alone (for lowrank_delta) and within modulated_norm, rows are summed in the same layout: equal to the last bit."""
-    mine = [row for row in rows if row["target"] == target and row["kernel"] == "modulated_norm_kernel"]
+    mine = [row for row in rows if row["target"] == target and row["kernel"] in NORMS]
     for dtype in ("bf16", "fp16", "fp32"):
         layouts = [row["reduced"] for row in mine if row["dtype"] == dtype]
         assert len(layouts) > 2

@@ -65,40 +65,43 @@ factors = ([torch.randn(6, 3)], torch.randn(3, 8))
 stored, p = [torch.randn(2, 5, 6)], torch.randn(2, 5, 3)
 DECLINED = [
     ("modulated_norm", (x.double(), row.double(), row.double()), "no kernel for torch.float64"),
-    ("modulated_norm", (x, row.half(), row), "dtypes differ"),
-    ("modulated_norm", (x.transpose(1, 2), torch.randn(2, 5), torch.randn(2, 5)), "channels are not contiguous"),
+    ("modulated_norm", (x, row.half(), row), "dtypes torch.float16, torch.float32"),
     ("modulated_norm", (x, torch.randn(3, 8), row), "does not broadcast"),
     ("modulated_norm", (torch.randn(1, 1, 20000), torch.randn(1, 20000), torch.randn(1, 20000)), "20000 channels"),
-    ("modulated_norm", (torch.randn(2, 2, 2, 8), row, row), "at most three dimensions"),
+    ("modulated_norm", (torch.randn(2, 2, 2, 8), row, row), "4 dimensions"),
     ("lowrank_input", (x, torch.randn(3, 7)), "does not fit"),
-    ("lowrank_input", (x, torch.randn(8, 3).T), "b is not contiguous"),
+    ("lowrank_input", (x, torch.randn(3, 9)[:, :8]), "b has strides (9, 1); expected to be contiguous"),
     ("lowrank_delta", (x, stored, p.half(), *factors), "p is torch.float16"),
-    ("lowrank_delta", (x, stored, p, [torch.randn(6, 2)], factors[1]), "do not add up"),
-    ("lowrank_delta", (x, [torch.randn(2, 5, 7)], p, *factors), "do not fit"),
+    ("lowrank_delta", (x, stored, p, [torch.randn(6, 2)], factors[1]), "add up to b's 3"),
+    ("lowrank_delta", (x, [torch.randn(2, 5, 7)], p, *factors), "a stored output is [2, 5, 7]; expected [2, 5, 6]"),
     ("lowrank_delta", (x, stored, p, *factors, row), "only one of"),
     ("lowrank_delta", (x, stored * 9, p, *factors), "9 stored outputs"),
-    ("lowrank_delta", (x, stored, p, *factors, None, None, 1e-6, torch.randn(2, 6), x), "one map and a residual"),
-    ("gated_residual", (x, [row], [x[:1]]), "not of x's shape"),
+    (
+        "lowrank_delta",
+        (x, stored, p, *factors, None, None, 1e-6, torch.randn(2, 6), x),
+        "residual is [2, 5, 8]; expected [2, 5, 6]",
+    ),
+    ("gated_residual", (x, [row], [x[:1]]), "a value is [1, 5, 8]; expected [2, 5, 8]"),
     ("gated_residual", (x, [], []), "0 gates"),
     ("linear_combination", ([x] * 9, torch.randn(9)), "9 values"),
-    ("linear_combination", ([x, x], torch.randn(4)), "do not fit"),
-    ("linear_combination", ([x, x], torch.randn(2).double()), "not float32"),
-    ("linear_combination", ([x, x[:1]], torch.randn(2)), "shapes differ"),
+    ("linear_combination", ([x, x], torch.randn(4)), "coefficients [4] for 2 values"),
+    ("linear_combination", ([x, x], torch.randn(2).double()), "expected torch.float32"),
+    ("linear_combination", ([x, x[:1]], torch.randn(2)), "a value is [1, 5, 8]; expected [2, 5, 8]"),
 ]
 
 
 @pytest.mark.parametrize(("name", "args", "reason"), DECLINED)
 def test_declines(monkeypatch, name, args, reason):
     # As if on a device: only the arguments count.
-    monkeypatch.setattr(declines, "_device", lambda tensors: "")
-    assert reason in DECLINES[name](*args)
+    monkeypatch.setattr(declines, "_device", lambda x: "")
+    assert reason in OPS[name].providers["triton"].declines(*args)
 
 
 @KERNELS
 def test_declines_by_device(monkeypatch):
-    ask = DECLINES["modulated_norm"]
+    ask = OPS["modulated_norm"].providers["triton"].declines
     assert "'meta'" in ask(x.to("meta"), row.to("meta"), row.to("meta"))
-    assert "different devices" in ask(x, row.to("meta"), row)
+    assert "tensors on cpu, meta" in ask(x, row.to("meta"), row)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ask(x, row, row) == ""
 

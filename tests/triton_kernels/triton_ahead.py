@@ -26,6 +26,7 @@ from stepgraph.triton_kernels import (
     lowrank_delta,
     lowrank_input,
     modulated_norm,
+    projection,
 )
 from stepgraph.triton_kernels.launch import Machine
 
@@ -41,7 +42,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), Machine(304, 64 * KB, hip=True)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MODULES = (lowrank_delta, lowrank_input, modulated_norm, gated_residual, linear_combination)
+MODULES = (lowrank_delta, projection, modulated_norm, gated_residual, linear_combination)
 RUN = JITFunction.run
 PRODUCTS = ("project_kernel", "delta_kernel", "expand_kernel")
 MATRIX = r"mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+|v_mfma_\w+|v_wmma_\w+"

@@ -14,9 +14,8 @@ from triton.runtime import interpreter
 
 from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from stepgraph.ops import OPS
-from stepgraph.triton_kernels import declines
+from stepgraph.triton_kernels import declines, projection
 from stepgraph.triton_kernels import lowrank_delta as delta_file
-from stepgraph.triton_kernels import lowrank_input as input_file
 from stepgraph.triton_kernels.launch import Machine
 from stepgraph.triton_kernels.lowrank_tiles import takes_single
 
@@ -70,7 +69,7 @@ def _only_triton(monkeypatch):
 
 @pytest.fixture(params=list(FORMS))
 def form(request, monkeypatch) -> str:
-    for file in (delta_file, input_file):
+    for file in (delta_file, projection):
         monkeypatch.setattr(file, "machine", lambda device: FORMS[request.param])
     return request.param
 
@@ -203,7 +202,7 @@ def test_lowrank_delta_at_full_rank_is_the_linear_map(form):
 
 def test_outputs_can_be_split(monkeypatch):
     machine = Machine(processors=8)
-    for file in (delta_file, input_file):
+    for file in (delta_file, projection):
         monkeypatch.setattr(file, "machine", lambda device: machine)
     args, _, _ = case((2, 70, 64), (16, 20), (300, 70), torch.float16)
     seen, launch = [], delta_file.launch
