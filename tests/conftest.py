@@ -1,5 +1,12 @@
 """Tiny models and schedulers, fixed seeds, and NaN in memory that nobody has written to."""
 
+import os
+
+# Inductor, here and in the processes that tests start: no pool of workers that each import torch, and no trial programs for
+# instructions that the processor says it has.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import diffusers
 import pytest
 import torch
@@ -58,8 +65,6 @@ def _graphs_are_handed_on(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch, tmp_path):
     """The settings of whoever runs the tests do not count, and nothing is kept in their home folder."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("STEPGRAPH_"):
             monkeypatch.delenv(name)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
@@ -195,6 +194,8 @@ def build_scheduler(artifact: Artifact) -> Any:
     Raises:
         PlanError: Its class is none of those that stepgraph knows, or its configuration is not valid.
     """
+    import diffusers
+
     if "config" not in artifact.scheduler:
         return None
     name, config = artifact.scheduler["class"], artifact.scheduler["config"]

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -83,6 +82,8 @@ def load_scheduler(model_name: str, kind: str | None = None) -> Any:
     Raises:
         CompileError: Unknown kind.
     """
+    import diffusers
+
     if kind is not None and kind not in SCHEDULERS:
         raise CompileError(f"unknown scheduler {kind!r}; known: {', '.join(SCHEDULERS)}")
     folder = SHIPPED.get(model_name, Path(model_name))
@@ -119,6 +120,8 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    import diffusers
+
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
     except Exception as error:

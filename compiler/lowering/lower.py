@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.lowering.outline import Piece, Region, attribute, cut, lift
-from stepgraph.compiler.lowering.region_cache import compile_kept
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
@@ -136,6 +135,9 @@ def _places(
 
 def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
     """Compile a region with inductor for arguments like its examples; what comes back compiles nothing more."""
+    # Inductor takes most of the time that a process takes to start, and only those who compile with it need it.
+    from stepgraph.compiler.lowering.region_cache import compile_kept
+
     targets = [region.nodes[number].meta["val"] for number in sorted(region.returned)]
     gm = region.finish()
     for node in gm.graph.nodes:

@@ -9,7 +9,6 @@ import typer
 from stepgraph.cli.options import Json, parse_dtype, reports_errors, show
 from stepgraph.compiler.entry.load_artifact import build_scheduler, compile_artifact
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
-from stepgraph.compiler.lowering.region_cache import region_store
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.store import Store
 from stepgraph.plan.refuse_other import refuse_other_schedule
@@ -46,6 +45,8 @@ def scheduler_for(executable: Executable, model: str) -> Any:
 
 
 def _store() -> Store:
+    from stepgraph.compiler.lowering.region_cache import region_store
+
     found = region_store()
     if found is None:
         raise CompileError("STEPGRAPH_REGIONS is 0, so that no regions are kept; unset it")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from stepgraph.assets.glyphs import ASSETS
 from stepgraph.env import VARIABLES
@@ -112,6 +111,8 @@ def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
 
 
 def _caches() -> dict[str, str]:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     inductor = Path(cache_dir())
     triton = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     return {"inductor": _size(inductor), "triton": _size(triton)}

@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import aoti_compile_and_package
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from stepgraph.errors import CompileError
 from stepgraph.runtime.export.pt2 import Saver, write_programs
@@ -23,6 +20,10 @@ OPTIONS: dict[str, Any] = {
 
 def write_aoti(folder: Path, executable: Compiled, program: Program, *, scheduler: Any, portable: bool) -> dict[str, Any]:
     """Write compiled programs, weights and the runner; returns the schedule (see `stepgraph.runtime.export.export.export`)."""
+    # Inductor takes most of the time that a process takes to start, and only those who compile with it need it.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     if not portable:
         raise CompileError("portable=False keeps stepgraph's own operations, which libtorch alone does not have; leave it out")
     try:
@@ -34,6 +35,8 @@ def write_aoti(folder: Path, executable: Compiled, program: Program, *, schedule
 
 def save_aoti(exported: torch.export.ExportedProgram, path: Path) -> None:
     """Compile a program for the device and the shapes of its inputs, and write it as a package without constants."""
+    from torch._inductor import aoti_compile_and_package
+
     values = [node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")]
     exported.example_inputs = (tuple(values), {})
     aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(OPTIONS))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
@@ -128,6 +127,8 @@ def every_step(lifted: Lifted, examples: Sequence[Tensor], inputs: int) -> nn.Mo
         return torch.vmap(one, in_dims=(0, *[None] * fixed))(every, *rest[:fixed])
 
     with torch.no_grad():
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         return make_fx(mapped, tracing_mode="fake")(*examples)
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from helpers.command_line import error_of, invoke
+from helpers.small_glyphs import save_small_glyph_dit
 from stepgraph.cli.sweep import parse_values
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
@@ -23,7 +24,20 @@ from stepgraph.plan import CachePlan
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two of glyph-dit's ten blocks; each command is tried on glyph-dit itself once."""
+    return save_small_glyph_dit(tmp_path_factory.mktemp("models") / "small", layers=2)
+
+
+@pytest.fixture(scope="module")
+def plan(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 6, "-a", "every=2", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def glyph_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-o", path)
     return path
@@ -41,24 +55,39 @@ def test_plan_show_prints_the_summary_and_draws(plan: Path, tmp_path: Path):
     assert "50.0% not computed" in text
     assert Image.open(picture).size[0] > 500
     facts = json.loads(invoke("plan", "show", plan, "--json"))
-    assert facts["kinds"]["ff"]["reused"] == 30
+    assert facts["kinds"]["ff"]["reused"] == 6
     assert facts["macs"] < facts["macs_total"]
 
 
-def test_plan_diff_counts_the_changed_pairs(plan: Path, tmp_path: Path):
+def test_plan_diff_counts_the_changed_pairs(small: Path, plan: Path, tmp_path: Path):
     other = tmp_path / "other.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=2", "-a", 'kinds=["ff"]', "-o", other)
+    invoke(
+        "plan",
+        "make",
+        "--model",
+        small,
+        "--policy",
+        "interval",
+        "--steps",
+        6,
+        "-a",
+        "every=2",
+        "-a",
+        'kinds=["ff"]',
+        "-o",
+        other,
+    )
     difference = json.loads(invoke("plan", "diff", plan, other, "--json"))
-    assert difference["pairs_changed"] == 10 * 3  # ten attention sites, three reused steps each
+    assert difference["pairs_changed"] == 2 * 3  # two attention sites, three reused steps each
     before, after = difference["header"]["arguments"]
     assert (before["kinds"], after["kinds"]) == (None, ["ff"])
-    assert "30 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
+    assert "6 (step, site) pairs differ" in invoke("plan", "diff", plan, other)
 
 
-def test_plan_diff_draws_both_plans(plan: Path, tmp_path: Path):
+def test_plan_diff_draws_both_plans(small: Path, plan: Path, tmp_path: Path):
     other, longer = tmp_path / "other.json", tmp_path / "longer.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", "every=3", "-o", other)
-    invoke("plan", "make", "--policy", "full", "--steps", 9, "-o", longer)
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 6, "-a", "every=3", "-o", other)
+    invoke("plan", "make", "--model", small, "--policy", "full", "--steps", 9, "-o", longer)
     assert f"wrote {tmp_path / 'diff.png'}" in invoke("plan", "diff", plan, other, "--plot", tmp_path / "diff.png")
     assert Image.open(tmp_path / "diff.png").size[0] > 1000
     text = invoke("plan", "diff", plan, longer)
@@ -66,25 +95,25 @@ def test_plan_diff_draws_both_plans(plan: Path, tmp_path: Path):
     assert "(9 in all)" in text
 
 
-def test_plan_resample_takes_the_models_scheduler(plan: Path, tmp_path: Path):
+def test_plan_resample_takes_the_models_scheduler(small: Path, plan: Path, tmp_path: Path):
     out, guessed = tmp_path / "out.json", tmp_path / "guessed.json"
-    facts = json.loads(invoke("plan", "resample", plan, "--steps", 10, "--model", "glyph-dit", "-o", out, "--json"))
+    facts = json.loads(invoke("plan", "resample", plan, "--steps", 10, "--model", small, "-o", out, "--json"))
     assert [w.split(":")[0] for w in facts["warnings"]] == ["the plan was made for 6 steps and is resampled to 10"]
     direct = tmp_path / "direct.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 10, "-a", "every=2", "-o", direct)
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 10, "-a", "every=2", "-o", direct)
     assert CachePlan.load(out).header.timesteps == CachePlan.load(direct).header.timesteps
     assert CachePlan.load(out).rows == CachePlan.load(direct).rows
     assert "sampling refuses it unless the scheduler's agree" in invoke("plan", "resample", plan, "--steps", 4, "-o", guessed)
     assert "steps is 0" in error_of("plan", "resample", plan, "--steps", 0, "-o", guessed)
     assert "needs --model" in error_of("plan", "resample", plan, "--steps", 4, "--scheduler", "ddim", "-o", guessed)
     assert "the plan is for DDIMScheduler" in error_of(
-        "plan", "resample", plan, "--steps", 4, "--model", "glyph-dit", "--scheduler", "euler", "-o", guessed
+        "plan", "resample", plan, "--steps", 4, "--model", small, "--scheduler", "euler", "-o", guessed
     )
 
 
-def test_plan_show_warns_of_a_shorter_schedule(tmp_path: Path):
+def test_plan_show_warns_of_a_shorter_schedule(small: Path, tmp_path: Path):
     path = tmp_path / "plan.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 6, "-a", 'kinds=["output"]', "-o", path)
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 6, "-a", 'kinds=["output"]', "-o", path)
     # glyph-dit predicts v, for which it is none.
     assert CachePlan.load(path).header.prediction == "v_prediction"
     assert json.loads(invoke("plan", "show", path, "--json"))["warnings"] == []
@@ -120,8 +149,21 @@ def test_plan_sweep_measures_draws_and_saves_the_knee(tmp_path: Path):
     assert not knee.exists()
 
 
-def test_a_sweep_needs_to_know_what_to_try(tmp_path: Path):
-    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 4, "--plot", tmp_path / "sweep.png"]
+def test_a_sweep_needs_to_know_what_to_try(small: Path, tmp_path: Path):
+    command = [
+        "plan",
+        "sweep",
+        "--model",
+        small,
+        "--policy",
+        "interval",
+        "--knob",
+        "every",
+        "--steps",
+        4,
+        "--plot",
+        tmp_path / "sweep.png",
+    ]
     assert "say what to try, either --values" in error_of(*command)
     assert "say what to try, either --values" in error_of(*command, "--values", "2", "--from", 1, "--to", 2)
     assert "--log needs a range above 0; got 0 to 2" in error_of(*command, "--from", 0, "--to", 2, "--log")
@@ -129,21 +171,23 @@ def test_a_sweep_needs_to_know_what_to_try(tmp_path: Path):
     assert parse_values("interval", ("every",), None, 1, 4, 4, False) == [1, 2, 3, 4]
 
 
-def test_calibrate_feeds_a_policy(tmp_path: Path):
+def test_calibrate_feeds_a_policy(small: Path, tmp_path: Path):
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
-    facts = json.loads(invoke("calibrate", "glyph-dit", "--steps", 5, "--samples", 1, "-o", stats, "--json"))
+    facts = json.loads(invoke("calibrate", small, "--steps", 5, "--samples", 1, "-o", stats, "--json"))
     assert 0 < facts["mean_relative_change"]["attn"] < 2
-    invoke("plan", "make", "--policy", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
+    invoke("plan", "make", "--model", small, "--policy", "invardiff", "--stats", stats, "-a", "step=0.5", "-o", plan)
     made = CachePlan.load(plan)
     assert made.steps == 5
     assert made.header.samples == 1
     assert sum(row[made.index("hidden")] == "R" for row in made.rows) > 0
-    assert "needs calibration" in error_of("plan", "make", "--policy", "smoothcache", "-o", tmp_path / "other.json")
+    assert "needs calibration" in error_of(
+        "plan", "make", "--model", small, "--policy", "smoothcache", "-o", tmp_path / "other.json"
+    )
 
 
-def test_calibrate_with_guidance_draws_and_cleans_up(tmp_path: Path):
+def test_calibrate_with_guidance_draws_and_cleans_up(small: Path, tmp_path: Path):
     stats, picture = tmp_path / "stats.safetensors", tmp_path / "stats.png"
-    common = ("calibrate", "glyph-dit", "--steps", 4, "--samples", 1, "-o", stats)
+    common = ("calibrate", small, "--steps", 4, "--samples", 1, "-o", stats)
     facts = json.loads(invoke(*common, "--guidance", 1.5, "--no-channels", "--plot", picture, "--json"))
     assert facts["branches"] == ["cond", "uncond"]
     assert facts["written"] == [str(stats), str(picture)]
@@ -155,16 +199,16 @@ def test_calibrate_with_guidance_draws_and_cleans_up(tmp_path: Path):
     assert json.loads(invoke(*common, "--eta", 0.5, "--allow-stochastic", "--json"))["branches"] == ["cond"]
 
 
-def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
+def test_a_calibration_that_was_killed_goes_on(small: Path, tmp_path: Path):
     stats, left = tmp_path / "stats.safetensors", tmp_path / "stats.safetensors.unfinished"
     command = [
         sys.executable,
         "-m",
-        "stepgraph.cli.main",
+        "stepgraph.cli",
         "calibrate",
-        "glyph-dit",
+        str(small),
         "--steps",
-        "20",
+        "8",
         "--samples",
         "12",
         "-o",
@@ -172,7 +216,7 @@ def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
     ]
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one)
-    for _ in range(3000):
+    for _ in range(30000):
         if left.is_file() or process.poll() is not None:
             break
         time.sleep(0.01)
@@ -182,40 +226,55 @@ def test_a_calibration_that_was_killed_goes_on(tmp_path: Path):
     assert not stats.exists()
     done = json.loads(safe_open(str(left), framework="pt").metadata()["stepgraph"])["done"]
     assert 1 <= done < 12
-    invoke("calibrate", "glyph-dit", "--steps", 20, "--samples", 12, "-o", stats)
+    invoke("calibrate", small, "--steps", 8, "--samples", 12, "-o", stats)
     assert not left.exists()
     resumed = CalibrationStats.load(stats)
-    whole = calibrate(load_model("glyph-dit"), load_scheduler("glyph-dit"), steps=20, samples=12)
+    whole = calibrate(load_model(str(small)), load_scheduler(str(small)), steps=8, samples=12)
     assert all(torch.equal(resumed.tables[name], table) for name, table in whole.tables.items() if name != "ms")
 
 
-def test_routers_are_trained_kept_and_used(tmp_path: Path):
+def test_routers_are_trained_kept_and_used(small: Path, tmp_path: Path):
     router, form, plan, again = (tmp_path / name for name in ("router.safetensors", "router.pt", "plan.json", "again.json"))
     few = ("-a", "iterations=3", "-a", "pool=8", "-a", "batch=4")
-    common = ("plan", "train-router", "glyph-dit", "--steps", 4, *few, "-o", router)
+    common = ("plan", "train-router", small, "--steps", 4, *few, "-o", router)
     facts = json.loads(invoke(*common, "--export", form, "--json"))
     assert facts["written"] == [str(router), str(form)]
     assert facts["reused_of_routed"]["theta 0.9"] >= facts["reused_of_routed"]["theta 0.1"]
     assert not list(tmp_path.glob("*.unfinished"))
-    invoke("plan", "make", "--policy", "l2c", "--steps", 4, "-a", f"router={router}", "-a", "theta=0.9", "-o", plan)
-    invoke("plan", "import", form, "--model", "glyph-dit", "--steps", 4, "-a", "theta=0.9", "-o", again)
+    invoke(
+        "plan",
+        "make",
+        "--model",
+        small,
+        "--policy",
+        "l2c",
+        "--steps",
+        4,
+        "-a",
+        f"router={router}",
+        "-a",
+        "theta=0.9",
+        "-o",
+        plan,
+    )
+    invoke("plan", "import", form, "--model", small, "--steps", 4, "-a", "theta=0.9", "-o", again)
     assert CachePlan.load(plan).rows == CachePlan.load(again).rows
     assert any("R" in row for row in CachePlan.load(plan).rows)
     assert "name it .pt or .pth" in error_of(*common, "--export", tmp_path / "router.json")
     assert "unknown preset 'nose'" in error_of(*common, "--preset", "nose")
 
 
-def test_an_exported_plan_imports_as_it_was(plan: Path, tmp_path: Path):
+def test_an_exported_plan_imports_as_it_was(small: Path, plan: Path, tmp_path: Path):
     schedule, again = tmp_path / "schedule.json", tmp_path / "again.json"
     invoke("plan", "export", plan, "--format", "smoothcache", "-o", schedule)
-    invoke("plan", "import", schedule, "--model", "glyph-dit", "--steps", 6, "-o", again)
+    invoke("plan", "import", schedule, "--model", small, "--steps", 6, "-o", again)
     assert CachePlan.load(again).rows == CachePlan.load(plan).rows
     assert "unknown format 'onnx'" in error_of("plan", "export", plan, "--format", "onnx", "-o", again)
 
 
-def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
+def test_compile_reports_variants_and_dumps_graphs(glyph_plan: Path, tmp_path: Path):
     facts = json.loads(
-        invoke("compile", "glyph-dit", "--plan", plan, "--backend", "eager", "--dump", tmp_path / "graphs", "--json")
+        invoke("compile", "glyph-dit", "--plan", glyph_plan, "--backend", "eager", "--dump", tmp_path / "graphs", "--json")
     )
     assert facts["variants"] == 2
     assert facts["nodes_per_variant"][1] < facts["nodes_per_variant"][0]
@@ -228,8 +287,10 @@ def test_compile_reports_variants_and_dumps_graphs(plan: Path, tmp_path: Path):
     assert "slot_transformer_blocks_0_ff" in sources[1]
 
 
-def test_run_writes_samples_that_match_the_library(plan: Path, tmp_path: Path):
-    facts = json.loads(invoke("run", "glyph-dit", "--plan", plan, "--images", 2, "--compare", "--out", tmp_path, "--json"))
+def test_run_writes_samples_that_match_the_library(glyph_plan: Path, tmp_path: Path):
+    facts = json.loads(
+        invoke("run", "glyph-dit", "--plan", glyph_plan, "--images", 2, "--compare", "--out", tmp_path, "--json")
+    )
     latents = load_file(tmp_path / "samples.safetensors")["latents"]
     assert latents.shape == (2, 3, 24, 24)
     assert torch.isfinite(latents).all()
@@ -284,15 +345,15 @@ def test_bad_input_is_one_clear_error(arguments: list[str], said: str, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_for_another_scheduler_dtype_or_backend_is_refused(plan: Path, tmp_path: Path):
-    said = error_of("run", "glyph-dit", "--plan", plan, "--scheduler", "euler", "--out", tmp_path)
+def test_a_plan_for_another_scheduler_dtype_or_backend_is_refused(small: Path, plan: Path, tmp_path: Path):
+    said = error_of("run", small, "--plan", plan, "--scheduler", "euler", "--out", tmp_path)
     assert "compiled for DDIMScheduler" in said
     assert "EulerDiscreteScheduler" in said
     assert not (tmp_path / "samples.safetensors").exists()
-    said = error_of("compile", "glyph-dit", "--plan", plan, "--dtype", "bfloat16")
+    said = error_of("compile", small, "--plan", plan, "--dtype", "bfloat16")
     assert "float32" in said
     assert "bfloat16" in said
-    assert "backend is 'tvm'" in error_of("compile", "glyph-dit", "--plan", plan, "--backend", "tvm")
+    assert "backend is 'tvm'" in error_of("compile", small, "--plan", plan, "--backend", "tvm")
 
 
 def test_a_class_without_adapter_is_refused_by_name(tmp_path: Path):
@@ -303,9 +364,9 @@ def test_a_class_without_adapter_is_refused_by_name(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").is_dir(), reason="needs a place that nobody can write to")
-def test_a_folder_that_cannot_be_written_is_found_before_sampling(plan: Path):
+def test_a_folder_that_cannot_be_written_is_found_before_sampling(small: Path, plan: Path):
     # /proc refuses new folders even to root.
-    assert "/proc/self/out" in error_of("run", "glyph-dit", "--plan", plan, "--out", "/proc/self/out")
+    assert "/proc/self/out" in error_of("run", small, "--plan", plan, "--out", "/proc/self/out")
     assert "/proc/self/out" in error_of("demo", "--out", "/proc/self/out")
 
 

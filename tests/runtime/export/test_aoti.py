@@ -16,9 +16,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 import stepgraph as sg
 from helpers.exports import error_of, mixed_plan, run_fresh
 from helpers.paths import ROOT
+from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.assets.glyphs import contact_sheet
-from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.entry.load_model import load_scheduler
 from stepgraph.runtime.export import aoti as export_aoti
 from stepgraph.runtime.export.runner import Runner
 
@@ -33,10 +34,10 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def glyphs(tmp_path_factory):
-    """The export of glyph-dit under a plan of all four actions, its executable and the executable's images."""
+    """The export of one block of glyph-dit under a plan of all four actions, its executable and the executable's images."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
-    model, scheduler = load_model("glyph-dit", torch.device("cpu"), torch.float32), load_scheduler("glyph-dit")
+    model, scheduler = small_glyph_dit(layers=1), load_scheduler("glyph-dit")
     plan, factors = mixed_plan(model, scheduler, 4, 8)
     exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager", factors=factors)
     assert exe.default.hoisted is not None
