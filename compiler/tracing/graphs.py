@@ -33,13 +33,18 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
         if node not in live:
             live.add(node)
             if node not in cut:
-                # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
-                pending.extend(node.args[:1] if MARKER in node.meta else node.all_input_nodes)  # type: ignore[arg-type]
+                pending.extend(inputs_of(node))
         if not pending and writers:
             # A write to memory that something live lies in is live too, although nothing reads its result.
             touched = frozenset().union(*(memory for n in live for memory in memories[n].values()))
             pending = [w for w in writers if w not in live and any(memories[w][k] & touched for k in w.meta[MUTATES])]
     return live
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node's value is made of."""
+    # A marker is the identity of its first argument; the tokens it may have beside are not part of its value.
+    return node.all_input_nodes[:1] if MARKER in node.meta else node.all_input_nodes
 
 
 def _memories(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> dict[fx.Node, dict[int, frozenset[fx.Node]]]:

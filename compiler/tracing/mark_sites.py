@@ -4,6 +4,7 @@ A marker is an identity node behind the value of a site; everything that used th
 markers and never have to look for a site again.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.family import Family, Stack
-from stepgraph.compiler.tracing.graphs import live_nodes, macs_of, storages_of, written_storages
+from stepgraph.compiler.tracing.graphs import inputs_of, live_nodes, macs_of, storages_of, written_storages
 from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import MACS, MARKER, MUTATES, SITE, output_of
@@ -181,26 +182,40 @@ def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable
 
     Only all outputs of a joint call together save the call itself: their figures add up to that.
     """
-    output = output_of(markers[0].graph)
-    live = live_nodes([output])
-    saved = [measure(saved_by([marker], live)) for marker in markers]
+    live = LiveGraph(markers[0].graph)
+    saved = [measure(live.saved_by([marker])) for marker in markers]
     for members in joint_calls(sites):
         first, *rest = members
-        saved[first] = measure(saved_by([markers[i] for i in members], live)) - sum(saved[i] for i in rest)
+        saved[first] = measure(live.saved_by([markers[i] for i in members])) - sum(saved[i] for i in rest)
     return saved
 
 
-def saved_by(markers: Sequence[fx.Node], live: set[fx.Node] | None = None) -> set[fx.Node]:
-    """The nodes that need not run where these markers' sites, and no others, are reused; `live` is what runs without any."""
-    output = output_of(markers[0].graph)
-    left = live_nodes([output], cut=markers)
-    for marker in markers:
-        if len(marker.args) > 1:
-            # A reused stack residual is added to the tokens that go into the stack.
-            stack_input = marker.args[1]
-            assert isinstance(stack_input, fx.Node)
-            left |= live_nodes([stack_input])
-    return (live if live is not None else live_nodes([output])) - left
+class LiveGraph:
+    """What a marked graph runs when nothing is reused, and what reuses take away from that."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._output = output_of(graph)
+        self._nodes = live_nodes([self._output])
+        self._uses = Counter(value for node in self._nodes for value in inputs_of(node))
+        self._writes = any(node.meta.get(MUTATES) for node in graph.nodes)
+
+    def saved_by(self, markers: Sequence[fx.Node]) -> set[fx.Node]:
+        """The nodes that need not run where these markers' sites, and no others, are reused."""
+        # A reused stack residual is added to the tokens that go into the stack.
+        needed = [value for marker in markers for value in marker.all_input_nodes[1:]]
+        if self._writes:
+            left = live_nodes([self._output], cut=markers)
+            return self._nodes - left.union(*(live_nodes([value]) for value in needed))
+        # Without writes in place, a node goes with the last of its users: no more is visited than what goes.
+        uses, saved, pending = Counter(needed), set[fx.Node](), list(markers)
+        while pending:
+            for value in inputs_of(pending.pop()):
+                uses[value] -= 1
+                if self._uses[value] + uses[value] == 0 and value in self._nodes:
+                    saved.add(value)
+                    if value not in markers:
+                        pending.append(value)
+        return saved
 
 
 def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:

@@ -95,16 +95,17 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             )
     started = time.perf_counter()
     with TRACE_LOCK, collector_paused(), torch.inference_mode(False), torch.no_grad():
-        first, second = _record(model, inputs), _record(model, inputs, counted=False)
+        first = _record(model, inputs)
+        second = _record(model, inputs, first)
     refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
     return replace(first, seconds=time.perf_counter() - started)
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any], counted: bool = True) -> Trace:
+def _record(model: nn.Module, inputs: Mapping[str, Any], earlier: Trace | None = None) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
     made: list[weakref.ref[TracedTensor]] = []
     try:
-        recorded = _run(model, inputs, made, counted)
+        recorded = _run(model, inputs, made, earlier)
     except BaseException:
         forget_in_memos(made)
         raise
@@ -112,13 +113,14 @@ def _record(model: nn.Module, inputs: Mapping[str, Any], counted: bool = True) -
     return recorded
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], counted: bool) -> Trace:
+def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], earlier: Trace | None) -> Trace:
     """Run the forward once on traced tensors."""
     given = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
     tensors = [*model.parameters(), *model.buffers(), *given.values()]
-    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    fake = [*(earlier.inputs.values() if earlier is not None else ()), *tensors]
+    mode = next((t.fake_mode for t in fake if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
-    tracer = Tracer(model, mode, device, counted)
+    tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph)
     tracer.made = made
     before = state_of(model)
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
@@ -140,8 +142,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
         for kind in tracer.devices:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(mode)
-        if tracer.flops is not None:
-            stack.enter_context(tracer.flops)
+        stack.enter_context(tracer.flops)
         placeholders = {name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in given.items()}
         stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))

@@ -109,13 +109,14 @@ class Tracer(TorchFunctionMode):
     """Records one run of a model's forward. Use `trace`.
 
     Attributes:
-        counted: Whether multiply-accumulates are counted, which takes a third of the time.
+        earlier: An earlier trace of the same forward, to see whether this one does the same: as long as it does, its values are
+            taken from there, and only what is new runs.
     """
 
     model: nn.Module
     mode: FakeTensorMode
     device: torch.device
-    counted: bool = True
+    earlier: fx.Graph | None = None
     graph: fx.Graph = field(default_factory=fx.Graph)
     calls: dict[tuple[str, int], ModuleCall] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -135,8 +136,11 @@ class Tracer(TorchFunctionMode):
         self.devices = {"cpu", self.device.type}
         # Attention on the CPU is one operator that torch's counter does not know by this name.
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) if self.counted else None
+        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
         self.call_counts: Counter[str] = Counter()
+        # A tensor that is written to in place can change its shape too, so that its value is not yet what it is at the end.
+        nodes = list(self.earlier.nodes) if self.earlier is not None else []
+        self.expected = nodes if not any(node.meta.get(MUTATES) for node in nodes) else []
 
     # -- what the forward does ---------------------------------------------------------------------------------------
 
@@ -150,11 +154,29 @@ class Tracer(TorchFunctionMode):
             raise TraceError(
                 f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
             )
+        op, target, arguments = _spelling(func, args)
+        known = self.known(op, target, arguments, kwargs)
+        if known is not None:
+            return self.record(op, target, arguments, kwargs, *earlier_of(known))
         value, mutates, macs = self.run(func, args, kwargs)
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
-        op, target, arguments = _spelling(func, args)
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
+
+    def known(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node | None:
+        """The node of the earlier trace at this place, where it did the same on the same values."""
+        place = len(self.graph.nodes)
+        if place >= len(self.expected):
+            return None
+        node = self.expected[place]
+        if node.op != op or node.target != target:
+            return None
+
+        def named(leaf: Any) -> Any:
+            return leaf.node.name if isinstance(leaf, TracedTensor) else leaf
+
+        wanted = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.name)
+        return node if repr(_mapped(named, tuple(args), kwargs)) == repr((tuple(wanted[0]), dict(wanted[1]))) else None
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Inline a module, or record it as one node where it is one of torch.nn's own."""
@@ -170,18 +192,24 @@ class Tracer(TorchFunctionMode):
         self.stack[key] = (path, type(module))
         try:
             if is_leaf(module):
-                twin = self.twin(module)
-                held = {**vars(twin)}
-                value, mutates, macs = self.run(twin, args, kwargs)
-                changed = [name for name, part in vars(twin).items() if held.get(name, self) is not part]
-                if changed:
-                    raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
+                known = self.known("call_module", path, args, kwargs)
+                value, mutates, macs = self.run_leaf(module, path, args, kwargs) if known is None else earlier_of(known)
                 result = self.record("call_module", path, args, kwargs, value, mutates, macs)
             else:
                 result = original(module, *args, **kwargs)
         finally:
             del self.stack[key]
         self.calls[path, number] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
+        return result
+
+    def run_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
+        """As `run`, of one of torch.nn's own modules, on fake parameters."""
+        twin = self.twin(module)
+        before = {**vars(twin)}
+        result = self.run(twin, args, kwargs)
+        changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
+        if changed:
+            raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
         return result
 
     def last_node(self) -> fx.Node:
@@ -206,7 +234,9 @@ class Tracer(TorchFunctionMode):
         if name is None:
             return value
         if name not in self.attribute_nodes:
-            self.attribute_nodes[name] = self.record("get_attr", name, (), {}, self.fake(value))
+            known = self.known("get_attr", name, (), {})
+            fake = self.fake(value) if known is None else known.meta["val"]
+            self.attribute_nodes[name] = self.record("get_attr", name, (), {}, fake)
         return self.attribute_nodes[name]
 
     # -- recording ---------------------------------------------------------------------------------------------------
@@ -245,7 +275,7 @@ class Tracer(TorchFunctionMode):
     @property
     def total_flops(self) -> int:
         """What has been counted so far: two for every multiply-accumulate."""
-        return self.flops.get_total_flops() if self.flops is not None else 0
+        return int(self.flops.get_total_flops())
 
     def refuse_parameter_write(self, written: torch.Tensor) -> None:
         """An operation in place on a parameter or buffer would make a later call depend on an earlier one."""
@@ -368,6 +398,11 @@ FAKE_ERRORS = (
 
 
 PLAIN = (torch.Tensor, fx.Node, int, float, complex, str, type(None), type(...), torch.dtype, torch.device)
+
+
+def earlier_of(node: fx.Node) -> tuple[Any, frozenset[int], int]:
+    """Value, written storages and multiply-accumulates of a node of an earlier trace."""
+    return node.meta["val"], node.meta[MUTATES], node.meta[MACS]
 
 
 def _mapped(apply: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
