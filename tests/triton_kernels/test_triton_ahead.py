@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not declines._installed(), reason="triton is not
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """What tests/triton_ahead.py found, in a process without the interpreter and with a cache of its own."""
+    """What tests/triton_kernels/triton_ahead.py found, in a process without the interpreter and with a cache of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "STEPGRAPH_"))}
     kept |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "triton_ahead.py"), "shipped"]
