@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepgraph.checks import check_whole
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number, check_whole
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, hash_config
 
 
@@ -101,8 +101,9 @@ def step_arguments(scheduler: Any, eta: float = 0.0) -> dict[str, float]:
         PlanError: `eta` is not in 0..1, or is asked of a scheduler without it.
     """
     takes = "eta" in inspect.signature(scheduler.step).parameters
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1 or (eta and not takes):
-        raise PlanError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0{'..1' if takes else ', as it has no eta'}")
+    check_number("eta", eta, 0, 1, where=f" for {type(scheduler).__name__}")
+    if eta and not takes:
+        raise ArgumentError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0, as it has no eta")
     return {"eta": float(eta)} if takes else {}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from stepgraph.checks import check_number, check_whole
 from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
@@ -96,8 +97,7 @@ def calibrate(
         refuse_stochastic(scheduler, steps)
     step_arguments(prepare_scheduler(scheduler, steps), eta)
     guided = check_guidance(guidance_scale)
-    if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
-        raise PlanError(f"lags is {lags!r}; expected a whole number of at least 1")
+    check_whole("lags", lags, 1)
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
     traced = TracedModel.of(model, traced)
     marked, family = traced.marked(inputs), traced.family
@@ -190,19 +190,15 @@ def _place() -> tuple[int, int]:
 
 def check_samples(samples: Any, world: int) -> None:
     """Refuse a number of samples that is none, or less than one per process."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise PlanError(
-            f"samples is {samples!r}; expected a whole number of at least 1, because every table is a mean over sampling runs"
-        )
+    check_whole("samples", samples, 1, tail=", because every table is a mean over sampling runs")
     if samples < world:
         raise PlanError(f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own")
 
 
 def check_guidance(scale: Any) -> bool:
     """Whether there is guidance."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
-        raise PlanError(f"guidance_scale is {scale!r}; expected a number of at least 0 (1 for no guidance)")
-    return scale > 1
+    check_number("guidance_scale", scale, tail=" (1 for no guidance)")
+    return bool(scale > 1)
 
 
 def conditioning_of(

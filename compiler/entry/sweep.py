@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.models import family_of
@@ -113,8 +114,7 @@ def _refuse_nothing_to_sweep(
     if twice:
         raise PlanError(f"{twice[0]!r} is swept and given as {fixed[twice[0]]!r} as well; leave one of them out")
     for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise PlanError(f"{name} is {size!r}; expected a whole number of at least 1")
+        check_whole(name, size, 1)
 
 
 def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:

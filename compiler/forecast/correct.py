@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.forecast.forecasts import HIGHEST, RULES
 from stepgraph.errors import PlanError
 from stepgraph.plan import (
@@ -50,8 +51,7 @@ def forecast(
     """
     if rule not in RULES:
         raise PlanError(f"unknown rule {rule!r} of forecasts; known: {', '.join(RULES)}")
-    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= HIGHEST:
-        raise PlanError(f"the order is {order!r}; expected a whole number in 0..{HIGHEST}")
+    check_whole("the order", order, 0, HIGHEST)
     letters = (REUSE, FORECAST, LOWRANK) if around else (REUSE, FORECAST)
     cells = [cell for cell in find_cells(plan, letters, kinds, sites) if cell not in plan.forecasts]
     if not cells:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stepgraph.checks import check_number
 from stepgraph.errors import PlanError
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, CachePlan, Site
 
@@ -97,8 +98,7 @@ def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
     Raises:
         PlanError: `logits` is no vector of `width` numbers, or `theta` is outside 0..1.
     """
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
-        raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+    check_number("theta", theta, 0, 1, what="a probability")
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (width,):
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise PlanError(f"{name} is {shape}; expected [{width}], two logits per block")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stepgraph.checks import check_number, check_whole
 from stepgraph.errors import PlanError
 
 
@@ -60,10 +61,8 @@ def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8)
     Raises:
         PlanError: The budget or chunk is out of range, or too small for one chunk per map.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise PlanError(f"budget is {budget!r}; expected a share of the linear maps' own cost in 0..1")
-    if type(chunk) is not int or chunk < 1:
-        raise PlanError(f"chunk is {chunk!r}; expected a whole number of at least 1")
+    check_number("budget", budget, above=0, most=1, what="a share of the linear maps' own cost")
+    check_whole("chunk", chunk, 1)
     whole = sum(own.macs for own in maps.values())
     ranks = {path: min(chunk, own.most) for path, own in maps.items()}
     spent = sum(own.cost(ranks[path]) for path, own in maps.items())

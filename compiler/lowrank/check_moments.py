@@ -1,13 +1,13 @@
 """What a file of covariances must hold before it is used."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_number
+from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.fingerprint import dtype_name
 
 
@@ -48,11 +48,10 @@ def _check_table(key: str, table: Tensor, channels: int | None) -> None:
 
 
 def _check_numbers(name: str, numbers: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
-    own = numbers.get(name)
-    for number in wanted:
-        value = own.get(number) if isinstance(own, dict) else None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise PlanError(f"the numbers of {name!r} are {own!r}; expected a finite number {number!r} among them")
+    moments = numbers.get(name)
+    for key in wanted:
+        if not isinstance(moments, dict) or not is_number(moments.get(key)):
+            raise FileFormatError(f"the numbers of {name!r} are {moments!r}; expected a finite number {key!r} among them")
 
 
 def _shown(tensor: Tensor) -> str:

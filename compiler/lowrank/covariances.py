@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepgraph.checks import check_number, check_whole, is_whole
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, digest
 from stepgraph.compiler.lowrank.check_moments import check_moments
 from stepgraph.compiler.lowrank.covariance_passes import Measured, new_sum, plan_passes
@@ -15,7 +16,7 @@ from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.fingerprint import model_dtype
 from stepgraph.plan import CachePlan, PlanHeader
@@ -256,16 +257,16 @@ def _steps_and_periods(
 
 
 def _periods(period: int | Sequence[int]) -> tuple[int, ...]:
-    given = (period,) if isinstance(period, int) else tuple(period)
-    if not given or not all(type(p) is int and p >= 2 for p in given):
-        raise PlanError(f"period is {period!r}; expected a whole number of at least 2, or several")
-    return tuple(sorted(set(given)))
+    periods = (period,) if isinstance(period, int) else tuple(period)
+    if not periods or not all(is_whole(each, 2) for each in periods):
+        raise ArgumentError(f"period is {period!r}; expected a whole number of at least 2, or several")
+    return tuple(sorted(set(periods)))
 
 
 def _check_limits(memory_gb: float | None, sketch: int | None, whole: bool) -> None:
-    if memory_gb is not None and (isinstance(memory_gb, bool) or not isinstance(memory_gb, (int, float)) or not memory_gb > 0):
-        raise PlanError(f"memory_gb is {memory_gb!r}; expected a number above 0")
-    if sketch is not None and (type(sketch) is not int or sketch < 2):
-        raise PlanError(f"sketch is {sketch!r}; expected a whole number of at least 2: twice the rank that is wanted")
+    if memory_gb is not None:
+        check_number("memory_gb", memory_gb, above=0)
+    if sketch is not None:
+        check_whole("sketch", sketch, 2, tail=": twice the rank that is wanted")
     if sketch is not None and whole:
         raise PlanError("whole modules need whole covariances; leave out sketch, and keep to the memory by memory_gb")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepgraph.checks import check_number
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.errors import PlanError
@@ -153,9 +154,8 @@ def check_choice(method: str, scale: str | None, shrinkage: float | None) -> Non
     """Refuse a scale or shrinkage that there is not, or that a method does not take."""
     if scale is not None and scale not in SCALES:
         raise PlanError(f"scale is {scale!r}; expected {', '.join(SCALES)}")
-    whole = shrinkage is None or (isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool))
-    if not whole or (shrinkage is not None and not 0 <= shrinkage <= 1):
-        raise PlanError(f"shrinkage is {shrinkage!r}; expected a number in 0..1, or None to estimate it")
+    if shrinkage is not None:
+        check_number("shrinkage", shrinkage, 0, 1, tail=", or None to estimate it")
     for name, value in (("scale", scale), ("shrinkage", shrinkage)):
         if value is not None and method not in TAKES[name]:
             takers = " and ".join(TAKES[name])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
 from stepgraph.compiler.lowrank.covariances import Covariances
@@ -219,8 +220,7 @@ def check_rank(model: nn.Module, marked: MarkedGraph, rank: int, paths: Sequence
     Raises:
         PlanError: The message names the map and what it can have.
     """
-    if type(rank) is not int or rank < 1:
-        raise PlanError(f"rank is {rank!r}; expected a whole number of at least 1")
+    check_whole("rank", rank, 1)
     for path in paths:
         if method == "whole":
             call = marked.trace.calls[path, 0]

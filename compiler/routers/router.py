@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stepgraph.checks import check_number
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.errors import PlanError
 from stepgraph.files.tensor_record import read_record, write_record
@@ -52,8 +53,7 @@ class Router:
 
     def reused(self, theta: float) -> torch.Tensor:
         """[T, sites] bool: what routed steps reuse, which is where sigmoid(logit) does not lie above theta."""
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
-            raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+        check_number("theta", theta, 0, 1, what="a probability")
         return (torch.sigmoid(self.logits.float()) <= theta) & ~torch.tensor(self.full)[:, None]
 
     def refuse_other(self, header: PlanHeader, what: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_whole
+from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.files.whole_file import save_tensors
 
 
@@ -71,7 +72,6 @@ def parse_tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
 def _refuse_other_form(described: Any, path: str | Path, form: str, version: int) -> None:
     if not isinstance(described, dict):
         raise PlanError(f"{path}: its metadata is not an object")
-    given = described.get("version")
-    if described.get("format") != form or type(given) is not int or given != version:
-        found = f"{described.get('format')} {given!r}"
-        raise PlanError(f"{path}: expected {form} version {version}; got {found}")
+    if described.get("format") != form or not is_whole(described.get("version"), version, version):
+        other = f"{described.get('format')} {described.get('version')!r}"
+        raise FileFormatError(f"{path}: expected {form} version {version}; got {other}")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from stepgraph.checks import check_number
 from stepgraph.errors import PlanError
 from stepgraph.files.tensor_record import parse_record_file, read_record, write_record
 from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype, tensor_digest
@@ -73,8 +73,7 @@ class Factors:
         if unknown:
             raise PlanError(f"an error is given for {unknown[0]!r}, which has no map")
         for path, error in self.errors.items():
-            if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 <= error < math.inf:
-                raise PlanError(f"the error of {path!r} is {error!r}; expected a finite number of at least 0")
+            check_number(f"the error of {path!r}", error, what="a finite number")
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_whole
+from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.plan.corrections import Forecast, Increment
 
 
@@ -20,13 +21,13 @@ def corrections_in(
         used = record.pop("forecasts", {})
         if not isinstance(used, dict):
             raise PlanError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
-        for step, number in used.items():
-            if not step.isascii() or not step.isdigit() or type(number) is not int or not 0 <= number < len(distinct):
-                raise PlanError(
-                    f"site {i}: forecasts has {step!r}: {number!r}; expected a step and the number of one of the "
+        for step, index in used.items():
+            if not step.isascii() or not step.isdigit() or not is_whole(index, 0, len(distinct) - 1):
+                raise FileFormatError(
+                    f"site {i}: forecasts has {step!r}: {index!r}; expected a step and the number of one of the "
                     f"{len(distinct)} forecasts"
                 )
-            forecasts[int(step), i] = distinct[number]
+            forecasts[int(step), i] = distinct[index]
         if "increment" in record:
             increments[i] = parse_record(Increment, record.pop("increment"), f"site {i}: increment")
     return forecasts, increments

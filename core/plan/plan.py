@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.checks import is_whole
 from stepgraph.errors import PlanError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan.corrections import Forecast, Increment
@@ -265,7 +266,7 @@ class CachePlan:
             raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f'not a plan: expected an object with "format": "{FORMAT}"')
-        if type(data.get("version")) is not int or data["version"] != VERSION:
+        if not is_whole(data.get("version"), VERSION, VERSION):
             raise PlanError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
         records = data.pop("sites", None)
         if not isinstance(records, list):

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
+from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan.header import PlanHeader
@@ -64,8 +65,7 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
 
 def _resampled_header(header: PlanHeader, steps: int, scheduler: Any) -> PlanHeader:
     """The header for `steps` inference steps."""
-    if type(steps) is not int or steps < 1:
-        raise PlanError(f"steps is {steps!r}; expected a whole number of at least 1")
+    check_whole("steps", steps, 1)
     timesteps = _interpolated(header, steps) if scheduler is None else _set_timesteps(header, steps, scheduler)
     origin = {"resampled_from": header.arguments.get("resampled_from", len(header.timesteps))}
     return replace(header, steps=steps, timesteps=timesteps, arguments={**header.arguments, **origin})

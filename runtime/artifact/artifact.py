@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import is_whole
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.container import Container, plain_name, write_container
@@ -233,7 +234,7 @@ def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
         raise PlanError(f"{where}: not a complete JSON document ({error}); save the artifact again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PlanError(f'{where}: not an artifact: expected an object with "format": "{FORMAT}"')
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
+    if not is_whole(manifest.get("version"), VERSION, VERSION):
         raise PlanError(f"{where}: format version {manifest.get('version')!r}; this release reads version {VERSION}")
     if set(manifest) != set(KEYS):
         raise PlanError(f"{where}: the keys are {', '.join(manifest)}; expected {', '.join(KEYS)}")
@@ -252,12 +253,12 @@ def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
 def _refuse_other_files(files: Mapping[str, Any], where: str) -> None:
     """Files that no artifact has, or that are larger than any artifact's."""
     for name, stated in files.items():
-        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or type(stated["bytes"]) is not int:
+        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or not is_whole(stated["bytes"]):
             raise PlanError(f"{where} says {stated!r} of {name}; expected its bytes and its sha256")
         tensors = name in (FACTORS, WEIGHTS)
         if not tensors and name != PLAN and not GRAPH.fullmatch(name):
             raise PlanError(f"{where} lists {name}, which is no part of an artifact; save the artifact again")
-        if stated["bytes"] < 0 or (stated["bytes"] > LARGEST_JSON and not tensors):
+        if stated["bytes"] > LARGEST_JSON and not tensors:
             raise PlanError(f"{where}: {name} has {stated['bytes']} bytes; a plan or graph has at most {LARGEST_JSON}")
     texts = sum(stated["bytes"] for name, stated in files.items() if GRAPH.fullmatch(name))
     if texts > LARGEST_TEXTS:
