@@ -87,7 +87,7 @@ def refuse_stochastic(scheduler: Any, steps: int) -> None:
                 ) from error
         ends.append(latents)
     if not torch.equal(*ends):
-        raise PlanError(
+        raise ArgumentError(
             f"{type(scheduler).__name__} is stochastic: it adds noise at every step, so that what changes from step to step is "
             f"that noise, not what a cache could keep; use a deterministic sampler such as DDIMScheduler, or pass "
             f"allow_stochastic=True (--allow-stochastic) if that is what you want"
@@ -146,13 +146,13 @@ def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[di
     cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
     stray = sorted(set(negative) - set(cond))
     if stray:
-        raise PlanError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+        raise ArgumentError(f"negative_{stray[0]} is given, but {stray[0]} is not")
     # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None
     missing = sorted(set(cond) - set(negative))
     if missing:
-        raise PlanError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
+        raise ArgumentError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
     return cond, negative
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepgraph.checks import check_whole
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 
 HIGHEST = 4
 
@@ -72,7 +72,7 @@ def _checked(times: Sequence[float], order: int) -> int:
     """
     check_whole("the order", order, 0, HIGHEST)
     if len(set(times[: order + 1])) < order + 1:
-        raise PlanError(f"order {order} takes {order + 1} different times; got {list(times)}")
+        raise ArgumentError(f"order {order} takes {order + 1} different times; got {list(times)}")
     return order + 1
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stepgraph.checks import check_number, check_whole
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8)
     ranks = {path: min(chunk, own.most) for path, own in maps.items()}
     spent = sum(own.cost(ranks[path]) for path, own in maps.items())
     if spent > budget * whole:
-        raise PlanError(
+        raise ArgumentError(
             f"a budget of {budget:g} does not give every map rank {chunk}, which takes {spent / whole:.3g}; raise it, lower "
             f"chunk, or leave maps out by kinds"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepgraph.checks import check_number, check_whole
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 
 LOSSES = ("mean", "sum")
 STATES = ("q_sample", "trajectory")
@@ -59,7 +59,7 @@ class RouterSettings:
             check_number("clamp", self.clamp, above=0, tail=", or None for free logits")
         for name, known in (("loss", LOSSES), ("states", STATES)):
             if getattr(self, name) not in known:
-                raise PlanError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -80,11 +80,11 @@ def settings_of(preset: str, changes: Mapping[str, Any] | None = None) -> Router
         PlanError: There is no such preset or setting, or a value is out of range.
     """
     if preset not in PRESETS:
-        raise PlanError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        raise ArgumentError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     known = list(RouterSettings.__dataclass_fields__)
     unknown = sorted(set(changes or {}) - set(known))
     if unknown:
-        raise PlanError(f"routers have no setting {unknown[0]!r}; known: {', '.join(known)}")
+        raise ArgumentError(f"routers have no setting {unknown[0]!r}; known: {', '.join(known)}")
     return RouterSettings(**{**PRESETS[preset], **(changes or {})})
 
 

@@ -49,7 +49,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import SLOT_DTYPES, CompileConfig
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_tensors, whole_file, writable_folder
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.metrics import psnr, relative_l2
@@ -137,7 +137,7 @@ def compile_command(
 ) -> None:
     """Compile a plan for a model, run its first steps once, and report stages, variants, MACs and memory."""
     if with_weights and save is None:
-        raise PlanError("--with-weights goes with --save, which says where the artifact is written")
+        raise ArgumentError("--with-weights goes with --save, which says where the artifact is written")
     with progress_bar("compiling", as_json) as report:
         report("loading", 0, 3)
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
@@ -220,7 +220,7 @@ def run(
             loaded, cache_plan = load_model(model, parse_device(device), parse_dtype(dtype)), CachePlan.load(plan)
             chosen = load_scheduler(model, scheduler)
         else:
-            raise PlanError("say what to run: either a model with --plan, or --artifact")
+            raise ArgumentError("say what to run: either a model with --plan, or --artifact")
     guided = guidance > 1
     inputs = example_inputs(loaded, images * (2 if guided and cache_plan.header.guidance != "separate" else 1))
     cond, uncond = family_of(loaded).conditioning(config_of(loaded), images, torch.device(device))

@@ -50,9 +50,9 @@ def test_bounds_in_words(words):
 
 
 def test_where_what_and_why():
-    with pytest.raises(ArgumentError, match="^n is 0 of ff; expected a whole number of at least 1, because$"):
+    with pytest.raises(ArgumentError, match=r"^n is 0 of ff; expected a whole number of at least 1, because$"):
         check_whole("n", 0, 1, where=" of ff", tail=", because")
-    with pytest.raises(ValueError, match="^x is -1; expected megabytes of at least 0, or None$") as caught:
+    with pytest.raises(ValueError, match=r"^x is -1; expected megabytes of at least 0, or None$") as caught:
         check_number("x", -1, what="megabytes", tail=", or None", error=ValueError)
     assert type(caught.value) is ValueError
 
