@@ -41,15 +41,15 @@ from stepgraph.compiler.entry.load_model import load_scheduler
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.env import read_env
 from stepgraph.errors import CompileError, PlanError
+from stepgraph.fingerprint import dtype_name
 from stepgraph.metrics import relative_l2
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampling.sample import sample
+from stepgraph.tolerances import WHOLE_RUN
 
 PARTS = ("table", "overhead", "compile", "memory", "scaling")
 USUAL = PARTS[:-1]
-# Relative L2 of the model's output at any step, given the same latents. In float32 what a whole run is allowed; the others
-# round at every operation of every block.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+TOLERANCES = {dtype_name(dtype): most for dtype, most in WHOLE_RUN.items() if dtype is not None}
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
     "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,

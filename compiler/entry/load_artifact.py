@@ -20,9 +20,8 @@ from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions, read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.tolerances import FIRST_STEP, tolerance
 
-# Rounding of one evaluation with nothing reused, as a relative L2 distance to the eager model.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
 
@@ -109,7 +108,7 @@ def verify_first_step(executable: Executable) -> None:
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
     given = executable.session()(**inputs, return_dict=False)[0]
-    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else TOLERANCE[model_dtype(model)]
+    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
     if not error <= limit:
         raise CompileError(
             f"the first step differs from {type(model).__name__}'s by {error:.2g} (relative L2; {limit:g} can be rounding): "
