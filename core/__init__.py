@@ -34,7 +34,7 @@ from stepgraph.compiler.routers.router_settings import RouterSettings
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
-from stepgraph.errors import CompileError, PlanError, TraceError
+from stepgraph.errors import CompileError, PlanError, StepgraphError, TraceError
 from stepgraph.plan import Action, CachePlan, PlanHeader, Site
 from stepgraph.plan.factors import Factors
 from stepgraph.runtime.executable import Executable
@@ -95,7 +95,7 @@ def load(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
-    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "TraceError", "accelerate", "calibrate",
-    "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "load",
+    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "StepgraphError", "TraceError", "accelerate",
+    "calibrate", "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "load",
     "lowrank", "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from stepgraph.checks import check_number
 from stepgraph.errors import CompileError as CompileError
 
 BACKENDS = ("eager", "inductor")
@@ -62,9 +63,8 @@ class CompileConfig:
                 f"exact=True keeps stored values as they are, but slot_dtype is {self.slot_dtype!r}; leave one out"
             )
         limit = self.hoist_limit_mb
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0):
-            raise ValueError(f"hoist_limit_mb is {self.hoist_limit_mb!r}; expected megabytes, 0 or more, or None for no limit")
         if limit is not None:
+            check_number("hoist_limit_mb", limit, what="megabytes", tail=", or None for no limit", error=ValueError)
             object.__setattr__(self, "hoist_limit_mb", float(limit))
 
     @property

@@ -1,6 +1,7 @@
-"""Paired image metrics: the same noise sampled twice, compared sample by sample."""
+"""Paired image metrics: the same noise sampled twice, compared sample by sample; and what an error is worth at its cost."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +23,33 @@ def psnr(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = ((t.double() / 2 + 0.5).clamp(0, 1) for t in (value, reference))
     error = float((value - reference).square().mean())
     return -10 * math.log10(error) if error else math.inf
+
+
+def error_at_equal_macs(points: Sequence[tuple[float, float]], macs: float) -> float | None:
+    """The error that measured ways of sampling, such as fewer steps, have at these MACs.
+
+    Log-linear between neighbours, because errors span decades: half way between 0.001 and 0.1 is 0.01, where a straight line
+    would say 0.05 and make whatever is compared with it look good. Towards a point without error, which has no logarithm (full
+    compute), it is a straight line.
+
+    Args:
+        points: (MACs, error) of each, in any order and any unit of MACs.
+        macs: Where, in the same unit.
+
+    Returns:
+        None below the fewest MACs measured; above the most, the error there.
+    """
+    known = sorted(points)
+    # What has passed through a quotient still counts as the same MACs.
+    if macs < known[0][0] * (1 - 1e-9):
+        return None
+    for (low, first), (high, second) in zip(known, known[1:], strict=False):
+        if macs <= high:
+            share = max(0.0, (macs - low) / (high - low)) if high > low else 0.0
+            if first > 0 and second > 0:
+                return float(first ** (1 - share) * second**share)
+            return (1 - share) * first + share * second
+    return known[-1][1]
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:

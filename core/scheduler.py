@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepgraph.checks import check_whole
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number, check_whole
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, hash_config
 
 
@@ -87,7 +87,7 @@ def refuse_stochastic(scheduler: Any, steps: int) -> None:
                 ) from error
         ends.append(latents)
     if not torch.equal(*ends):
-        raise PlanError(
+        raise ArgumentError(
             f"{type(scheduler).__name__} is stochastic: it adds noise at every step, so that what changes from step to step is "
             f"that noise, not what a cache could keep; use a deterministic sampler such as DDIMScheduler, or pass "
             f"allow_stochastic=True (--allow-stochastic) if that is what you want"
@@ -101,8 +101,9 @@ def step_arguments(scheduler: Any, eta: float = 0.0) -> dict[str, float]:
         PlanError: `eta` is not in 0..1, or is asked of a scheduler without it.
     """
     takes = "eta" in inspect.signature(scheduler.step).parameters
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1 or (eta and not takes):
-        raise PlanError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0{'..1' if takes else ', as it has no eta'}")
+    check_number("eta", eta, 0, 1, where=f" for {type(scheduler).__name__}")
+    if eta and not takes:
+        raise ArgumentError(f"eta is {eta!r} for {type(scheduler).__name__}; expected 0, as it has no eta")
     return {"eta": float(eta)} if takes else {}
 
 
@@ -145,13 +146,13 @@ def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[di
     cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
     stray = sorted(set(negative) - set(cond))
     if stray:
-        raise PlanError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+        raise ArgumentError(f"negative_{stray[0]} is given, but {stray[0]} is not")
     # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None
     missing = sorted(set(cond) - set(negative))
     if missing:
-        raise PlanError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
+        raise ArgumentError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
     return cond, negative
 
 

@@ -33,13 +33,14 @@ from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.import_plan import import_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
+from stepgraph.fingerprint import dtype_name
 from stepgraph.metrics import relative_l2
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 from stepgraph.runtime.executable import Executable
+from stepgraph.tolerances import EXPORTED_RUN
 
-# Relative L2 of an output, by dtype: rounding of the other order of operations.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}
+TOLERANCES = {dtype_name(dtype): most for dtype, most in EXPORTED_RUN.items() if dtype is not None}
 # Rank of the low-rank maps of corrected plans.
 RANK = 8
 # The fresh process: the folders to import from, the export, the inputs, where the outputs go, and how many steps.

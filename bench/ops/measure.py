@@ -9,9 +9,7 @@ import torch
 
 from stepgraph.bench.ops.shapes import Case
 from stepgraph.ops import REFERENCE, load_providers
-
-# Relative root-mean-square error against float64 that a contender may have; plain torch rounds p to bfloat16.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+from stepgraph.tolerances import TIMED_OP, tolerance
 
 
 def contenders(case: Case) -> dict[str, Callable[[], Any]]:
@@ -56,7 +54,7 @@ def refuse_wrong(name: str, case: Case, given: list[torch.Tensor], expected: lis
         error = float((value.double() - wanted).norm() / wanted.norm())
         # Plain torch rounds to the arguments' dtype what a provider keeps in float32.
         dtype = given_dtype if name.startswith("torch") else value.dtype
-        if not error <= TOLERANCE[dtype]:
+        if not error <= tolerance(TIMED_OP, dtype):
             raise RuntimeError(f"{name} is wrong on {case.op.name} {case.name}: relative error {error:.2e}")
 
 

@@ -36,6 +36,7 @@ from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.errors import PlanError
+from stepgraph.metrics import error_at_equal_macs
 from stepgraph.plan import CachePlan
 
 TARGETS = (2.0, 3.0)
@@ -162,24 +163,12 @@ def front(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return best
 
 
-def error_of_fewer_steps(points: list[tuple[float, float]], fewer_macs: float) -> float | None:
-    """The error of fewer steps at these MACs, log-linear between the front's points; None where nothing was measured."""
-    share = 1 / fewer_macs
-    if share < points[0][0] - 1e-9:
-        return None
-    for (low, first), (high, second) in zip(points, points[1:], strict=False):
-        if share <= high:
-            weight = max(0.0, (share - low) / (high - low))
-            return math.exp((1 - weight) * math.log(first) + weight * math.log(second))
-    return points[-1][1]
-
-
 def against_fewer_steps(rows: list[dict[str, Any]]) -> None:
     """Write into every plan's row its error over that of fewer steps at equal MACs."""
     points = front(rows)
     for row in rows:
         if "target" in row and "relative_l2" in row:
-            equal = error_of_fewer_steps(points, row["fewer_macs"])
+            equal = error_at_equal_macs(points, 1 / row["fewer_macs"])
             row["versus_fewer_steps"] = row["relative_l2"] / equal if equal else None
 
 

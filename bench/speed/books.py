@@ -11,7 +11,7 @@ from torch import nn
 from stepgraph.bench.record import CHECKOUT
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.planning.import_plan import import_plan
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import CachePlan
 
 PUBLISHED = CHECKOUT.parent / "shared" / "plans"
@@ -42,7 +42,7 @@ def plan_named(name: str, model: nn.Module, scheduler: Any, steps: int, folder: 
     if name == "mask":
         return make_plan("manual", actions={"hidden": gates(steps, folder)}, **given)
     if name not in NAMES:
-        raise PlanError(f"unknown plan {name!r}; known: {', '.join(NAMES)}")
+        raise ArgumentError(f"unknown plan {name!r}; known: {', '.join(NAMES)}")
     data = sized_book(steps, blocks, folder) if name == "slow" else sized_schedule(steps, blocks, folder)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / (BOOK if name == "slow" else L2C)
@@ -82,5 +82,5 @@ def _picked(values: Sequence[Any], count: int) -> list[Any]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise PlanError(f"no published plan at {path}; say with --plans which folder {path.name} is in")
+        raise ArgumentError(f"no published plan at {path}; say with --plans which folder {path.name} is in")
     return json.loads(path.read_text(encoding="utf-8"))

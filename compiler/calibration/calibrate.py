@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from stepgraph.checks import check_number, check_whole
 from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
@@ -19,7 +20,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanHeader
@@ -89,15 +90,14 @@ def calibrate(
     check_samples(samples, world)
     if not allow_stochastic:
         if eta:
-            raise PlanError(
+            raise ArgumentError(
                 f"eta is {eta}: the sampler adds noise at every step, which a cache cannot keep; use eta=0, or pass "
                 f"allow_stochastic=True (--allow-stochastic) if that is what you want"
             )
         refuse_stochastic(scheduler, steps)
     step_arguments(prepare_scheduler(scheduler, steps), eta)
     guided = check_guidance(guidance_scale)
-    if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
-        raise PlanError(f"lags is {lags!r}; expected a whole number of at least 1")
+    check_whole("lags", lags, 1)
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
     traced = TracedModel.of(model, traced)
     marked, family = traced.marked(inputs), traced.family
@@ -105,7 +105,7 @@ def calibrate(
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if provisional is not None and tuple(provisional.shape) != (evaluations, len(marked.sites)):
-        raise PlanError(f"provisional is {list(provisional.shape)}; expected [{evaluations}, {len(marked.sites)}]")
+        raise ArgumentError(f"provisional is {list(provisional.shape)}; expected [{evaluations}, {len(marked.sites)}]")
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
@@ -190,19 +190,17 @@ def _place() -> tuple[int, int]:
 
 def check_samples(samples: Any, world: int) -> None:
     """Refuse a number of samples that is none, or less than one per process."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise PlanError(
-            f"samples is {samples!r}; expected a whole number of at least 1, because every table is a mean over sampling runs"
-        )
+    check_whole("samples", samples, 1, tail=", because every table is a mean over sampling runs")
     if samples < world:
-        raise PlanError(f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own")
+        raise ArgumentError(
+            f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own"
+        )
 
 
 def check_guidance(scale: Any) -> bool:
     """Whether there is guidance."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
-        raise PlanError(f"guidance_scale is {scale!r}; expected a number of at least 0 (1 for no guidance)")
-    return scale > 1
+    check_number("guidance_scale", scale, tail=" (1 for no guidance)")
+    return bool(scale > 1)
 
 
 def conditioning_of(
@@ -217,7 +215,7 @@ def conditioning_of(
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
         if rows is None or (rows != samples and name not in family.unbatched):
             found = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
-            raise PlanError(f"conditioning {name} is {found}; expected {samples} rows, one per sample")
+            raise ArgumentError(f"conditioning {name} is {found}; expected {samples} rows, one per sample")
     return {name: value.to(device) for name, value in given.items()}
 
 
@@ -263,7 +261,7 @@ class _Progress:
         found = described.get("identity")
         if found != wanted:
             differ = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-            raise PlanError(
+            raise MismatchError(
                 f"{self.path} was left by another calibration ({', '.join(differ)} differ); delete it or name another file"
             )
         for name, table in tensors.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, FileFormatError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.plan import PlanHeader, Site
 from stepgraph.plan.described import described_sites
@@ -123,7 +123,7 @@ class CalibrationStats:
             return self.relative[0]
         if f"rate.{metric}" not in self.tables:
             known = ["lagged", *sorted(name.removeprefix("rate.") for name in self.tables if name.startswith("rate."))]
-            raise PlanError(f"unknown metric {metric!r}; these statistics have {', '.join(known)}")
+            raise ArgumentError(f"unknown metric {metric!r}; these statistics have {', '.join(known)}")
         return self.tables[f"rate.{metric}"].mean(0)
 
     def of_branch(self, name: str) -> "CalibrationStats":
@@ -133,7 +133,7 @@ class CalibrationStats:
             PlanError: There is no such branch.
         """
         if name not in self.branches:
-            raise PlanError(f"unknown branch {name!r}; these statistics have {', '.join(self.branches)}")
+            raise ArgumentError(f"unknown branch {name!r}; these statistics have {', '.join(self.branches)}")
         at = self.branches.index(name)
         own = {key: table if key in UNBRANCHED else table[at : at + 1] for key, table in self.tables.items()}
         return replace(self, branches=(name,), tables=own)
@@ -170,13 +170,13 @@ class CalibrationStats:
         scale, eta = described.get("guidance_scale"), described.get("eta")
         known = branches == ["cond"] or branches == ["cond", "uncond"]
         if not known or not isinstance(scale, (int, float)) or not isinstance(eta, (int, float)):
-            raise PlanError(f"{path}: branches are {branches!r}, guidance_scale {scale!r}, eta {eta!r} in its metadata")
+            raise FileFormatError(f"{path}: branches are {branches!r}, guidance_scale {scale!r}, eta {eta!r} in its metadata")
         rates = [name.removeprefix("rate.") for name in tensors if name.startswith("rate.")]
         lags = tensors["change"].shape[1] if "change" in tensors and tensors["change"].ndim == 4 else 1
         shapes = table_shapes(len(branches), len(header.timesteps), len(sites), rates, lags)
         for name, shape in shapes.items():
             if name not in tensors or tuple(tensors[name].shape) != shape:
-                raise PlanError(f"{path}: {name} is not a table of shape {list(shape)}")
+                raise FileFormatError(f"{path}: {name} is not a table of shape {list(shape)}")
         channels = {n.removeprefix(CHANNELS): tensors[n] for n in tensors if n.startswith(CHANNELS)}
         tables = {name: tensors[name] for name in shapes}
         conditioning = str(described.get("conditioning", ""))

@@ -17,7 +17,7 @@ from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
@@ -78,7 +78,7 @@ def accelerate(
     if transformer is None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:
-        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+        raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
     own, settings = _divided(policy, _policy_arguments(arguments, more), asked)
     if not allow_stochastic:
@@ -130,7 +130,7 @@ def _policy_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, An
     """
     twice = sorted(set(arguments or {}) & set(more))
     if twice:
-        raise PlanError(f"the policy's argument {twice[0]!r} is given twice, in arguments and by name")
+        raise ArgumentError(f"the policy's argument {twice[0]!r} is given twice, in arguments and by name")
     return {**(arguments or {}), **more}
 
 
@@ -144,7 +144,7 @@ def _divided(policy: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]
     taken = {argument.name for argument in describe_policy(policy, POLICIES[policy]).arguments}
     for name, value in given.items():
         if not POLICIES[policy].wants_stats(arguments) and name not in taken:
-            raise PlanError(f"{name}={value!r} has no effect: the policy {policy!r} runs nothing with it; leave it out")
+            raise ArgumentError(f"{name}={value!r} has no effect: the policy {policy!r} runs nothing with it; leave it out")
     passed = {name: value for name, value in given.items() if name in taken}
     return _policy_arguments(arguments, passed), {"samples": 16, "seed": 0, "guidance_scale": 1.0, **given}
 

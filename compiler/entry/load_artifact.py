@@ -11,7 +11,7 @@ from torch import nn
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
 from stepgraph.compiler.models import FAMILIES, family_of
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.errors import CompileError, PlanError, TraceError
+from stepgraph.errors import ArgumentError, CompileError, FileFormatError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
 from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
@@ -19,9 +19,8 @@ from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions, read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.tolerances import FIRST_STEP, tolerance
 
-# Rounding of one evaluation with nothing reused, as a relative L2 distance to the eager model.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
 
@@ -56,7 +55,7 @@ def compile_artifact(
         executable = compile_plan(model, artifact.plan, inputs, artifact.options, factors)
     except (PlanError, TraceError) as error:
         # An artifact can state inputs that its model does not take.
-        raise PlanError(f"{path}: {error}") from error
+        raise FileFormatError(f"{path}: {error}") from error
     others = {name: (made, now) for name, made, now in _versions(artifact) if made != now}
     compared = verify or (bool(others) and verify is None)
     if others:
@@ -108,7 +107,7 @@ def verify_first_step(executable: Executable) -> None:
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
     given = executable.session()(**inputs, return_dict=False)[0]
-    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else TOLERANCE[model_dtype(model)]
+    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
     if not error <= limit:
         raise CompileError(
             f"the first step differs from {type(model).__name__}'s by {error:.2g} (relative L2; {limit:g} can be rounding): "
@@ -125,7 +124,7 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     """
     path, about = artifact.path, artifact.model
     if artifact.weights is None:
-        raise PlanError(f"{path} has no weights; pass the model it was made for, a {about['class']}, to stepgraph.load")
+        raise ArgumentError(f"{path} has no weights; pass the model it was made for, a {about['class']}, to stepgraph.load")
     kind = model_class(about["class"], str(path))
     tensors = parse_tensors(artifact.weights, f"{path}: weights.safetensors")
     _refuse_sizes(about["config"], tensors, path)
@@ -134,7 +133,7 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
             model: nn.Module = kind(**about["config"])
     except Exception as error:
         # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
-        raise PlanError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
+        raise FileFormatError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
     _tie(model, about["tied"], path)
     _assign(model, {name: tensor.to(device) for name, tensor in tensors.items()}, path)
     return model.eval()
@@ -149,7 +148,9 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         # Position tables have a row per patch.
         area = name in ("sample_size", "pos_embed_max_size") and number * number > 64 * elements
         if not abs(number) <= max(limit, 1000 if "layers" not in name else 0) or area:
-            raise PlanError(f"{path}: its configuration has {name} {value}, more than its {len(tensors)} weights can be for")
+            raise FileFormatError(
+                f"{path}: its configuration has {name} {value}, more than its {len(tensors)} weights can be for"
+            )
 
 
 def _tie(model: nn.Module, tied: Mapping[str, str], path: Path) -> None:
@@ -160,7 +161,7 @@ def _tie(model: nn.Module, tied: Mapping[str, str], path: Path) -> None:
         pair = [known.get(name), known.get(first)]
         shapes = {tensor.shape for tensor in pair if tensor is not None}
         if None in pair or len(shapes) > 1 or (name in parameters) != (first in parameters):
-            raise PlanError(f"{path}: {name!r} is said to be the same weight as {first!r}; the model has no such pair")
+            raise FileFormatError(f"{path}: {name!r} is said to be the same weight as {first!r}; the model has no such pair")
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, known[first])
 
@@ -171,10 +172,12 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         if set(own) != set(tensors):
             name = sorted(set(own) ^ set(tensors))[0]
-            raise PlanError(f"{path}: the weights {'lack' if name in own else 'have more than the model:'} {name!r}")
+            raise FileFormatError(f"{path}: the weights {'lack' if name in own else 'have more than the model:'} {name!r}")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise PlanError(f"{path}: the weight {name} is {list(tensor.shape)}; the model's is {list(own[name].shape)}")
+                raise FileFormatError(
+                    f"{path}: the weight {name} is {list(tensor.shape)}; the model's is {list(own[name].shape)}"
+                )
         places: dict[int, Any] = {
             id(old): nn.Parameter(tensors[name], requires_grad=False) if isinstance(old, nn.Parameter) else tensors[name]
             for name, old in own.items()
@@ -185,7 +188,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -
     plain = {name: value for module in model.modules() for name, value in vars(module).items()}
     left = [name for name, value in plain.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if left:
-        raise PlanError(f"{path}: {left[0]!r} has no values; this class cannot be rebuilt from its weights")
+        raise FileFormatError(f"{path}: {left[0]!r} has no values; this class cannot be rebuilt from its weights")
 
 
 def build_scheduler(artifact: Artifact) -> Any:
@@ -201,13 +204,15 @@ def build_scheduler(artifact: Artifact) -> Any:
     name, config = artifact.scheduler["class"], artifact.scheduler["config"]
     known = sorted({*SCHEDULERS.values(), *(family.scheduler[0] for family in FAMILIES)})
     if name not in known:
-        raise PlanError(
+        raise FileFormatError(
             f"{artifact.path}: the scheduler {name!r} is not rebuilt from artifacts (only {', '.join(known)}); pass it"
         )
     large = [key for key, value in config.items() if isinstance(value, (int, float)) and not abs(value) <= LARGEST_SETTING]
     if large:
-        raise PlanError(f"{artifact.path}: its scheduler has {large[0]} {config[large[0]]}; at most {LARGEST_SETTING} is usual")
+        raise FileFormatError(
+            f"{artifact.path}: its scheduler has {large[0]} {config[large[0]]}; at most {LARGEST_SETTING} is usual"
+        )
     try:
         return getattr(diffusers, name).from_config(dict(config))
     except Exception as error:
-        raise PlanError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error
+        raise FileFormatError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

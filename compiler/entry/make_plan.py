@@ -15,7 +15,7 @@ from stepgraph.compiler.planning.services import SERVICES, Services
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.tracing.describe import branches_of, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
@@ -67,7 +67,7 @@ def make_plan(
         PlanError: Unknown policy or arguments, or something needed is missing.
     """
     if not isinstance(policy, str) or policy not in POLICIES:
-        raise PlanError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+        raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
         _refuse_other_circumstances(stats, model, scheduler, steps)
@@ -75,10 +75,12 @@ def make_plan(
         sites = stats.sites
     elif POLICIES[policy].wants_stats(arguments):
         instead = f", or {POLICIES[policy].unless}=..." if POLICIES[policy].unless else ""
-        raise PlanError(f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}")
+        raise ArgumentError(
+            f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}"
+        )
     elif model is None or scheduler is None or steps is None:
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
-        raise PlanError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
+        raise ArgumentError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
         if not allow_stochastic:
             refuse_stochastic(scheduler, steps)
@@ -103,7 +105,9 @@ def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None
     if model is not None:
         refuse_other_model(stats.header, model)
     if steps is not None and steps != stats.header.steps:
-        raise PlanError(f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number")
+        raise MismatchError(
+            f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number"
+        )
     if scheduler is not None:
         refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
 
@@ -124,7 +128,7 @@ def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
     takes = f"it takes {', '.join(own)}" if own else "it takes none"
     unknown = sorted(set(arguments) - set(own))
     if unknown:
-        raise PlanError(f"the policy {policy!r} has no argument {unknown[0]!r}; {takes}")
+        raise ArgumentError(f"the policy {policy!r} has no argument {unknown[0]!r}; {takes}")
     missing = [name for name, p in own.items() if p.default is p.empty and name not in arguments]
     if missing:
-        raise PlanError(f"the policy {policy!r} needs the argument {missing[0]!r}; {takes}")
+        raise ArgumentError(f"the policy {policy!r} needs the argument {missing[0]!r}; {takes}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.models import family_of
@@ -14,7 +15,7 @@ from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoi
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.metrics import relative_errors
 from stepgraph.plan import CachePlan
@@ -108,13 +109,12 @@ def _refuse_nothing_to_sweep(
     knobs: Sequence[str], values: Sequence[Any], fixed: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> None:
     if not knobs or not values:
-        raise PlanError(f"nothing to sweep: {len(knobs)} knobs and {len(values)} values; expected at least one of each")
+        raise ArgumentError(f"nothing to sweep: {len(knobs)} knobs and {len(values)} values; expected at least one of each")
     twice = sorted(set(knobs) & set(fixed))
     if twice:
-        raise PlanError(f"{twice[0]!r} is swept and given as {fixed[twice[0]]!r} as well; leave one of them out")
+        raise ArgumentError(f"{twice[0]!r} is swept and given as {fixed[twice[0]]!r} as well; leave one of them out")
     for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise PlanError(f"{name} is {size!r}; expected a whole number of at least 1")
+        check_whole(name, size, 1)
 
 
 def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:

@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.forecast.forecasts import HIGHEST, RULES
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import (
     COMPUTE,
     DEAD,
@@ -49,9 +50,8 @@ def forecast(
         PlanError: An unknown rule, kind or site, an order out of range, or nothing to forecast.
     """
     if rule not in RULES:
-        raise PlanError(f"unknown rule {rule!r} of forecasts; known: {', '.join(RULES)}")
-    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= HIGHEST:
-        raise PlanError(f"the order is {order!r}; expected a whole number in 0..{HIGHEST}")
+        raise ArgumentError(f"unknown rule {rule!r} of forecasts; known: {', '.join(RULES)}")
+    check_whole("the order", order, 0, HIGHEST)
     letters = (REUSE, FORECAST, LOWRANK) if around else (REUSE, FORECAST)
     cells = [cell for cell in find_cells(plan, letters, kinds, sites) if cell not in plan.forecasts]
     if not cells:
@@ -99,13 +99,15 @@ def lowrank(
             or nothing that is reused.
     """
     if order is not None and around is None:
-        raise PlanError(f"order is {order!r}, but no forecast to take increments around; pass around= too, or leave out order")
+        raise ArgumentError(
+            f"order is {order!r}, but no forecast to take increments around; pass around= too, or leave out order"
+        )
     present = [kind for kind in dict.fromkeys(site.kind for site in plan.sites) if kind in MODULE_KINDS]
     indices = set(find_sites(plan, present if kinds is None and sites is None else kinds, sites))
     streams = [plan.sites[i] for i in sorted(indices) if plan.sites[i].kind not in MODULE_KINDS]
     if streams:
         name = streams[0].kind if streams[0].kind in (kinds or ()) else streams[0].name
-        raise PlanError(f"{name} is no module, and has no linear maps to correct; this model's modules: {present}")
+        raise ArgumentError(f"{name} is no module, and has no linear maps to correct; this model's modules: {present}")
     changed: dict[tuple[int, int], str] = {}
     for step, row in enumerate(plan.rows):
         own = {i for i in indices if row[i] == REUSE}
@@ -138,11 +140,13 @@ def find_sites(plan: CachePlan, kinds: Sequence[str] | None, sites: Sequence[str
     """
     for name, given in (("kinds", kinds), ("sites", sites)):
         if isinstance(given, str) or (given is not None and not all(isinstance(entry, str) for entry in given)):
-            raise PlanError(f"{name} is {given!r}; expected a list of names")
+            raise ArgumentError(f"{name} is {given!r}; expected a list of names")
     present = {site.kind for site in plan.sites}
     unknown = sorted(set(kinds or ()) - present)
     if unknown:
-        raise PlanError(f"unknown kind {unknown[0]!r}; this model has {', '.join(dict.fromkeys(s.kind for s in plan.sites))}")
+        raise ArgumentError(
+            f"unknown kind {unknown[0]!r}; this model has {', '.join(dict.fromkeys(s.kind for s in plan.sites))}"
+        )
     named = {plan.index(name) for name in sites or ()}
     every = kinds is None and sites is None
     return [i for i, site in enumerate(plan.sites) if every or site.kind in (kinds or ()) or i in named]

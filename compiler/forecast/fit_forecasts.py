@@ -9,7 +9,7 @@ from torch import nn
 from stepgraph.compiler.forecast.closed_loop import FULL, OWN, STATE, Cells, Fitted, Runs, fit_in_closed_loop, with_affine
 from stepgraph.compiler.forecast.correct import chosen, find_cells, with_cells
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
 from stepgraph.plan.factors import Factors
@@ -156,7 +156,7 @@ def residual_affine(
         PlanError: `stack_residual` is nowhere reused, or plan, model and scheduler do not belong together.
     """
     if len(plan.header.branches) > 1:
-        raise PlanError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
+        raise ArgumentError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     _refuse_other_target(plan, cells, runs)
@@ -208,10 +208,12 @@ def _open_cells(
     for step, i in find_cells(plan, (REUSE, FORECAST), kinds, sites):
         stored = sum(row[i] == COMPUTE for row in plan.rows[:step])
         if whole.inputs and plan.sites[i].kind != "output":
-            raise PlanError(f"site {plan.sites[i].name}: only a forecast of `output` takes the model's input; terms: {terms}")
+            raise ArgumentError(
+                f"site {plan.sites[i].name}: only a forecast of `output` takes the model's input; terms: {terms}"
+            )
         kept = tuple(term for term in whole.terms if term == CONSTANT or int(term[1:]) <= stored)
         if not any(term.startswith("y") for term in kept):
-            raise PlanError(
+            raise ArgumentError(
                 f"step {step}, site {plan.sites[i].name}: {stored} values are stored, too few for the terms {terms}"
             )
         found[step, i] = kept
@@ -223,7 +225,7 @@ def _open_cells(
 def _refuse_other_target(plan: CachePlan, cells: Cells, runs: Runs) -> None:
     others = [plan.sites[i].name for _, i in cells if plan.sites[i].kind != "output"]
     if runs.target == STATE and others:
-        raise PlanError(f"site {others[0]}: the target 'state' is for forecasts of `output`; expected 'full' or 'own'")
+        raise ArgumentError(f"site {others[0]}: the target 'state' is for forecasts of `output`; expected 'full' or 'own'")
 
 
 def _record(runs: Runs, cells: Cells, fitted: Fitted) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_whole
+from stepgraph.errors import ArgumentError
 
 HIGHEST = 4
 
@@ -69,10 +70,9 @@ def _checked(times: Sequence[float], order: int) -> int:
     Raises:
         PlanError: The order is not one of 0 to 4, or there are too few times, or two of them are equal.
     """
-    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= HIGHEST:
-        raise PlanError(f"the order is {order!r}; expected a whole number in 0..{HIGHEST}")
+    check_whole("the order", order, 0, HIGHEST)
     if len(set(times[: order + 1])) < order + 1:
-        raise PlanError(f"order {order} takes {order + 1} different times; got {list(times)}")
+        raise ArgumentError(f"order {order} takes {order + 1} different times; got {list(times)}")
     return order + 1
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepgraph.compiler.interfaces.importer import Importer, check_table, is_flag, letters
-from stepgraph.errors import PlanError
+from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.plan import Site
 
 MASK, POLICY = "steps_computation_mask", "steps_computation_policy"
@@ -39,7 +39,7 @@ def actions(data: Any, sites: Sequence[Site], steps: int) -> Mapping[str, str]:
         )
     unknown = sorted(set(data) - {MASK, POLICY}) if isinstance(data, dict) else []
     if unknown:
-        raise PlanError(f"unknown key {unknown[0]!r}; a mask has {MASK} and {POLICY}")
+        raise FileFormatError(f"unknown key {unknown[0]!r}; a mask has {MASK} and {POLICY}")
     return {"stack_residual": letters([not flag for flag in check_table(MASK, mask, steps)])}
 
 

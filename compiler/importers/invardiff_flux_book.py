@@ -18,7 +18,7 @@ from stepgraph.compiler.interfaces.importer import (
     refuse_other_kinds,
     sites_of,
 )
-from stepgraph.errors import PlanError
+from stepgraph.errors import MismatchError
 from stepgraph.plan import COMPUTE, REUSE, CachePlan, Site
 
 DOUBLE = ("attn", "context_attn", "ff", "context_ff")
@@ -65,7 +65,7 @@ def _tables(
     known = {*kinds, "ip_attn"} if book == "transformer_cache_book" else {*kinds}
     given = set(tables) if isinstance(tables, dict) else {type(tables).__name__}
     if not isinstance(tables, dict) or not set(kinds) <= given <= known:
-        raise PlanError(
+        raise MismatchError(
             f"{book} has the keys {', '.join(sorted(map(str, given)))}; expected {', '.join(sorted(known))} "
             f"with one table [{steps}][{len(own[kinds[0]])}] each"
         )

@@ -18,7 +18,7 @@ from stepgraph.compiler.interfaces.importer import (
     sites_of,
     skipped,
 )
-from stepgraph.errors import PlanError
+from stepgraph.errors import FileFormatError, MismatchError
 from stepgraph.plan import Site
 
 
@@ -32,10 +32,10 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
     refuse_other_kinds("a Learning-to-Cache router", sites, {"attn", "ff"})
     routers = data["routers"]
     if not isinstance(routers, (Mapping, Sequence)):
-        raise PlanError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
+        raise FileFormatError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
     routers = [routers[key] for key in keys_in_order(routers)] if isinstance(routers, Mapping) else list(routers)
     if len(routers) != steps:
-        raise PlanError(f"routers holds {len(routers)} vectors; expected {steps}, one per step")
+        raise MismatchError(f"routers holds {len(routers)} vectors; expected {steps}, one per step")
     width, reused = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff")), []
     for index in reversed(range(steps)):
         hits = skipped(f"routers[{index}]", routers[index], width, theta)

@@ -25,7 +25,7 @@ from stepgraph.compiler.interfaces.importer import (
     sites_of,
     skipped,
 )
-from stepgraph.errors import PlanError
+from stepgraph.errors import MismatchError
 from stepgraph.plan import Site
 
 
@@ -42,7 +42,7 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
     """The routers' reuses by site, for a threshold `theta` in 0..1."""
     refuse_other_kinds("a Learning-to-Cache router", sites, {"attn", "ff"})
     if len(data) != steps or steps % 2:
-        raise PlanError(
+        raise MismatchError(
             f"the checkpoint holds {len(data)} routers for {steps} model evaluations; expected an even number of evaluations "
             f"and one router each"
         )

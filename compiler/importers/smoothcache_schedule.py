@@ -12,7 +12,7 @@ from stepgraph.compiler.interfaces.importer import (
     refuse_other_kinds,
     sites_of,
 )
-from stepgraph.errors import PlanError
+from stepgraph.errors import MismatchError
 from stepgraph.plan import COMPUTE, CachePlan, Site
 
 KINDS = {"attn": "attn", "mlp": "ff"}
@@ -37,12 +37,14 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mappi
         elif int(number) < len(own):
             found[own[int(number)].name] = reused
         else:
-            raise PlanError(f"{key} names block {number}; this model has {len(own)} blocks")
+            raise MismatchError(f"{key} names block {number}; this model has {len(own)} blocks")
     missing = [name for name in KINDS if not any(key.partition("-")[0] == name for key in data)]
     numbered = [key for key in data if "-" in key]
     expected = sum(len(sites_of(sites, kind)) for kind in KINDS.values())
     if missing or (numbered and len(numbered) != expected):
-        raise PlanError(f"the schedule has {len(data)} entries; expected attn and mlp, or one for each of {expected} modules")
+        raise MismatchError(
+            f"the schedule has {len(data)} entries; expected attn and mlp, or one for each of {expected} modules"
+        )
     return found
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number
+from stepgraph.errors import FileFormatError, MismatchError, PlanError
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, CachePlan, Site
 
 
@@ -40,15 +41,15 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
     expected = f"[{rows}]" if columns is None else f"[{rows}][{columns}]"
     if not isinstance(table, list) or len(table) != rows:
         found = f"a list of {len(table)}" if isinstance(table, list) else type(table).__name__
-        raise PlanError(f"{name} is {found}; expected {expected} for this model and number of steps")
+        raise MismatchError(f"{name} is {found}; expected {expected} for this model and number of steps")
     for number, entry in enumerate(table):
         if columns is not None and (not isinstance(entry, list) or len(entry) != columns):
             found = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
-            raise PlanError(f"{name}[{number}] is {found}; expected {expected} for this model and number of steps")
+            raise MismatchError(f"{name}[{number}] is {found}; expected {expected} for this model and number of steps")
         flags = entry if isinstance(entry, list) else [entry]
         bad = [flag for flag in flags if not is_flag(flag)]
         if bad:
-            raise PlanError(f"{name}[{number}] holds {bad[0]!r}; expected true/false or 0/1")
+            raise FileFormatError(f"{name}[{number}] holds {bad[0]!r}; expected true/false or 0/1")
     return table
 
 
@@ -70,7 +71,7 @@ def refuse_other_kinds(format_name: str, sites: Sequence[Site], kinds: set[str])
     """
     present = {site.kind for site in sites if site.kind in MODULE_KINDS} - {"proj_out"}
     if present != kinds:
-        raise PlanError(
+        raise MismatchError(
             f"{format_name} is for models with the module kinds {', '.join(sorted(kinds))}; this model has "
             f"{', '.join(sorted(present))}"
         )
@@ -97,15 +98,14 @@ def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
     Raises:
         PlanError: `logits` is no vector of `width` numbers, or `theta` is outside 0..1.
     """
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
-        raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+    check_number("theta", theta, 0, 1, what="a probability")
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (width,):
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise PlanError(f"{name} is {shape}; expected [{width}], two logits per block")
+        raise MismatchError(f"{name} is {shape}; expected [{width}], two logits per block")
     if not logits.is_floating_point():
-        raise PlanError(f"{name} is of dtype {logits.dtype}; expected floating-point logits")
+        raise FileFormatError(f"{name} is of dtype {logits.dtype}; expected floating-point logits")
     if not logits.isfinite().all():
-        raise PlanError(f"{name} holds {int((~logits.isfinite()).sum())} logits that are NaN or infinite")
+        raise FileFormatError(f"{name} holds {int((~logits.isfinite()).sum())} logits that are NaN or infinite")
     return torch.sigmoid(logits.float()) <= theta
 
 
@@ -124,7 +124,7 @@ def keys_in_order(data: Mapping[Any, Any]) -> list[Any]:
     """
     numbers = {key: [int(digits) for digits in re.findall(r"\d+", str(key))] for key in data}
     if sorted(n for found in numbers.values() for n in found) != list(range(len(data))):
-        raise PlanError(
+        raise FileFormatError(
             f"the routers' keys are {', '.join(map(str, list(data)[:4]))}, ...; expected one number from 0 to {len(data) - 1} "
             f"in each"
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS, CachePlan, Site
 
 
@@ -46,8 +46,8 @@ def chosen_kinds(kinds: Any, sites: Sequence[Site]) -> list[str]:
     if kinds is None:
         return [kind for kind in present if kind in MODULE_KINDS]
     if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
-        raise PlanError(f"kinds is {kinds!r}; expected a list, such as {present[:2]}")
+        raise ArgumentError(f"kinds is {kinds!r}; expected a list, such as {present[:2]}")
     unknown = sorted(set(kinds) - set(present))
     if unknown:
-        raise PlanError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
+        raise ArgumentError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
     return list(kinds)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number, check_whole
+from stepgraph.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,13 @@ def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8)
     Raises:
         PlanError: The budget or chunk is out of range, or too small for one chunk per map.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise PlanError(f"budget is {budget!r}; expected a share of the linear maps' own cost in 0..1")
-    if type(chunk) is not int or chunk < 1:
-        raise PlanError(f"chunk is {chunk!r}; expected a whole number of at least 1")
+    check_number("budget", budget, above=0, most=1, what="a share of the linear maps' own cost")
+    check_whole("chunk", chunk, 1)
     whole = sum(own.macs for own in maps.values())
     ranks = {path: min(chunk, own.most) for path, own in maps.items()}
     spent = sum(own.cost(ranks[path]) for path, own in maps.items())
     if spent > budget * whole:
-        raise PlanError(
+        raise ArgumentError(
             f"a budget of {budget:g} does not give every map rank {chunk}, which takes {spent / whole:.3g}; raise it, lower "
             f"chunk, or leave maps out by kinds"
         )

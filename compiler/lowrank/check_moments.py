@@ -1,13 +1,13 @@
 """What a file of covariances must hold before it is used."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_number
+from stepgraph.errors import FileFormatError
 from stepgraph.fingerprint import dtype_name
 
 
@@ -24,35 +24,34 @@ def check_moments(inputs: Mapping[str, Any], tensors: Mapping[str, Tensor], numb
     """
     for path, name in inputs.items():
         if not isinstance(name, str):
-            raise PlanError(f"the input of {path!r} is {name!r}; expected the name of what it reads")
+            raise FileFormatError(f"the input of {path!r} is {name!r}; expected the name of what it reads")
     for name in dict.fromkeys(inputs.values()):
         sketched = f"sketch/{name}" in tensors
         key = f"sketch/{name}" if sketched else f"xx/{name}"
         if key not in tensors:
-            raise PlanError(f"the covariance of {name!r} is missing; expected a tensor xx/{name} or sketch/{name}")
+            raise FileFormatError(f"the covariance of {name!r} is missing; expected a tensor xx/{name} or sketch/{name}")
         _check_table(key, tensors[key], None)
         if not sketched and tensors[key].shape[0] != tensors[key].shape[1]:
-            raise PlanError(f"{key} is {_shown(tensors[key])}; expected float32 [C, C]")
+            raise FileFormatError(f"{key} is {_shown(tensors[key])}; expected float32 [C, C]")
         _check_numbers(name, numbers, ("rows", "trace", "fourth", *(("removed",) if sketched else ())))
     for key in (key for key in tensors if key.startswith("yx/")):
         site = key.removeprefix("yx/")
         if site not in inputs:
-            raise PlanError(f"{key} is given, but no input of {site!r}; expected one among inputs")
+            raise FileFormatError(f"{key} is given, but no input of {site!r}; expected one among inputs")
         _check_table(key, tensors[key], tensors[f"xx/{inputs[site]}"].shape[1] if f"xx/{inputs[site]}" in tensors else None)
         _check_numbers(site, numbers, ("yy",))
 
 
 def _check_table(key: str, table: Tensor, channels: int | None) -> None:
     if table.ndim != 2 or table.dtype != torch.float32 or (channels is not None and table.shape[1] != channels):
-        raise PlanError(f"{key} is {_shown(table)}; expected float32 [rows, {channels if channels is not None else 'C'}]")
+        raise FileFormatError(f"{key} is {_shown(table)}; expected float32 [rows, {channels if channels is not None else 'C'}]")
 
 
 def _check_numbers(name: str, numbers: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
-    own = numbers.get(name)
-    for number in wanted:
-        value = own.get(number) if isinstance(own, dict) else None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise PlanError(f"the numbers of {name!r} are {own!r}; expected a finite number {number!r} among them")
+    moments = numbers.get(name)
+    for key in wanted:
+        if not isinstance(moments, dict) or not is_number(moments.get(key)):
+            raise FileFormatError(f"the numbers of {name!r} are {moments!r}; expected a finite number {key!r} among them")
 
 
 def _shown(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepgraph.compiler.lowrank.covariance_sums import FullSum, SketchSum
 from stepgraph.compiler.lowrank.increments import Target
 from stepgraph.env import get_logger
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_tensors
 
 GIGA = 10**9
@@ -29,7 +29,7 @@ def plan_passes(targets: Sequence[Target], memory_gb: float | None, sketch: int 
     for target in targets:
         size = bytes_of(target, sketch, held)
         if memory_gb is not None and size > memory_gb * GIGA:
-            raise PlanError(
+            raise ArgumentError(
                 f"measuring {target.key} alone takes {size / GIGA:.3g} GB, more than the {memory_gb:g} GB allowed; raise "
                 f"memory_gb (--memory-gb) or keep a sketch (--sketch)"
             )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepgraph.checks import check_number, check_whole, is_whole
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, digest
 from stepgraph.compiler.lowrank.check_moments import check_moments
 from stepgraph.compiler.lowrank.covariance_passes import Measured, new_sum, plan_passes
@@ -15,7 +16,7 @@ from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.fingerprint import model_dtype
 from stepgraph.plan import CachePlan, PlanHeader
@@ -134,11 +135,11 @@ class Covariances:
             inputs, numbers, periods = dict(described["inputs"]), dict(described["numbers"]), tuple(described["periods"])
             scale, used, passes = float(described["guidance_scale"]), str(described["conditioning"]), int(described["passes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path}: its metadata is not complete ({type(error).__name__}: {error})") from error
+            raise FileFormatError(f"{path}: its metadata is not complete ({type(error).__name__}: {error})") from error
         try:
             check_moments(inputs, tensors, numbers)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error}") from error
         return cls(header, scale, periods, used, inputs, tensors, numbers, passes, str(described.get("plan", "")))
 
 
@@ -206,11 +207,13 @@ def measure_covariances(
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if evaluations <= 1:
-        raise PlanError(f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps")
+        raise ArgumentError(
+            f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps"
+        )
     runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale, traced) if plan is not None else None
     targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
     if not targets:
-        raise PlanError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
+        raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = Measured(groups, samples * evaluations, on_step)
     latents = next(iter(given.values()))
@@ -246,26 +249,26 @@ def _steps_and_periods(
     """What is run, with defaults; a plan has its own steps and no period."""
     if plan is None:
         if factors is not None:
-            raise PlanError("factors are given without the plan that they correct; pass plan= too")
+            raise ArgumentError("factors are given without the plan that they correct; pass plan= too")
         return 50 if steps is None else steps, _periods(2 if period is None else period)
     if period is not None:
-        raise PlanError(f"period is {period!r}, but a plan is given, which says itself what it computes; leave out period")
+        raise ArgumentError(f"period is {period!r}, but a plan is given, which says itself what it computes; leave out period")
     if steps is not None and steps != plan.header.steps:
-        raise PlanError(f"the plan is of {plan.header.steps} steps, asked for are {steps}; leave out steps")
+        raise ArgumentError(f"the plan is of {plan.header.steps} steps, asked for are {steps}; leave out steps")
     return plan.header.steps, ()
 
 
 def _periods(period: int | Sequence[int]) -> tuple[int, ...]:
-    given = (period,) if isinstance(period, int) else tuple(period)
-    if not given or not all(type(p) is int and p >= 2 for p in given):
-        raise PlanError(f"period is {period!r}; expected a whole number of at least 2, or several")
-    return tuple(sorted(set(given)))
+    periods = (period,) if isinstance(period, int) else tuple(period)
+    if not periods or not all(is_whole(each, 2) for each in periods):
+        raise ArgumentError(f"period is {period!r}; expected a whole number of at least 2, or several")
+    return tuple(sorted(set(periods)))
 
 
 def _check_limits(memory_gb: float | None, sketch: int | None, whole: bool) -> None:
-    if memory_gb is not None and (isinstance(memory_gb, bool) or not isinstance(memory_gb, (int, float)) or not memory_gb > 0):
-        raise PlanError(f"memory_gb is {memory_gb!r}; expected a number above 0")
-    if sketch is not None and (type(sketch) is not int or sketch < 2):
-        raise PlanError(f"sketch is {sketch!r}; expected a whole number of at least 2: twice the rank that is wanted")
+    if memory_gb is not None:
+        check_number("memory_gb", memory_gb, above=0)
+    if sketch is not None:
+        check_whole("sketch", sketch, 2, tail=": twice the rank that is wanted")
     if sketch is not None and whole:
-        raise PlanError("whole modules need whole covariances; leave out sketch, and keep to the memory by memory_gb")
+        raise ArgumentError("whole modules need whole covariances; leave out sketch, and keep to the memory by memory_gb")

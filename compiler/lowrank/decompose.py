@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepgraph.checks import check_number
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.covariances import Covariances
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError, PlanError
 
 SCALES = ("in", "out", "both")
 # Methods that take an option of their own.
@@ -74,7 +75,7 @@ def channel_scales(stats: CalibrationStats, path: str, method: str, scale: str) 
     """
     sides = [stats.channels.get(f"{path}/{side}_{CHANNEL_OF[method]}_scaled") for side in ("input", "output")]
     if any(side is None for side in sides):
-        raise PlanError(f"the statistics have no channel means of {path}; calibrate with channels=True (--channels)")
+        raise ArgumentError(f"the statistics have no channel means of {path}; calibrate with channels=True (--channels)")
     found = []
     for side, mean in zip(("in", "out"), sides, strict=True):
         assert mean is not None
@@ -97,7 +98,9 @@ def weighted_svd(weight: Tensor, covariance: Tensor) -> Decomposition:
     """
     w = weight.detach().double().cpu()
     if len(covariance) != w.shape[1]:
-        raise PlanError(f"the covariance is {list(covariance.shape)}; expected [{w.shape[1]}, {w.shape[1]}], as the map reads")
+        raise MismatchError(
+            f"the covariance is {list(covariance.shape)}; expected [{w.shape[1]}, {w.shape[1]}], as the map reads"
+        )
     basis, inner = (None, w) if w.shape[0] <= w.shape[1] else torch.linalg.qr(w)
     squares, u = torch.linalg.eigh(inner @ covariance @ inner.T)
     u, squares = u.flip(1), squares.flip(0).clamp_min(0)
@@ -152,11 +155,12 @@ def shrunk(source: Covariances, path: str, shrinkage: float | None) -> Tensor:
 def check_choice(method: str, scale: str | None, shrinkage: float | None) -> None:
     """Refuse a scale or shrinkage that there is not, or that a method does not take."""
     if scale is not None and scale not in SCALES:
-        raise PlanError(f"scale is {scale!r}; expected {', '.join(SCALES)}")
-    whole = shrinkage is None or (isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool))
-    if not whole or (shrinkage is not None and not 0 <= shrinkage <= 1):
-        raise PlanError(f"shrinkage is {shrinkage!r}; expected a number in 0..1, or None to estimate it")
+        raise ArgumentError(f"scale is {scale!r}; expected {', '.join(SCALES)}")
+    if shrinkage is not None:
+        check_number("shrinkage", shrinkage, 0, 1, tail=", or None to estimate it")
     for name, value in (("scale", scale), ("shrinkage", shrinkage)):
         if value is not None and method not in TAKES[name]:
             takers = " and ".join(TAKES[name])
-            raise PlanError(f"{name} is {value!r}, which the method {method!r} does not take; it is for {takers}: leave it out")
+            raise ArgumentError(
+                f"{name} is {value!r}, which the method {method!r} does not take; it is for {takers}: leave it out"
+            )

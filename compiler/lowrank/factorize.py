@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
 from stepgraph.compiler.lowrank.covariances import Covariances
@@ -22,7 +23,7 @@ from stepgraph.compiler.lowrank.increments import find_maps, find_sites
 from stepgraph.compiler.lowrank.map_errors import error_on
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import marked_graph
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.plan.factors import METHODS, Factors, as_json, refuse_model
 
@@ -123,7 +124,7 @@ def source_kind(method: str) -> type[CalibrationStats] | type[Covariances] | Non
         PlanError: There is no such method.
     """
     if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise ArgumentError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     return SOURCES[method]
 
 
@@ -159,7 +160,7 @@ def _fitted(model: nn.Module, source: Covariances, path: str, method: str, shrin
         assert isinstance(weight, Tensor)
         return weighted_svd(weight, covariance)
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _shortened(terms: Decomposition, most: int) -> Decomposition:
@@ -202,11 +203,11 @@ def check_arguments(
     wanted = source_kind(method)
     check_choice(method, scale, shrinkage)
     if not (isinstance(source, wanted) if wanted is not None else source is None):
-        raise PlanError(f"the method {method!r} is made from {WANTS[wanted]}; got {type(source).__name__}")
+        raise ArgumentError(f"the method {method!r} is made from {WANTS[wanted]}; got {type(source).__name__}")
     if (rank is None) == (budget is None):
-        raise PlanError(f"rank is {rank!r} and budget {budget!r}; give one of the two")
+        raise ArgumentError(f"rank is {rank!r} and budget {budget!r}; give one of the two")
     if not all(has_data(p) for p in model.parameters()):
-        raise PlanError("the model has no weights (it is on the meta device); factors are made of weights")
+        raise ArgumentError("the model has no weights (it is on the meta device); factors are made of weights")
     if source is not None:
         header = source.header
         what = "the statistics are" if isinstance(source, CalibrationStats) else "the covariances are"
@@ -219,8 +220,7 @@ def check_rank(model: nn.Module, marked: MarkedGraph, rank: int, paths: Sequence
     Raises:
         PlanError: The message names the map and what it can have.
     """
-    if type(rank) is not int or rank < 1:
-        raise PlanError(f"rank is {rank!r}; expected a whole number of at least 1")
+    check_whole("rank", rank, 1)
     for path in paths:
         if method == "whole":
             call = marked.trace.calls[path, 0]
@@ -230,10 +230,10 @@ def check_rank(model: nn.Module, marked: MarkedGraph, rank: int, paths: Sequence
             assert isinstance(linear, nn.Linear)
             shape = linear.out_features, linear.in_features
         if rank > min(shape):
-            raise PlanError(f"rank {rank} is more than {path} [{shape[0]}, {shape[1]}] can have; at most {min(shape)}")
+            raise ArgumentError(f"rank {rank} is more than {path} [{shape[0]}, {shape[1]}] can have; at most {min(shape)}")
         known = source.directions(path) if isinstance(source, Covariances) else None
         if known is not None and known < min(2 * rank, shape[1]):
-            raise PlanError(
+            raise ArgumentError(
                 f"rank {rank} of {path} needs a sketch of {2 * rank} directions; these covariances keep {known}: measure with "
                 f"sketch={2 * rank} (--sketch) or whole covariances"
             )

@@ -16,7 +16,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.watched_graph import Watched, watched_graph
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS
 
 
@@ -62,7 +62,7 @@ def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None
     empty = [kind for kind in wanted if kind not in seen and kinds is not None]
     if empty or not found:
         known = ", ".join(sorted({kind for kind, _ in _maps(model, marked, MODULE_KINDS).values()}))
-        raise PlanError(f"sites of kind {', '.join(empty or wanted)} hold no linear map; those of {known or 'no kind'} do")
+        raise ArgumentError(f"sites of kind {', '.join(empty or wanted)} hold no linear map; those of {known or 'no kind'} do")
     return {path: calls for path, (_, calls) in found.items()}
 
 
@@ -96,12 +96,12 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
                 found.append(site.path)
                 continue
         if kinds is not None:
-            raise PlanError(
+            raise ArgumentError(
                 f"{site.path} has several calls or outputs, or other tokens in than out; one map cannot stand for it: leave "
                 f"out {site.kind}"
             )
     if not found:
-        raise PlanError("no site of these kinds has one input and one output of the same tokens")
+        raise ArgumentError("no site of these kinds has one input and one output of the same tokens")
     return found
 
 
@@ -161,7 +161,7 @@ def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
     given = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
     unknown = [kind for kind in given if kind not in present]
     if unknown or not given:
-        raise PlanError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
+        raise ArgumentError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
     return given
 
 

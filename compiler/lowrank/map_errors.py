@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from stepgraph.compiler.lowrank.covariances import Covariances
-from stepgraph.errors import PlanError
+from stepgraph.errors import MismatchError
 from stepgraph.plan.factors import Factors, refuse_model
 
 
@@ -30,7 +30,9 @@ def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, cov
     covariance = covariances.matrix(path)
     if len(covariance) != b.shape[1]:
         size = b.shape[1]
-        raise PlanError(f"{path}: the covariance is {list(covariance.shape)}; expected [{size}, {size}], as its factors read")
+        raise MismatchError(
+            f"{path}: the covariance is {list(covariance.shape)}; expected [{size}, {size}], as its factors read"
+        )
     product = a.double().cpu() @ b.double().cpu()
     if method == "whole":
         cross, square = covariances.cross(path)

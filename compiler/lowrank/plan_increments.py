@@ -13,7 +13,7 @@ from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, LOWRANK, CachePlan
 from stepgraph.plan.corrections import Forecast
 from stepgraph.plan.factors import Factors
@@ -47,7 +47,7 @@ class PlanRuns:
         if (plan.header.guidance == "separate" and guidance_scale <= 1) or (
             plan.header.guidance == "none" and guidance_scale > 1
         ):
-            raise PlanError(
+            raise ArgumentError(
                 f"the plan is for guidance {plan.header.guidance!r}; the guidance_scale {guidance_scale:g} does not go with it"
             )
         self.corrected = frozenset(i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK)

@@ -9,7 +9,7 @@ from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.compiler.lowrank.factorize import Source, check_arguments, check_rank, decompositions, find_paths
 from stepgraph.compiler.lowrank.map_errors import error_on, made_for, mean_error, worse_ranks
 from stepgraph.compiler.tracing.traced_model import marked_graph
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan.factors import refuse_model
 
 
@@ -71,11 +71,11 @@ def rank_report(
         PlanError: As `factorize`; the held-out runs are of another model, or are the very runs of the source.
     """
     if not ranks:
-        raise PlanError("no ranks to try; give at least one")
+        raise ArgumentError("no ranks to try; give at least one")
     check_arguments(model, source, method, max(ranks), None, scale, shrinkage)
     refuse_model("the covariances are", made_for(held_out), model)
     if isinstance(source, Covariances) and source.header.seed == held_out.header.seed:
-        raise PlanError(f"both sets of covariances are of seed {source.header.seed}; hold out runs of another one")
+        raise ArgumentError(f"both sets of covariances are of seed {source.header.seed}; hold out runs of another one")
     marked = marked_graph(model, inputs)
     paths = list(find_paths(model, marked, method, kinds, source))
     for rank in ranks:

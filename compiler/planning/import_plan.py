@@ -15,7 +15,7 @@ from torch import nn
 from stepgraph.compiler.importers import IMPORTERS
 from stepgraph.compiler.tracing.describe import make_header
 from stepgraph.compiler.tracing.traced_model import marked_graph
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.plan import FORMAT, CachePlan
 from stepgraph.plan.json import without_duplicates
 from stepgraph.scheduler import refuse_stochastic
@@ -48,16 +48,16 @@ def import_plan(
     path = Path(path)
     data = _read(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:
-        raise PlanError(f"{path} is stepgraph's own format; read it with CachePlan.load")
+        raise ArgumentError(f"{path} is stepgraph's own format; read it with CachePlan.load")
     name = next((name for name, importer in IMPORTERS.items() if importer.recognizes(data)), None)
     if name is None:
         known = "; ".join(importer.source for importer in IMPORTERS.values())
         keys = f" with the keys {', '.join(map(str, list(data)[:4]))}" if isinstance(data, dict) else ""
-        raise PlanError(f"{path}: {type(data).__name__}{keys} is no known plan format; known: {known}")
+        raise FileFormatError(f"{path}: {type(data).__name__}{keys} is no known plan format; known: {known}")
     takes = [p.name for p in inspect.signature(IMPORTERS[name].actions).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(takes))
     if unknown:
-        raise PlanError(f"{path}: the format {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
+        raise ArgumentError(f"{path}: the format {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
     if not allow_stochastic:
         refuse_stochastic(scheduler, steps)
     marked = marked_graph(model, example_inputs)
@@ -67,7 +67,7 @@ def import_plan(
         arguments = {"file": path.name, **options}
         return CachePlan.build(replace(header, policy=f"import:{name}", arguments=arguments), marked.sites, actions)
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> Any:
@@ -79,10 +79,10 @@ def _read(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PlanError(f"{path}: not a checkpoint that can be read safely ({first})") from error
+            raise FileFormatError(f"{path}: not a checkpoint that can be read safely ({first})") from error
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise FileFormatError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: not a complete JSON document ({error})") from error
+        raise FileFormatError(f"{path}: not a complete JSON document ({error})") from error

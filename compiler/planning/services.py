@@ -18,7 +18,7 @@ from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
@@ -62,12 +62,12 @@ class Services:
             PlanError: The model or scheduler is missing, or the conditioning is not that of the calibration.
         """
         if self.stats is None or self.model is None or self.scheduler is None:
-            raise PlanError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
+            raise ArgumentError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         if digest(self.conditioning) != self.stats.conditioning:
-            raise PlanError("the statistics were measured with other conditioning; pass the same to make_plan")
+            raise MismatchError("the statistics were measured with other conditioning; pass the same to make_plan")
         shapes = input_shapes(self.inputs or example_inputs(self.model), family_of(self.model).unbatched)
         if shapes != self.header.shapes:
-            raise PlanError(
+            raise MismatchError(
                 f"the statistics are of inputs {dict(self.header.shapes)}, phase 2 would measure {shapes}; pass example_inputs "
                 f"of these shapes to make_plan"
             )
@@ -85,7 +85,7 @@ class Services:
             PlanError: The model or scheduler is missing.
         """
         if self.model is None or self.scheduler is None:
-            raise PlanError("the whole-step rule is fitted on the model: pass model= and scheduler=")
+            raise ArgumentError("the whole-step rule is fitted on the model: pass model= and scheduler=")
         plan = CachePlan.build(self.header, sites, actions)
         return fit_whole_step(
             plan,
@@ -105,12 +105,12 @@ class Services:
         """
         if file is not None:
             if not isinstance(file, (str, Path)):
-                raise PlanError(f"router is {file!r}; expected the name of a file of trained routers")
+                raise ArgumentError(f"router is {file!r}; expected the name of a file of trained routers")
             router = Router.load(file)
             router.refuse_other(self.header, str(file))
             return router
         if self.model is None or self.scheduler is None:
-            raise PlanError(
+            raise ArgumentError(
                 "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
             )
         settings = settings_of(preset, changes)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.metrics import error_at_equal_macs
 from stepgraph.plan import CachePlan
 
 if TYPE_CHECKING:
@@ -84,13 +85,8 @@ class Sweep:
         return None if index is None else self.points[index]
 
     def fewer_steps_error(self, macs: float) -> float | None:
-        """The error of fewer steps at these MACs, linear between whole numbers of steps; None below the fewest measured."""
-        known = sorted([(float(b.macs), b.error) for b in self.baseline] + [(float(self.macs_full), 0.0)])
-        for (low, high_error), (high, low_error) in zip(known, known[1:], strict=False):
-            if low <= macs <= high:
-                share = (macs - low) / (high - low)
-                return (1 - share) * high_error + share * low_error
-        return known[0][1] if macs == known[0][0] else None
+        """The error of fewer steps at these MACs (`error_at_equal_macs`); None below the fewest measured."""
+        return error_at_equal_macs([*((step.macs, step.error) for step in self.baseline), (self.macs_full, 0.0)], macs)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Error against MACs with the knee and the baseline; written to `path` where given."""

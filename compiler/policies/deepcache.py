@@ -5,7 +5,7 @@ from typing import Any
 
 from stepgraph.checks import check_number, check_whole
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, Site
 
 REUSES = ("modules", "output")
@@ -54,7 +54,7 @@ def deepcache(
         least = value + 1
     check_whole("every", every, 1)
     if reuse not in REUSES:
-        raise PlanError(f"reuse is {reuse!r}; expected one of {', '.join(REUSES)}")
+        raise ArgumentError(f"reuse is {reuse!r}; expected one of {', '.join(REUSES)}")
     full = _full_steps(steps, every, power, center)
     letters = "".join(COMPUTE if step in full else REUSE for step in range(steps))
     if reuse == "modules":
@@ -62,7 +62,7 @@ def deepcache(
         return {site.name: letters for site in sites if site.name in inside}
     path = sites_path(blocks[last - 1])
     if first != 0 or not any(site.kind == "block" and site.path == path for site in sites):
-        raise PlanError(f"reuse='output' needs first=0 and block sites; first is {first}, the range ends with {path}")
+        raise ArgumentError(f"reuse='output' needs first=0 and block sites; first is {first}, the range ends with {path}")
     return {path: letters}
 
 
@@ -83,7 +83,7 @@ def sites_path(block: Sequence[str]) -> str:
 def _full_steps(steps: int, every: int, power: float | None, center: int | None) -> set[int]:
     if power is None:
         if center is not None:
-            raise PlanError(f"center is {center!r}, but it shapes the non-uniform schedule only; give power too")
+            raise ArgumentError(f"center is {center!r}, but it shapes the non-uniform schedule only; give power too")
         return set(range(0, steps, every))
     center = steps // 3 if center is None else center
     check_number("power", power, 1)

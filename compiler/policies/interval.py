@@ -5,7 +5,7 @@ from typing import Any
 
 from stepgraph.checks import check_whole
 from stepgraph.compiler.interfaces.policy import Policy, chosen_kinds, per_kind, present_kinds
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, REUSE, Site
 
 
@@ -36,7 +36,7 @@ def interval(
     chosen, present = chosen_kinds(kinds, sites), present_kinds(sites)
     unknown = sorted({kind for given in (every, offset) if isinstance(given, Mapping) for kind in given} - set(present))
     if unknown:
-        raise PlanError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
+        raise ArgumentError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
     actions = {}
     for kind in chosen:
         period, shift = per_kind(every, kind, 1), per_kind(offset, kind, 0)

@@ -7,7 +7,7 @@ import torch
 
 from stepgraph.checks import check_number
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import Site
 
 PROTECT = ("both", "first", "none")
@@ -68,13 +68,13 @@ def invardiff(
     check_number("nonskip", nonskip, 0, 1)
     for name, value, known in (("protect", protect, PROTECT), ("variant", variant, VARIANTS)):
         if value not in known:
-            raise PlanError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+            raise ArgumentError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     if protect == "none" and nonskip:
-        raise PlanError(f"nonskip is {nonskip}, but protect='none' computes step 0 only; leave one of them out")
+        raise ArgumentError(f"nonskip is {nonskip}, but protect='none' computes step 0 only; leave one of them out")
     if steps < 3:
         raise PlanError(f"InvarDiff compares three steps in a row; this schedule has {steps}")
     if phase2 not in (None, True, False) or (phase2 and metric == "lagged"):
-        raise PlanError(
+        raise ArgumentError(
             f"phase2 is {phase2!r} with metric {metric!r}; it is true or false, and holds references, which lag none"
         )
     flux = variant == "flux" or (variant == "auto" and any(site.kind == "context_attn" for site in sites))
@@ -122,7 +122,7 @@ def _taus(
     own = {"context_ff": context_ff, "single_attn": single_attn, "single_mlp": single_mlp}
     for name, value in own.items():
         if value is not None and name not in groups:
-            raise PlanError(f"{name} is {value!r}, but this model has no such modules; it has {', '.join(groups)}")
+            raise ArgumentError(f"{name} is {value!r}, but this model has no such modules; it has {', '.join(groups)}")
     given = {"step": step, "attn": attn, "ff": ff} | {name: value for name, value in own.items() if value is not None}
     for name, value in given.items():
         check_number(name, value, 0, 1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import COMPUTE, REUSE, Site
 
 
@@ -62,14 +62,16 @@ def l2c(
     }  # fmt: skip
     changes = {name: value for name, value in given.items() if value is not None}
     if router is not None and changes:
-        raise PlanError(f"router names trained routers, so the setting {next(iter(changes))!r} has no effect; leave it out")
+        raise ArgumentError(f"router names trained routers, so the setting {next(iter(changes))!r} has no effect; leave it out")
     if train is None:
-        raise PlanError("the policy 'l2c' trains on the model: make its plan with make_plan(..., model=, scheduler=, steps=)")
+        raise ArgumentError(
+            "the policy 'l2c' trains on the model: make its plan with make_plan(..., model=, scheduler=, steps=)"
+        )
     trained = train(router, preset, changes)
     found, known = [site.name for site in trained.sites], {site.name for site in sites}
     unknown = [name for name in found if name not in known]
     if unknown:
-        raise PlanError(f"the routers are for the site {unknown[0]!r}, which this model does not have")
+        raise MismatchError(f"the routers are for the site {unknown[0]!r}, which this model does not have")
     reused = trained.reused(theta)
     return {name: "".join(REUSE if hit else COMPUTE for hit in reused[:, i].tolist()) for i, name in enumerate(found)}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from stepgraph.checks import check_number, check_numbers, check_whole
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, REUSE, Site
 
 
@@ -47,11 +47,11 @@ def magcache(
     check_whole("max_skip", max_skip)
     check_number("retention", retention, 0, 1)
     if isinstance(exclude, str) or not isinstance(exclude, Sequence):
-        raise PlanError(f"exclude is {exclude!r}; expected a list of steps")
+        raise ArgumentError(f"exclude is {exclude!r}; expected a list of steps")
     for i, step in enumerate(exclude):
         check_whole(f"exclude[{i}]", step, 0, steps - 1)
     if len(ratios) != steps:
-        raise PlanError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
+        raise ArgumentError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
     letters = []
     product, deviation, skipped = 1.0, 0.0, 0
     for step, ratio in enumerate(ratios):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import Site
 
 
@@ -21,7 +21,9 @@ def manual(sites: Sequence[Site], steps: int, stats: Any = None, *, actions: Map
         PlanError: Not a mapping.
     """
     if not isinstance(actions, Mapping):
-        raise PlanError(f"actions is {actions!r}; expected sites or kinds with one letter per step, such as {{'ff': 'CRCR'}}")
+        raise ArgumentError(
+            f"actions is {actions!r}; expected sites or kinds with one letter per step, such as {{'ff': 'CRCR'}}"
+        )
     return actions
 
 

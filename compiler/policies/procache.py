@@ -8,7 +8,7 @@ import torch
 
 from stepgraph.checks import check_whole
 from stepgraph.compiler.interfaces.policy import Policy, chosen_kinds
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, REUSE, Site
 
 
@@ -48,13 +48,13 @@ def procache(
     """
     chosen = chosen_kinds(kinds, sites)
     if not chosen:
-        raise PlanError("kinds is []; expected at least one kind to reuse")
+        raise ArgumentError("kinds is []; expected at least one kind to reuse")
     budget = max(1, round(steps / 3)) if budget is None else budget
     for name, value in {"budget": budget, "shortest": shortest, "longest": longest, "candidates": candidates}.items():
         check_whole(name, value, 1)
     check_whole("seed", seed)
     if not budget * shortest <= steps <= budget * longest:
-        raise PlanError(
+        raise ArgumentError(
             f"{budget} segments of {shortest}..{longest} steps hold {budget * shortest}..{budget * longest} steps, and this "
             f"schedule has {steps}; change budget, shortest or longest"
         )

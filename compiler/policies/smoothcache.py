@@ -7,7 +7,7 @@ import torch
 
 from stepgraph.checks import check_number
 from stepgraph.compiler.interfaces.policy import Policy, per_kind, present_kinds
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, Site
 
 
@@ -32,9 +32,9 @@ def smoothcache(
     present = [kind for kind in present_kinds(sites) if kind in MODULE_KINDS]
     unknown = sorted(set(alpha) - set(present)) if isinstance(alpha, Mapping) else []
     if unknown:
-        raise PlanError(f"alpha is given for {unknown[0]!r}; this model has the module kinds {', '.join(present)}")
+        raise ArgumentError(f"alpha is given for {unknown[0]!r}; this model has the module kinds {', '.join(present)}")
     if not isinstance(per_layer, bool):
-        raise PlanError(f"per_layer is {per_layer!r}; expected true or false")
+        raise ArgumentError(f"per_layer is {per_layer!r}; expected true or false")
     actions: dict[str, str] = {}
     for kind in present:
         threshold = per_kind(alpha, kind, 0.0)

@@ -7,7 +7,7 @@ import torch
 
 from stepgraph.checks import check_number, check_numbers, check_whole
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, REUSE, Site
 
 
@@ -65,7 +65,7 @@ def _fitted(stats: Any, sites: Sequence[Site], degree: int) -> list[float]:
     output = next(i for i, site in enumerate(sites) if site.kind == "output")
     change = stats.embedding[1:]
     if len(change) <= degree:
-        raise PlanError(
+        raise ArgumentError(
             f"a polynomial of degree {degree} needs at least {degree + 2} steps to be fitted; this schedule has "
             f"{len(change) + 1}: choose a smaller degree, or give coefficients"
         )

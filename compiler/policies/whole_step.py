@@ -5,7 +5,7 @@ from typing import Any
 
 from stepgraph.checks import check_whole
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, REUSE, CachePlan, Site
 
 
@@ -40,7 +40,9 @@ def whole_step(
     check_whole("every", every, 2)
     check_whole("offset", offset, 0)
     if fit is None:
-        raise PlanError("the policy 'whole-step' runs the model: make its plan with make_plan(..., model=, scheduler=, steps=)")
+        raise ArgumentError(
+            "the policy 'whole-step' runs the model: make its plan with make_plan(..., model=, scheduler=, steps=)"
+        )
     if "output" not in {site.kind for site in sites}:
         raise PlanError("the model has no site `output`: it returns more than one tensor")
     letters = "".join(COMPUTE if s == 0 or (s - offset) % every == 0 else REUSE for s in range(steps))

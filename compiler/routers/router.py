@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from stepgraph.checks import check_number
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
-from stepgraph.errors import PlanError
+from stepgraph.errors import FileFormatError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_record, write_record
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import PlanHeader, Site
@@ -52,8 +53,7 @@ class Router:
 
     def reused(self, theta: float) -> torch.Tensor:
         """[T, sites] bool: what routed steps reuse, which is where sigmoid(logit) does not lie above theta."""
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1:
-            raise PlanError(f"theta is {theta!r}; expected a probability in 0..1")
+        check_number("theta", theta, 0, 1, what="a probability")
         return (torch.sigmoid(self.logits.float()) <= theta) & ~torch.tensor(self.full)[:, None]
 
     def refuse_other(self, header: PlanHeader, what: str) -> None:
@@ -65,7 +65,7 @@ class Router:
         for name in ("model", "fingerprint", "scheduler", "scheduler_hash", "steps", "timesteps", "shapes", "dtype"):
             trained, wanted = getattr(self.header, name), getattr(header, name)
             if trained != wanted:
-                raise PlanError(f"{what}: trained for {name} {trained}, but the plan is for {wanted}; train routers for it")
+                raise MismatchError(f"{what}: trained for {name} {trained}, but the plan is for {wanted}; train routers for it")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
@@ -82,7 +82,7 @@ class Router:
         try:
             return cls(header, sites, tensors["logits"], settings, tensors["history"])
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error}") from error
 
     def export(self, path: str | Path) -> None:
         """Write the checkpoint form of the paper's DiT code, which `import_plan` reads.
@@ -135,10 +135,10 @@ def read_router(
     described, tensors = read_record(path, form, VERSION, "train routers with `stepgraph plan train-router`")
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise PlanError(f"{path}: the table {missing[0]!r} is missing")
+        raise FileFormatError(f"{path}: the table {missing[0]!r} is missing")
     header, sites = described_sites(described, path)
     try:
         settings = RouterSettings(**described.get("settings", {}))
     except (TypeError, PlanError) as error:
-        raise PlanError(f"{path}: settings: {error}") from error
+        raise FileFormatError(f"{path}: settings: {error}") from error
     return header, sites, settings, tensors, described

@@ -1,11 +1,11 @@
 """How Learning-to-Cache's routers are trained, and which steps they route (arXiv 2406.01733)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number, check_whole
+from stepgraph.errors import ArgumentError
 
 LOSSES = ("mean", "sum")
 STATES = ("q_sample", "trajectory")
@@ -50,23 +50,16 @@ class RouterSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("batch", 1), ("pool", 1), ("run", 1), ("shift", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise PlanError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        for name in ("lam", "lr", "init", "label_dropout", "clamp"):
-            value = getattr(self, name)
-            if name == "clamp" and value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and name in ("lr", "clamp")):
-                raise PlanError(
-                    f"{name} is {value!r}; expected a finite number {'above' if name in ('lr', 'clamp') else 'from'} 0"
-                )
-        if self.label_dropout > 1:
-            raise PlanError(f"label_dropout is {self.label_dropout!r}; expected a share in 0..1")
+            check_whole(name, getattr(self, name), least)
+        check_number("lam", self.lam)
+        check_number("lr", self.lr, above=0)
+        check_number("init", self.init)
+        check_number("label_dropout", self.label_dropout, 0, 1, what="a share")
+        if self.clamp is not None:
+            check_number("clamp", self.clamp, above=0, tail=", or None for free logits")
         for name, known in (("loss", LOSSES), ("states", STATES)):
             if getattr(self, name) not in known:
-                raise PlanError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -87,11 +80,11 @@ def settings_of(preset: str, changes: Mapping[str, Any] | None = None) -> Router
         PlanError: There is no such preset or setting, or a value is out of range.
     """
     if preset not in PRESETS:
-        raise PlanError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        raise ArgumentError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     known = list(RouterSettings.__dataclass_fields__)
     unknown = sorted(set(changes or {}) - set(known))
     if unknown:
-        raise PlanError(f"routers have no setting {unknown[0]!r}; known: {', '.join(known)}")
+        raise ArgumentError(f"routers have no setting {unknown[0]!r}; known: {', '.join(known)}")
     return RouterSettings(**{**PRESETS[preset], **(changes or {})})
 
 

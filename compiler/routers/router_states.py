@@ -9,7 +9,7 @@ from torch import nn
 
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.routers.scheduler_steps import by_step, remembers
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.scheduler import (
@@ -113,9 +113,9 @@ class NoisedLatents:
         self.scheduler = prepare_scheduler(scheduler, steps, clean.device)
         name = type(scheduler).__name__
         if not hasattr(scheduler, "add_noise"):
-            raise PlanError(f"{name} has no add_noise, so states cannot be made of clean latents; pass states='trajectory'")
+            raise ArgumentError(f"{name} has no add_noise, so states cannot be made of clean latents; pass states='trajectory'")
         if remembers(scheduler, steps, clean[:1]):
-            raise PlanError(
+            raise ArgumentError(
                 f"a step of {name} needs the steps before it, so it cannot start from a noised latent; pass states='trajectory'"
             )
 
@@ -188,7 +188,7 @@ def dropped(
     for name, value in conditioning.items():
         other = nothing.get(name)
         if not isinstance(other, torch.Tensor) or other.shape != value.shape:
-            raise PlanError(f"there is no unconditional {name} of shape {list(value.shape)}; pass label_dropout=0")
+            raise ArgumentError(f"there is no unconditional {name} of shape {list(value.shape)}; pass label_dropout=0")
         result[name] = torch.where(drop.to(value.device).reshape(-1, *(1,) * (value.ndim - 1)), other.to(value), value)
     return result
 

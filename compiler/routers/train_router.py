@@ -15,7 +15,7 @@ from stepgraph.compiler.routers.router_settings import RouterSettings, full_step
 from stepgraph.compiler.routers.router_states import NoisedLatents, States, Trajectories, clean_latents
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
@@ -95,7 +95,7 @@ class _Training:
         last = len(full) - 1
         self.starts = torch.tensor([s for s, whole in enumerate(full) if whole and s < last and not full[s + 1]])
         if not len(self.starts):
-            raise PlanError(f"with run {settings.run} and shift {settings.shift} none of the {len(full)} steps is routed")
+            raise ArgumentError(f"with run {settings.run} and shift {settings.shift} none of the {len(full)} steps is routed")
         generator = torch.Generator().manual_seed(settings.seed)
         first = torch.randn(len(full), len(soft.sites), generator=generator) * settings.init
         limit = settings.clamp
@@ -193,12 +193,14 @@ class _Training:
         for name in RouterSettings.__dataclass_fields__:
             before, now = getattr(settings, name), getattr(self.settings, name)
             if before != now and name != "iterations":
-                raise PlanError(f"{path}: begun with {name} {before!r}, asked for is {now!r}; remove the file to begin again")
+                raise MismatchError(
+                    f"{path}: begun with {name} {before!r}, asked for is {now!r}; remove the file to begin again"
+                )
         if described.get("data") != digest:
-            raise PlanError(f"{path}: begun on other data; remove the file to begin again")
+            raise MismatchError(f"{path}: begun on other data; remove the file to begin again")
         done = len(tensors["history"])
         if done > self.settings.iterations:
-            raise PlanError(f"{path}: already at iteration {done}, asked for are {self.settings.iterations}")
+            raise MismatchError(f"{path}: already at iteration {done}, asked for are {self.settings.iterations}")
         for step, row in enumerate(self.rows):
             with torch.no_grad():
                 row.copy_(tensors["logits"][step])
@@ -221,7 +223,7 @@ def _states(
     pool, batch, dropout, seed = settings.pool, settings.batch, settings.label_dropout, settings.seed + 2
     if settings.states == "trajectory":
         if data is not None:
-            raise PlanError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
+            raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
         return Trajectories(model, scheduler, steps, pool, batch, dropout, seed)
     if data is None:
         clean, own = clean_latents(model, scheduler, steps, pool, batch, seed)
@@ -230,12 +232,12 @@ def _states(
     latents, _, *others = example
     wanted = tuple(example[latents].shape[1:])
     if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
-        raise PlanError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
+        raise ArgumentError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
     given = dict(conditioning or {})
     for name in others:
         if name not in given or len(given[name]) != len(data):
             found = f"of {len(given[name])} samples" if name in given else "missing"
-            raise PlanError(f"the conditioning {name!r} is {found}; expected one for each of the {len(data)} latents")
+            raise ArgumentError(f"the conditioning {name!r} is {found}; expected one for each of the {len(data)} latents")
     device, dtype = example[latents].device, example[latents].dtype
     return NoisedLatents(
         model, scheduler, steps, data.to(device, dtype), {name: given[name].to(device) for name in others}, dropout

@@ -14,6 +14,7 @@ from stepgraph.node_facts import MARKER, TABLE
 from stepgraph.ops import lowrank_input
 from stepgraph.plan.liveness import INPUT, MAPS, VALUE
 from stepgraph.runtime.program.tables import Tables
+from stepgraph.tolerances import PASS_CHECK, tolerance
 
 Constants = Sequence[Sequence[Sequence[torch.Tensor]]]
 
@@ -124,8 +125,8 @@ def _compare(name: str, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.
         error = torch.tensor(torch.inf)
         if value.shape == expected.shape:
             error = (value.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-        tolerance = 1e-5 if value.dtype in (torch.float32, torch.float64) else 3e-2
-        if value.shape != expected.shape or value.dtype != expected.dtype or not error <= tolerance:
+        most = tolerance(PASS_CHECK, value.dtype)
+        if value.shape != expected.shape or value.dtype != expected.dtype or not error <= most:
             raise CompileError(
                 f"pass {name} changed output {number}: {tuple(value.shape)} {value.dtype}, relative error "
                 f"{float(error):.2e}; expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"

@@ -29,7 +29,7 @@ from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.forecast.correct import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import TARGETS, fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.forecast.forecasts import RULES
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
@@ -78,7 +78,7 @@ def plan_correct(
     """Put something better in place of what a plan reuses: a forecast by formula, a fitted one, or low-rank increments."""
     asked = [name for name, given in (("--forecast", by_rule), ("--fit", by_fit), ("--lowrank", by_increments)) if given]
     if len(asked) != 1:
-        raise PlanError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
+        raise ArgumentError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
     refuse_strays(context, BELONGS, [*asked, *(["--around"] if around is not None else [])], asked[0])
     loaded, own = CachePlan.load(plan), load_factors(plan, factors)
     writable_folder(out.resolve().parent)
@@ -112,13 +112,13 @@ def _fit(
 ) -> tuple[CachePlan, Factors | None]:
     """Run the model: the corrected plan and its factors."""
     if kind not in FITS:
-        raise PlanError(f"unknown fit {kind!r}; known: {', '.join(FITS)}")
+        raise ArgumentError(f"unknown fit {kind!r}; known: {', '.join(FITS)}")
     if kind != "sites" and any(chosen.values()):
-        raise PlanError(f"--fit {kind} has its one site; --kind and --site go with --fit sites")
+        raise ArgumentError(f"--fit {kind} has its one site; --kind and --site go with --fit sites")
     if kind == "residual-affine" and "terms" in settings:
-        raise PlanError("--fit residual-affine combines y1 and a constant; --term goes with the other fits")
+        raise ArgumentError("--fit residual-affine combines y1 and a constant; --term goes with the other fits")
     if model is None:
-        raise PlanError("--fit runs the model: name it behind the plan, as in `plan correct PLAN glyph-dit --fit ...`")
+        raise ArgumentError("--fit runs the model: name it behind the plan, as in `plan correct PLAN glyph-dit --fit ...`")
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         given = {**settings, **(chosen if kind == "sites" else {})}

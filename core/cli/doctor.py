@@ -1,6 +1,7 @@
-"""What this machine has, what stepgraph would use of it, and what is missing."""
+"""`stepgraph doctor`: what this machine has, what stepgraph would use of it, and what is missing."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from stepgraph.assets.glyphs import ASSETS
+from stepgraph.cli.options import Json, reports_errors
 from stepgraph.env import VARIABLES
 from stepgraph.errors import OpError
 from stepgraph.ops import OPS, load_providers
@@ -140,3 +143,23 @@ def _assets(advice: list[str]) -> dict[str, str]:
         if not path.is_file():
             advice.append(f"{path} is missing: reinstall stepgraph")
     return found
+
+
+@reports_errors
+def doctor_command(as_json: Json = False) -> None:
+    """Show versions, devices, compilers and caches, and what is missing."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for section, entries in report.items():
+        if section == "advice":
+            continue
+        console.print(section, style="bold")
+        for name, value in entries.items():
+            console.print(f"  {name:<24}{value}", markup=False)
+    for line in report["advice"]:
+        console.print(f"! {line}", style="yellow", markup=False)
+    if not report["advice"]:
+        console.print("nothing is missing", style="green")

@@ -34,7 +34,7 @@ from stepgraph.compiler.lowrank.covariances import Covariances, measure_covarian
 from stepgraph.compiler.lowrank.factorize import Source, factorize, source_kind
 from stepgraph.compiler.lowrank.map_errors import mean_error
 from stepgraph.compiler.lowrank.rank_report import rank_report
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import METHODS, Factors, place_of
@@ -103,7 +103,7 @@ def factors_make(
     rank = 32 if rank is None and budget is None else rank
     chosen = kinds.split(",") if kinds is not None else None
     if factors is not None and plan is None:
-        raise PlanError("--factors goes with --plan, whose factors they are")
+        raise ArgumentError("--factors goes with --plan, whose factors they are")
     corrected = CachePlan.load(plan) if plan is not None else None
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
@@ -157,7 +157,7 @@ def factors_ranks(
     chosen = kinds.split(",") if kinds is not None else None
     tried = [int(text) for text in ranks.split(",") if text.strip().isdigit()]
     if len(tried) != len(ranks.split(",")):
-        raise PlanError(f"--ranks is {ranks!r}; expected whole numbers such as 8,16,32")
+        raise ArgumentError(f"--ranks is {ranks!r}; expected whole numbers such as 8,16,32")
     with progress_bar("loading", as_json) as report:
         loaded, own = load_model(model, parse_device(device), parse_dtype(dtype)), load_scheduler(model, scheduler)
         settings: dict[str, Any] = {"steps": steps, "samples": samples, "guidance_scale": guidance}
@@ -206,7 +206,7 @@ def measured(
 def _refuse_strays(context: typer.Context, method: str, stats: Path | None, more: Mapping[str, Any]) -> None:
     """Refuse what has no effect with a method, or where statistics of earlier runs are given."""
     if stats is not None and source_kind(method) is not CalibrationStats:
-        raise PlanError(f"--stats is for the methods ca and cd; {method} is not made from statistics")
+        raise ArgumentError(f"--stats is for the methods ca and cd; {method} is not made from statistics")
     asked = [method, *(["runs"] if stats is None and source_kind(method) is not None else [])]
     refuse_strays(context, {**BELONGS, **more}, asked, f"the method {method}" if stats is None else "--stats")
 
@@ -216,7 +216,7 @@ def parse_period(text: str | None) -> list[int] | None:
     if text is None:
         return None
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise PlanError(f"--period is {text!r}; expected a whole number such as 2, or several as 2,3")
+        raise ArgumentError(f"--period is {text!r}; expected a whole number such as 2, or several as 2,3")
     return [int(part) for part in text.split(",")]
 
 

@@ -17,7 +17,7 @@ from torch import distributed
 from stepgraph.compiler.entry.load_model import SCHEDULERS
 from stepgraph.config import BACKENDS
 from stepgraph.env import read_env
-from stepgraph.errors import CompileError, PlanError, TraceError
+from stepgraph.errors import ArgumentError, CompileError, StepgraphError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 
@@ -45,7 +45,7 @@ Arguments = Annotated[
     list[str] | None, typer.Option("--arg", "-a", help="an argument of the policy as name=value, the value as JSON: -a every=3")
 ]
 
-EXPECTED = (PlanError, CompileError, TraceError, OSError, ValueError)
+EXPECTED = (StepgraphError, OSError, ValueError)
 
 
 def fail(message: str, as_json: bool) -> NoReturn:
@@ -142,7 +142,7 @@ def refuse_strays(
         words, names = belongs.get(parameter.name or "", ("", asked))
         if given and not set(names) & set(asked):
             shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
-            raise PlanError(f"{shown} goes with {words}, not with {what}")
+            raise ArgumentError(f"{shown} goes with {words}, not with {what}")
 
 
 def factors_beside(plan: Path) -> Path:
@@ -162,7 +162,7 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise PlanError(f"{pair!r} is not an argument; expected name=value, such as every=3")
+            raise ArgumentError(f"{pair!r} is not an argument; expected name=value, such as every=3")
         try:
             arguments[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -36,7 +36,7 @@ from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
 from stepgraph.compiler.planning.import_plan import import_plan
 from stepgraph.compiler.planning.list_policies import policies
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import CachePlan
 from stepgraph.plan.plot import plot_diff
@@ -131,7 +131,7 @@ def plan_export(
 ) -> None:
     """Write a plan in a published format."""
     if form not in EXPORTERS:
-        raise PlanError(f"unknown format {form!r}; known: {', '.join(EXPORTERS)}")
+        raise ArgumentError(f"unknown format {form!r}; known: {', '.join(EXPORTERS)}")
     exported = EXPORTERS[form](CachePlan.load(plan))
     with whole_file(out) as partial:
         partial.write_text(json.dumps(exported), encoding="utf-8")
@@ -153,7 +153,7 @@ def plan_resample(
     """Stretch a plan's pattern to another number of steps."""
     loaded = CachePlan.load(plan)
     if model is None and scheduler is not None:
-        raise PlanError(f"--scheduler {scheduler} needs --model too, whose configuration of it is used")
+        raise ArgumentError(f"--scheduler {scheduler} needs --model too, whose configuration of it is used")
     chosen = load_scheduler(model, scheduler) if model is not None else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -23,7 +23,7 @@ from stepgraph.cli.options import (
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.routers.router_settings import PRESETS, settings_of
 from stepgraph.compiler.routers.train_router import train_router
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import writable_folder
 
 
@@ -48,7 +48,7 @@ def plan_train_router(
     writable_folder(out.resolve().parent)
     settings = settings_of(preset, parse_arguments(arg))
     if export is not None and export.suffix not in (".pt", ".pth"):
-        raise PlanError(f"{export}: the paper's form is a checkpoint; name it .pt or .pth")
+        raise ArgumentError(f"{export}: the paper's form is a checkpoint; name it .pt or .pth")
     checkpoint = out.with_name(f"{out.name}.unfinished")
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))

@@ -29,7 +29,7 @@ from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.sweep import sweep
 from stepgraph.compiler.planning.list_policies import policies
 from stepgraph.compiler.planning.sweep_result import Sweep
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError
 
 
 @reports_errors
@@ -73,7 +73,7 @@ def plan_sweep(
         print(f"wrote {plot}")
     if save is not None:
         if result.knee is None:
-            raise PlanError(
+            raise ArgumentError(
                 f"this sweep has no knee whose plan could be written to {save}; choose a value, and use `plan make`"
             )
         result.knee.plan.save(save)
@@ -88,13 +88,13 @@ def parse_values(
 ) -> list[Any]:
     """What to try, from a list or from a range; whole numbers for a knob that takes nothing else."""
     if (values is None) == (start is None or stop is None):
-        raise PlanError("say what to try, either --values 0.05,0.1,0.2 or --from 0.05 --to 0.4 (with --points, --log)")
+        raise ArgumentError("say what to try, either --values 0.05,0.1,0.2 or --from 0.05 --to 0.4 (with --points, --log)")
     if values is not None:
         return [parse_arguments([f"value={text.strip()}"])["value"] for text in values.split(",")]
     assert start is not None
     assert stop is not None
     if log and not (start > 0 and stop > 0):
-        raise PlanError(f"--log needs a range above 0; got {start:g} to {stop:g}")
+        raise ArgumentError(f"--log needs a range above 0; got {start:g} to {stop:g}")
     spaced = (np.geomspace if log else np.linspace)(start, stop, points)
     # Rounded to what a person would have typed.
     numbers = [float(f"{number:.4g}") for number in spaced.tolist()]

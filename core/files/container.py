@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.whole_file import whole_file
 
 # Of one file; beyond it nobody has written an artifact.
@@ -37,11 +37,11 @@ class Container:
         if self.path.is_dir():
             return
         if not self.path.is_file():
-            raise PlanError(f"{path} is neither a folder nor a file; expected an artifact")
+            raise ArgumentError(f"{path} is neither a folder nor a file; expected an artifact")
         try:
             self._zip = zipfile.ZipFile(self.path)
         except DAMAGED as error:
-            raise PlanError(f"{path}: not a complete zip file ({_said(error)}); save the artifact again") from error
+            raise FileFormatError(f"{path}: not a complete zip file ({_said(error)}); save the artifact again") from error
         self._refuse_entries(self._zip.infolist())
 
     def close(self) -> None:
@@ -66,11 +66,11 @@ class Container:
         except PlanError:
             raise
         except FileNotFoundError as error:
-            raise PlanError(f"{self.path}: the file {name} is missing; save the artifact again") from error
+            raise FileFormatError(f"{self.path}: the file {name} is missing; save the artifact again") from error
         except (*DAMAGED, MemoryError) as error:
-            raise PlanError(f"{self.path}: {name} cannot be read ({_said(error)}); save the artifact again") from error
+            raise FileFormatError(f"{self.path}: {name} cannot be read ({_said(error)}); save the artifact again") from error
         if len(data) > limit:
-            raise PlanError(f"{self.path}: {name} has more than the {limit} bytes that it may have")
+            raise FileFormatError(f"{self.path}: {name} has more than the {limit} bytes that it may have")
         return data
 
     def _of_folder(self, name: str, limit: int) -> bytes:
@@ -79,11 +79,11 @@ class Container:
             number = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if (self.path / name).is_symlink():
-                raise PlanError(f"{self.path}: {name} is a symbolic link; artifacts have none") from error
+                raise FileFormatError(f"{self.path}: {name} is a symbolic link; artifacts have none") from error
             raise
         with os.fdopen(number, "rb") as file:
             if not stat.S_ISREG(os.fstat(number).st_mode):
-                raise PlanError(f"{self.path}: {name} is not a regular file")
+                raise FileFormatError(f"{self.path}: {name} is not a regular file")
             return file.read(limit + 1)
 
     def _of_zip(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -102,19 +102,19 @@ class Container:
     def _refuse_entries(self, entries: list[zipfile.ZipInfo]) -> None:
         """What no artifact holds: names with folders in them, links, twice the same name, ciphers, bombs."""
         if len(entries) > MOST_FILES:
-            raise PlanError(f"{self.path}: {len(entries)} files; an artifact has at most {MOST_FILES}")
+            raise FileFormatError(f"{self.path}: {len(entries)} files; an artifact has at most {MOST_FILES}")
         names = [entry.filename for entry in entries]
         if len(set(names)) < len(names):
-            raise PlanError(f"{self.path}: a file is in the zip twice; save the artifact again")
+            raise FileFormatError(f"{self.path}: a file is in the zip twice; save the artifact again")
         for entry in entries:
             if not plain_name(entry.filename) or entry.is_dir() or entry.filename != entry.orig_filename:
-                raise PlanError(f"{self.path}: the zip holds {entry.orig_filename!r}; artifacts have no folders or paths")
+                raise FileFormatError(f"{self.path}: the zip holds {entry.orig_filename!r}; artifacts have no folders or paths")
             if stat.S_ISLNK(entry.external_attr >> 16):
-                raise PlanError(f"{self.path}: {entry.filename} is a symbolic link; artifacts have none")
+                raise FileFormatError(f"{self.path}: {entry.filename} is a symbolic link; artifacts have none")
             if entry.filename.endswith(".safetensors") and entry.compress_type != zipfile.ZIP_STORED:
-                raise PlanError(f"{self.path}: {entry.filename} is packed; tensors are stored as they are")
+                raise FileFormatError(f"{self.path}: {entry.filename} is packed; tensors are stored as they are")
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise PlanError(f"{self.path}: {entry.filename} is encrypted or packed in a way that is not known here")
+                raise FileFormatError(f"{self.path}: {entry.filename} is encrypted or packed in a way that is not known here")
 
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OSError, RuntimeError, EOFError, OverflowError)
@@ -143,13 +143,13 @@ def write_container(path: str | Path, files: Mapping[str, Path]) -> None:
     target = Path(path)
     if target.suffix.lower() == ".zip":
         if target.is_dir():
-            raise PlanError(f"{path} is a folder; a name that ends in .zip is for a file")
+            raise ArgumentError(f"{path} is a folder; a name that ends in .zip is for a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as partial:
             _write_zip(partial, files)
         return
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file()):
-        raise PlanError(f"{path} is there and is no artifact; choose another place, or remove it")
+        raise ArgumentError(f"{path} is there and is no artifact; choose another place, or remove it")
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_whole
+from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.files.whole_file import save_tensors
 
 
@@ -34,7 +35,7 @@ def read_record(path: str | Path, form: str, version: int, remedy: str = "") -> 
             described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: not a complete {form} file ({error})") from error
+        raise FileFormatError(f"{path}: not a complete {form} file ({error})") from error
     _refuse_other_form(described, path, form, version)
     return described, tensors
 
@@ -51,7 +52,7 @@ def parse_record_file(data: bytes, where: str, form: str, version: int) -> tuple
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         described = json.loads(header.get("__metadata__", {}).get("stepgraph", "{}"))
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{where}: not a complete {form} file ({error})") from error
+        raise FileFormatError(f"{where}: not a complete {form} file ({error})") from error
     _refuse_other_form(described, where, form, version)
     return described, tensors
 
@@ -65,13 +66,12 @@ def parse_tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
         return load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise PlanError(f"{where}: not a complete safetensors file ({error})") from error
+        raise FileFormatError(f"{where}: not a complete safetensors file ({error})") from error
 
 
 def _refuse_other_form(described: Any, path: str | Path, form: str, version: int) -> None:
     if not isinstance(described, dict):
-        raise PlanError(f"{path}: its metadata is not an object")
-    given = described.get("version")
-    if described.get("format") != form or type(given) is not int or given != version:
-        found = f"{described.get('format')} {given!r}"
-        raise PlanError(f"{path}: expected {form} version {version}; got {found}")
+        raise FileFormatError(f"{path}: its metadata is not an object")
+    if described.get("format") != form or not is_whole(described.get("version"), version, version):
+        other = f"{described.get('format')} {described.get('version')!r}"
+        raise FileFormatError(f"{path}: expected {form} version {version}; got {other}")

@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from stepgraph.checks import LARGEST, check_number, check_whole
 from stepgraph.errors import PlanError
 
 TERM = re.compile(r"y[1-9]|x[0-9]|1")
@@ -30,9 +30,8 @@ class Forecast:
     def __post_init__(self) -> None:
         object.__setattr__(self, "terms", tuple(self.terms))
         what = f"the forecast of {list(self.terms)}"
-        for number in (number for row in self.coefficients for number in row):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise PlanError(f"{what}: a coefficient is {number!r}; expected a finite number")
+        for coefficient in (coefficient for row in self.coefficients for coefficient in row):
+            check_number(f"{what}: a coefficient", coefficient, -math.inf, what="a finite number")
         object.__setattr__(self, "coefficients", tuple(tuple(float(c) for c in row) for row in self.coefficients))
         if not self.terms or any(not isinstance(term, str) or not TERM.fullmatch(term) for term in self.terms):
             raise PlanError(f"{what}: a term is 'y1'..'y9' (stored values), 'x0'..'x9' (the model's input) or '1'")
@@ -79,9 +78,9 @@ class Increment:
     bytes: int = 0
 
     def __post_init__(self) -> None:
-        values: list[Any] = [*self.ranks.values(), self.projection, self.bytes]
-        if type(self.saved) is not int or any(type(value) is not int or value < 0 for value in values):
-            raise PlanError(
-                f"an increment's ranks, projection and bytes are whole numbers of at least 0, and saved is any whole number; "
-                f"got {self}"
-            )
+        for path, rank in self.ranks.items():
+            check_whole(f"an increment's rank of {path!r}", rank)
+        for name in ("projection", "bytes"):
+            check_whole(f"an increment's {name}", getattr(self, name))
+        # Where the correction costs more than the map, less than nothing is saved.
+        check_whole("an increment's saved", self.saved, -LARGEST, LARGEST)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.errors import FileFormatError
 from stepgraph.plan.header import PlanHeader
 from stepgraph.plan.json import parse_record
 from stepgraph.plan.site import Site
@@ -19,5 +19,5 @@ def described_sites(described: Mapping[str, Any], path: str | Path) -> tuple[Pla
     header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
     sites = described.get("sites")
     if not isinstance(sites, list):
-        raise PlanError(f"{path}: sites is {type(sites).__name__}; expected a list")
+        raise FileFormatError(f"{path}: sites is {type(sites).__name__}; expected a list")
     return header, tuple(parse_record(Site, site, f"{path}: site {i}") for i, site in enumerate(sites))

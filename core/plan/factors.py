@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_number
+from stepgraph.errors import ArgumentError, FileFormatError, MismatchError, PlanError
 from stepgraph.files.tensor_record import parse_record_file, read_record, write_record
 from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype, tensor_digest
 from stepgraph.plan.header import DTYPES
@@ -73,8 +73,7 @@ class Factors:
         if unknown:
             raise PlanError(f"an error is given for {unknown[0]!r}, which has no map")
         for path, error in self.errors.items():
-            if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 <= error < math.inf:
-                raise PlanError(f"the error of {path!r} is {error!r}; expected a finite number of at least 0")
+            check_number(f"the error of {path!r}", error, what="a finite number")
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -110,13 +109,13 @@ class Factors:
         for name in ("model", "fingerprint", "dtype"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
-                raise PlanError(f"factors of different models cannot be merged: {name} is {own} and {theirs}")
+                raise MismatchError(f"factors of different models cannot be merged: {name} is {own} and {theirs}")
         methods = {own.method for own in (self, other) if own.maps} or {AFFINE}
         if "whole" in methods and len(methods) > 1:
-            raise PlanError(f"{self.method!r} and {other.method!r} factors cannot be merged: one kind is of whole modules")
+            raise ArgumentError(f"{self.method!r} and {other.method!r} factors cannot be merged: one kind is of whole modules")
         twice = sorted(set(self.maps) & set(other.maps)) + sorted(set(self.affine) & set(other.affine))
         if twice:
-            raise PlanError(f"both factors have {twice[0]!r}; leave it out of one of them")
+            raise ArgumentError(f"both factors have {twice[0]!r}; leave it out of one of them")
         arguments = {
             "merged": [dict(self.arguments) | {"method": self.method}, dict(other.arguments) | {"method": other.method}]
         }
@@ -140,10 +139,10 @@ class Factors:
         for path, (a, b) in self.maps.items():
             module = modules.get(path)
             if module is None:
-                raise PlanError(f"the factors have a map of {path!r}, which this model does not have")
+                raise MismatchError(f"the factors have a map of {path!r}, which this model does not have")
             # A map across a whole module is compared with its site when a plan is compiled.
             if isinstance(module, nn.Linear) and (module.out_features, module.in_features) != (a.shape[0], b.shape[1]):
-                raise PlanError(
+                raise MismatchError(
                     f"the factors of {path!r} are for a map [{a.shape[0]}, {b.shape[1]}]; this model's is "
                     f"[{module.out_features}, {module.in_features}]"
                 )
@@ -174,23 +173,25 @@ class Factors:
         for what, kind in (("maps", list), ("arguments", dict), ("errors", dict)):
             if not isinstance(described.get(what), kind):
                 found = f"{what} is {type(described.get(what)).__name__}"
-                raise PlanError(f"{path}: in its metadata {found}; expected a {kind.__name__}; {REMEDY}")
+                raise FileFormatError(f"{path}: in its metadata {found}; expected a {kind.__name__}; {REMEDY}")
         names, arguments, errors = described["maps"], described["arguments"], described["errors"]
         texts = [described.get(name) for name in ("model", "fingerprint", "dtype", "method")]
         if not all(isinstance(text, str) for text in (*texts, *names)):
-            raise PlanError(f"{path}: model, fingerprint, dtype, method and maps are {texts} and {names[:4]}; expected texts")
+            raise FileFormatError(
+                f"{path}: model, fingerprint, dtype, method and maps are {texts} and {names[:4]}; expected texts"
+            )
         missing = [key for name in names for key in _keys(name) if key not in tensors]
         if missing:
-            raise PlanError(f"{path}: the tensor {missing[0]!r} is missing")
+            raise FileFormatError(f"{path}: the tensor {missing[0]!r} is missing")
         maps = {name: (tensors[_keys(name)[0]], tensors[_keys(name)[1]]) for name in names}
         affine = {key.removeprefix("affine/"): t for key, t in tensors.items() if key.startswith("affine/")}
         try:
             model, own, dtype, method = map(str, texts)
             read = cls(model, own, dtype, method, arguments, maps, affine, errors)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error}") from error
         if described.get("digest") != read.digest:
-            raise PlanError(
+            raise FileFormatError(
                 f"{path}: its contents have the digest {read.digest}, its metadata says {described.get('digest')!r}; the file "
                 f"is damaged or was changed: {REMEDY}"
             )
@@ -210,18 +211,18 @@ def refuse_model(whose: str, expected: tuple[str, str, str], model: nn.Module) -
     """
     name, print_, dtype = expected
     if type(model).__name__ != name:
-        raise PlanError(f"{whose} of a {name}; this model is a {type(model).__name__}")
+        raise MismatchError(f"{whose} of a {name}; this model is a {type(model).__name__}")
     given = dtype_name(model_dtype(model))
     if given != dtype:
-        raise PlanError(f"{whose} of a {dtype} model; this one is {given}; convert the model or make them anew")
+        raise MismatchError(f"{whose} of a {dtype} model; this one is {given}; convert the model or make them anew")
     planned, own = print_.split("/"), fingerprint(model).split("/")
     if planned[0] != own[0]:
-        raise PlanError(
+        raise MismatchError(
             f"{whose} of another {name}: its configuration or parameter shapes have the hash {planned[0]}, this model's "
             f"{own[0]}"
         )
     if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
-        raise PlanError(f"{whose} of other weights of {name} (hash {planned[-1]}, this model's {own[-1]}); make them anew")
+        raise MismatchError(f"{whose} of other weights of {name} (hash {planned[-1]}, this model's {own[-1]}); make them anew")
 
 
 def place_of(path: str) -> str:

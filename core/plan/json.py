@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_whole
+from stepgraph.errors import FileFormatError
 from stepgraph.plan.corrections import Forecast, Increment
 
 
@@ -19,14 +20,14 @@ def corrections_in(
             continue
         used = record.pop("forecasts", {})
         if not isinstance(used, dict):
-            raise PlanError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
-        for step, number in used.items():
-            if not step.isascii() or not step.isdigit() or type(number) is not int or not 0 <= number < len(distinct):
-                raise PlanError(
-                    f"site {i}: forecasts has {step!r}: {number!r}; expected a step and the number of one of the "
+            raise FileFormatError(f"site {i}: forecasts is {used!r}; expected an object of step -> number of a forecast")
+        for step, index in used.items():
+            if not step.isascii() or not step.isdigit() or not is_whole(index, 0, len(distinct) - 1):
+                raise FileFormatError(
+                    f"site {i}: forecasts has {step!r}: {index!r}; expected a step and the number of one of the "
                     f"{len(distinct)} forecasts"
                 )
-            forecasts[int(step), i] = distinct[number]
+            forecasts[int(step), i] = distinct[index]
         if "increment" in record:
             increments[i] = parse_record(Increment, record.pop("increment"), f"site {i}: increment")
     return forecasts, increments
@@ -37,7 +38,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
     if twice:
-        raise PlanError(f"the key {twice[0]!r} appears more than once in one object")
+        raise FileFormatError(f"the key {twice[0]!r} appears more than once in one object")
     return dict(pairs)
 
 
@@ -59,17 +60,17 @@ def _is(value: Any, expected: Any) -> bool:
 def parse_record(kind: Any, values: Any, what: str) -> Any:
     """A dataclass from parsed JSON; unknown, missing and wrongly typed fields are refused by name."""
     if not isinstance(values, dict):
-        raise PlanError(f"{what} is {type(values).__name__}; expected an object")
+        raise FileFormatError(f"{what} is {type(values).__name__}; expected an object")
     expected = [f.name for f in fields(kind)]
     unknown = sorted(set(values) - set(expected))
     if unknown:
-        raise PlanError(f"{what} has the unknown key {unknown[0]!r}; the keys are {', '.join(expected)}")
+        raise FileFormatError(f"{what} has the unknown key {unknown[0]!r}; the keys are {', '.join(expected)}")
     for name, value in values.items():
         outer, inner = FIELD_TYPES.get(name, (str, object))
         members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if isinstance(value, bool) or not isinstance(value, outer) or not all(_is(m, inner) for m in members):
-            raise PlanError(f"{what}: {name} is {value!r}, which is not of the type this field has")
+            raise FileFormatError(f"{what}: {name} is {value!r}, which is not of the type this field has")
     try:
         return kind(**values)
     except TypeError as error:
-        raise PlanError(f"{what} is incomplete: {error}") from error
+        raise FileFormatError(f"{what} is incomplete: {error}") from error

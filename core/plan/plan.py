@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import is_whole
+from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan.corrections import Forecast, Increment
 from stepgraph.plan.header import PlanHeader
@@ -169,11 +170,11 @@ class CachePlan:
         known = {site.name for site in sites} | {site.kind for site in sites}
         for name, letters in actions.items():
             if name not in known:
-                raise PlanError(f"unknown site or kind {name!r}; this model has {', '.join(sorted(known))}")
+                raise ArgumentError(f"unknown site or kind {name!r}; this model has {', '.join(sorted(known))}")
             if not isinstance(letters, Sequence) or not all(isinstance(letter, str) for letter in letters):
-                raise PlanError(f"{name!r} has the actions {letters!r}; expected one letter per step, such as 'CRCR'")
+                raise ArgumentError(f"{name!r} has the actions {letters!r}; expected one letter per step, such as 'CRCR'")
             if len(letters) != len(header.timesteps):
-                raise PlanError(f"{name!r} has {len(letters)} actions for {len(header.timesteps)} steps")
+                raise ArgumentError(f"{name!r} has {len(letters)} actions for {len(header.timesteps)} steps")
         everywhere = COMPUTE * len(header.timesteps)
         columns = [actions.get(site.name, actions.get(site.kind, everywhere)) for site in sites]
         # An Action is a string too, and its value the letter.
@@ -196,7 +197,7 @@ class CachePlan:
         """Position of a site, by name."""
         names = [s.name for s in self.sites]
         if site not in names:
-            raise PlanError(f"unknown site {site!r}; the sites are {', '.join(names)}")
+            raise ArgumentError(f"unknown site {site!r}; the sites are {', '.join(names)}")
         return names.index(site)
 
     def summary(self) -> "PlanSummary":
@@ -254,7 +255,7 @@ class CachePlan:
         except IsADirectoryError as error:
             raise PlanError(f"{path} is a folder; expected a plan file") from error
         except (PlanError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> "CachePlan":
@@ -262,17 +263,17 @@ class CachePlan:
         try:
             data = json.loads(text, object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"not a complete JSON document ({error}); was the file cut short?") from error
+            raise FileFormatError(f"not a complete JSON document ({error}); was the file cut short?") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise PlanError(f'not a plan: expected an object with "format": "{FORMAT}"')
-        if type(data.get("version")) is not int or data["version"] != VERSION:
-            raise PlanError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
+            raise FileFormatError(f'not a plan: expected an object with "format": "{FORMAT}"')
+        if not is_whole(data.get("version"), VERSION, VERSION):
+            raise FileFormatError(f"plan format version {data.get('version')!r}; this release reads version {VERSION}")
         records = data.pop("sites", None)
         if not isinstance(records, list):
-            raise PlanError('the plan has no list "sites"')
+            raise FileFormatError('the plan has no list "sites"')
         listed = data.pop("forecasts", [])
         if not isinstance(listed, list):
-            raise PlanError(f"forecasts is {type(listed).__name__}; expected a list")
+            raise FileFormatError(f"forecasts is {type(listed).__name__}; expected a list")
         distinct = [parse_record(Forecast, record, f"forecast {number}") for number, record in enumerate(listed)]
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
         header = parse_record(PlanHeader, known, "header")
@@ -282,7 +283,7 @@ class CachePlan:
         for site, column in zip(sites, columns, strict=True):
             if not isinstance(column, str) or len(column) != len(header.timesteps):
                 given = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
-                raise PlanError(f"site {site.name} has {given}; expected a string of {len(header.timesteps)} letters")
+                raise FileFormatError(f"site {site.name} has {given}; expected a string of {len(header.timesteps)} letters")
         rows = tuple("".join(column[step] for column in columns) for step in range(len(header.timesteps)))
         return cls(header, tuple(sites), rows, forecasts, increments)
 

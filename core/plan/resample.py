@@ -8,7 +8,8 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from stepgraph.errors import PlanError
+from stepgraph.checks import check_whole
+from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan.header import PlanHeader
 from stepgraph.plan.plan import CachePlan
@@ -64,8 +65,7 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
 
 def _resampled_header(header: PlanHeader, steps: int, scheduler: Any) -> PlanHeader:
     """The header for `steps` inference steps."""
-    if type(steps) is not int or steps < 1:
-        raise PlanError(f"steps is {steps!r}; expected a whole number of at least 1")
+    check_whole("steps", steps, 1)
     timesteps = _interpolated(header, steps) if scheduler is None else _set_timesteps(header, steps, scheduler)
     origin = {"resampled_from": header.arguments.get("resampled_from", len(header.timesteps))}
     return replace(header, steps=steps, timesteps=timesteps, arguments={**header.arguments, **origin})
@@ -75,7 +75,7 @@ def _set_timesteps(header: PlanHeader, steps: int, scheduler: Any) -> tuple[floa
     """The timesteps of a copy of the plan's scheduler that is set to `steps`."""
     given, wanted = (type(scheduler).__name__, hash_config(config_of(scheduler))), (header.scheduler, header.scheduler_hash)
     if given != wanted:
-        raise PlanError(
+        raise MismatchError(
             f"the plan is for {wanted[0]} (configuration {wanted[1]}), the given scheduler is {given[0]} ({given[1]}); "
             f"resampling changes the number of steps only: pass the plan's own scheduler, or make a plan for the other one"
         )
@@ -88,7 +88,7 @@ def _interpolated(header: PlanHeader, steps: int) -> tuple[float, ...]:
     """`steps` timesteps between the plan's first and last."""
     old = header.timesteps
     if len(old) != header.steps:
-        raise PlanError(
+        raise ArgumentError(
             f"{header.scheduler} evaluates the model {len(old)} times in {header.steps} steps; pass scheduler= to resample, "
             f"since only it knows how many evaluations {steps} steps take"
         )

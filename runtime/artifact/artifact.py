@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import is_whole
 from stepgraph.config import CompileConfig
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import CompileError, FileFormatError, PlanError
 from stepgraph.files.container import Container, plain_name, write_container
 from stepgraph.files.whole_file import save_tensors
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
@@ -211,7 +212,7 @@ def read_artifact(path: str | Path) -> Artifact:
         listed = {name: _checked(container, name, stated) for name, stated in manifest["files"].items()}
         contents = {name: data for name, data in listed.items() if data is not None}
     if PLAN not in contents:
-        raise PlanError(f"{path}: {MANIFEST} lists no {PLAN}; save the artifact again")
+        raise FileFormatError(f"{path}: {MANIFEST} lists no {PLAN}; save the artifact again")
     try:
         plan = CachePlan.from_json(contents[PLAN].decode("utf-8"))
         _refuse_other_calls(manifest, plan)
@@ -222,7 +223,7 @@ def read_artifact(path: str | Path) -> Artifact:
             contents.get(FACTORS), contents.get(WEIGHTS),
         )  # fmt: skip
     except (PlanError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
@@ -230,45 +231,45 @@ def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
     try:
         manifest = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{where}: not a complete JSON document ({error}); save the artifact again") from error
+        raise FileFormatError(f"{where}: not a complete JSON document ({error}); save the artifact again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise PlanError(f'{where}: not an artifact: expected an object with "format": "{FORMAT}"')
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
-        raise PlanError(f"{where}: format version {manifest.get('version')!r}; this release reads version {VERSION}")
+        raise FileFormatError(f'{where}: not an artifact: expected an object with "format": "{FORMAT}"')
+    if not is_whole(manifest.get("version"), VERSION, VERSION):
+        raise FileFormatError(f"{where}: format version {manifest.get('version')!r}; this release reads version {VERSION}")
     if set(manifest) != set(KEYS):
-        raise PlanError(f"{where}: the keys are {', '.join(manifest)}; expected {', '.join(KEYS)}")
+        raise FileFormatError(f"{where}: the keys are {', '.join(manifest)}; expected {', '.join(KEYS)}")
     try:
         same = manifest_bytes(manifest) == data
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{where}: no manifest has such values ({error}); save the artifact again") from error
+        raise FileFormatError(f"{where}: no manifest has such values ({error}); save the artifact again") from error
     if not same:
-        raise PlanError(f"{where}: its contents do not have the digest that it states; it is damaged or was changed")
+        raise FileFormatError(f"{where}: its contents do not have the digest that it states; it is damaged or was changed")
     files = manifest["files"]
     if not isinstance(files, dict) or not all(plain_name(name) and name != MANIFEST for name in files):
-        raise PlanError(f"{where}: files is not an object of plain file names")
+        raise FileFormatError(f"{where}: files is not an object of plain file names")
     return manifest
 
 
 def _refuse_other_files(files: Mapping[str, Any], where: str) -> None:
     """Files that no artifact has, or that are larger than any artifact's."""
     for name, stated in files.items():
-        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or type(stated["bytes"]) is not int:
-            raise PlanError(f"{where} says {stated!r} of {name}; expected its bytes and its sha256")
+        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or not is_whole(stated["bytes"]):
+            raise FileFormatError(f"{where} says {stated!r} of {name}; expected its bytes and its sha256")
         tensors = name in (FACTORS, WEIGHTS)
         if not tensors and name != PLAN and not GRAPH.fullmatch(name):
-            raise PlanError(f"{where} lists {name}, which is no part of an artifact; save the artifact again")
-        if stated["bytes"] < 0 or (stated["bytes"] > LARGEST_JSON and not tensors):
-            raise PlanError(f"{where}: {name} has {stated['bytes']} bytes; a plan or graph has at most {LARGEST_JSON}")
+            raise FileFormatError(f"{where} lists {name}, which is no part of an artifact; save the artifact again")
+        if stated["bytes"] > LARGEST_JSON and not tensors:
+            raise FileFormatError(f"{where}: {name} has {stated['bytes']} bytes; a plan or graph has at most {LARGEST_JSON}")
     texts = sum(stated["bytes"] for name, stated in files.items() if GRAPH.fullmatch(name))
     if texts > LARGEST_TEXTS:
-        raise PlanError(f"{where}: graphs of {texts} bytes together; an artifact has at most {LARGEST_TEXTS}")
+        raise FileFormatError(f"{where}: graphs of {texts} bytes together; an artifact has at most {LARGEST_TEXTS}")
 
 
 def _checked(container: Container, name: str, stated: Mapping[str, Any]) -> bytes | None:
     """A file's contents, if they are those that the manifest states; of a graph's text none, for nothing reads it."""
     data = container.read(name, stated["bytes"])
     if len(data) != stated["bytes"] or _digest(data) != stated["sha256"]:
-        raise PlanError(
+        raise FileFormatError(
             f"{container.path}: {name} is not the file that was saved (it has {len(data)} of {stated['bytes']} bytes, or "
             f"its hash differs); save the artifact again"
         )
@@ -279,7 +280,7 @@ def _refuse_other_calls(manifest: Mapping[str, Any], plan: CachePlan) -> None:
     header = plan.header
     stated, planned = (manifest["guidance"], manifest["branches"]), (header.guidance, list(header.branches))
     if stated != planned:
-        raise PlanError(f"guidance and branches are {stated!r}; the plan's are {planned!r}")
+        raise FileFormatError(f"guidance and branches are {stated!r}; the plan's are {planned!r}")
 
 
 def _no_constant(name: str) -> Any:
@@ -288,29 +289,29 @@ def _no_constant(name: str) -> Any:
 
 def _texts(value: Any, what: str, keys: tuple[str, ...]) -> dict[str, str]:
     if not isinstance(value, dict) or set(value) != set(keys) or not all(isinstance(text, str) for text in value.values()):
-        raise PlanError(f"{what} is {value!r}; expected texts for {', '.join(keys)}")
+        raise FileFormatError(f"{what} is {value!r}; expected texts for {', '.join(keys)}")
     return value
 
 
 def _options(value: Any) -> CompileConfig:
     types = {field.name: field.type for field in fields(CompileConfig)}
     if not isinstance(value, dict):
-        raise PlanError(f"options is {type(value).__name__}; expected an object")
+        raise FileFormatError(f"options is {type(value).__name__}; expected an object")
     for name, given in value.items():
         if name not in types:
-            raise PlanError(f"unknown option {name!r}; this release has {', '.join(types)}")
+            raise FileFormatError(f"unknown option {name!r}; this release has {', '.join(types)}")
         if not isinstance(given, types[name]):  # type: ignore[arg-type]
-            raise PlanError(f"the option {name} is {given!r}, which is not of the type it has")
+            raise FileFormatError(f"the option {name} is {given!r}, which is not of the type it has")
     try:
         return CompileConfig(**value)
     except ValueError as error:
-        raise PlanError(f"options: {error}") from error
+        raise FileFormatError(f"options: {error}") from error
 
 
 def _inputs(value: Any, plan: CachePlan, prefix: str = "") -> dict[str, Any]:
     """Shapes and dtypes of the tensors, the plan's but for the batch, and the values of everything else."""
     if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-        raise PlanError(f"inputs is {value!r}; expected an object of objects")
+        raise FileFormatError(f"inputs is {value!r}; expected an object of objects")
     found: dict[str, Any] = {}
     for name, entry in value.items():
         if set(entry) == {"value"}:
@@ -329,7 +330,7 @@ def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple
     sizes = tuple(shape) if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else None
     fits = sizes is not None and planned is not None and (sizes == planned or sizes[1:] == planned)
     if set(entry) != {"shape", "dtype"} or dtype is None or sizes is None or not fits or sizes[:1] > (MOST_SAMPLES,):
-        raise PlanError(
+        raise FileFormatError(
             f"the input {name} is {entry!r}; expected the plan's shape {planned} behind a batch of at most {MOST_SAMPLES}, "
             f"and one of the dtypes {', '.join(DTYPES)}"
         )
@@ -340,13 +341,15 @@ def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
     """The model's description; the plan is for the same class and structure."""
     keys = ("class", "fingerprint", "dtype", *(("config", "tied") if with_weights else ()))
     if not isinstance(value, dict) or set(value) != set(keys):
-        raise PlanError(f"model is {value!r}; expected {', '.join(keys)}")
+        raise FileFormatError(f"model is {value!r}; expected {', '.join(keys)}")
     about = _texts({key: value[key] for key in keys[:3]}, "model", keys[:3])
     header = plan.header
     if (about["class"], about["dtype"]) != (header.model, header.dtype):
-        raise PlanError(f"the artifact is of a {about['dtype']} {about['class']}, its plan of a {header.dtype} {header.model}")
+        raise FileFormatError(
+            f"the artifact is of a {about['dtype']} {about['class']}, its plan of a {header.dtype} {header.model}"
+        )
     if with_weights and not isinstance(value["config"], dict):
-        raise PlanError(f"the model's config is {type(value['config']).__name__}; expected an object")
+        raise FileFormatError(f"the model's config is {type(value['config']).__name__}; expected an object")
     if with_weights:
         _texts(value["tied"], "the model's tied", tuple(value["tied"]) if isinstance(value["tied"], dict) else ())
     return value
@@ -357,5 +360,7 @@ def _scheduler(value: Any, plan: CachePlan) -> dict[str, Any]:
     config = given.pop("config", {})
     facts = _texts(given, "scheduler", ("class", "hash"))
     if not isinstance(config, dict) or (facts["class"], facts["hash"]) != (plan.header.scheduler, plan.header.scheduler_hash):
-        raise PlanError(f"the scheduler is {facts}; expected the plan's {plan.header.scheduler} {plan.header.scheduler_hash}")
+        raise FileFormatError(
+            f"the scheduler is {facts}; expected the plan's {plan.header.scheduler} {plan.header.scheduler_hash}"
+        )
     return {**facts, "config": config} if "config" in value else dict(facts)

@@ -11,14 +11,13 @@ from torch import nn
 
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CaptureError
+from stepgraph.tolerances import REPLAY, tolerance
 
 T = TypeVar("T")
 # How many captures of a kind an executable keeps: each holds the memory of a run.
 LIMITS = {"run": 4, "steps": 8}
 # How many keys are remembered that were only asked for, or refused.
 MOST_NOTES = 64
-# How far a replay may be from the work itself, relative L2: the kernels are the same, but may add up in another order.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class Recorder(Protocol):
@@ -155,8 +154,7 @@ def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> Non
     """
     if not torch.equal(got.isnan(), wanted.isnan()):
         raise CaptureError(f"a replay of the captured {what} has NaN where the loop has none, or the other way round")
-    # Values of eight bits are roundings of values that differ by rounding.
-    most = TOLERANCE.get(wanted.dtype, 6e-2)
+    most = tolerance(REPLAY, wanted.dtype)
     got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
     error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if error > most:

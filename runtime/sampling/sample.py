@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from stepgraph.checks import check_number
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.cudagraph import why_not
@@ -65,8 +66,7 @@ def sample(
             `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
         CompileError: `capture` is asked of a run that cannot be captured.
     """
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
-        raise PlanError(f"guidance_scale is {guidance_scale!r}; expected a finite number; 1 is no guidance")
+    check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
     own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:

@@ -15,9 +15,8 @@ from stepgraph.csrc.packed import PACKED, pack
 from stepgraph.errors import OpError
 from stepgraph.ops import OPS, gated_residual, linear_combination, load_providers, lowrank_delta, lowrank_input, modulated_norm
 from stepgraph.packed_weights import PackedWeights
+from stepgraph.tolerances import OP, tolerance
 
-# Relative root mean square against float64.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 NEEDS_AVX2 = pytest.mark.skipif(native().level in ("none", "baseline"), reason="the providers need AVX2")
 
 load_providers()
@@ -74,7 +73,7 @@ def check(op, *args, dtype: torch.dtype):
     found, expected = run(op, *args), op.reference(*map(wide, args))
     for one, other in zip(*((found, expected) if isinstance(found, list) else ([found], [expected])), strict=True):
         error = ((one.double() - other).square().sum() / other.square().sum()).sqrt()
-        assert error <= TOLERANCE[dtype], float(error)
+        assert error <= tolerance(OP, dtype), float(error)
     return found
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from stepgraph.ops import OPS
+from stepgraph.tolerances import OP, tolerance
 from stepgraph.triton_kernels import declines
 
 pytestmark = pytest.mark.gpu
 # Relative root mean square error.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-DTYPES = list(TOLERANCE)
+DTYPES = list(OP)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def check(name: str, dtype: torch.dtype, *args, **kwargs):
     found = op(*args, **kwargs)
     wanted = op.reference(*wide(list(args)), **{key: wide(value) for key, value in kwargs.items()})
     for one, other in zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]:
-        assert error(one, other) < TOLERANCE[dtype]
+        assert error(one, other) < tolerance(OP, dtype)
     return found
 
 

@@ -14,14 +14,14 @@ from triton.runtime import interpreter
 
 from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from stepgraph.ops import OPS
+from stepgraph.tolerances import OP, tolerance
 from stepgraph.triton_kernels import declines, projection
 from stepgraph.triton_kernels import lowrank_delta as delta_file
 from stepgraph.triton_kernels.launch import Machine
 from stepgraph.triton_kernels.lowrank_tiles import takes_single
 
 # Relative root mean square error. The interpreter truncates where it casts to bfloat16.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-DTYPES = list(TOLERANCE)
+DTYPES = list(OP)
 FORMS = {"single": Machine(processors=1), "two": Machine(processors=132)}
 
 
@@ -94,7 +94,7 @@ def check(name: str, dtype: torch.dtype, *args, **kwargs):
         assert one.shape == other.shape
         assert one.is_contiguous()
         # Nothing that was left unwritten, which is NaN here, passes this.
-        assert ((one.double() - other).norm() / other.norm()).item() < TOLERANCE[dtype]
+        assert ((one.double() - other).norm() / other.norm()).item() < tolerance(OP, dtype)
     return found
 
 

@@ -1,5 +1,6 @@
 """The runtime benchmark on small models: what it counts, compares and refuses. Nothing here looks at a clock."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
@@ -345,6 +347,13 @@ def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
     assert {(row["faster"], row["than"]) for row in table["ratios"]} == {
         ("stepgraph: full", "eager"), ("stepgraph: fora2", "stepgraph: full"),
     }  # fmt: skip
+    for row in table["ratios"]:
+        assert row.keys() == {"faster", "than", "ratio", "ideal"}
+        assert row["ratio"] == pytest.approx(by_name[row["than"]]["seconds"] / by_name[row["faster"]]["seconds"])
+        assert row["ideal"] == by_name[row["faster"]]["ideal"]
+    text = io.StringIO()
+    runtime.show_table(Console(file=text, width=150), table, "a title")
+    assert "comparisons" in text.getvalue()
     assert table["whole_loop"]["sample_error"] <= 1e-5
     assert printed["memory"]["fora2"]["tensor_steps_always"] == (2 * 10 + 1) * 4
     assert (tmp_path / "small.png").stat().st_size > 1000

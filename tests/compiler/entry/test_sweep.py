@@ -75,7 +75,7 @@ def test_the_baseline_is_the_sampler_in_fewer_steps(dit, swept):
     assert result.fewer_steps_error(low.macs - 1) is None
     assert result.fewer_steps_error(result.macs_full) == 0
     if high is not None:
-        assert result.fewer_steps_error((low.macs + high.macs) / 2) == pytest.approx((low.error + high.error) / 2)
+        assert result.fewer_steps_error((low.macs + high.macs) / 2) == pytest.approx(math.sqrt(low.error * high.error))
 
 
 def test_progress_reaches_its_end_and_the_record_is_plain_data(swept, tmp_path):

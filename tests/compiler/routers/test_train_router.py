@@ -113,7 +113,7 @@ def test_single_step_solvers_start_from_noised_latents(model, name):
 
 def test_schedulers_that_draw_noise_are_refused(model):
     before = torch.get_rng_state()
-    with pytest.raises(PlanError, match="EulerAncestralDiscreteScheduler draws noise in its steps"):
+    with pytest.raises(PlanError, match="EulerAncestralDiscreteScheduler is stochastic"):
         train(model, EulerAncestralDiscreteScheduler())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -370,8 +370,8 @@ def test_what_the_papers_form_cannot_say_is_not_written(model, tmp_path, steps, 
         ({"router": "none.safetensors"}, r"no file at none\.safetensors; train routers with"),
         ({"router": "none.safetensors", "lam": 1.0}, "the setting 'lam' has no effect"),
         ({"batch": 0}, "batch is 0; expected a whole number of at least 1"),
-        ({"lam": -1.0}, r"lam is -1\.0; expected a finite number from 0"),
-        ({"lr": 0}, "lr is 0; expected a finite number above 0"),
+        ({"lam": -1.0}, r"lam is -1\.0; expected a number of at least 0"),
+        ({"lr": 0}, "lr is 0; expected a number above 0"),
         ({"states": "nose"}, "states is 'nose'; expected one of q_sample, trajectory"),
         ({"train": None}, "no argument 'train'"),
         ({"shift": 3}, "with run 1 and shift 3 none of the 4 steps is routed"),

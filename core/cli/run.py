@@ -1,0 +1,117 @@
+"""`stepgraph run`: samples of a compiled plan or a saved artifact."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from stepgraph.cli.artifact import load_saved
+from stepgraph.cli.options import (
+    MODEL_HELP,
+    Backend,
+    Device,
+    Dtype,
+    FactorsFile,
+    Json,
+    Out,
+    SchedulerName,
+    Seed,
+    load_factors,
+    parse_device,
+    parse_dtype,
+    progress_bar,
+    refuse_strays,
+    reports_errors,
+    show,
+)
+from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.models import family_of
+from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.config import CompileConfig
+from stepgraph.errors import ArgumentError
+from stepgraph.files.whole_file import save_tensors, whole_file, writable_folder
+from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.metrics import psnr, relative_l2
+from stepgraph.plan import CachePlan
+from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.sampling.sample import sample
+
+
+@reports_errors
+def run_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; not for an artifact that has weights")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan file")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="what `stepgraph compile --save` wrote, in place of a plan")] = None,
+    images: Annotated[int, typer.Option(min=1, help="how many samples")] = 8,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 for none")] = 2.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    backend: Backend = "eager",
+    factors: FactorsFile = None,
+    scheduler: SchedulerName = None,
+    compare: Annotated[bool, typer.Option(help="sample with the eager model too, and report the difference")] = False,
+    out: Out = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Sample with a compiled plan; write the latents, and a contact sheet where they are images."""
+    belongs = dict.fromkeys(("plan", "backend", "factors", "dtype"), ("a model", ("plan",)))
+    refuse_strays(context, belongs, ["plan" if artifact is None else "artifact"], "--artifact, which brings its own")
+    out = writable_folder(out)
+    executable: Executable | None = None
+    with progress_bar("loading", as_json):
+        if plan is None and artifact is not None:
+            executable, chosen = load_saved(artifact, model, parse_device(device), scheduler)
+            loaded, cache_plan = executable.model, executable.plan
+        elif plan is not None and model is not None:
+            loaded, cache_plan = load_model(model, parse_device(device), parse_dtype(dtype)), CachePlan.load(plan)
+            chosen = load_scheduler(model, scheduler)
+        else:
+            raise ArgumentError("say what to run: either a model with --plan, or --artifact")
+    guided = guidance > 1
+    inputs = example_inputs(loaded, images * (2 if guided and cache_plan.header.guidance != "separate" else 1))
+    cond, uncond = family_of(loaded).conditioning(config_of(loaded), images, torch.device(device))
+    conditioning = cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
+    shape = next(iter(inputs.values())).shape[1:]
+    noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(loaded))
+    with progress_bar("compiling", as_json) as report:
+        if executable is None and plan is not None:
+            executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors))
+
+        def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
+            started = time.perf_counter()
+            steps = cache_plan.header.steps
+            result = sample(
+                runner, chosen, noise, guidance, steps=steps, on_step=lambda d, t: report(name, d, t), **conditioning
+            )
+            if result.is_cuda:
+                torch.cuda.synchronize()
+            return result, time.perf_counter() - started
+
+        latents, seconds = timed("sampling", executable)
+        facts: dict[str, Any] = {"seconds": seconds, "written": write_samples(out, latents)}
+        if compare:
+            # The runs above and the first eager one warm up; the second of each, one right after the other, are compared.
+            timed("eager model", loaded)
+            latents, seconds = timed("sampling again", executable)
+            reference, eager_seconds = timed("eager model again", loaded)
+            facts |= {"seconds": seconds, "eager_seconds": eager_seconds, "speedup": eager_seconds / seconds}
+            facts |= {"relative_l2": relative_l2(latents, reference), "psnr": psnr(latents, reference)}
+    show(facts, as_json)
+
+
+def write_samples(out: Path, latents: torch.Tensor) -> list[str]:
+    """Latents as safetensors, and as a contact sheet where they have three channels."""
+    from stepgraph.assets.glyphs import contact_sheet
+
+    paths = [out / "samples.safetensors"]
+    save_tensors(paths[0], {"latents": latents.cpu().contiguous()})
+    if latents.ndim == 4 and latents.shape[1] == 3:
+        paths.append(out / "samples.png")
+        with whole_file(paths[1]) as partial:
+            contact_sheet(latents).save(partial)
+    return [str(path) for path in paths]

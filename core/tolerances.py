@@ -1,0 +1,39 @@
+"""How far two computations of one thing may be apart: relative L2 distances, by purpose and by dtype of the values.
+
+Rounding grows with how much is computed between the two, and with how differently it is: the same kernels replayed add up in
+another order at most; an op's providers fuse differently; a whole run hands its rounding on from step to step. Each purpose has
+one row here, whoever compares for it. An entry None is for every dtype that the row does not name.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+Tolerances = Mapping[torch.dtype | None, float]
+
+# An op of one provider against its reference in float64, in tests: one rounding of the result, and those within.
+OP: Tolerances = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# The same before an op is timed, at the sizes of real models, where sums are longer.
+TIMED_OP: Tolerances = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+# A replay of captured work against the work itself: the kernels are the same, but may add up in another order. Other dtypes are
+# those of eight bits: roundings of values that differ by rounding.
+REPLAY: Tolerances = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3, None: 6e-2}
+
+# A graph after a pass against the graph before it (STEPGRAPH_CHECK): the same values, computed in other groups.
+PASS_CHECK: Tolerances = {torch.float64: 1e-5, torch.float32: 1e-5, None: 3e-2}
+
+# One evaluation of a compiled model, with nothing reused, against the eager model.
+FIRST_STEP: Tolerances = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# A whole sampling run against the same plan's in another runtime, before it is timed.
+WHOLE_RUN: Tolerances = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# A whole run of an exported program against the executable's.
+EXPORTED_RUN: Tolerances = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+def tolerance(purpose: Tolerances, dtype: torch.dtype) -> float:
+    """The most that values of a dtype may be apart."""
+    return purpose[dtype if dtype in purpose else None]
