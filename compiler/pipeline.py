@@ -16,9 +16,9 @@ from stepgraph.compiler.lowering.lower import lower
 from stepgraph.compiler.specializing.bind_factors import bind_factors
 from stepgraph.compiler.specializing.coefficients import coefficients_of
 from stepgraph.compiler.specializing.specialize import rewrite_model, rewrite_program, specialize
-from stepgraph.compiler.tracing.collector_paused import collector_paused
 from stepgraph.compiler.tracing.describe import refuse_other_inputs, refuse_other_sites
 from stepgraph.compiler.tracing.graphs import macs_of
+from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
@@ -50,7 +50,7 @@ def compile_plan(
     refuse_nan_weights(model)
 
     def build(inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
-        with collector_paused():
+        with pause_garbage_collector():
             return build_program(TracedModel.of(model, traced), plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}

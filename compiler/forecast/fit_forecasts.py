@@ -6,8 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.forecast.closed_loop import FULL, OWN, STATE, Cells, Fitted, Runs, fit_in_closed_loop, with_affine
 from stepgraph.compiler.forecast.correct import chosen, find_cells, with_cells
+from stepgraph.compiler.forecast.fit_in_closed_loop import (
+    FULL,
+    OWN,
+    STATE,
+    Cells,
+    Fitted,
+    Runs,
+    fit_in_closed_loop,
+    with_affine,
+)
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
@@ -55,8 +64,8 @@ def fit_whole_step(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "state": the next state of the full run, which mends what went wrong before; "full": the model's output in the
             full run; "own": its output on the run's own state. On the small DiT the latter two have twice the error.
-        per_branch: See `stepgraph.compiler.forecast.closed_loop.Runs`.
-        ridge: See `stepgraph.compiler.forecast.closed_loop.Runs`.
+        per_branch: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
         traced: Graphs that were made of this very model before, so that it is not traced again.
@@ -92,7 +101,7 @@ def fit_forecast(
 ) -> CachePlan:
     """Fitted scalars for every reused or forecast value, per site and step.
 
-    The sites of a step are fitted together on one evaluation of the whole model (`stepgraph.compiler.forecast.closed_loop`).
+    The sites of a step are fitted together on one evaluation of the whole model (`fit_in_closed_loop`).
 
     Args:
         plan: The plan.
@@ -107,7 +116,7 @@ def fit_forecast(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
             is worse on the small DiT.
-        ridge: See `stepgraph.compiler.forecast.closed_loop.Runs`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
 
@@ -144,7 +153,7 @@ def residual_affine(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
             is worse on the small DiT.
-        ridge: See `stepgraph.compiler.forecast.closed_loop.Runs`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
         factors: The plan's, to which scale and shift are added.
         on_step: Called with (steps done, steps in all).
 

@@ -1,20 +1,21 @@
 """Turn specialised graphs into the callables that run them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from stepgraph.compiler.lowering.outline import Piece, Region, attribute, cut, lift
+from stepgraph.compiler.lowering.cut import Piece, cut
+from stepgraph.compiler.lowering.lift_region import Region, lift_region, tensor_at
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import output_of
 from stepgraph.runtime.memory.arena import Place, Span, assign_offsets
-from stepgraph.runtime.program.region_calls import Call, Flat, Run, Whole
+from stepgraph.runtime.program.region_calls import GraphCall, RegionCall, RegionCalls, Run
 
 
 @dataclass
@@ -38,94 +39,112 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
         results: How many of the graphs' outputs are the model's.
     """
     if config.backend == "eager":
-        return Lowered([Whole(gm.forward, results) for gm in graphs])
+        return Lowered([GraphCall(gm.forward, results) for gm in graphs])
     if not config.regions:
-        return Lowered([Whole(compile_whole(gm), results) for gm in graphs], len(graphs))
+        return Lowered([GraphCall(compile_whole(gm), results) for gm in graphs], len(graphs))
     builder = _Builder(config, results)
     variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
     builder.compile()
-    return Lowered([builder.flat(gm, pieces) for gm, pieces in variants], len(builder.regions))
+    return Lowered([builder.region_calls(gm, uses) for gm, uses in variants], len(builder.regions))
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A piece, the key of the region that it is a call of, and the weights that it calls it with."""
+
+    piece: Piece
+    key: str
+    weights: tuple[torch.Tensor, ...]
 
 
 @dataclass
 class _Builder:
-    """The distinct regions of a program."""
+    """The distinct regions of a program.
+
+    Attributes:
+        regions: By key.
+        kernels: Those that need no compiling.
+    """
 
     config: CompileConfig
     results: int
     regions: dict[str, Region] = field(default_factory=dict)
     kernels: dict[str, Region] = field(default_factory=dict)
+    # Numbers of the nodes whose values a region has to write, for whichever of its pieces.
+    _returned: dict[str, set[int]] = field(default_factory=dict)
     _runs: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
-    def add(self, gm: fx.GraphModule, piece: Piece) -> Piece:
+    def add(self, gm: fx.GraphModule, piece: Piece) -> _Use:
         """Note a piece's region, and what the region has to return for it."""
-        region = lift(gm, piece, self.config.prepack)
-        found = self._known(piece).setdefault(piece.key, region)
-        found.returned |= {piece.nodes.index(node) for node in piece.results}
-        return piece
-
-    def _known(self, piece: Piece) -> dict[str, Region]:
-        return self.kernels if piece.kernel else self.regions
+        region = lift_region(gm, piece, self.config.prepack)
+        (self.kernels if piece.kernel else self.regions).setdefault(region.key, region)
+        returned = self._returned.setdefault(region.key, set())
+        returned |= {piece.nodes.index(node) for node in piece.results}
+        return _Use(piece, region.key, region.weights)
 
     def compile(self) -> None:
         """Compile every region once."""
         for key, region in self.kernels.items():
-            self._runs[key] = region.finish().forward
+            self._runs[key] = region.writing(self._returned[key]).forward
         for number, (key, region) in enumerate(self.regions.items(), start=1):
             started = time.perf_counter()
-            self._runs[key] = compile_region(region, self.config)
+            self._runs[key] = compile_region(region, self._returned[key], self.config)
             get_logger("lower").info(
                 "region %d of %d: %d nodes, %.1f s", number, len(self.regions), len(region.nodes), time.perf_counter() - started
             )
 
-    def flat(self, gm: fx.GraphModule, pieces: Sequence[Piece]) -> Flat:
+    def region_calls(self, gm: fx.GraphModule, uses: Sequence[_Use]) -> RegionCalls:
         """A variant as calls of its regions."""
         arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
         (outputs,) = output_of(gm.graph).args
-        direct = {node: attribute(gm, str(node.target)) for node in outputs if node.op == "get_attr"}
-        weights = {id(tensor): tensor for piece in pieces for tensor in piece.weights}
-        weights |= {id(tensor): tensor for tensor in direct.values()}
-        returned, stored = outputs[: self.results], outputs[self.results :]
-        written = [self._written(piece) for piece in pieces]
-        made = list(dict.fromkeys(node for node in returned if any(node in nodes for nodes in written)))
-        kept = list(dict.fromkeys(node for node in stored if node not in made and any(node in nodes for nodes in written)))
-        crossing = [node for nodes in written for node in nodes if node not in made and node not in kept]
+        constant = {node: tensor_at(gm, str(node.target)) for node in outputs if node.op == "get_attr"}
+        weights = {id(tensor): tensor for use in uses for tensor in use.weights}
+        weights |= {id(tensor): tensor for tensor in constant.values()}
+        results, stores = outputs[: self.results], outputs[self.results :]
+        written = [self._written(use) for use in uses]
+        in_regions = {node for nodes in written for node in nodes}
+        # What is both is a result: results are the caller's.
+        written_results = list(dict.fromkeys(node for node in results if node in in_regions))
+        written_stores = list(dict.fromkeys(node for node in stores if node in in_regions and node not in written_results))
+        outside = {*written_results, *written_stores}
+        crossing = [node for nodes in written for node in nodes if node not in outside]
 
-        registers: dict[Any, int] = {key: number for number, key in enumerate([*arguments, *weights, *crossing, *made, *kept])}
-        registers |= {node: registers[id(tensor)] for node, tensor in direct.items()}
-        work, work_bytes = _places(crossing, pieces, written)
-        return Flat(
+        held = [*arguments, *weights, *crossing, *written_results, *written_stores]
+        registers: dict[Any, int] = {key: register for register, key in enumerate(held)}
+        registers |= {node: registers[id(tensor)] for node, tensor in constant.items()}
+        work, work_bytes = _places(crossing, [use.piece for use in uses], written)
+        return RegionCalls(
             calls=tuple(
-                Call(
-                    self._runs[piece.key],
-                    (*(registers[n] for n in piece.inputs), *(registers[id(tensor)] for tensor in piece.weights)),
+                RegionCall(
+                    self._runs[use.key],
+                    (*(registers[n] for n in use.piece.inputs), *(registers[id(tensor)] for tensor in use.weights)),
                     tuple(registers[node] for node in nodes),
                 )
-                for piece, nodes in zip(pieces, written, strict=True)
+                for use, nodes in zip(uses, written, strict=True)
             ),
             shapes=tuple(node.meta["val"].shape for node in arguments),
             weights=tuple(weights.values()),
             work=work,
             work_bytes=work_bytes,
-            made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in made),
-            results=tuple(registers[node] for node in returned),
-            stores=tuple(registers[node] for node in stored),
-            direct=tuple(node in kept and node not in stored[:number] for number, node in enumerate(stored)),
+            made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in written_results),
+            results=tuple(registers[node] for node in results),
+            stores=tuple(registers[node] for node in stores),
+            direct=tuple(node in written_stores and node not in stores[:i] for i, node in enumerate(stores)),
         )
 
-    def _written(self, piece: Piece) -> list[fx.Node]:
+    def _written(self, use: _Use) -> list[fx.Node]:
         """The nodes of a piece whose values its region writes, whether anyone reads them here or not."""
-        return [piece.nodes[number] for number in sorted(self._known(piece)[piece.key].returned)]
+        return [use.piece.nodes[number] for number in sorted(self._returned[use.key])]
 
 
 def _places(
     crossing: Sequence[fx.Node], pieces: Sequence[Piece], written: Sequence[Sequence[fx.Node]]
 ) -> tuple[tuple[Place, ...], int]:
     """Places of the values that regions hand each other, and the bytes they take."""
-    first = {node: number for number, nodes in enumerate(written) for node in nodes}
+    first = {node: call for call, nodes in enumerate(written) for node in nodes}
     last = dict(first)
-    for number, piece in enumerate(pieces):
-        last |= dict.fromkeys((node for node in piece.inputs if node in first), number)
+    for call, piece in enumerate(pieces):
+        last |= dict.fromkeys((node for node in piece.inputs if node in first), call)
     values = [node.meta["val"] for node in crossing]
     spans = [Span(value.nbytes, first[node], last[node]) for node, value in zip(crossing, values, strict=True)]
     offsets, total = assign_offsets(spans)
@@ -133,18 +152,24 @@ def _places(
     return tuple(places), total
 
 
-def compile_region(region: Region, config: CompileConfig) -> Callable[..., Any]:
-    """Compile a region with inductor for arguments like its examples; what comes back compiles nothing more."""
+def compile_region(region: Region, returned: Collection[int], config: CompileConfig) -> Callable[..., Any]:
+    """Compile a region with inductor for arguments like its examples; what comes back compiles nothing more.
+
+    Args:
+        region: What is compiled.
+        returned: Numbers of the nodes whose values it writes.
+        config: The options.
+    """
     # Inductor takes most of the time that a process takes to start, and only those who compile with it need it.
     from stepgraph.compiler.lowering.region_cache import compile_kept
 
-    targets = [region.nodes[number].meta["val"] for number in sorted(region.returned)]
-    gm = region.finish()
+    targets = [region.nodes[number].meta["val"] for number in sorted(returned)]
+    gm = region.writing(returned)
     for node in gm.graph.nodes:
         node.meta = {}
     examples = [
         torch.zeros(value.shape, dtype=value.dtype, device=value.device) if _is_fake(value) else value.detach()
-        for value in (*region.examples, *targets)
+        for value in (*region.inputs, *region.weights, *targets)
     ]
     patches = {"max_autotune": True} if config.max_autotune else None
     with torch.no_grad():
@@ -182,8 +207,8 @@ class Compiled:
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """Run it. Strides are part of what was compiled, so that every argument is made contiguous first."""
-        given = [tuple(tensor.shape) for tensor in tensors]
-        if given != self.shapes:
-            raise CompileError(f"compiled for arguments of the shapes {self.shapes}; given are {given}")
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if shapes != self.shapes:
+            raise CompileError(f"compiled for arguments of the shapes {self.shapes}; given are {shapes}")
         with torch.compiler.set_stance("fail_on_recompile"):
             return self.call(*(tensor.contiguous() for tensor in tensors))

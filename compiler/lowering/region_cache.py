@@ -31,7 +31,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stepgraph.compiler.lowering.outline import Lifted
+from stepgraph.compiler.lowering.lift_region import LiftedModule
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CompileError
 from stepgraph.files.store import Store
@@ -172,7 +172,7 @@ def _named(target: Any) -> str:
     """A node's target by a name that means the same in every process."""
     if isinstance(target, (str, torch._ops.OpOverload)):
         return str(target)
-    if isinstance(target, Lifted):
+    if isinstance(target, LiftedModule):
         return repr(target)
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
     # Under its name an operation stands in the reference's place; its code is part of the key (`_sources`).

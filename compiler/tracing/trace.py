@@ -24,14 +24,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from stepgraph.compiler.tracing.collector_paused import collector_paused
-from stepgraph.compiler.tracing.refuse_unfaithful import (
-    forget_in_memos,
-    refuse_changed_state,
-    refuse_other_operations,
-    refuse_survivors,
-    state_of,
-)
+from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
+from stepgraph.compiler.tracing.refuse_changed_state import refuse_changed_state, state_of
+from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
+from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer, frame_location
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
@@ -94,7 +90,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
     started = time.perf_counter()
-    with TRACE_LOCK, collector_paused(), torch.inference_mode(False), torch.no_grad():
+    with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
         first = _record(model, inputs)
         second = _record(model, inputs, first)
     refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
@@ -115,8 +111,8 @@ def _record(model: nn.Module, inputs: Mapping[str, Any], earlier: Trace | None =
 
 def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], earlier: Trace | None) -> Trace:
     """Run the forward once on traced tensors."""
-    given = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
-    tensors = [*model.parameters(), *model.buffers(), *given.values()]
+    examples = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
+    tensors = [*model.parameters(), *model.buffers(), *examples.values()]
     fake = [*(earlier.inputs.values() if earlier is not None else ()), *tensors]
     mode = next((t.fake_mode for t in fake if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
@@ -125,15 +121,15 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
     before = state_of(model)
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     # Other threads may run this very model meanwhile; for them nothing changes.
-    own = threading.get_ident()
+    this_thread = threading.get_ident()
 
     def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mine = threading.get_ident() == own
+        mine = threading.get_ident() == this_thread
         return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
         value = getattribute(module, name)
-        return tracer.get_attribute(value) if threading.get_ident() == own else value
+        return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
 
     with ExitStack() as stack:
         # A thread that is just reading an attribute may keep the tracer alive a little longer.
@@ -143,7 +139,9 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(mode)
         stack.enter_context(tracer.flops)
-        placeholders = {name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in given.items()}
+        placeholders = {
+            name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in examples.items()
+        }
         stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
         stack.enter_context(tracer)

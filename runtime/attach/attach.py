@@ -12,7 +12,7 @@ from torch import nn
 
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
-from stepgraph.runtime.attach.asked_timestep import NEAR, Schedule, needs_waiting, read_timestep
+from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.session import Session
@@ -34,7 +34,7 @@ class Attachment:
     signature: inspect.Signature
     replaced: Any = None
     session: Session = field(init=False)
-    schedule: Schedule | None = None
+    timesteps: RunTimesteps | None = None
     first_latents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -55,8 +55,8 @@ class Attachment:
             self.session.reset()
             raise
         result = self.session(**inputs)
-        if self.session.finished and self.schedule is not None:
-            self.schedule.finish()
+        if self.session.finished and self.timesteps is not None:
+            self.timesteps.finish()
         return result
 
     def _find_step(self, inputs: dict[str, Any]) -> None:
@@ -87,10 +87,10 @@ class Attachment:
                 f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
                 f"{asked:g}; run the schedule from its beginning"
             )
-        self.schedule = Schedule(self.pipe.scheduler.timesteps)
+        self.timesteps = RunTimesteps(self.pipe.scheduler.timesteps)
         if needs_waiting(inputs["timestep"]):
             # The copy of all timesteps is made here, not at a later step, which would wait for it.
-            self.schedule.compare(inputs["timestep"], 0)
+            self.timesteps.note_difference(inputs["timestep"], 0)
         self.first_latents = inputs[next(iter(self.signature.parameters))]
 
     def _asked(self, given: Any, going_on: bool) -> float | None:
@@ -98,12 +98,12 @@ class Attachment:
 
         At a run's beginning it is read in any case.
         """
-        same_run = going_on and self.schedule is not None and self.pipe.scheduler.timesteps is self.schedule.timesteps
-        if not needs_waiting(given) or not same_run or self.schedule is None:
+        same_run = going_on and self.timesteps is not None and self.pipe.scheduler.timesteps is self.timesteps.timesteps
+        if not needs_waiting(given) or not same_run or self.timesteps is None:
             return read_timestep(given)
-        value = self.schedule.value(given)
+        value = self.timesteps.value(given)
         if value is None:
-            self.schedule.compare(given, self.session.step)
+            self.timesteps.note_difference(given, self.session.step)
         return value
 
     def _begins_again(self, inputs: dict[str, Any]) -> bool:
@@ -112,7 +112,7 @@ class Attachment:
         A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents, which
         are not waited for.
         """
-        if self.schedule is None or self.pipe.scheduler.timesteps is not self.schedule.timesteps:
+        if self.timesteps is None or self.pipe.scheduler.timesteps is not self.timesteps.timesteps:
             return True
         latents = inputs[next(iter(self.signature.parameters))]
         return self.session.step == 0 and not waits(latents.device) and not _equal(latents, self.first_latents)
@@ -143,12 +143,13 @@ def attach(executable: Compiled, pipe: Any) -> None:
 
 def detach(executable: Compiled) -> None:
     """Undo every `attach` of an executable."""
-    mine = [(t, made) for t, ref in list(_attached.items()) if (made := ref()) is None or made.executable is executable]
+    attachments = [(transformer, ref()) for transformer, ref in list(_attached.items())]
+    mine = [(transformer, one) for transformer, one in attachments if one is None or one.executable is executable]
     for transformer, attachment in mine:
-        found = transformer.__dict__.get("forward")
-        if attachment is not None and found is not attachment:
+        forward = transformer.__dict__.get("forward")
+        if attachment is not None and forward is not attachment:
             raise CompileError(
-                f"the forward of {type(transformer).__name__} was replaced by {found!r} after the executable was "
+                f"the forward of {type(transformer).__name__} was replaced by {forward!r} after the executable was "
                 f"attached; undo that first, then detach"
             )
     for transformer, attachment in mine:

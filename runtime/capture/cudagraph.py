@@ -1,23 +1,18 @@
-"""CUDA graphs: work on a device that is launched once and replayed, and what was captured for an executable."""
+"""CUDA graphs: work on a device that is launched once and replayed."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from logging import INFO, WARNING
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from stepgraph.env import get_logger, read_env
+from stepgraph.env import read_env
 from stepgraph.errors import CaptureError
 from stepgraph.tolerances import REPLAY, tolerance
 
 T = TypeVar("T")
-# How many captures of a kind an executable keeps: each holds the memory of a run.
-LIMITS = {"run": 4, "steps": 8}
-# How many keys are remembered that were only asked for, or refused.
-MOST_NOTES = 64
 
 
 class Recorder(Protocol):
@@ -161,58 +156,3 @@ def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> Non
         raise CaptureError(
             f"a replay of the captured {what} differs from the loop by {error:.1e} of its norm; at most {most:.0e} is expected"
         )
-
-
-class Captured:
-    """What was captured for an executable, by its kind and what it was captured for; the oldest of a kind makes room."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._recorders: dict[torch.device, Recorder] = {}
-        self._kept: dict[tuple[Any, ...], Any] = {}
-
-    def recorder(self, device: torch.device) -> Recorder:
-        """The recorder of a device."""
-        with self._lock:
-            if device not in self._recorders:
-                self._recorders[device] = RECORDERS[device.type](device)
-            return self._recorders[device]
-
-    def find(self, key: tuple[Any, ...], make: Callable[[], T], valid: Callable[[T], bool], at_once: bool) -> T | str | None:
-        """What was captured for a key; the reason where it cannot be; None where it is asked for the first time.
-
-        Args:
-            key: Its kind, and what it is captured for.
-            make: Captures it, or raises a CaptureError; then it is not tried again.
-            valid: Whether it can still be replayed; else it is captured anew.
-            at_once: Capture when it is asked for the first time; else when it is asked for again, so that what runs once
-                only does not pay for it.
-        """
-        with self._lock:
-            found = self._kept.get(key)
-            if found is None and not at_once and key not in self._kept:
-                self._keep(key, None)
-                return None
-            if found is None or not (isinstance(found, str) or valid(found)):
-                # What cannot be replayed any more gives its memory back first.
-                self._keep(key, None)
-                try:
-                    found = make()
-                except CaptureError as error:
-                    found = str(error)
-                    get_logger("capture").log(INFO if at_once else WARNING, "not captured: %s", found)
-                self._keep(key, found)
-            return found
-
-    def _keep(self, key: tuple[Any, ...], value: Any) -> None:
-        self._kept.pop(key, None)
-        self._kept[key] = value
-        # What was only asked for so far, or refused, is no capture.
-        kind = _kind(value)
-        same = [name for name, kept in self._kept.items() if name[0] == key[0] and _kind(kept) == kind]
-        for old in same[: -(LIMITS[key[0]] if kind == "capture" else MOST_NOTES)]:
-            del self._kept[old]
-
-
-def _kind(kept: Any) -> str:
-    return "reason" if isinstance(kept, str) else "asked" if kept is None else "capture"

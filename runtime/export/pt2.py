@@ -14,8 +14,9 @@ from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.files.whole_file import save_tensors
 from stepgraph.runtime.export import runner
-from stepgraph.runtime.export.lift_weights import Lifted, WeightNames
 from stepgraph.runtime.export.schedule import inputs_of, make_schedule, variant_name
+from stepgraph.runtime.export.weight_names import WeightNames
+from stepgraph.runtime.export.weightless_graph import WeightlessGraph
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.session.compiled import Compiled
 
@@ -52,7 +53,7 @@ def write_programs(
     table |= make_schedule(executable, program, names, scheduler)
     writer = ProgramWriter(folder, names, saver)
     for number, variant in enumerate(program.variants):
-        writer.write(variant_name(number), Lifted(variant.graph, names, portable=portable))
+        writer.write(variant_name(number), WeightlessGraph(variant.graph, names, portable=portable))
     table["tables"] = write_tables(writer, executable, program)
     table["programs"] = writer.programs
     save_tensors(folder / WEIGHTS, own_memory(names.tensors))
@@ -80,27 +81,27 @@ class ProgramWriter:
         self.programs: dict[str, dict[str, Any]] = {}
         (folder / "programs").mkdir()
 
-    def weights_of(self, lifted: Lifted) -> list[Tensor]:
+    def weights_of(self, graph: WeightlessGraph) -> list[Tensor]:
         """The weights that a graph takes, contiguous as the file has them: compiled programs hold to the strides."""
-        return [self.names.tensors[name].contiguous() for name in lifted.weights]
+        return [self.names.tensors[name].contiguous() for name in graph.weights]
 
     def write(
-        self, name: str, lifted: Lifted, examples: Sequence[Tensor] | None = None, module: nn.Module | None = None
+        self, name: str, graph: WeightlessGraph, examples: Sequence[Tensor] | None = None, module: nn.Module | None = None
     ) -> None:
         """Export a graph and write it.
 
         Args:
             name: Of the program.
-            lifted: The graph.
+            graph: The graph.
             examples: Of its inputs, where the graph does not know them.
             module: What is exported, if more than the graph itself: (*inputs, *weights) -> flat tuple of tensors.
         """
-        examples = lifted.examples() if examples is None else examples
+        examples = graph.examples() if examples is None else examples
         with torch.no_grad():
-            exported = torch.export.export(module or lifted, (*examples, *self.weights_of(lifted)), strict=False)
+            exported = torch.export.export(module or graph, (*examples, *self.weights_of(graph)), strict=False)
         file = f"programs/{name}{runner.FORMATS[self.saver.format]}"
         self.saver.save(stripped(exported), self.folder / file)
-        self.programs[name] = {"file": file, "inputs": len(examples), "weights": list(lifted.weights)}
+        self.programs[name] = {"file": file, "inputs": len(examples), "weights": list(graph.weights)}
 
 
 def stripped(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -113,7 +114,7 @@ def stripped(exported: torch.export.ExportedProgram) -> torch.export.ExportedPro
     return exported
 
 
-def every_step(lifted: Lifted, examples: Sequence[Tensor], inputs: int) -> nn.Module:
+def every_step(graph: WeightlessGraph, examples: Sequence[Tensor], inputs: int) -> nn.Module:
     """A graph of one step as one of all: (timesteps [T, ...], *inputs, *weights) -> tensors [T, ...].
 
     Traced by make_fx, to whose operations the mapping leaves no trace; torch.export would keep it as operations of its own.
@@ -122,7 +123,7 @@ def every_step(lifted: Lifted, examples: Sequence[Tensor], inputs: int) -> nn.Mo
 
     def mapped(every: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         def one(timestep: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-            return tuple(lifted(timestep, *given, *rest[fixed:]))
+            return tuple(graph(timestep, *given, *rest[fixed:]))
 
         return torch.vmap(one, in_dims=(0, *[None] * fixed))(every, *rest[:fixed])
 
@@ -138,7 +139,7 @@ def write_tables(writer: ProgramWriter, executable: Compiled, program: Program) 
     if hoisted is None or not hoisted.tables:
         return {"inputs": [], "batched": False}
     fixed = [_zeros(inputs[name]) for name in hoisted.inputs]
-    prompt, timestep = (Lifted(_graph_of(call), writer.names) for call in (hoisted.prompt, hoisted.timestep))
+    prompt, timestep = (WeightlessGraph(_graph_of(call), writer.names) for call in (hoisted.prompt, hoisted.timestep))
     # A limit may leave nothing at prompt level, and a program without results cannot be written.
     if prompt.results():
         writer.write("prompt", prompt, fixed)
@@ -151,7 +152,7 @@ def write_tables(writer: ProgramWriter, executable: Compiled, program: Program) 
     return {"inputs": list(hoisted.inputs), "batched": batched}
 
 
-def _write_every_step(writer: ProgramWriter, timestep: Lifted, examples: Sequence[Tensor], steps: int) -> bool:
+def _write_every_step(writer: ProgramWriter, timestep: WeightlessGraph, examples: Sequence[Tensor], steps: int) -> bool:
     """All steps in one call, where the graph can be mapped over them."""
     every = (examples[0].new_zeros((steps, *examples[0].shape)), *examples[1:])
     try:

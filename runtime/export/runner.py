@@ -66,10 +66,10 @@ def _view(data: Tensor, dtype: str, shape: Sequence[int], data_offsets: Sequence
         raise ValueError(f"the dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if not 0 <= first <= last <= len(data):
         raise ValueError(f"one lies at bytes {first} to {last} of {len(data)}")
-    own = data[first:last]
+    raw = data[first:last]
     # Files of others may put a tensor where its elements cannot be read in place.
-    own = own.clone() if own.storage_offset() % DTYPES[dtype].itemsize else own
-    return own.view(DTYPES[dtype]).view(shape)
+    raw = raw.clone() if raw.storage_offset() % DTYPES[dtype].itemsize else raw
+    return raw.view(DTYPES[dtype]).view(shape)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -89,11 +89,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_program(path: Path, device: str = "cpu") -> Callable[..., Sequence[Tensor]]:
@@ -160,15 +160,15 @@ class Runner:
     def _refuse_damaged(self, file: str) -> None:
         if file not in self.schedule.get("sha256", {}):
             raise ScheduleError(f"schedule.json has no SHA-256 of {file}; export again")
-        wanted, found = self.schedule["sha256"][file], sha256_of(self.folder / file)
-        if found != wanted:
+        wanted, actual = self.schedule["sha256"][file], sha256_of(self.folder / file)
+        if actual != wanted:
             raise ScheduleError(
-                f"{self.folder / file} is not what was exported: its SHA-256 is {found}, expected {wanted}; copy it again"
+                f"{self.folder / file} is not what was exported: its SHA-256 is {actual}, expected {wanted}; copy it again"
             )
 
-    def session(self) -> "Session":
+    def session(self) -> "ScheduledRun":
         """A fresh run, with no stored values."""
-        return Session(self)
+        return ScheduledRun(self)
 
     @torch.no_grad()
     def sample(
@@ -222,7 +222,7 @@ class Runner:
 
     def _predict(
         self,
-        session: "Session",
+        session: "ScheduledRun",
         latents: Tensor,
         timestep: float,
         cond: dict[str, Tensor],
@@ -238,7 +238,7 @@ class Runner:
         return session(torch.cat([latents, latents]), timestep, session.both).chunk(2)
 
 
-class Session:
+class ScheduledRun:
     """One run of a schedule: which step is next, and what is stored. Call it once per step and branch."""
 
     def __init__(self, runner: Runner) -> None:
@@ -315,8 +315,8 @@ class Session:
         prompt = self.runner.call("prompt", *fixed) if "prompt" in self.schedule["programs"] else ()
         if not self.schedule["tables"]["batched"]:
             return _Tables(seen, prompt)
-        own = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)
-        every = own.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
+        steps = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)
+        every = steps.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
         return _Tables(seen, prompt, self.runner.call("timestep", every, *fixed, *prompt), every)
 
 
@@ -362,9 +362,9 @@ def _refuse_names(given: Mapping[str, Tensor], wanted: Sequence[str], ignored: S
 
 def _converted(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """An input in the dtype that it was exported for; schedulers count whole timesteps in floating point too."""
-    made = value.to(dtype)
-    if torch.can_cast(value.dtype, dtype) or (name == "timestep" and torch.equal(made.to(value.dtype), value)):
-        return made
+    converted = value.to(dtype)
+    if torch.can_cast(value.dtype, dtype) or (name == "timestep" and torch.equal(converted.to(value.dtype), value)):
+        return converted
     shown = f" {value.flatten()[0].item():g}" if name == "timestep" else ""
     raise ScheduleError(f"{name} is{shown} of {value.dtype}; exported for {dtype}, so pass that")
 

@@ -8,7 +8,7 @@ import torch
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import dtype_name
 from stepgraph.plan.refuse_other import refuse_other_schedule
-from stepgraph.runtime.export.lift_weights import WeightNames
+from stepgraph.runtime.export.weight_names import WeightNames
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.sampling.linear_steps import linear_steps
 from stepgraph.runtime.session.compiled import Compiled
@@ -96,12 +96,12 @@ def _sampler(executable: Compiled, scheduler: Any) -> dict[str, Any]:
     """The sampler's steps as fixed linear combinations, or the reason why they are not there."""
     if scheduler is None:
         return {"reason": "none was given to the export"}
-    own = prepare_scheduler(scheduler, executable.plan.header.steps)
-    refuse_other_schedule(executable.plan.header, own, "the scheduler of this export")
-    found = linear_steps(own, step_arguments(own))
-    if isinstance(found, str):
-        return {"reason": found}
-    terms = [[[term.age, int(term.output), term.weight] for term in terms] for terms in found.terms]
+    prepared = prepare_scheduler(scheduler, executable.plan.header.steps)
+    refuse_other_schedule(executable.plan.header, prepared, "the scheduler of this export")
+    combinations = linear_steps(prepared, step_arguments(prepared))
+    if isinstance(combinations, str):
+        return {"reason": combinations}
+    terms = [[[term.age, int(term.output), term.weight] for term in terms] for terms in combinations.terms]
     # Flow-matching schedulers scale nothing.
-    sigma = float(getattr(own, "init_noise_sigma", 1.0))
-    return {"init_noise_sigma": sigma, "scales": list(found.scales), "terms": terms}
+    sigma = float(getattr(prepared, "init_noise_sigma", 1.0))
+    return {"init_noise_sigma": sigma, "scales": list(combinations.scales), "terms": terms}

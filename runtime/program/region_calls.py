@@ -35,7 +35,7 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class GraphCall:
     """One function (*arguments) -> (*results, *tensors to store).
 
     Attributes:
@@ -56,8 +56,8 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a flat program.
+class RegionCall:
+    """A call of a region or kernel.
 
     Attributes:
         run: The region or kernel: (*arguments, *memory for its results) -> nothing.
@@ -71,7 +71,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Flat:
+class RegionCalls:
     """A variant's program. Its registers are the arguments, the weights, the activations, the results made, the stored tensors.
 
     Attributes:
@@ -86,7 +86,7 @@ class Flat:
         direct: Of these, whether a region writes it to its place, unless it is kept in a narrower dtype.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[RegionCall, ...]
     shapes: tuple[torch.Size, ...]
     weights: tuple[Tensor, ...]
     work: tuple[Place, ...]
@@ -100,8 +100,8 @@ class Flat:
         """See `Run`."""
         shapes = tuple(tensor.shape for tensor in arguments)
         if shapes != self.shapes:
-            given, expected = [tuple(shape) for shape in shapes], [tuple(shape) for shape in self.shapes]
-            raise CompileError(f"compiled for arguments of the shapes {expected}; given are {given}")
+            got, expected = [tuple(shape) for shape in shapes], [tuple(shape) for shape in self.shapes]
+            raise CompileError(f"compiled for arguments of the shapes {expected}; given are {got}")
         # Strides are part of what was compiled.
         held = [*(tensor.contiguous() for tensor in arguments), *self.weights, *map(arena.target, self.work)]
         held += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.made]

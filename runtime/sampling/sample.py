@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from stepgraph.checks import check_number
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_schedule
+from stepgraph.runtime.capture.captured import Attempt
 from stepgraph.runtime.capture.cudagraph import why_not
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.program.tables import waits
@@ -67,19 +68,20 @@ def sample(
         CompileError: `capture` is asked of a run that cannot be captured.
     """
     check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
-    own, separate = _scheduler_for(runner, scheduler, steps, noise.device)
+    prepared, separate = _scheduler_for(runner, scheduler, steps, noise.device)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     wish = isinstance(runner, Compiled) and not runner.config.exact if fused_update is None else fused_update
 
     def new_update() -> tuple[Update, str]:
-        return choose_update(own, step_arguments(own, eta), noise, None if uncond is None else guidance_scale, wish)
+        return choose_update(prepared, step_arguments(prepared, eta), noise, None if uncond is None else guidance_scale, wish)
 
     update, reason = new_update()
     if fused_update and reason:
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
-    loop = Loop(own, latents_name(_model_of(runner)), uncond is not None and not separate, own.timesteps.to(noise.device))
+    doubled = uncond is not None and not separate
+    loop = Loop(prepared, latents_name(_model_of(runner)), doubled, prepared.timesteps.to(noise.device))
 
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
@@ -88,17 +90,16 @@ def sample(
         capture = runner.config.cuda_graphs
     graphs = capture is not False
     if capture or (capture is None and waits(noise.device)):
-        refusal = _why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning)
-        found: CapturedRun | str | None = refusal
-        if not refusal and isinstance(runner, Compiled):
-            key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(own))
-            found = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
-        if isinstance(found, CapturedRun):
-            return found(noise, conditioning, calls)
+        attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
+        if not attempt.refusal and isinstance(runner, Compiled):
+            key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(prepared))
+            attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
+        if attempt.capture is not None:
+            return attempt.capture(noise, conditioning, calls)
         if capture:
-            raise CompileError(f"capture=True, but {found}; leave it out to run the loop")
-        # The second run will be captured as a whole.
-        graphs = found is not None
+            raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
+        # Without a refusal, the second run will be captured as a whole.
+        graphs = bool(attempt.refusal)
     predict: Callable[..., Any] = runner.session(graphs) if isinstance(runner, Compiled) else runner
     return loop.run(predict, update, noise, calls(), on_step)
 
@@ -111,13 +112,13 @@ def _captured_run(
     noise: torch.Tensor,
     calls: Callable[[], Sequence[Mapping[str, Any]]],
     at_once: bool,
-) -> CapturedRun | str | None:
-    """The captured run of a key; the reason where there is none; None where it is to be captured the next time."""
+) -> Attempt[CapturedRun]:
+    """The captured run of a key, captured now where it is time for that."""
 
     def make() -> CapturedRun:
         return CapturedRun(executable, loop, new_update, executable.captured.recorder(noise.device), noise, calls())
 
-    return executable.captured.find(("run", *key), make, CapturedRun.valid, at_once)
+    return executable.captured.obtain(("run", *key), make, CapturedRun.valid, at_once)
 
 
 def _why_uncaptured(
@@ -152,9 +153,9 @@ def _scheduler_for(runner: Compiled | nn.Module, scheduler: Any, steps: int | No
     header = runner.plan.header
     if steps is not None and steps != header.steps:
         raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
-    own = prepare_scheduler(scheduler, header.steps, device)
-    refuse_other_schedule(header, own, "the scheduler of this call")
-    return own, header.guidance == "separate"
+    prepared = prepare_scheduler(scheduler, header.steps, device)
+    refuse_other_schedule(header, prepared, "the scheduler of this call")
+    return prepared, header.guidance == "separate"
 
 
 def _model_of(runner: Compiled | nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.capture.cudagraph import Captured
+from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.packed_linear import forget_packed
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
 from stepgraph.runtime.session.session import Session
@@ -114,9 +114,9 @@ class Compiled:
         """
         key = signature(inputs)
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
-        found = self._programs.get(key)
-        if found is not None:
-            return found
+        program = self._programs.get(key)
+        if program is not None:
+            return program
         with self._lock:
             if key not in self._programs:
                 started = time.perf_counter()

@@ -16,6 +16,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables, waits
+from stepgraph.runtime.session.run_state import BranchState, RunState
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -26,21 +27,25 @@ class Session:
 
     def __init__(self, executable: "Compiled", capture: bool = True) -> None:
         self.executable, self.capture = executable, capture
-        self._steps: dict[int, CapturedSteps] = {}
-        self.reset()
+        self._state = self._fresh_state()
+
+    def _fresh_state(self) -> RunState:
+        return RunState([BranchState() for _ in self.executable.plan.header.branches], read_env().check)
 
     def reset(self) -> None:
-        """Back to the first step; all stored values and their memory are dropped."""
-        header = self.executable.plan.header
-        self.step, self.branch = 0, 0
-        self._tables: list[SlotTable | None] = [None] * len(header.branches)
-        self._programs: list[Program | None] = [None] * len(header.branches)
-        self._hoisted: list[Tables | FixedTables | None] = [None] * len(header.branches)
+        """Back to the first step; all stored values and their memory are dropped, and so is what `use_...` brought."""
         self._release()
-        self._steps = {}
-        self._memory: dict[int, SlotMemory] = {}
-        self.peak_slot_bytes = 0
-        self._check = read_env().check
+        self._state = self._fresh_state()
+
+    @property
+    def step(self) -> int:
+        """Which step is next."""
+        return self._state.step
+
+    @property
+    def branch(self) -> int:
+        """Which branch of the step is next."""
+        return self._state.branch
 
     @property
     def finished(self) -> bool:
@@ -48,36 +53,57 @@ class Session:
         return self.step == self.executable.plan.steps
 
     @property
+    def peak_slot_bytes(self) -> int:
+        """The most bytes of stored values that were held so far."""
+        return self._state.peak_slot_bytes
+
+    @property
     def arena_bytes(self) -> int:
         """Bytes allocated for stored values and activations on the device."""
-        return sum(memory.arena.memory.nbytes for memory in self._memory.values())
+        return sum(memory.arena.memory.nbytes for memory in self._state.memory.values())
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of the values held now, over all branches."""
-        return sum(table.bytes for table in self._tables if table is not None)
+        return sum(branch.slots.bytes for branch in self._state.branches if branch.slots is not None)
 
     @property
     def tables(self) -> tuple[Tables | FixedTables | None, ...]:
         """Of every branch, its tables; None before its first step, and where nothing is hoisted."""
-        return tuple(self._hoisted)
+        return tuple(branch.tables for branch in self._state.branches)
 
     @property
     def memory(self) -> dict[int, SlotMemory]:
         """The memory of the programs that run."""
-        return self._memory
+        return self._state.memory
 
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
-        self._memory = dict(memory)
+        self._state.memory = dict(memory)
 
     def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
         """Read the tables of every branch from there, in place of computing them; before the first step."""
-        self._hoisted = list(tables)
+        for branch, fixed in zip(self._state.branches, tables, strict=True):
+            branch.tables = fixed
+
+    def use_constant(self, step: int, branch: int, number: int, coefficients: torch.Tensor) -> None:
+        """Take other coefficients of a forecast than the executable's, in this run.
+
+        Args:
+            step: At which step.
+            branch: In which branch.
+            number: Of the step's constants.
+            coefficients: [terms], or [terms, C], like the constant's own; they are copied.
+        """
+        state = self._state.branches[branch]
+        constants = list(state.constants.get(step, self.executable.default.constants[step][branch]))
+        constants[number] = torch.empty_like(constants[number]).copy_(coefficients)
+        state.constants[step] = tuple(constants)
 
     def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
         """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
-        program, table = self._programs[branch], self._tables[branch]
+        state = self._state.branches[branch]
+        program, table = state.program, state.slots
         if program is None or table is None or self.finished:
             return {}
         reads = traffic(program.plan, program.folded)[self.step].reads
@@ -113,7 +139,7 @@ class Session:
                 "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
                 "compile that"
             )
-        if self._check:
+        if self._state.check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
         variant = program.variants[program.rows[self.step]]
@@ -122,23 +148,28 @@ class Session:
             table.begin(moves)
         with torch.no_grad():
             tables = self._hoisted_values(program, variant, inputs)
-            constants = program.constants[self.step][self.branch]
+            constants = self._state.present.constants.get(self.step, program.constants[self.step][self.branch])
             results = self._call(program, table, moves, arguments, constants, tables)
-        if self._check:
+        if self._state.check:
             refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
         for slot, value in zip(slots.stores, moves.stores, strict=True):
             table.hold(slot, value)
-        self.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
+        self._state.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in (*slots.frees, *(slot for slot, _ in moves.leave)):
             table.free(slot)
-        self.branch = (self.branch + 1) % len(self._tables)
-        self.step += self.branch == 0
-        for tables in self._hoisted if self.finished else ():
-            if tables is not None:
-                tables.finish()
-        if self.finished:
-            self._release()
+        self._advance()
         return results, program.output_spec
+
+    def _advance(self) -> None:
+        """To the next branch, or the next step; at the end of the run its tables are told, and captured steps given back."""
+        state = self._state
+        state.branch = (state.branch + 1) % len(state.branches)
+        state.step += state.branch == 0
+        if self.finished:
+            for tables in self.tables:
+                if tables is not None:
+                    tables.finish()
+            self._release()
 
     def _call(
         self,
@@ -160,14 +191,14 @@ class Session:
             # The arena is written to again; what is returned is the caller's.
             return [value.clone() if table.arena.owns(value) else value for value in outputs]
 
-        steps = self._steps.get(id(program))
+        steps = self._state.captured.get(id(program))
         if steps is None or steps.refused:
             return work(*arguments, *constants, *tables)
-        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
-        given |= {("constant", row, number): value for number, value in enumerate(constants)}
-        given |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        read: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        read |= {("constant", row, number): value for number, value in enumerate(constants)}
+        read |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
         try:
-            return steps.run((row, tuple(map(table.places, reads))), places, given, lambda given: work(*given.values()))
+            return steps.run((row, tuple(map(table.places, reads))), places, read, lambda buffers: work(*buffers.values()))
         except CaptureError as error:
             if self.executable.config.cuda_graphs:
                 raise
@@ -177,15 +208,13 @@ class Session:
 
     def _table(self, program: Program, device: torch.device) -> SlotTable:
         """The stored values of this branch; branches that run one program share its memory."""
-        table = self._tables[self.branch]
-        if table is None:
-            number = id(program)
-            if number not in self._memory:
+        state, key = self._state, id(program)
+        if state.present.slots is None:
+            if key not in state.memory:
                 steps = self._captured_steps(program, device)
-                self._memory[number] = steps.memory if steps is not None else SlotMemory.of(program.layout, device)
-            table = SlotTable(self._memory[number], program.slots.count, spoil=self._check)
-            self._tables[self.branch] = table
-        return table
+                state.memory[key] = steps.memory if steps is not None else SlotMemory.of(program.layout, device)
+            state.present.slots = SlotTable(state.memory[key], program.slots.count, spoil=state.check)
+        return state.present.slots
 
     def _captured_steps(self, program: Program, device: torch.device) -> CapturedSteps | None:
         """The captured steps of a program, where there are any to be had; they have memory of their own."""
@@ -202,35 +231,35 @@ class Session:
             return CapturedSteps(recorder, SlotMemory.of(program.layout, device), executable.model, bool(config.cuda_graphs))
 
         if not reason:
-            steps = executable.captured.find(("steps", id(program)), make, CapturedSteps.valid, at_once=True)
-            if isinstance(steps, CapturedSteps) and steps.lease(self):
-                self._steps[id(program)] = steps
+            steps = executable.captured.obtain(("steps", id(program)), make, CapturedSteps.valid, at_once=True).capture
+            if steps is not None and steps.lease(self):
+                self._state.captured[id(program)] = steps
                 return steps
         return None
 
     def _release(self) -> None:
         """Let another run have the captured steps."""
-        for steps in self._steps.values():
+        for steps in self._state.captured.values():
             steps.release(self)
 
     def _hoisted_values(self, program: Program, variant: Variant, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The tables that a variant takes, as they are at this step."""
         if program.hoisted is None or not variant.tables:
             return []
-        tables = self._hoisted[self.branch]
-        if tables is None:
+        present = self._state.present
+        if present.tables is None:
             batched = not self.executable.config.exact
-            tables = self._hoisted[self.branch] = Tables(program.hoisted, program.plan.header.timesteps, batched)
-        values = tables.at(self.step, inputs)
+            present.tables = Tables(program.hoisted, program.plan.header.timesteps, batched)
+        values = present.tables.at(self.step, inputs)
         return [values[number] for number in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs), self._programs[self.branch]
+        program, begun = self.executable.program(inputs), self._state.present.program
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
-        self._programs[self.branch] = program
+        self._state.present.program = program
         return program

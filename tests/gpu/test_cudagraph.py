@@ -62,9 +62,9 @@ def assert_same(exe, scheduler, scale=1.0):
     """The whole run as one graph, its steps as graphs, and every kernel launched."""
     wanted = two_prompts(exe, scheduler, scale, capture=False)
     whole = two_prompts(exe, scheduler, scale, capture=True)
-    assert any(isinstance(kept, CapturedRun) for kept in exe.captured._kept.values())
+    assert any(isinstance(kept.capture, CapturedRun) for kept in exe.captured._attempts.values())
     steps = [result for _ in range(2) for result in two_prompts(exe, scheduler, scale, on_step=lambda done, total: None)]
-    captured = [kept for kept in exe.captured._kept.values() if isinstance(kept, CapturedSteps)]
+    captured = [kept.capture for kept in exe.captured._attempts.values() if isinstance(kept.capture, CapturedSteps)]
     assert captured
     assert all(kept._steps and not kept.refused for kept in captured)
     for got, expected in zip([*whole, *steps], wanted * 3, strict=True):
@@ -145,7 +145,7 @@ def test_a_replayed_run_waits_for_nothing(dit):
     exe = compiled(dit, scheduler)
     given = on_cuda(labels(1, 2))
     wanted = sg.sample(exe, scheduler, noise(2).cuda(), capture=True, **given)
-    run = next(kept for kept in exe.captured._kept.values() if isinstance(kept, CapturedRun))
+    run = next(kept.capture for kept in exe.captured._attempts.values() if isinstance(kept.capture, CapturedRun))
     start, other = noise(2).cuda(), on_cuda(labels(5, 6))
     with no_waiting():
         again = run(start, given, lambda: [given])

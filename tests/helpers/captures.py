@@ -8,6 +8,7 @@ import torch
 import stepgraph as sg
 from helpers.tape import Tape
 from stepgraph.runtime.capture import cudagraph
+from stepgraph.runtime.capture.captured import Captured
 
 STEPS = 6
 
@@ -37,4 +38,4 @@ def with_calls(exe, change) -> sg.Executable:
     program = exe.default
     variants = tuple(replace(variant, run=change(variant.run)) for variant in program.variants)
     changed = replace(program, variants=variants)
-    return replace(exe, default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=cudagraph.Captured())
+    return replace(exe, default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=Captured())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.tracing.refuse_unfaithful import state_of
+from stepgraph.compiler.tracing.refuse_changed_state import state_of
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.session.compiled import parts_of

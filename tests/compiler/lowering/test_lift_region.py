@@ -10,8 +10,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 import stepgraph as sg
 from helpers.tiny import TINY, inputs, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.lowering import lower as lower_module
+from stepgraph.compiler.lowering.cut import cut
+from stepgraph.compiler.lowering.lift_region import lift_region
 from stepgraph.compiler.lowering.lower import lower
-from stepgraph.compiler.lowering.outline import cut, lift
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError
 from stepgraph.runtime.memory.arena import Arena
@@ -67,14 +68,14 @@ def test_regions_change_nothing_but_rounding(dit, regions):
 def test_activations_overlap_with_nothing_that_is_still_read(regions):
     """From the call that writes a register of the work area to the last that reads it, its bytes are its own."""
     for variant in regions.default.variants:
-        flat = variant.run
-        first = len(flat.shapes) + len(flat.weights)
+        run = variant.run
+        first = len(run.shapes) + len(run.weights)
         lives = []
-        for register, place in enumerate(flat.work, start=first):
-            made = next(i for i, call in enumerate(flat.calls) if register in call.writes)
-            read = [i for i, call in enumerate(flat.calls) if register in call.reads]
+        for register, place in enumerate(run.work, start=first):
+            made = next(i for i, call in enumerate(run.calls) if register in call.writes)
+            read = [i for i, call in enumerate(run.calls) if register in call.reads]
             lives.append((place.offset, place.offset + place.nbytes, made, max(read, default=made)))
-            assert place.offset + place.nbytes <= flat.work_bytes <= regions.default.layout.work_bytes
+            assert place.offset + place.nbytes <= run.work_bytes <= regions.default.layout.work_bytes
         assert lives
         for one, other in combinations(lives, 2):
             assert one[1] <= other[0] or other[1] <= one[0] or one[3] < other[2] or other[3] < one[2]
@@ -204,13 +205,14 @@ def test_activations_are_applied_by_the_linear_map(activation, reference, fused)
     for node in gm.graph.nodes:
         node.meta["val"] = torch.empty(node.meta["tensor_meta"].shape) if "tensor_meta" in node.meta else None
     (piece,) = cut(gm, lambda path: False)
-    region = lift(gm, piece, prepack=True)
-    region.returned.add(len(piece.nodes) - 1)
-    finished = region.finish()
+    region = lift_region(gm, piece, prepack=True)
+    before = str(region.graph)
+    finished = region.writing({len(piece.nodes) - 1})
+    assert str(region.graph) == before
     packed = [node for node in finished.graph.nodes if node.target is packed_linear]
     assert [node.args[3:] for node in packed] == ([(fused,)] if fused else [()])
     out = torch.empty(2, 5, 40)
-    finished(x, *piece.weights, out)
+    finished(x, *region.weights, out)
     y = nn.functional.linear(x.double(), owner.linear.weight.double(), owner.linear.bias.double())
     assert error(out.double(), reference(y) + 1) < 1e-6
 

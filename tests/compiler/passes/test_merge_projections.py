@@ -19,7 +19,7 @@ from stepgraph.compiler.tracing.trace import trace
 from stepgraph.packed_weights import PackedWeights
 from stepgraph.runtime.program.packed_linear import PACKED, merged_linear, packs
 from stepgraph.runtime.program.program import signature
-from stepgraph.runtime.program.region_calls import Whole
+from stepgraph.runtime.program.region_calls import GraphCall
 
 needs_packing = pytest.mark.skipif(
     not packs(torch.zeros(1, 4), torch.zeros(4, 4)), reason="oneDNN's packed linear maps are not there"
@@ -36,7 +36,7 @@ def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
     for variant in exe.default.variants:
         counts.append(merge_maps(variant.graph, packs))
         variant.graph.recompile()
-        variants.append(replace(variant, run=Whole(variant.graph.forward, exe.default.results)))
+        variants.append(replace(variant, run=GraphCall(variant.graph.forward, exe.default.results)))
     program = replace(exe.default, variants=tuple(variants))
     return replace(exe, default=program, _programs={signature(given): program}), counts
 
@@ -151,7 +151,7 @@ def test_compiled_regions_run_merged_maps_with_one_packed_copy_and_follow_the_we
 @pytest.mark.parametrize("option", ["merge", "prepack", "regions", "the pass"])
 def test_maps_stay_apart_where_that_is_asked_or_weights_are_not_packed(option, monkeypatch):
     """Seen in the graphs alone: nothing is lowered."""
-    lowered = Lowered([Whole(lambda *_: (), 1)])
+    lowered = Lowered([GraphCall(lambda *_: (), 1)])
     monkeypatch.setattr("stepgraph.compiler.pipeline.lower", lambda *_: lowered)
     model, given, plan = family("dit")
     assert parts_of(sg.compile(model, plan, given).default.variants[0].graph) == [3, 3]

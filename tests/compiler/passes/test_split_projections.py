@@ -11,7 +11,8 @@ import stepgraph as sg
 from helpers.corrections import error
 from helpers.families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_plan
 from helpers.oracle_families import FluxOracle, run_flow
-from stepgraph.compiler.lowering.outline import cut, lift
+from stepgraph.compiler.lowering.cut import cut
+from stepgraph.compiler.lowering.lift_region import lift_region
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.specializing.specialize import rewrite_model
 from stepgraph.compiler.tracing.traced_model import marked_graph
@@ -135,11 +136,11 @@ def test_halves_are_products_with_packed_columns_in_the_region_of_their_block(fl
     for step, ranges in enumerate([[(0, C), (C, 5 * C)], [(C, 5 * C)], [(0, C)], []]):
         gm = exe.default.variants[exe.default.rows[step]].graph
         pieces = cut(gm, family_of(flux).stacks[1].holds)
-        regions = [lift(gm, piece, prepack=True) for piece in pieces]
+        regions = [lift_region(gm, piece, prepack=True) for piece in pieces]
         found = [[n.args[3:] for n in region.graph.nodes if n.target is packed_columns] for region in regions]
         assert [own for own in found if own] == ([ranges] * 2 if ranges else []), step
-        given = [w for p, own in zip(pieces, found, strict=True) if own for w in p.weights if any(w is one for one in whole)]
-        assert [id(w) for w in given] == ([id(w) for w in whole] if ranges else [])
+        read = [w for r, own in zip(regions, found, strict=True) if own for w in r.weights if any(w is one for one in whole)]
+        assert [id(w) for w in read] == ([id(w) for w in whole] if ranges else [])
 
 
 def test_halves_run_in_compiled_regions_and_follow_the_weights(flow, monkeypatch):

@@ -186,7 +186,7 @@ def test_two_sites_of_one_tensor_are_stored_apart(dit, ddim):
     exe = compile_actions(dit, ddim, 4, {"transformer_blocks.1": "CCRC", "hidden": "CRCC"})
     session = exe.session()
     session(**inputs())
-    table = session._tables[0]
+    table = session._state.branches[0].slots
     (first,), (second,) = (table.read(slot) for slot in exe.default.slots.steps[0].stores)
     assert torch.equal(first, second)
     assert abs(first.data_ptr() - second.data_ptr()) >= first.nbytes

@@ -14,6 +14,7 @@ from helpers.oracle import Oracle, run_loop
 from helpers.tape import HostReadError, Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
 from stepgraph.runtime.capture import cudagraph
+from stepgraph.runtime.capture.captured import Attempt, Captured
 
 SCHEDULERS = {
     "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
@@ -260,7 +261,7 @@ def test_a_run_that_depends_on_python_is_declined(dit):
 
 def test_without_a_wish_the_second_run_is_captured():
     """What runs once does not pay; and what was declined is not tried again."""
-    made, captured = [], cudagraph.Captured()
+    made, captured = [], Captured()
 
     def make() -> str | list[int]:
         made.append(1)
@@ -270,10 +271,10 @@ def test_without_a_wish_the_second_run_is_captured():
         made.append(2)
         raise cudagraph.CaptureError("no")
 
-    assert captured.find(("run", "a"), make, bool, at_once=False) is None
-    assert captured.find(("run", "a"), make, bool, at_once=False) == [1]
-    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
-    assert captured.find(("run", "b"), refuse, bool, at_once=True) == "no"
+    assert captured.obtain(("run", "a"), make, bool, at_once=False) == Attempt()
+    assert captured.obtain(("run", "a"), make, bool, at_once=False) == Attempt([1])
+    assert captured.obtain(("run", "b"), refuse, bool, at_once=True) == Attempt(refusal="no")
+    assert captured.obtain(("run", "b"), refuse, bool, at_once=True) == Attempt(refusal="no")
     assert made == [1, 2]
 
 

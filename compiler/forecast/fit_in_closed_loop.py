@@ -130,8 +130,8 @@ def fit_in_closed_loop(
     generator, shape = torch.Generator().manual_seed(runs.seed), next(iter(plan.header.shapes.values()))
     noise = torch.cat([torch.randn((1, *shape), generator=generator) for _ in range(runs.samples)])
     noise = noise.to(weight.device, model_dtype(model))
-    given = conditioning_of(model, runs.conditioning, runs.samples, guided, weight.device)
-    own, full = (Trajectory(plan.header, model, scheduler, noise, runs.guidance_scale, given) for _ in range(2))
+    conditioning = conditioning_of(model, runs.conditioning, runs.samples, guided, weight.device)
+    own, full = (Trajectory(plan.header, model, scheduler, noise, runs.guidance_scale, conditioning) for _ in range(2))
     loop = ClosedLoop(plan, model, cells, own.inputs()[0], runs, factors, per_channel, traced)
     with torch.no_grad():
         for step in range(plan.steps):
@@ -213,8 +213,8 @@ class ClosedLoop:
             if self.plan.sites[i].kind == "output":
                 values = [value if value is None else without_variance(value, latents.shape[1]) for value in values]
                 target = without_variance(target, latents.shape[1])
-            found, residual = least_squares(values, target, self.runs.ridge, self.per_channel)
-            self._keep(step, i, branch, found, residual)
+            coefficients, residual = least_squares(values, target, self.runs.ridge, self.per_channel)
+            self._take(step, i, branch, coefficients, residual)
 
     def _land(self, step: int, wanted: Mapping[int, Sequence[str]], own: Trajectory, state: torch.Tensor) -> None:
         """Fit the model's output, all branches together, so that the sampler comes to a state."""
@@ -228,10 +228,10 @@ class ClosedLoop:
                 for members in [(branch,) for branch in everyone] if apart else [everyone]:
                     columns.append(self._column(term, i, own, inputs, members))
                     owners.append(members)
-            found, residual = least_squares(columns, target, self.runs.ridge)
+            coefficients, residual = least_squares(columns, target, self.runs.ridge)
             for branch in everyone:
                 mine = [k for k, members in enumerate(owners) if branch in members]
-                self._keep(step, i, branch, found[mine], residual)
+                self._take(step, i, branch, coefficients[mine], residual)
 
     def _column(
         self, term: str, i: int, own: Trajectory, inputs: Sequence[Mapping[str, torch.Tensor]], members: tuple[int, ...]
@@ -245,17 +245,16 @@ class ClosedLoop:
             values.append(value if branch in members else torch.zeros_like(value))
         return own.combined(values)
 
-    def _keep(self, step: int, i: int, branch: int, found: torch.Tensor, residual: float) -> None:
-        """Write down coefficients and put them into the compiled step."""
-        if not found.isfinite().all():
+    def _take(self, step: int, i: int, branch: int, coefficients: torch.Tensor, residual: float) -> None:
+        """Write down coefficients and let the session take them at this step."""
+        if not coefficients.isfinite().all():
             name = self.plan.sites[i].name
             raise PlanError(f"step {step}, site {name}: the fit is not finite: NaN or infinite values in the model's run")
-        self.fitted.coefficients.setdefault((step, i), []).append(found)
+        self.fitted.coefficients.setdefault((step, i), []).append(coefficients)
         self.fitted.residuals[step, i] = max(residual, self.fitted.residuals.get((step, i), 0.0))
-        program = self.session.executable.default
-        _, number = numbered_forecasts(program.plan, step)[i]
-        # The executable was made for this loop alone, and this constant for this site alone.
-        program.constants[step][branch][number].copy_(found)
+        # This constant is this site's alone: no other forecast has the placeholder.
+        _, number = numbered_forecasts(self.session.executable.default.plan, step)[i]
+        self.session.use_constant(step, branch, number, coefficients)
 
 
 def _term(term: str, i: int, latents: torch.Tensor, stored: Mapping[Read, tuple[torch.Tensor, ...]]) -> torch.Tensor | None:

@@ -13,8 +13,8 @@ import stepgraph as sg
 from helpers.tape import HostReadError, no_host_reads
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.errors import PlanError
-from stepgraph.runtime.attach import asked_timestep, attach
-from stepgraph.runtime.attach.asked_timestep import Schedule
+from stepgraph.runtime.attach import attach, run_timesteps
+from stepgraph.runtime.attach.run_timesteps import RunTimesteps
 from stepgraph.runtime.program import tables
 
 STEPS = 4
@@ -25,7 +25,7 @@ SCHEDULERS = (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler)
 @pytest.fixture
 def waiting(monkeypatch):
     """Every device is one that would have to be waited for."""
-    for module in (asked_timestep, attach, tables):
+    for module in (run_timesteps, attach, tables):
         monkeypatch.setattr(module, "waits", lambda device: True)
 
 
@@ -107,13 +107,13 @@ def test_the_first_timestep_is_read(waiting):
 
 def test_views_of_a_schedule_say_which_they_are():
     whole = torch.arange(10.0).flip(0)
-    schedule = Schedule(whole[2:])
+    schedule = RunTimesteps(whole[2:])
     assert [schedule.value(t) for t in whole[2:]] == list(range(7, -1, -1))
     assert schedule.value(whole[4][None].expand(3)) == 5.0
     # Not an entry of it: what lies before, several of it, a copy, other storage.
     for other in (whole[0], whole[2:4], whole[2:4].clone(), whole[4] + 0, whole[4].view(torch.int32)):
         assert schedule.value(other) is None
-    strided = Schedule(whole[::2])
+    strided = RunTimesteps(whole[::2])
     assert [strided.value(t) for t in whole[:4]] == [9.0, None, 7.0, None]
     whole[4] = 3.0
     assert schedule.value(whole[4]) is None

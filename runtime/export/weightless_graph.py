@@ -1,9 +1,7 @@
 """Graphs whose weights are arguments, so that programs on disk hold none and share one file of them."""
 
 import copy
-import hashlib
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,54 +10,11 @@ from torch.func import functional_call
 
 from stepgraph.node_facts import PROVIDER, op_of, output_of
 from stepgraph.ops import OPS
+from stepgraph.runtime.export.weight_names import WeightNames
 from stepgraph.runtime.program.packed_linear import linear_maps, merged_linear
 
 
-@dataclass
-class WeightNames:
-    """Names for the tensors of a model's graphs; one tensor has one name, in however many places it stands.
-
-    Parameters and buffers have the names that they have in the model, what is tied the first of them; constants that the
-    tracer or the plan made are numbered, equal ones together.
-
-    Args:
-        model: The model.
-    """
-
-    model: nn.Module
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._known: dict[tuple[Any, ...], str] = {}
-        named = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
-        for name, tensor in named:
-            self._known.setdefault(_place(tensor), name)
-
-    def name(self, tensor: Tensor, kind: str = "constants") -> str:
-        """The name of a tensor, which is noted as used.
-
-        Args:
-            tensor: A weight, or a constant.
-            kind: What the name of a constant begins with.
-        """
-        name = self._known.get(_place(tensor))
-        if name is None:
-            number = sum(known.startswith(f"{kind}.") for known in self.tensors)
-            name = self._known.setdefault((kind, *_contents(tensor)), f"{kind}.{number}")
-        self.tensors.setdefault(name, tensor.detach())
-        return name
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _contents(tensor: Tensor) -> tuple[Any, ...]:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return (hashlib.sha256(raw.numpy().tobytes()).hexdigest(), tensor.shape, tensor.dtype)
-
-
-class Lifted(nn.Module):
+class WeightlessGraph(nn.Module):
     """A graph as a module without weights: (*inputs, *weights) -> flat tuple of tensors.
 
     Args:
@@ -71,7 +26,7 @@ class Lifted(nn.Module):
     def __init__(self, gm: fx.GraphModule, names: WeightNames, portable: bool = True) -> None:
         super().__init__()
         graph, attributes = fx.Graph(), dict[str, Any]()
-        given: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         copies: dict[fx.Node, fx.Node] = {}
         for node in gm.graph.nodes:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -81,9 +36,9 @@ class Lifted(nn.Module):
                 copies[node].target = linear_maps
             if node.op in ("call_module", "get_attr") and str(node.target) not in attributes:
                 attributes[str(node.target)], tensors = _emptied(operator.attrgetter(str(node.target))(gm), str(node.target))
-                given |= tensors
+                weights |= tensors
         # By their paths in the graph.
-        self.paths = {path: names.name(tensor) for path, tensor in given.items()}
+        self.paths = {path: names.name(tensor) for path, tensor in weights.items()}
         self.weights = tuple(dict.fromkeys(self.paths.values()))
         # In a tuple: as a submodule it would hand torch.export its empty weights.
         self._held = (fx.GraphModule(attributes, graph, class_name=type(gm).__name__),)

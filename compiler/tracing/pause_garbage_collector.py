@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def pause_garbage_collector() -> Iterator[None]:
     """Leave cycles of references where they are until the end.
 
     Graphs are made of tens of thousands of objects that live on, and each walk of the collector over all of them finds nothing:

@@ -11,7 +11,7 @@ from stepgraph.runtime.program.tables import waits
 NEAR = 1e-3
 
 
-class Schedule:
+class RunTimesteps:
     """A scheduler's timesteps during one run.
 
     Attributes:
@@ -30,14 +30,14 @@ class Schedule:
 
         Samplers loop over the scheduler's tensor and expand its entries, which are views: where one lies says which it is.
         """
-        own = self.timesteps
-        same = given.dtype == own.dtype and given.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
-        if not same or self._version is None or own._version != self._version or not _repeated(given):
+        steps = self.timesteps
+        same = given.dtype == steps.dtype and given.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr()
+        if not same or self._version is None or steps._version != self._version or not _repeated(given):
             return None
-        place, rest = divmod(int(given.storage_offset()) - int(own.storage_offset()), own.stride(0))
+        place, rest = divmod(int(given.storage_offset()) - int(steps.storage_offset()), steps.stride(0))
         return self._values[place] if rest == 0 and 0 <= place < len(self._values) else None
 
-    def compare(self, given: torch.Tensor, step: int) -> None:
+    def note_difference(self, given: torch.Tensor, step: int) -> None:
         """Compare a call's timesteps with those of a step on their device; `finish` says what came of it."""
         key = (given.device, given.dtype)
         if key not in self._near:
