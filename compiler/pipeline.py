@@ -130,7 +130,7 @@ def tensors_stored(
 ) -> list[list[tuple[torch.Tensor, torch.dtype]]]:
     """Of every value that a variant stores, its tensors and the dtypes they are kept in."""
     (outputs,) = output_of(gm.graph).args
-    rest = iter(outputs[results:])  # type: ignore[index]
+    rest = iter(outputs[results:])
     stored = []
     for site, part in context.stores:
         count = sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1

@@ -3,7 +3,7 @@
 Beside these there are torch's own: `val` (the node's fake value) and `nn_module_stack` (the modules it was traced in).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -42,6 +42,6 @@ def op_of(node: fx.Node) -> str:
     return call.op if call is not None else ""
 
 
-def output_of(graph: fx.Graph) -> fx.Node:
-    """The node that returns the graph's results."""
+def output_of(graph: fx.Graph) -> Any:
+    """The node that returns the graph's results, a tuple of nodes; as torch.fx types them, its arguments could be anything."""
     return next(iter(reversed(graph.nodes)))

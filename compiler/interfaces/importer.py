@@ -106,7 +106,8 @@ def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
         raise FileFormatError(f"{name} is of dtype {logits.dtype}; expected floating-point logits")
     if not logits.isfinite().all():
         raise FileFormatError(f"{name} holds {int((~logits.isfinite()).sum())} logits that are NaN or infinite")
-    return torch.sigmoid(logits.float()) <= theta
+    reused: torch.Tensor = torch.sigmoid(logits.float()) <= theta
+    return reused
 
 
 def router_letters(sites: Sequence[Site], reused: Sequence[torch.Tensor]) -> dict[str, str]:

@@ -61,4 +61,5 @@ ASKED: dict[Pass, Callable[[CompileConfig], bool]] = {
 
 def is_wanted(rewrite: Pass, config: CompileConfig) -> bool:
     """Whether a pass runs under some options; what STEPGRAPH_DISABLE_PASS says of it is the runner's."""
-    return not (config.exact and rewrite in INEXACT) and ASKED.get(rewrite, lambda _: True)(config)
+    asked = ASKED.get(rewrite)
+    return not (config.exact and rewrite in INEXACT) and (asked is None or asked(config))

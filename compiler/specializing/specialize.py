@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import MapGroup, PassContext
 from stepgraph.compiler.interfaces.program_context import ModelContext, ProgramContext, RowGraphs
@@ -76,7 +76,9 @@ def specialize(
         )
     written = written_storages(marked.graph)
     index: dict[tuple[Any, ...], int] = {}
-    graphs, contexts, rows = [], [], []
+    graphs: list[fx.GraphModule] = []
+    contexts: list[PassContext] = []
+    rows: list[int] = []
     for step, (row, moves) in enumerate(zip(plan.rows, traffic(plan), strict=True)):
         stores = tuple((stored.site, stored.part) for stored in moves.stores)
         forecasts = numbered_forecasts(plan, step)

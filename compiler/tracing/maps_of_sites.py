@@ -25,8 +25,8 @@ def maps_of_sites(marked: MarkedGraph, owner: nn.Module) -> dict[fx.Node, int]:
     sites = {site.name: i for i, site in enumerate(marked.sites) if site.kind in MODULE_KINDS and not site.output}
     found = {node: sites[node.meta[SITE]] for node in linears if node.meta.get(SITE) in sites}
     empty = set(sites.values()) - set(found.values())
-    live = LiveGraph(marked.graph) if empty else None
-    for marker in [node for node in marked.graph.nodes if live is not None and node.meta.get(MARKER) in empty]:
+    live = LiveGraph(marked.graph)
+    for marker in [node for node in marked.graph.nodes if node.meta.get(MARKER) in empty]:
         only = live.saved_by([marker])
         found |= {node: marker.meta[MARKER] for node in linears if node in only and node not in found}
     return {node: found[node] for node in linears if node in found}

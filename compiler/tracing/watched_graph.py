@@ -51,7 +51,7 @@ def watched_graph(
     returned = [_site_value(markers[index], written) for index in sites]
     returned += [_as_read(copies[node], None if reader is None else copies[reader], written) for node, reader in values]
     output = output_of(graph)
-    output.args = ((*output.args[0], *returned),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *returned),)
     unmark(graph)
     graph.lint()
     gm.recompile()

@@ -1,4 +1,6 @@
-"""Compile what the Triton launchers launch, ahead of time and without a device: `python tests/triton_kernels/triton_ahead.py shipped sm_90a`.
+"""Compile what the Triton launchers launch, ahead of time and without a device.
+
+    python tests/triton_kernels/triton_ahead.py shipped sm_90a
 
 The launchers run on tensors without storage, under a driver that knows nothing but its target; every config that they could
 choose is compiled, and one line of JSON a kernel says what came out. "shipped" compiles all configs in bfloat16 (on sm_86, the
