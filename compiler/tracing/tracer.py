@@ -90,8 +90,11 @@ def model_frame() -> tuple[str, int, str, str] | None:
 
 def model_location() -> str:
     """ "file:line (source)" of the place in the model's own code that is running."""
-    found = model_frame()
-    return f"{found[0]}:{found[1]}" + (f" ({found[3]})" if found[3] else "") if found else "an unknown place"
+    frame = model_frame()
+    if frame is None:
+        return "an unknown place"
+    file, line, _, source = frame
+    return f"{file}:{line}" + (f" ({source})" if source else "")
 
 
 def frame_location(trail: TracebackType | None) -> str:

@@ -69,8 +69,8 @@ class Artifact:
 def current_versions() -> dict[str, str]:
     """The versions that a program depends on."""
     packages = {"stepgraph": "stepgraph", "torch": "torch", "diffusers": "diffusers"}
-    found = {name: importlib.metadata.version(package) for name, package in packages.items()}
-    return {**found, "torch": str(torch.__version__), "python": platform.python_version()}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {**versions, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def _is_tensor(value: Any) -> bool:
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers of a model, the temporary ones too, each once, in plain memory of its own."""
-    found = {}
+    weights = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         plain = tensor.detach().cpu().contiguous()
-        found[name] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
-    return found
+        weights[name] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+    return weights
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
@@ -311,15 +311,15 @@ def _inputs(value: Any, plan: CachePlan, prefix: str = "") -> dict[str, Any]:
     """Shapes and dtypes of the tensors, the plan's but for the batch, and the values of everything else."""
     if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
         raise PlanError(f"inputs is {value!r}; expected an object of objects")
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, entry in value.items():
         if set(entry) == {"value"}:
-            found[name] = entry["value"]
+            inputs[name] = entry["value"]
         elif set(entry) == {"entries"} and not prefix:
-            found[name] = _inputs(entry["entries"], plan, f"{name}__")
+            inputs[name] = _inputs(entry["entries"], plan, f"{name}__")
         else:
-            found[name] = _tensor(f"{prefix}{name}", entry, plan)
-    return found
+            inputs[name] = _tensor(f"{prefix}{name}", entry, plan)
+    return inputs
 
 
 def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple[int, ...], torch.dtype]:
@@ -353,9 +353,9 @@ def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
 
 
 def _scheduler(value: Any, plan: CachePlan) -> dict[str, Any]:
-    given = dict(value) if isinstance(value, dict) else {}
-    config = given.pop("config", {})
-    facts = _texts(given, "scheduler", ("class", "hash"))
+    stated = dict(value) if isinstance(value, dict) else {}
+    config = stated.pop("config", {})
+    facts = _texts(stated, "scheduler", ("class", "hash"))
     if not isinstance(config, dict) or (facts["class"], facts["hash"]) != (plan.header.scheduler, plan.header.scheduler_hash):
         raise PlanError(f"the scheduler is {facts}; expected the plan's {plan.header.scheduler} {plan.header.scheduler_hash}")
     return {**facts, "config": config} if "config" in value else dict(facts)
