@@ -13,7 +13,7 @@ from stepgraph.compiler.lowering.region_cache import region_store
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.store import Store
 from stepgraph.plan.refuse_other import refuse_other_schedule
-from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.scheduler import prepare_scheduler
 
