@@ -21,7 +21,7 @@ from PIL import Image
 
 import stepgraph as sg
 from stepgraph.compiler.entry.load_artifact import build_scheduler, compile_artifact
-from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 
 class OrderError(ValueError):

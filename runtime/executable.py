@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepgraph.runtime.artifact.artifact import write_artifact
+from stepgraph.runtime.artifact.write_artifact import write_artifact
 from stepgraph.runtime.attach.attach import attach, detach
 from stepgraph.runtime.export.export import export
 from stepgraph.runtime.session.compiled import Compiled

@@ -37,7 +37,8 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.container import write_container
 from stepgraph.fingerprint import fingerprint
 from stepgraph.plan.factors import Factors, refuse_model
-from stepgraph.runtime.artifact.artifact import KEYS, MANIFEST, manifest_bytes, read_artifact
+from stepgraph.runtime.artifact.artifact import KEYS, MANIFEST, manifest_bytes
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 TINY = {
     "num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 2, "out_channels": 4, "num_layers": 1, "sample_size": 4,

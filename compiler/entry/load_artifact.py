@@ -17,7 +17,8 @@ from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
-from stepgraph.runtime.artifact.artifact import Artifact, current_versions, read_artifact
+from stepgraph.runtime.artifact.artifact import Artifact, current_versions
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.tolerances import FIRST_STEP, tolerance
 

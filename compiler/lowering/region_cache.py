@@ -83,12 +83,12 @@ def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches:
         run(*examples)
         return run  # type: ignore[no-any-return]
     with LOCK, _inductor_works_in(_work_folder(store.folder)) as work:
-        found = store.get(key)
-        if found is not None:
+        files = store.get(key)
+        if files is not None:
             try:
-                kept = _restore(found, work)
-                kept(*examples)
-                return kept
+                restored = _restore(files, work)
+                restored(*examples)
+                return restored
             except InvalidCxxCompiler:
                 raise
             except Exception as error:
@@ -97,8 +97,8 @@ def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches:
         return _compile_and_keep(gm, examples, patches, work, store, key)
 
 
-def _restore(found: dict[str, bytes], work: Path) -> Callable[..., Any]:
-    for name, data in found.items():
+def _restore(files: dict[str, bytes], work: Path) -> Callable[..., Any]:
+    for name, data in files.items():
         path = work / name
         if not path.is_file() or name == RECORD:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +136,8 @@ def _libraries(work: Path, record: bytes) -> list[Path]:
     """
     sources = {path: path.read_bytes().partition(BINDINGS) for path in work.glob("??/*.cpp")}
     called = [path for path, (kernel, marker, _) in sources.items() if not marker or kernel.strip() in record]
-    found = {sibling for path in called for sibling in (path, path.with_suffix(".so"))}
-    return sorted(path for path in found if path.is_file())
+    files = {sibling for path in called for sibling in (path, path.with_suffix(".so"))}
+    return sorted(path for path in files if path.is_file())
 
 
 def region_key(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None) -> str | None:
@@ -148,8 +148,8 @@ def region_key(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: di
         get_logger("regions").info("a region is not kept: %s", error)
         return None
     facts = [f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" for t in examples]
-    found = hashlib.sha256("\n".join([*lines, *facts, repr(sorted((patches or {}).items())), *_surroundings()]).encode())
-    return found.hexdigest()[:32]
+    digest = hashlib.sha256("\n".join([*lines, *facts, repr(sorted((patches or {}).items())), *_surroundings()]).encode())
+    return digest.hexdigest()[:32]
 
 
 def _line(node: fx.Node) -> str:
@@ -213,14 +213,14 @@ def _processor() -> str:
 @lru_cache
 def _sources() -> str:
     """Hash of stepgraph's own code, which fused operations are part of."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for package in ("stepgraph", "stepgraph.runtime", "stepgraph.triton_kernels", "stepgraph.csrc", "stepgraph.compiler"):
         spec = find_spec(package)
         for place in (spec.submodule_search_locations or []) if spec is not None else []:
             for path in sorted(Path(place).rglob("*")):
                 if path.suffix in (".py", ".cpp", ".h"):
-                    found.update(f"{package}/{path.name}".encode() + path.read_bytes())
-    return found.hexdigest()
+                    digest.update(f"{package}/{path.name}".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 _folders: dict[tuple[int, Path], Path] = {}

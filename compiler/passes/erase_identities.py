@@ -56,10 +56,10 @@ def _rejoined(node: fx.Node) -> fx.Node | None:
         if part.args[0] is not source or not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):
             return None
         ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=False)]
-        own = ranges.pop() if len(ranges) == dim % len(shape) + 1 else None
-        if own is None or (own.start, own.step) != (end, 1) or any(len(r) != n for r, n in zip(ranges, shape, strict=False)):
+        cut = ranges.pop() if len(ranges) == dim % len(shape) + 1 else None
+        if cut is None or (cut.start, cut.step) != (end, 1) or any(len(r) != n for r, n in zip(ranges, shape, strict=False)):
             return None
-        end = own.stop
+        end = cut.stop
     return source if end == shape[dim] else None
 
 

@@ -22,17 +22,17 @@ def fold_constants(gm: fx.GraphModule, ctx: PassContext) -> int:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        number = _number(node)
-        if number is None or storages_of(node) & ctx.written:
+        filling = _filling(node)
+        if filling is None or storages_of(node) & ctx.written:
             continue
         value = node.meta["val"]
         node.op, node.target = "call_function", torch.full
-        node.args, node.kwargs = (tuple(value.shape), number), {"dtype": value.dtype, "device": value.device}
+        node.args, node.kwargs = (tuple(value.shape), filling), {"dtype": value.dtype, "device": value.device}
         count += 1
     return count
 
 
-def _number(node: fx.Node) -> int | float | bool | None:
+def _filling(node: fx.Node) -> int | float | bool | None:
     """What a tensor is filled with that reads another one's shape; None for anything else."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op not in ("call_function", "call_method") or name not in {*NUMBERS, *ARGUMENTS}:
@@ -40,5 +40,5 @@ def _number(node: fx.Node) -> int | float | bool | None:
     if name in NUMBERS:
         return NUMBERS[name]
     place = ARGUMENTS[name]
-    number = node.args[place] if len(node.args) > place else node.kwargs.get("fill_value")
-    return number if isinstance(number, (int, float)) else None
+    filling = node.args[place] if len(node.args) > place else node.kwargs.get("fill_value")
+    return filling if isinstance(filling, (int, float)) else None

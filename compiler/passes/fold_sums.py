@@ -136,11 +136,13 @@ def _places(context: PassContext, results: int) -> dict[tuple[int, str], int]:
 def _read_sums(gm: fx.GraphModule, context: PassContext, folded: Collection[int]) -> None:
     """Take out all values but the first of each group, which is the sum now."""
     gone = [node for node, site in _slots(gm, context).items() if site in folded]
-    for node in list(gm.graph.nodes) if gone else ():
+    if not gone:
+        return
+    for node in list(gm.graph.nodes):
         if _is_residual(node):
             x, gates, values = node.args
-            kept = [(gate, value) for gate, value in zip(gates, values, strict=True) if value not in gone]
-            node.args = (x, [gate for gate, _ in kept], [value for _, value in kept])
+            left = [(gate, value) for gate, value in zip(gates, values, strict=True) if value not in gone]
+            node.args = (x, [gate for gate, _ in left], [value for _, value in left])
         rest = next((x for value, x in factors_of(node, "add") if value in gone), None)
         if rest is not None:
             node.replace_all_uses_with(rest)

@@ -55,11 +55,11 @@ def _combined(graph: fx.Graph, ctx: PassContext, index: int, like: torch.Tensor)
     if all(node.meta["val"].shape == like.shape for node in inputs):
         return _combination(graph, [*stored, *inputs], coefficients)
     # [B, C_out, ...] of which the first C_in channels belong to the input.
-    own = _combination(graph, stored, _part(graph, coefficients, 0, len(stored)))
+    forecast_of_output = _combination(graph, stored, _part(graph, coefficients, 0, len(stored)))
     added = _combination(graph, inputs, _part(graph, coefficients, len(stored), len(forecast.terms)))
     channels = inputs[0].meta["val"].shape[1]
-    first = _call(graph, operator.add, (_channels(graph, own, 0, channels), added))
-    return _call(graph, torch.cat, ([first, _channels(graph, own, channels, like.shape[1])], 1))
+    first = _call(graph, operator.add, (_channels(graph, forecast_of_output, 0, channels), added))
+    return _call(graph, torch.cat, ([first, _channels(graph, forecast_of_output, channels, like.shape[1])], 1))
 
 
 def _combination(graph: fx.Graph, values: list[fx.Node], coefficients: fx.Node) -> fx.Node:

@@ -28,16 +28,16 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
     count = 0
     ones: fx.Node | None = None
     for node in list(gm.graph.nodes):
-        found = _matched(node)
-        ungated = _ungated(node) if found is None else None
+        match = _matched(node)
+        ungated = _ungated(node) if match is None else None
         if ungated is not None:
             x, value = ungated
             if ones is None:
                 ones = _ones_like(gm.graph, x.args[1][0], x)  # type: ignore[index, arg-type]
-            found = x, ones, value, node
-        if found is None or any(storages_of(n) & ctx.written for n in found[:3]):
+            match = x, ones, value, node
+        if match is None or any(storages_of(n) & ctx.written for n in match[:3]):
             continue
-        x, gate, value, gated = found
+        x, gate, value, gated = match
         arguments: tuple[Any, list[fx.Node], list[fx.Node]] = (x, [gate], [value])
         if x.target is gated_residual and len(x.users) == 1:
             start, gates, values = x.args
@@ -56,7 +56,9 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
 def _matched(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
     """x, gate, value and the product of the two."""
     for gated, x in factors_of(node, "add"):
-        for gate, value in factors_of(gated, "mul") if len(gated.users) == 1 else ():
+        if len(gated.users) != 1:
+            continue
+        for gate, value in factors_of(gated, "mul"):
             tensors = [n.meta["val"] for n in (gate, value, x) if isinstance(n.meta.get("val"), torch.Tensor)]
             shapes = [tuple(t.shape) for t in tensors]
             if len(shapes) < 3 or len({t.dtype for t in tensors}) > 1 or shapes[1] != shapes[2] or len(shapes[2]) != 3:

@@ -26,10 +26,10 @@ def fuse_modulated_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        found = _matched(gm, node)
-        if found is None or any(storages_of(n) & ctx.written for n in found[0]):
+        match = _matched(gm, node)
+        if match is None or any(storages_of(n) & ctx.written for n in match[0]):
             continue
-        (x, scale, shift), eps, inner = found
+        (x, scale, shift), eps, inner = match
         with gm.graph.inserting_before(node):
             fused = gm.graph.call_function(modulated_norm, (x, scale, shift, eps))
         fused.meta |= {key: value for key, value in node.meta.items() if key != MACS}
@@ -44,7 +44,9 @@ def fuse_modulated_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
 def _matched(gm: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node, fx.Node, fx.Node], float, list[fx.Node]] | None:
     """(x, scale, shift), eps, and the nodes between them that go, outermost first."""
     for scaled, shift in factors_of(node, "add"):
-        for norm, more in factors_of(scaled, "mul") if len(scaled.users) == 1 else ():
+        if len(scaled.users) != 1:
+            continue
+        for norm, more in factors_of(scaled, "mul"):
             eps = _plain_norm(gm, norm)
             # One norm under several modulations (SD3.5) is part of each, unless something else reads it too.
             if eps is None or not all(is_call(user, "mul") for user in norm.users):
@@ -86,11 +88,13 @@ def _plain_norm(gm: fx.GraphModule, node: fx.Node) -> float | None:
             return None
         return float(module.eps) if len(module.normalized_shape) == 1 else None
     if node.op == "call_function" and node.target is F.layer_norm:
-        given: dict[str, Any] = (
+        arguments: dict[str, Any] = (
             dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
         )
-        plain = given.get("weight") is None and given.get("bias") is None and len(tuple(given["normalized_shape"])) == 1
-        return float(given.get("eps", 1e-5)) if plain else None
+        plain = (
+            arguments.get("weight") is None and arguments.get("bias") is None and len(tuple(arguments["normalized_shape"])) == 1
+        )
+        return float(arguments.get("eps", 1e-5)) if plain else None
     return None
 
 

@@ -107,14 +107,14 @@ def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
     """Make the nodes of a border inputs and remove what only they needed; equal tables are one input."""
     graph, numbers = gm.graph, sorted(set(border.values()))
     before = next(node for node in graph.nodes if node.op != "placeholder")
-    given: dict[int, fx.Node] = {}
+    tables: dict[int, fx.Node] = {}
     for number in numbers:
         example = next(node for node, own in border.items() if own == number)
         with graph.inserting_before(before):
-            given[number] = graph.placeholder(f"table_{example.name}")
-        given[number].meta |= {"val": example.meta["val"], TABLE: number}
+            tables[number] = graph.placeholder(f"table_{example.name}")
+        tables[number].meta |= {"val": example.meta["val"], TABLE: number}
     for node, number in border.items():
-        node.replace_all_uses_with(given[number])
+        node.replace_all_uses_with(tables[number])
     live = live_nodes([output_of(graph)])
     for node in reversed(list(graph.nodes)):
         if node not in live and node.op != "placeholder":
@@ -188,10 +188,10 @@ class _Cones:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
         key = (node.op, target) if node.op == "placeholder" else (node.op, target, repr(args), repr(kwargs))
         if key not in self._known:
-            made = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
-            made.meta |= node.meta
-            self._known[key] = made
-            self.levels[made] = max((self.levels[n] for n in made.all_input_nodes), default=Level.PROMPT)
+            copy = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
+            copy.meta |= node.meta
+            self._known[key] = copy
+            self.levels[copy] = max((self.levels[n] for n in copy.all_input_nodes), default=Level.PROMPT)
         return self._known[key]
 
     def _attribute(self, gm: fx.GraphModule, path: str) -> str:
@@ -210,12 +210,12 @@ class _Cones:
         at timestep level.
         """
         calls = [node for node in self.graph.nodes if node.op != "placeholder"]
-        own = [node for node in calls if self.levels[node] == Level.PROMPT]
+        of_prompt = [node for node in calls if self.levels[node] == Level.PROMPT]
         stepped = [node for node in calls if self.levels[node] == Level.TIMESTEP and node in self.tables]
         needed = live_nodes(stepped) if stepped else set()
         late = [node for node in calls if node in needed and self.levels[node] == Level.TIMESTEP]
-        read = {n for node in late for n in node.all_input_nodes if n in set(own) and n.op != "get_attr"}
-        passed = [node for node in own if node in self.tables or (node in read and _is_tensor(node))]
+        read = {n for node in late for n in node.all_input_nodes if n in set(of_prompt) and n.op != "get_attr"}
+        passed = [node for node in of_prompt if node in self.tables or (node in read and _is_tensor(node))]
         prompt = self._subgraph(passed, (), self.inputs.prompt)
         timestep = self._subgraph(stepped, passed, (self.inputs.timestep, *self.inputs.prompt))
         return prompt, timestep, passed + stepped

@@ -42,7 +42,9 @@ def lowrank_site(gm: fx.GraphModule, ctx: PassContext) -> int:
     count, projected = 0, {site for site, part in ctx.stores if part == MAPS}
     for index, groups in ctx.groups.items():
         corrected = ctx.row[index] == LOWRANK
-        for number, group in enumerate(groups if corrected or index in projected else ()):
+        if not corrected and index not in projected:
+            continue
+        for number, group in enumerate(groups):
             first = sum(len(g.maps) + 1 for g in groups[:number])
             if corrected:
                 _correct(gm, ctx, index, group, first, f"factors_{index}_{number}")

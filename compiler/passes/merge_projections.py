@@ -108,9 +108,9 @@ def _parameters(gm: fx.GraphModule, maps: list[fx.Node], name: str) -> list[fx.N
     for node in maps:
         tensor = getattr(gm.get_submodule(str(node.target)), name)
         if tensor is not None:
-            made = gm.graph.get_attr(f"{node.target}.{name}")
-            made.meta |= {"val": node.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)}
-            nodes.append(made)
+            read = gm.graph.get_attr(f"{node.target}.{name}")
+            read.meta |= {"val": node.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)}
+            nodes.append(read)
     return nodes
 
 

@@ -67,9 +67,9 @@ def _split(gm: fx.GraphModule, projection: object, moved: frozenset[int]) -> boo
         for value in values:
             width = value.meta["val"].shape[-1]
             marker = value if value.meta.get(MARKER) in moved else None
-            given = value.args[0] if marker else value
+            source = value.args[0] if marker else value
             # The bias goes with the first part: it is the same in every step.
-            part = _partial(graph, projection, given, weight, bias if total is None else None, (start, start + width))
+            part = _partial(graph, projection, source, weight, bias if total is None else None, (start, start + width))
             if marker is not None:
                 part = _marked_again(graph, marker, part)
             start += width
@@ -95,8 +95,9 @@ def _joined(gm: fx.GraphModule, projection: object) -> fx.Node | None:
     values, dim = joined.args[0], joined.kwargs.get("dim", 0)
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, fx.Node) for value in values):
         return None
-    own = all(value.users.keys() == {joined} for value in values if isinstance(value, fx.Node))
-    return joined if own and isinstance(dim, int) and dim % joined.meta["val"].ndim == joined.meta["val"].ndim - 1 else None
+    only_joined = all(value.users.keys() == {joined} for value in values if isinstance(value, fx.Node))
+    dims = joined.meta["val"].ndim
+    return joined if only_joined and isinstance(dim, int) and dim % dims == dims - 1 else None
 
 
 def _parameter(gm: fx.GraphModule, projection: fx.Node, name: str) -> fx.Node | None:
@@ -116,10 +117,10 @@ def _partial(
     assert isinstance(value, fx.Node)
     assert isinstance(weight, fx.Node)
     index = (slice(None), slice(*columns))
-    own = graph.call_function(operator.getitem, (weight, index))
+    part = graph.call_function(operator.getitem, (weight, index))
     # With its product in one region.
-    own.meta |= {"val": weight.meta["val"][index], "nn_module_stack": projection.meta["nn_module_stack"]}
-    product = graph.call_function(F.linear, (value, own, bias))
+    part.meta |= {"val": weight.meta["val"][index], "nn_module_stack": projection.meta["nn_module_stack"]}
+    product = graph.call_function(F.linear, (value, part, bias))
     macs = value.meta["val"].numel() * projection.meta["val"].shape[-1]
     product.meta |= projection.meta | {"val": projection.meta["val"].clone(), MACS: macs}
     return product

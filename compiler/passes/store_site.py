@@ -65,7 +65,7 @@ def _maps(graph: fx.Graph, ctx: PassContext, index: int) -> list[fx.Node]:
     """The tensors of a site's linear maps, in the order in which they are stored."""
     nodes = {node.name: node for node in graph.nodes}
     projections = {node.meta[PROJECTION]: node for node in graph.nodes if PROJECTION in node.meta}
-    found = []
+    tensors = []
     for number, group in enumerate(ctx.groups[index]):
-        found += [nodes[name] for name in group.maps] + [projections[index, number]]
-    return found
+        tensors += [nodes[name] for name in group.maps] + [projections[index, number]]
+    return tensors

@@ -38,14 +38,14 @@ def _groups(
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get(MARKER) == index)
-        given = marked.trace.calls[site.path, site.call].inputs[0]
+        source_node = marked.trace.calls[site.path, site.call].inputs[0]
         shape = tuple(matrix.shape[i] for i, matrix in enumerate(factors.maps[site.path]))
-        if shape != (marker.meta["val"].shape[-1], given.meta["val"].shape[-1]):
+        if shape != (marker.meta["val"].shape[-1], source_node.meta["val"].shape[-1]):
             raise PlanError(
                 f"the factors of {site.path} are for a map {list(shape)}; the site's is "
-                f"[{marker.meta['val'].shape[-1]}, {given.meta['val'].shape[-1]}]"
+                f"[{marker.meta['val'].shape[-1]}, {source_node.meta['val'].shape[-1]}]"
             )
-        groups[given.name] = [(marker, site.path)]
+        groups[source_node.name] = [(marker, site.path)]
     else:
         for node in maps:
             read = node.args[0]
@@ -56,15 +56,15 @@ def _groups(
             f"site {site.name} ({site.kind}) has no linear map inside, so that LOWRANK has nothing to correct; use REUSE or "
             f"FORECAST"
         )
-    found = []
+    bound = []
     for source, members in groups.items():
         missing = [path for _, path in members if path not in factors.maps]
         if missing:
             raise PlanError(f"site {site.name}: the factors have none for {missing[0]}; they have {_some(factors.maps)}")
         pairs = [tuple(t.to(weight.device, weight.dtype) for t in factors.maps[path]) for _, path in members]
         stacked = torch.cat([b for _, b in pairs])
-        found.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
-    return tuple(found)
+        bound.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
+    return tuple(bound)
 
 
 def _some(maps: Mapping[str, object]) -> str:

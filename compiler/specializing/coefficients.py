@@ -17,12 +17,12 @@ def numbered_forecasts(plan: CachePlan, step: int) -> dict[int, tuple[Forecast, 
     Equal forecasts share a constant; those with coefficients per channel have one each.
     """
     numbers: dict[Any, int] = {}
-    found = {}
+    forecasts = {}
     for i in range(len(plan.sites)):
         forecast = plan.forecasts.get((step, i))
         if forecast is not None:
-            found[i] = (forecast, numbers.setdefault(i if forecast.per_channel else forecast, len(numbers)))
-    return found
+            forecasts[i] = (forecast, numbers.setdefault(i if forecast.per_channel else forecast, len(numbers)))
+    return forecasts
 
 
 def coefficients_of(

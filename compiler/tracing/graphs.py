@@ -55,12 +55,14 @@ def _memories(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> dict[fx.Node, d
     """
     written = written_storages(graph)
     memories: dict[fx.Node, dict[int, frozenset[fx.Node]]] = {}
-    for node in graph.nodes if written else ():
-        own: dict[int, frozenset[fx.Node]] = {}
+    if not written:
+        return memories
+    for node in graph.nodes:
+        of_node: dict[int, frozenset[fx.Node]] = {}
         for key in (storages_of(node) | node.meta.get(MUTATES, frozenset())) & written:
             sources = [] if node in cut else [memories[n][key] for n in node.all_input_nodes if key in memories[n]]
-            own[key] = frozenset().union(*sources) if sources else frozenset((node,))
-        memories[node] = own
+            of_node[key] = frozenset().union(*sources) if sources else frozenset((node,))
+        memories[node] = of_node
     return memories
 
 

@@ -23,10 +23,10 @@ def maps_of_sites(marked: MarkedGraph, owner: nn.Module) -> dict[fx.Node, int]:
         if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), nn.Linear)
     ]
     sites = {site.name: i for i, site in enumerate(marked.sites) if site.kind in MODULE_KINDS and not site.output}
-    found = {node: sites[node.meta[SITE]] for node in linears if node.meta.get(SITE) in sites}
-    empty = set(sites.values()) - set(found.values())
+    site_of = {node: sites[node.meta[SITE]] for node in linears if node.meta.get(SITE) in sites}
+    empty = set(sites.values()) - set(site_of.values())
     live = LiveGraph(marked.graph)
     for marker in [node for node in marked.graph.nodes if node.meta.get(MARKER) in empty]:
         only = live.saved_by([marker])
-        found |= {node: marker.meta[MARKER] for node in linears if node in only and node not in found}
-    return {node: found[node] for node in linears if node in found}
+        site_of |= {node: marker.meta[MARKER] for node in linears if node in only and node not in site_of}
+    return {node: site_of[node] for node in linears if node in site_of}

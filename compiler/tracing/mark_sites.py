@@ -126,11 +126,11 @@ def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
 def _blocks(trace: Trace, family: Family) -> dict[str, Stack]:
     """Paths of the transformer blocks in call order, each with what it holds."""
     paths = [path for path, number in trace.calls if number == 0]
-    found = {path: stack for path in paths for stack in family.stacks if stack.holds(path)}
-    if not found:
+    stacks = {path: stack for path in paths for stack in family.stacks if stack.holds(path)}
+    if not stacks:
         places = ", ".join(stack.blocks for stack in family.stacks)
         raise CompileError(f"the model ran no block at {places}, where its family keeps its transformer blocks")
-    return found
+    return stacks
 
 
 def _refuse_other_outputs(path: str, outputs: int, kinds: tuple[str, ...]) -> None:
@@ -169,12 +169,12 @@ def _measured(trace: Trace, graph: fx.Graph, family: Family, site_of: Mapping[fx
 
 def sized(markers: Sequence[fx.Node], sites: Sequence[Site], batch: int) -> tuple[Site, ...]:
     """The sites with what a reuse of each saves and how large its value is, per sample, as their markers stand."""
-    found = []
+    measured = []
     for node, site, macs in zip(markers, sites, savings(markers, sites, macs_of), strict=True):
         value: torch.Tensor = node.meta["val"]
         size = value.numel() * value.element_size()
-        found.append(replace(site, macs=int(macs) // batch, bytes=size // batch))
-    return tuple(found)
+        measured.append(replace(site, macs=int(macs) // batch, bytes=size // batch))
+    return tuple(measured)
 
 
 def savings(markers: Sequence[fx.Node], sites: Sequence[Site], measure: Callable[[set[fx.Node]], float]) -> list[float]:

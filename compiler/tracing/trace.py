@@ -24,11 +24,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
 from stepgraph.compiler.tracing.refuse_changed_state import refuse_changed_state, state_of
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
-from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer, frame_location
+from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward

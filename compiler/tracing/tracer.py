@@ -1,17 +1,12 @@
 """The tracer: what happens while a model's forward runs on traced tensors. `trace` is how it is used."""
 
 import enum
-import linecache
 import operator
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from stepgraph.compiler.tracing.model_location import model_frame, model_location
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
 
-TORCH_FOLDER = str(Path(torch.__file__).parent)
 DATA = vars(torch._C.TensorBase)["data"]
 NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
 
@@ -69,39 +64,6 @@ class TracedTensor(torch.Tensor):
     ) -> Any:
         """Reached only by code that goes around torch's function protocol."""
         raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
-
-
-@cache
-def _outside(file: str) -> bool:
-    """Whether a source file is neither torch's nor the tracer's; asked for every frame above every operation."""
-    return not file.startswith((TORCH_FOLDER, "<")) and Path(file).parent != Path(__file__).parent
-
-
-def model_frame() -> tuple[str, int, str, str] | None:
-    """File, line, function and source of the innermost frame outside torch and the tracer: the model's own code."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if _outside(file):
-            return file, frame.f_lineno, frame.f_code.co_name, linecache.getline(file, frame.f_lineno).strip()
-        frame = frame.f_back
-    return None
-
-
-def model_location() -> str:
-    """ "file:line (source)" of the place in the model's own code that is running."""
-    found = model_frame()
-    return f"{found[0]}:{found[1]}" + (f" ({found[3]})" if found[3] else "") if found else "an unknown place"
-
-
-def frame_location(trail: TracebackType | None) -> str:
-    """ "file:line" of the innermost frame of a traceback that lies in the model's own code."""
-    place = "an unknown place"
-    while trail is not None:
-        file = trail.tb_frame.f_code.co_filename
-        place = f"{file}:{trail.tb_lineno}" if _outside(file) else place
-        trail = trail.tb_next
-    return place
 
 
 @dataclass

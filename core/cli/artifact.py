@@ -12,7 +12,7 @@ from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.store import Store
 from stepgraph.plan.refuse_other import refuse_other_schedule
-from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.scheduler import prepare_scheduler
 

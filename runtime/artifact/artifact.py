@@ -1,42 +1,23 @@
-"""Artifacts: executables on disk, as data (docs/artifacts.md). What is read here has been checked, and is not yet compiled."""
+"""What an artifact is: an executable on disk, as data (docs/artifacts.md)."""
 
 import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 
-from stepgraph.checks import is_whole
 from stepgraph.config import CompileConfig
-from stepgraph.errors import CompileError, FileFormatError, PlanError
-from stepgraph.files.container import Container, plain_name, write_container
-from stepgraph.files.whole_file import save_tensors
-from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
 from stepgraph.plan import CachePlan
-from stepgraph.plan.json import without_duplicates
-from stepgraph.plan.refuse_other import refuse_other_model
-from stepgraph.runtime.session.compiled import Compiled
 
 FORMAT = "stepgraph-artifact"
 VERSION = 1
 MANIFEST, PLAN, FACTORS, WEIGHTS = "manifest.json", "plan.json", "factors.safetensors", "weights.safetensors"
-GRAPH = re.compile(r"graph-\d{3,6}-step-\d{3,6}\.txt")
-# What a manifest, a plan of a thousand steps and sites, or a graph stay far below, and all graphs together.
-LARGEST_JSON, LARGEST_TEXTS = 2**26, 2**30
 KEYS = ("format", "version", "versions", "model", "scheduler", "inputs", "guidance", "branches", "options", "files", "digest")
-DTYPES = {dtype_name(dtype): dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    torch.bool,
-)}  # fmt: skip
-MOST_SAMPLES = 2**16
 
 
 @dataclass(frozen=True)
@@ -70,111 +51,8 @@ class Artifact:
 def current_versions() -> dict[str, str]:
     """The versions that a program depends on."""
     packages = {"stepgraph": "stepgraph", "torch": "torch", "diffusers": "diffusers"}
-    found = {name: importlib.metadata.version(package) for name, package in packages.items()}
-    return {**found, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------------
-
-
-def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = False, scheduler: Any = None) -> None:
-    """Write an executable (`Executable.save`)."""
-    if executable.example is None:
-        raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
-    # Weights may have been written to since; what is saved would be refused when it is loaded.
-    refuse_other_model(executable.plan.header, executable.model)
-    if scheduler is not None:
-        from stepgraph.plan.refuse_other import refuse_other_schedule
-        from stepgraph.scheduler import prepare_scheduler
-
-        header = executable.plan.header
-        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the scheduler to save")
-    with TemporaryDirectory(prefix="stepgraph-artifact-") as place:
-        work = Path(place)
-        files = _write_parts(executable, work, with_weights)
-        described = _described(executable, with_weights, scheduler)
-        described["files"] = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
-        (work / MANIFEST).write_bytes(manifest_bytes(described))
-        write_container(path, {MANIFEST: work / MANIFEST, **files})
-
-
-def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[str, Path]:
-    executable.plan.save(work / PLAN)
-    files = {PLAN: work / PLAN}
-    if executable.factors is not None:
-        executable.factors.save(work / FACTORS)
-        files[FACTORS] = work / FACTORS
-    if with_weights:
-        save_tensors(work / WEIGHTS, weights_of(executable.model))
-        files[WEIGHTS] = work / WEIGHTS
-    for number in range(len(executable.default.variants)):
-        step = executable.default.rows.index(number)
-        name = f"graph-{number:03d}-step-{step:03d}.txt"
-        (work / name).write_text(executable.print_readable(step), encoding="utf-8")
-        files[name] = work / name
-    return files
-
-
-def _described(executable: Compiled, with_weights: bool, scheduler: Any) -> dict[str, Any]:
-    model, header = executable.model, executable.plan.header
-    about: dict[str, Any] = {
-        "class": type(model).__name__,
-        "fingerprint": fingerprint(model),
-        "dtype": dtype_name(model_dtype(model)),
-    }
-    if with_weights:
-        about |= {
-            "config": _plain(config_of(model), f"the configuration of {type(model).__name__}"),
-            "tied": tied_weights(model),
-        }
-    sampler = {"class": header.scheduler, "hash": header.scheduler_hash}
-    if scheduler is not None:
-        sampler["config"] = _plain(config_of(scheduler), f"the configuration of {type(scheduler).__name__}")
-    return {
-        "format": FORMAT, "version": VERSION, "versions": current_versions(), "model": about, "scheduler": sampler,
-        "inputs": {name: _describe_input(name, value) for name, value in (executable.example or {}).items()},
-        "guidance": header.guidance, "branches": list(header.branches), "options": asdict(executable.config),
-    }  # fmt: skip
-
-
-def _plain(value: Any, what: str) -> Any:
-    """A value as JSON keeps it; tuples become lists.
-
-    Raises:
-        CompileError: JSON has no such value.
-    """
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CompileError(f"{what} cannot be saved as JSON ({error})") from error
-
-
-def _describe_input(name: str, value: Any) -> dict[str, Any]:
-    if _is_tensor(value):
-        return {"shape": list(value[0]), "dtype": dtype_name(value[1])}
-    if isinstance(value, dict) and any(map(_is_tensor, value.values())):
-        return {"entries": {key: _describe_input(f"{name}[{key!r}]", entry) for key, entry in value.items()}}
-    return {"value": _plain(value, f"the input {name}")}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers of a model, the temporary ones too, each once, in plain memory of its own."""
-    found = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        plain = tensor.detach().cpu().contiguous()
-        found[name] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
-    return found
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Further names of weights that have several -> the name that `weights_of` gives them."""
-    first: dict[int, str] = {}
-    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: first[id(tensor)] for name, tensor in every if first.setdefault(id(tensor), name) != name}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {**versions, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def manifest_bytes(described: Mapping[str, Any]) -> bytes:
@@ -186,181 +64,3 @@ def manifest_bytes(described: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256(json.dumps(known, allow_nan=False).encode()).hexdigest()
     lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in {**known, "digest": digest}.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------------
-
-
-def read_artifact(path: str | Path) -> Artifact:
-    """Read and check an artifact.
-
-    Raises:
-        PlanError: It is missing, damaged, of another format version, or not consistent; the message names the file.
-    """
-    with Container(path) as container:
-        manifest = _parse_manifest(container.read(MANIFEST, LARGEST_JSON), f"{path}: {MANIFEST}")
-        _refuse_other_files(manifest["files"], f"{path}: {MANIFEST}")
-        listed = {name: _checked(container, name, stated) for name, stated in manifest["files"].items()}
-        contents = {name: data for name, data in listed.items() if data is not None}
-    if PLAN not in contents:
-        raise FileFormatError(f"{path}: {MANIFEST} lists no {PLAN}; save the artifact again")
-    try:
-        plan = CachePlan.from_json(contents[PLAN].decode("utf-8"))
-        _refuse_other_calls(manifest, plan)
-        return Artifact(
-            Path(path), plan, _options(manifest["options"]), _inputs(manifest["inputs"], plan),
-            _model(manifest["model"], plan, WEIGHTS in contents), _scheduler(manifest["scheduler"], plan),
-            _texts(manifest["versions"], "versions", ("stepgraph", "torch", "diffusers", "python")),
-            contents.get(FACTORS), contents.get(WEIGHTS),
-        )  # fmt: skip
-    except (PlanError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: {error}") from error
-
-
-def _parse_manifest(data: bytes, where: str) -> dict[str, Any]:
-    """The manifest, if it is exactly as it was written."""
-    try:
-        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{where}: not a complete JSON document ({error}); save the artifact again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise FileFormatError(f'{where}: not an artifact: expected an object with "format": "{FORMAT}"')
-    if not is_whole(manifest.get("version"), VERSION, VERSION):
-        raise FileFormatError(f"{where}: format version {manifest.get('version')!r}; this release reads version {VERSION}")
-    if set(manifest) != set(KEYS):
-        raise FileFormatError(f"{where}: the keys are {', '.join(manifest)}; expected {', '.join(KEYS)}")
-    try:
-        same = manifest_bytes(manifest) == data
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{where}: no manifest has such values ({error}); save the artifact again") from error
-    if not same:
-        raise FileFormatError(f"{where}: its contents do not have the digest that it states; it is damaged or was changed")
-    files = manifest["files"]
-    if not isinstance(files, dict) or not all(plain_name(name) and name != MANIFEST for name in files):
-        raise FileFormatError(f"{where}: files is not an object of plain file names")
-    return manifest
-
-
-def _refuse_other_files(files: Mapping[str, Any], where: str) -> None:
-    """Files that no artifact has, or that are larger than any artifact's."""
-    for name, stated in files.items():
-        if not isinstance(stated, dict) or set(stated) != {"bytes", "sha256"} or not is_whole(stated["bytes"]):
-            raise FileFormatError(f"{where} says {stated!r} of {name}; expected its bytes and its sha256")
-        tensors = name in (FACTORS, WEIGHTS)
-        if not tensors and name != PLAN and not GRAPH.fullmatch(name):
-            raise FileFormatError(f"{where} lists {name}, which is no part of an artifact; save the artifact again")
-        if stated["bytes"] > LARGEST_JSON and not tensors:
-            raise FileFormatError(f"{where}: {name} has {stated['bytes']} bytes; a plan or graph has at most {LARGEST_JSON}")
-    texts = sum(stated["bytes"] for name, stated in files.items() if GRAPH.fullmatch(name))
-    if texts > LARGEST_TEXTS:
-        raise FileFormatError(f"{where}: graphs of {texts} bytes together; an artifact has at most {LARGEST_TEXTS}")
-
-
-def _checked(container: Container, name: str, stated: Mapping[str, Any]) -> bytes | None:
-    """A file's contents, if they are those that the manifest states; of a graph's text none, for nothing reads it."""
-    data = container.read(name, stated["bytes"])
-    if len(data) != stated["bytes"] or _digest(data) != stated["sha256"]:
-        raise FileFormatError(
-            f"{container.path}: {name} is not the file that was saved (it has {len(data)} of {stated['bytes']} bytes, or "
-            f"its hash differs); save the artifact again"
-        )
-    return None if GRAPH.fullmatch(name) else data
-
-
-def _refuse_other_calls(manifest: Mapping[str, Any], plan: CachePlan) -> None:
-    header = plan.header
-    stated, planned = (manifest["guidance"], manifest["branches"]), (header.guidance, list(header.branches))
-    if stated != planned:
-        raise FileFormatError(f"guidance and branches are {stated!r}; the plan's are {planned!r}")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _texts(value: Any, what: str, keys: tuple[str, ...]) -> dict[str, str]:
-    if not isinstance(value, dict) or set(value) != set(keys) or not all(isinstance(text, str) for text in value.values()):
-        raise FileFormatError(f"{what} is {value!r}; expected texts for {', '.join(keys)}")
-    return value
-
-
-def _options(value: Any) -> CompileConfig:
-    types = {field.name: field.type for field in fields(CompileConfig)}
-    if not isinstance(value, dict):
-        raise FileFormatError(f"options is {type(value).__name__}; expected an object")
-    for name, given in value.items():
-        if name not in types:
-            raise FileFormatError(f"unknown option {name!r}; this release has {', '.join(types)}")
-        if not isinstance(given, types[name]):  # type: ignore[arg-type]
-            raise FileFormatError(f"the option {name} is {given!r}, which is not of the type it has")
-    try:
-        return CompileConfig(**value)
-    except ValueError as error:
-        raise FileFormatError(f"options: {error}") from error
-
-
-def _inputs(value: Any, plan: CachePlan, prefix: str = "") -> dict[str, Any]:
-    """Shapes and dtypes of the tensors, the plan's but for the batch, and the values of everything else."""
-    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-        raise FileFormatError(f"inputs is {value!r}; expected an object of objects")
-    found: dict[str, Any] = {}
-    for name, entry in value.items():
-        if set(entry) == {"value"}:
-            found[name] = entry["value"]
-        elif set(entry) == {"entries"} and not prefix:
-            found[name] = _inputs(entry["entries"], plan, f"{name}__")
-        else:
-            found[name] = _tensor(f"{prefix}{name}", entry, plan)
-    return found
-
-
-def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of an input that is a tensor."""
-    shape, dtype = entry.get("shape"), DTYPES.get(str(entry.get("dtype")))
-    planned = plan.header.shapes.get(name)
-    sizes = tuple(shape) if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else None
-    fits = sizes is not None and planned is not None and (sizes == planned or sizes[1:] == planned)
-    if set(entry) != {"shape", "dtype"} or dtype is None or sizes is None or not fits or sizes[:1] > (MOST_SAMPLES,):
-        raise FileFormatError(
-            f"the input {name} is {entry!r}; expected the plan's shape {planned} behind a batch of at most {MOST_SAMPLES}, "
-            f"and one of the dtypes {', '.join(DTYPES)}"
-        )
-    return sizes, dtype
-
-
-def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
-    """The model's description; the plan is for the same class and structure."""
-    keys = ("class", "fingerprint", "dtype", *(("config", "tied") if with_weights else ()))
-    if not isinstance(value, dict) or set(value) != set(keys):
-        raise FileFormatError(f"model is {value!r}; expected {', '.join(keys)}")
-    about = _texts({key: value[key] for key in keys[:3]}, "model", keys[:3])
-    header = plan.header
-    if (about["class"], about["dtype"]) != (header.model, header.dtype):
-        raise FileFormatError(
-            f"the artifact is of a {about['dtype']} {about['class']}, its plan of a {header.dtype} {header.model}"
-        )
-    if with_weights and not isinstance(value["config"], dict):
-        raise FileFormatError(f"the model's config is {type(value['config']).__name__}; expected an object")
-    if with_weights:
-        _texts(value["tied"], "the model's tied", tuple(value["tied"]) if isinstance(value["tied"], dict) else ())
-    return value
-
-
-def _scheduler(value: Any, plan: CachePlan) -> dict[str, Any]:
-    given = dict(value) if isinstance(value, dict) else {}
-    config = given.pop("config", {})
-    facts = _texts(given, "scheduler", ("class", "hash"))
-    if not isinstance(config, dict) or (facts["class"], facts["hash"]) != (plan.header.scheduler, plan.header.scheduler_hash):
-        raise FileFormatError(
-            f"the scheduler is {facts}; expected the plan's {plan.header.scheduler} {plan.header.scheduler_hash}"
-        )
-    return {**facts, "config": config} if "config" in value else dict(facts)

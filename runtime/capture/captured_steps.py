@@ -81,12 +81,12 @@ class CapturedSteps:
         with self._recorder.turn(), ordinary_tensors():
             self._load(given)
             key = (call, tuple(stores), tuple(given))
-            own = {name: self._buffers[name] for name in given}
+            buffers = {name: self._buffers[name] for name in given}
             if not self._at_once and key not in self._met:
                 self._met.add(key)
-                return [value.clone() for value in work(own)]
+                return [value.clone() for value in work(buffers)]
             if key not in self._steps:
-                self._steps[key] = self._capture(lambda: work(own), stores)
+                self._steps[key] = self._capture(lambda: work(buffers), stores)
             else:
                 self._steps[key].replay()
             return [result.clone() for result in self._steps[key].results]
@@ -112,10 +112,10 @@ class CapturedSteps:
     def _capture(self, work: Callable[[], Sequence[Tensor]], stores: Sequence[Place]) -> _Step:
         """Run the call as it is, capture it, and compare a replay with it."""
         # What a capture allocates does not last.
-        found = self._recorder.warm_up(work)
-        results = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in found)
+        values = self._recorder.warm_up(work)
+        results = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in values)
         lasting = [*results, *(tensor for place in stores for tensor in self.memory.arena.tensors(place))]
-        expected = [value.clone() for value in (*found, *lasting[len(results) :])]
+        expected = [value.clone() for value in (*values, *lasting[len(results) :])]
 
         def captured() -> None:
             for result, value in zip(results, work(), strict=True):

@@ -48,11 +48,11 @@ class Picture:
     def blocks(self) -> dict[str, list[int]]:
         """Path of every block -> indices of its module sites, in order; a module outside blocks is one by itself."""
         stacks = [site.path for site in self.plan.sites if site.kind == "block"]
-        found: dict[str, list[int]] = {path: [] for path in stacks}
+        blocks: dict[str, list[int]] = {path: [] for path in stacks}
         for i, site in enumerate(self.plan.sites):
             if site.kind in MODULE_KINDS:
-                found.setdefault(next((path for path in stacks if _inside(site.path, path)), site.path), []).append(i)
-        return found
+                blocks.setdefault(next((path for path in stacks if _inside(site.path, path)), site.path), []).append(i)
+        return blocks
 
     @property
     def stored(self) -> frozenset[int]:
@@ -120,8 +120,8 @@ def _counts(picture: Picture, blocks: Collection[str]) -> Counter[str]:
 
 def _card(picture: Picture, path: str, sites: Sequence[int], x: int, y: int, wide: int, counts: Counter[str]) -> list[str]:
     """A block: its number, the operations between its sites, and a chip per site."""
-    own = next((i for i, site in enumerate(picture.plan.sites) if site.kind == "block" and site.path == path), None)
-    letter = picture.row[own] if own is not None else COMPUTE
+    of_block = next((i for i, site in enumerate(picture.plan.sites) if site.kind == "block" and site.path == path), None)
+    letter = picture.row[of_block] if of_block is not None else COMPUTE
     replaced = letter != COMPUTE
     fill = COLOURS[letter] if replaced else "#f4f5f7"
     body = [f'<rect x="{x}" y="{y}" width="{wide}" height="{HIGH + GAP}" rx="7" fill="{fill}" stroke="{LINE}"/>']

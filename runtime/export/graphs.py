@@ -39,11 +39,13 @@ def picture_of(executable: Compiled, program: Program, number: int) -> Picture:
     named = ", ".join(map(str, steps[:NAMED])) + (", ..." if len(steps) > NAMED else "")
     when = f"step{'s' if len(steps) > 1 else ''} {named} ({len(steps)} of {len(program.rows)})"
     cost = f"{variant.macs / 1e9:.4g} GMAC a call, {100 * share:.3g} % of a full evaluation"
-    kept = f"{len(moves.reads)} stored values read, {len(moves.stores)} kept, {len(variant.tables)} tables from before the loop"
+    moved = (
+        f"{len(moves.reads)} stored values read, {len(moves.stores)} kept, {len(variant.tables)} tables from before the loop"
+    )
     notes = (
         f"{when}; {header.policy} plan, {header.scheduler}",
         f"{cost}; {len(operations(graph))} operations",
-        kept,
+        moved,
     )
     title = f"{header.model}: variant {number} (of 0 to {len(program.variants) - 1})"
     return Picture(program.plan, moves, variant.row, graph, title, notes)

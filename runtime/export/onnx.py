@@ -31,11 +31,11 @@ def write_onnx(folder: Path, executable: Compiled, program: Program, *, schedule
 def save_onnx(exported: torch.export.ExportedProgram, path: Path) -> None:
     """Translate a program and write it; its inputs stay in their order."""
     erase_idle_squeezes(exported.graph)
-    made = torch.onnx.export(exported, dynamo=True, verbose=False)
+    translated = torch.onnx.export(exported, dynamo=True, verbose=False)
     wanted = len(exported.graph.find_nodes(op="placeholder"))
-    if made is None or len(made.model.graph.inputs) != wanted:
+    if translated is None or len(translated.model.graph.inputs) != wanted:
         raise CompileError(f"torch.onnx changed the {wanted} inputs of {path.stem}; export as pt2")
-    made.save(path)
+    translated.save(path)
 
 
 def erase_idle_squeezes(graph: fx.Graph) -> None:

@@ -176,11 +176,11 @@ def _zeros(like: Tensor) -> Tensor:
 
 def own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU that share no memory, as safetensors needs them."""
-    kept: dict[str, Tensor] = {}
+    apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        own = tensor.cpu().contiguous()
-        place = own.untyped_storage().data_ptr()
-        kept[name] = own.clone() if place in seen or own.untyped_storage().nbytes() != own.nbytes else own
-        seen.add(kept[name].untyped_storage().data_ptr())
-    return kept
+        plain = tensor.cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if place in seen or plain.untyped_storage().nbytes() != plain.nbytes else plain
+        seen.add(apart[name].untyped_storage().data_ptr())
+    return apart

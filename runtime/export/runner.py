@@ -109,8 +109,8 @@ def load_program(path: Path, device: str = "cpu") -> Callable[..., Sequence[Tens
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
-        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, given)]
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, arrays)]
 
     return run
 
@@ -195,12 +195,12 @@ class Runner:
         cond, uncond = self._conditioning(conditioning, guidance_scale)
         latents: Tensor = noise * sampler["init_noise_sigma"]
         session, steps = self.session(), len(schedule["steps"])
-        kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
+        history: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
         for number, step in enumerate(schedule["steps"]):
             scaled = latents * sampler["scales"][number] if sampler["scales"][number] != 1 else latents
             outputs = self._predict(session, scaled, step["timestep"], cond, uncond)
-            kept.appendleft((latents, _guided(outputs, guidance_scale, latents)))
-            latents = _combined(kept, sampler["terms"][number], latents.dtype)
+            history.appendleft((latents, _guided(outputs, guidance_scale, latents)))
+            latents = _combined(history, sampler["terms"][number], latents.dtype)
             if on_step is not None:
                 on_step(number + 1, steps)
         return latents
@@ -401,10 +401,10 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     conditioning = read_tensors(arguments.conditioning)
     runner = Runner(Path(__file__).parent, verify=not arguments.no_verify)
-    given = {name: tensor.to(runner.schedule["device"]) for name, tensor in conditioning.items()}
-    noise = given.pop("noise", None)
+    inputs = {name: tensor.to(runner.schedule["device"]) for name, tensor in conditioning.items()}
+    noise = inputs.pop("noise", None)
     noise = _drawn(runner, arguments) if noise is None else noise
-    latents = runner.sample(noise, arguments.guidance, None, **given)
+    latents = runner.sample(noise, arguments.guidance, None, **inputs)
     write_tensors(arguments.latents, {"latents": latents})
     print(f"wrote {arguments.latents}: {list(latents.shape)}, root mean square {math.sqrt(latents.float().pow(2).mean()):.4g}")
 

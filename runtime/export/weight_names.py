@@ -37,8 +37,8 @@ class WeightNames:
         """
         name = self._known.get(_place(tensor))
         if name is None:
-            number = sum(known.startswith(f"{kind}.") for known in self.tensors)
-            name = self._known.setdefault((kind, *_contents(tensor)), f"{kind}.{number}")
+            count = sum(known.startswith(f"{kind}.") for known in self.tensors)
+            name = self._known.setdefault((kind, *_contents(tensor)), f"{kind}.{count}")
         self.tensors.setdefault(name, tensor.detach())
         return name
 

@@ -65,8 +65,8 @@ def _emptied(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
     if isinstance(value, Tensor):
         return _empty(value), {path: value}
     tensors = dict(value.named_parameters(remove_duplicate=False)) | dict(value.named_buffers(remove_duplicate=False))
-    made = copy.deepcopy(value, {id(tensor): _empty(tensor) for tensor in tensors.values()})
-    return made, {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+    emptied = copy.deepcopy(value, {id(tensor): _empty(tensor) for tensor in tensors.values()})
+    return emptied, {f"{path}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def lay_out(
                     steps[first][branch].come.append((value.slot, place))
                 if number + 1 < len(spans):
                     steps[last][branch].leave.append((value.slot, host.places[value.slot, last, branch]))
-    made = tuple(tuple(moving.done() for moving in row) for row in steps)
-    return Layout(work_bytes + device.total, work_bytes, device.peak(), host.total, made)
+    moves = tuple(tuple(moving.done() for moving in row) for row in steps)
+    return Layout(work_bytes + device.total, work_bytes, device.peak(), host.total, moves)
 
 
 def _values(slots: SlotPlan, kept: Sequence[Sequence[Sequence[Kept]]]) -> list[_Value]:

@@ -90,8 +90,9 @@ class SlotTable:
 
     def free(self, slot: int) -> None:
         """Forget what a slot has in the arena."""
-        for place in self._held[slot] or () if self._spoil else ():
-            self.arena.spoil(place)
+        if self._spoil:
+            for place in self._held[slot] or ():
+                self.arena.spoil(place)
         self._held[slot] = None
 
     @property

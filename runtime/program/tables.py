@@ -75,22 +75,22 @@ class Tables:
 
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """The values that a step reads, in the order of `Hoisted.tables`."""
-        given = [inputs[name] for name in self.hoisted.inputs]
-        if not self._seen_before(given):
+        values = [inputs[name] for name in self.hoisted.inputs]
+        if not self._seen_before(values):
             # A caller who makes the conditioning anew at every step would have all steps computed each time.
             self.batched = self.batched and self._changes < 2
             self._changes += 1
-            self._seen = [_mark(value) for value in given]
-            self._prompt = self.hoisted.prompt(*given)
+            self._seen = [_mark(value) for value in values]
+            self._prompt = self.hoisted.prompt(*values)
             self._rows = []
         if not any(table.per_step for table in self.hoisted.tables):
             return self._prompt
         timestep = inputs["timestep"]
         if self.batched and not self._rows:
-            self._compute_all(step, timestep, given)
+            self._compute_all(step, timestep, values)
         if self._rows and self._matches(step, timestep):
             return self._prompt + self._rows[step]
-        return self._prompt + self.hoisted.timestep(timestep, *given, *self._prompt)
+        return self._prompt + self.hoisted.timestep(timestep, *values, *self._prompt)
 
     def _seen_before(self, given: Sequence[torch.Tensor]) -> bool:
         return self._seen is not None and all(_unchanged(v, *seen) for v, seen in zip(given, self._seen, strict=True))
@@ -158,7 +158,7 @@ class FixedTables:
     ) -> None:
         self._hoisted, self._given, self._every = hoisted, given, every
         self._prompt = tuple(torch.empty_like(value) for value in prompt)
-        self._stacked = tuple(torch.empty_like(value) for value in stacked) if every is not None else ()
+        self._stacked = () if every is None else tuple(torch.empty_like(value) for value in stacked)
         self._rows = rows_of(self._stacked)
 
     def compute(self) -> None:
@@ -227,8 +227,8 @@ def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torc
 
 def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], scale: float) -> torch.Tensor | None:
     """The timestep inputs of all steps [T], by the convention (scheduler, model, pipeline) that this step's input follows."""
-    own = torch.tensor(timesteps, dtype=torch.float32).to(given.dtype)
-    conventions = [own] if scale == 1 else [own, own * scale, own / round(1 / scale)]
+    planned = torch.tensor(timesteps, dtype=torch.float32).to(given.dtype)
+    conventions = [planned] if scale == 1 else [planned, planned * scale, planned / round(1 / scale)]
     here = given.cpu()
     return next((every.to(given.device) for every in conventions if bool((here == every[step]).all())), None)
 

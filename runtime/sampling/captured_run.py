@@ -63,8 +63,8 @@ class CapturedRun:
         rows = self._noise.shape[0] * (2 if self._loop.doubled else 1)
         timestep = self._loop.timesteps[:1].expand(rows)
         return [
-            own.fixed({**given, "timestep": timestep}) if isinstance(own, Tables) else None
-            for own, given in zip(tables, self._calls, strict=True)
+            computed.fixed({**inputs, "timestep": timestep}) if isinstance(computed, Tables) else None
+            for computed, inputs in zip(tables, self._calls, strict=True)
         ]
 
     def _capture(self) -> None:
@@ -136,10 +136,10 @@ class CapturedRun:
         return all(same) and weights == versions(self._executable.model)
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
-        for own, given in zip(self._calls, calls, strict=True):
+        for buffers, given in zip(self._calls, calls, strict=True):
             for name, value in given.items():
                 if isinstance(value, Tensor):
-                    own[name].copy_(value)
+                    buffers[name].copy_(value)
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""

@@ -96,39 +96,39 @@ class _InFloat64(TorchFunctionMode):
 
 def _result(scheduler: Any, arguments: dict[str, float]) -> LinearSteps | str:
     """Probe a scheduler, and say so if that leads nowhere."""
-    found: LinearSteps | str
+    result: LinearSteps | str
     try:
         # A scheduler that draws noise must leave the caller's generator alone.
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _InFloat64():
-            found = _probed(_on_cpu(scheduler), arguments)
+            result = _probed(_on_cpu(scheduler), arguments)
     except (TypeError, IndexError, AttributeError, ValueError, RuntimeError, ImportError) as error:
-        found = f"{type(scheduler).__name__} does not step in float64 on the CPU ({type(error).__name__}: {error})"
-    if isinstance(found, str):
-        get_logger("sampler").info("the scheduler's own step runs: %s", found)
-    return found
+        result = f"{type(scheduler).__name__} does not step in float64 on the CPU ({type(error).__name__}: {error})"
+    if isinstance(result, str):
+        get_logger("sampler").info("the scheduler's own step runs: %s", result)
+    return result
 
 
 def _on_cpu(scheduler: Any) -> Any:
     """A copy with its tables on the CPU."""
-    own = copy.deepcopy(scheduler)
-    for name, value in vars(own).items():
+    on_cpu = copy.deepcopy(scheduler)
+    for name, value in vars(on_cpu).items():
         if isinstance(value, Tensor):
-            setattr(own, name, value.cpu())
-    return own
+            setattr(on_cpu, name, value.cpu())
+    return on_cpu
 
 
 def _probed(scheduler: Any, arguments: dict[str, float]) -> LinearSteps | str:
     """See `linear_steps`; the scheduler is stepped through."""
     steps = len(scheduler.timesteps)
-    given = _lanes(steps)  # [2, T, lanes]
-    scaled, moved = torch.empty_like(given)
+    lanes = _lanes(steps)  # [2, T, lanes]
+    scaled, moved = torch.empty_like(lanes)
     for step, t in enumerate(scheduler.timesteps):
-        latents, output = given[:, step].view(2, 1, CHANNELS, -1, 1)
+        latents, output = lanes[:, step].view(2, 1, CHANNELS, -1, 1)
         scaled[step] = scaled_input(scheduler, latents, t).flatten()
         moved[step] = stepped(scheduler, output, t, latents, arguments).flatten()
     weights, scales = moved[:, : 2 * steps], scaled[:, :steps].diagonal()
     only_scaled = torch.cat([scales.diag(), torch.zeros_like(scales.diag())], dim=1)
-    wrong = _differ(moved, weights, given) | _differ(scaled, only_scaled, given)
+    wrong = _differ(moved, weights, lanes) | _differ(scaled, only_scaled, lanes)
     if wrong.any():
         return (
             f"step {int(wrong.nonzero()[0])} of {type(scheduler).__name__} is no fixed linear combination of latents and model "

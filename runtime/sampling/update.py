@@ -104,10 +104,10 @@ def choose_update(
     """
     reason = ""
     if fused:
-        found = linear_steps(scheduler, arguments)
-        reason = found if isinstance(found, str) else _too_many(found, guidance_scale is not None)
-        if not isinstance(found, str) and not reason:
-            return FusedUpdate(found, latents, guidance_scale), ""
+        combinations = linear_steps(scheduler, arguments)
+        reason = combinations if isinstance(combinations, str) else _too_many(combinations, guidance_scale is not None)
+        if not isinstance(combinations, str) and not reason:
+            return FusedUpdate(combinations, latents, guidance_scale), ""
     return SchedulerUpdate(scheduler, arguments, 1.0 if guidance_scale is None else guidance_scale), reason
 
 

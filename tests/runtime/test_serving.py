@@ -21,7 +21,7 @@ from helpers.paths import TESTS
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.entry.load_artifact import build_scheduler
 from stepgraph.packed_weights import PackedWeights
-from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.program.program import Program
 
 THREADS = 8

@@ -19,7 +19,7 @@ from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.runtime.artifact.artifact import read_artifact
+from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 FORMS = ("artifact", "artifact.zip")
 

@@ -13,9 +13,9 @@ from helpers.oracle import Oracle, run_loop
 from helpers.pipes import images, oracle_images
 from helpers.tape import Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
-from stepgraph.runtime import executable
 from stepgraph.runtime.capture import cudagraph
 from stepgraph.runtime.sampling import sample as sampler
+from stepgraph.runtime.session import session as session_module
 
 DDIM = diffusers.DDIMScheduler
 ROW = {"backend": "eager", "cuda_graphs": True}
@@ -121,7 +121,7 @@ def test_runs_at_the_same_time_do_not_share_places(dit, tape):
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """The CPU counts as one."""
-    for module in (executable, sampler):
+    for module in (session_module, sampler):
         monkeypatch.setattr(module, "waits", lambda device: True)
 
 
