@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import lowrank
+from stepgraph.compiler.forecast.correct_plan import lowrank
 from stepgraph.compiler.lowrank.covariances import measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.plan.factors import Factors
