@@ -22,7 +22,7 @@ from stepgraph.compiler.entry.accelerate import accelerate
 from stepgraph.compiler.entry.load_artifact import load_artifact
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.entry.sweep import sweep
-from stepgraph.compiler.forecast.correct import forecast, lowrank
+from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize

@@ -36,26 +36,26 @@ def read_env() -> Env:
     Raises:
         ValueError: A variable starts with STEPGRAPH_ but is not known, or has a value it cannot have.
     """
-    given = {name: value for name, value in os.environ.items() if name.startswith("STEPGRAPH_")}
-    unknown = sorted(set(given) - set(VARIABLES))
+    variables = {name: value for name, value in os.environ.items() if name.startswith("STEPGRAPH_")}
+    unknown = sorted(set(variables) - set(VARIABLES))
     if unknown:
         raise ValueError(f"unknown environment variable {unknown[0]}; known: {', '.join(VARIABLES)}")
-    check = given.get("STEPGRAPH_CHECK", "0")
+    check = variables.get("STEPGRAPH_CHECK", "0")
     if check not in ("0", "1", ""):
         raise ValueError(f"STEPGRAPH_CHECK is {check!r}; expected 0 or 1")
-    level = given.get("STEPGRAPH_LOG", "warning").lower()
+    level = variables.get("STEPGRAPH_LOG", "warning").lower()
     if level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"STEPGRAPH_LOG is {level!r}; expected debug, info, warning or error")
-    dump = given.get("STEPGRAPH_DUMP")
-    disabled = frozenset(name.strip() for name in given.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
-    cache = Path(given.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
+    dump = variables.get("STEPGRAPH_DUMP")
+    disabled = frozenset(name.strip() for name in variables.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
+    cache = Path(variables.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
     try:
-        regions_mb = float(given.get("STEPGRAPH_REGIONS") or 512)
+        regions_mb = float(variables.get("STEPGRAPH_REGIONS") or 512)
     except ValueError:
         regions_mb = -1.0
     if not 0 <= regions_mb < float("inf"):
-        raise ValueError(f"STEPGRAPH_REGIONS is {given['STEPGRAPH_REGIONS']!r}; expected megabytes, 0 or more")
-    providers = tuple(name.strip() for name in given.get("STEPGRAPH_PROVIDERS", "").split(",") if name.strip())
+        raise ValueError(f"STEPGRAPH_REGIONS is {variables['STEPGRAPH_REGIONS']!r}; expected megabytes, 0 or more")
+    providers = tuple(name.strip() for name in variables.get("STEPGRAPH_PROVIDERS", "").split(",") if name.strip())
     unknown = sorted(set(providers) - set(PROVIDERS))
     if unknown:
         raise ValueError(f"STEPGRAPH_PROVIDERS names {unknown[0]!r}; the providers are {', '.join(PROVIDERS)}")

@@ -65,10 +65,10 @@ class PackedWeights:
         weights: Sequence[Tensor],
         storages: Sequence[torch.UntypedStorage],
     ) -> Tensor:
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] == versions:
+        entry = self._kept.get(key)
+        if entry is not None and entry[0] == versions:
             self._kept.move_to_end(key)
-            return kept[1]
+            return entry[1]
         self._drop(key)
         packed = self.pack(_stacked(weights))
         # A packed form whose layout is its maker's secret tells no size of its own.
@@ -84,14 +84,14 @@ class PackedWeights:
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         """Let a storage's entries go when it dies: its number is given out again."""
-        number = id(storage)
+        identity = id(storage)
 
         def died(_: Any) -> None:
             # Called at any moment, also amid the methods here, whose lock this thread or another may hold.
-            self._dead.append(number)
+            self._dead.append(identity)
             self._tidy()
 
-        self._owners[number] = weakref.ref(storage, died)
+        self._owners[identity] = weakref.ref(storage, died)
 
     def _tidy(self) -> None:
         """Drop what belongs to dead storages, unless somebody is at work here, who does it afterwards."""
@@ -103,9 +103,9 @@ class PackedWeights:
 
     def _forget_dead(self) -> None:
         while self._dead:
-            number = self._dead.popleft()
-            self._owners.pop(number, None)
-            for key in [key for key in self._kept if any(part[0] == number for part in key)]:
+            identity = self._dead.popleft()
+            self._owners.pop(identity, None)
+            for key in [key for key in self._kept if any(part[0] == identity for part in key)]:
                 self._drop(key)
 
     def _drop(self, key: tuple[Any, ...]) -> None:

@@ -24,9 +24,9 @@ def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | N
         PlanError: `steps` is not a whole number that the scheduler takes.
     """
     check_whole("steps", steps, least=1)
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps, device=device)
-    return own
+    prepared = copy.deepcopy(scheduler)
+    prepared.set_timesteps(steps, device=device)
+    return prepared
 
 
 def first_latents(scheduler: Any, noise: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import nn
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import forecast, lowrank
+from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.import_plan import import_plan

@@ -28,7 +28,7 @@ import torch
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler, compile_artifact
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import lowrank
+from stepgraph.compiler.forecast.correct_plan import lowrank
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs

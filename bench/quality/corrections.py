@@ -25,7 +25,7 @@ from stepgraph.bench.record import write_record
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import forecast, lowrank
+from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize

@@ -22,7 +22,7 @@ from stepgraph.bench.quality.paired import BATCH, Host
 from stepgraph.bench.quality.quality import show
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import forecast
+from stepgraph.compiler.forecast.correct_plan import forecast
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs

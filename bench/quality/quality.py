@@ -223,7 +223,7 @@ def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: 
         : arguments.best
     ]
     bar = progress.add_task("finalists", total=(1 + len(best)) * -(-host.count // BATCH))
-    found = [{"name": "full", "fewer_macs": 1.0, **host.compare(host.reference), **host.frechet(host.reference, real)}]
+    rows_found = [{"name": "full", "fewer_macs": 1.0, **host.compare(host.reference), **host.frechet(host.reference, real)}]
     count = round(arguments.steps / TARGETS[0])
     runs: list[tuple[str, float, Any, int]] = [("fewer steps", arguments.steps / count, host.model, count)]
     for row in best:
@@ -231,8 +231,8 @@ def finalists(arguments: argparse.Namespace, rows: list[dict[str, Any]], stats: 
         runs.append((row["name"], row["fewer_macs"], host.compiled(plan), arguments.steps))
     for name, fewer, runner, steps in runs:
         images = host.images(runner, steps, on_batch=lambda: progress.advance(bar))
-        found.append({"name": name, "fewer_macs": fewer, **host.compare(images), **host.frechet(images, real)})
-    return {"images": host.count, "rows": found}
+        rows_found.append({"name": name, "fewer_macs": fewer, **host.compare(images), **host.frechet(images, real)})
+    return {"images": host.count, "rows": rows_found}
 
 
 def table_in(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

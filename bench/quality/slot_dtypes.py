@@ -17,7 +17,7 @@ from rich.table import Table
 from stepgraph.bench.quality.paired import Host
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import forecast
+from stepgraph.compiler.forecast.correct_plan import forecast
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import SLOT_DTYPES, CompileConfig

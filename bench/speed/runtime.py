@@ -177,26 +177,26 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tol
     entry = order[-1]
     runs = loop.run(entry.contender.start())
     seconds, latents = seconds_of(lambda: deque(islice(runs, steps), 1).pop()[1], str(loop.noise.device))
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "name": entry.contender.name, "seconds": seconds, "over_combined": seconds / entry.seconds(steps),
     }  # fmt: skip
     executable = entry.contender.executable
     if executable is not None and steps == setting.steps:
-        given: dict[str, Any] = dict(loop.conditioning)
+        conditioning: dict[str, Any] = dict(loop.conditioning)
         if loop.guidance > 1:
-            halves = {name: value.chunk(2) for name, value in given.items()}
-            given = {name: both[0] for name, both in halves.items()}
-            given |= {f"negative_{name}": both[1] for name, both in halves.items()}
-        found["sample_seconds"], sampled = seconds_of(
-            lambda: sample(executable, setting.scheduler, loop.noise, loop.guidance, **given), str(loop.noise.device)
+            halves = {name: value.chunk(2) for name, value in conditioning.items()}
+            conditioning = {name: both[0] for name, both in halves.items()}
+            conditioning |= {f"negative_{name}": both[1] for name, both in halves.items()}
+        facts["sample_seconds"], sampled = seconds_of(
+            lambda: sample(executable, setting.scheduler, loop.noise, loop.guidance, **conditioning), str(loop.noise.device)
         )
-        found["sample_error"] = relative_l2(sampled, latents)
+        facts["sample_error"] = relative_l2(sampled, latents)
         # In 16 bits, runs that round apart at one step part company by the last.
-        if loop.noise.dtype == torch.float32 and not found["sample_error"] <= tolerance:
-            raise CompileError(f"stepgraph.sample is {found['sample_error']:.2e} from the same executable in a plain loop")
+        if loop.noise.dtype == torch.float32 and not facts["sample_error"] <= tolerance:
+            raise CompileError(f"stepgraph.sample is {facts['sample_error']:.2e} from the same executable in a plain loop")
         if loop.noise.device.type == "cuda":
-            found |= captured_loop(executable, loop, setting, given, sampled)
-    return found
+            facts |= captured_loop(executable, loop, setting, conditioning, sampled)
+    return facts
 
 
 def captured_loop(
@@ -209,8 +209,8 @@ def captured_loop(
 
     device = str(loop.noise.device)
     capture, _ = seconds_of(run, device)
-    seconds, found = seconds_of(run, device)
-    return {"captured_seconds": seconds, "capture_seconds": capture, "captured_error": relative_l2(found, latents)}
+    seconds, captured = seconds_of(run, device)
+    return {"captured_seconds": seconds, "capture_seconds": capture, "captured_error": relative_l2(captured, latents)}
 
 
 def show_table(console: Console, part: dict[str, Any], title: str) -> None:

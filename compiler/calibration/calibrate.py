@@ -21,7 +21,7 @@ from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
-from stepgraph.files.tensor_record import read_record, write_record
+from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
@@ -112,29 +112,30 @@ def calibrate(
         timestep=family.timestep, lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
-    given = conditioning_of(model, conditioning, samples, guided, latents.device)
+    conditions = conditioning_of(model, conditioning, samples, guided, latents.device)
     used = digest(conditioning)
     identity = {
         "header": asdict(header), "guidance_scale": guidance_scale, "conditioning": used, "eta": eta, "channels": channels,
         "lags": lags,
         "metrics": sorted(measured), "provisional": digest({"": provisional}), "process": [rank, world],
     }  # fmt: skip
-    own = range(rank, samples, world)
+    own_samples = range(rank, samples, world)
     progress = _Progress(None if checkpoint is None else _own_file(Path(checkpoint), rank, world), identity)
     done, generator = progress.resume(observer), torch.Generator().manual_seed(seed)
-    for number in range(samples):
+    for sample_index in range(samples):
         # Every sample's noise is drawn, so that it does not depend on which of them run here.
         noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
-        if number not in own or own.index(number) < done:
+        if sample_index not in own_samples or own_samples.index(sample_index) < done:
             continue
         chosen: dict[str, Any] = {
-            name: value if name in family.unbatched else value[number : number + 1] for name, value in given.items()
+            name: value if name in family.unbatched else value[sample_index : sample_index + 1]
+            for name, value in conditions.items()
         }
-        report = None if on_step is None else _shifted(on_step, done * evaluations, len(own) * evaluations)
+        report = None if on_step is None else _shifted(on_step, done * evaluations, len(own_samples) * evaluations)
         observer.begin()
         # Noise that the sampler itself adds comes from torch's own generators.
         with torch.random.fork_rng():
-            torch.manual_seed(seed + 1 + number)
+            torch.manual_seed(seed + 1 + sample_index)
             sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
         observer.finish()
         done += 1
@@ -147,9 +148,9 @@ def calibrate(
     )
     if family.embedding is None:
         tables["embedding"] = torch.full((evaluations,), torch.nan, dtype=torch.float64)
-    kept = {name: tables.pop(name) for name in list(tables) if name in observer.channels.sums}
+    channel_tables = {name: tables.pop(name) for name in list(tables) if name in observer.channels.sums}
     branches = ("cond", "uncond") if guided else ("cond",)
-    return CalibrationStats(header, marked.sites, branches, float(guidance_scale), used, tables, kept, float(eta))
+    return CalibrationStats(header, marked.sites, branches, float(guidance_scale), used, tables, channel_tables, float(eta))
 
 
 def _finished(
@@ -214,8 +215,8 @@ def conditioning_of(
     for name, value in given.items():
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
         if rows is None or (rows != samples and name not in family.unbatched):
-            found = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
-            raise ArgumentError(f"conditioning {name} is {found}; expected {samples} rows, one per sample")
+            got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise ArgumentError(f"conditioning {name} is {got}; expected {samples} rows, one per sample")
     return {name: value.to(device) for name, value in given.items()}
 
 
@@ -224,11 +225,11 @@ def digest(values: Mapping[str, Any] | None) -> str:
     tensors = {name: value for name, value in (values or {}).items() if isinstance(value, torch.Tensor)}
     if not tensors:
         return ""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         flat = value.detach().cpu().contiguous().flatten()
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()[:16]
 
 
 def unfinished_files(checkpoint: Path) -> list[Path]:
@@ -256,11 +257,11 @@ class _Progress:
         """
         if self.path is None or not self.path.is_file():
             return 0
-        described, tensors = read_record(self.path, UNFINISHED, VERSION)
+        described, tensors = read_tensor_record(self.path, UNFINISHED, VERSION)
         wanted = json.loads(json.dumps(self.identity))
-        found = described.get("identity")
-        if found != wanted:
-            differ = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        stored = described.get("identity")
+        if stored != wanted:
+            differ = [key for key in wanted if not isinstance(stored, dict) or stored.get(key) != wanted[key]]
             raise MismatchError(
                 f"{self.path} was left by another calibration ({', '.join(differ)} differ); delete it or name another file"
             )
@@ -276,7 +277,7 @@ class _Progress:
         if self.path is None:
             return
         tensors = observer.sites.sums | {CHANNELS + name: table for name, table in observer.channels.sums.items()}
-        write_record(self.path, UNFINISHED, VERSION, {"identity": self.identity, "done": done}, tensors)
+        write_tensor_record(self.path, UNFINISHED, VERSION, {"identity": self.identity, "done": done}, tensors)
 
 
 def _shifted(on_step: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:

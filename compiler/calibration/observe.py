@@ -205,9 +205,11 @@ class ChannelSums:
 
     def __init__(self, names: Sequence[str], input_of: Sequence[int], inputs: int) -> None:
         self.names, self.input_of, self.inputs = list(names), list(input_of), inputs
-        modules = [(own, name.rpartition(".")[0]) for name, own in zip(self.names, self.input_of, strict=True)]
-        self.families = [[own] for own in range(inputs)]
-        self.families += [[inputs + i for i, other in enumerate(modules) if other == own] for own in dict.fromkeys(modules)]
+        modules = [(source, name.rpartition(".")[0]) for name, source in zip(self.names, self.input_of, strict=True)]
+        self.families = [[source] for source in range(inputs)]
+        self.families += [
+            [inputs + i for i, other in enumerate(modules) if other == source] for source in dict.fromkeys(modules)
+        ]
         self.sums: dict[str, torch.Tensor] = {}
         self.before: list[torch.Tensor] | None = None
 
@@ -231,25 +233,25 @@ class ChannelSums:
         for members in self.families:
             joint = torch.cat([means[j] for j in members], dim=1)
             limits |= dict.fromkeys(members, (joint.amin(1, keepdim=True), joint.amax(1, keepdim=True)))
-        for number, name in enumerate(self.names):
-            for side, at in (("input", self.input_of[number]), ("output", self.inputs + number)):
+        for map_index, name in enumerate(self.names):
+            for side, at in (("input", self.input_of[map_index]), ("output", self.inputs + map_index)):
                 least, most = limits[at]
                 scaled = (means[at] - least + 1e-6) / (most - least + 1e-6)
                 for form, value in (("", means[at]), ("_scaled", scaled)):
                     key = f"{name}/{side}_{what}{form}"
-                    own = value.mean(0).cpu()
-                    self.sums[key] = self.sums[key] + own if key in self.sums else own
+                    mean = value.mean(0).cpu()
+                    self.sums[key] = self.sums[key] + mean if key in self.sums else mean
 
 
 def _stackable(values: Sequence[torch.Tensor]) -> list[list[int]]:
     """Indices of values that can be stacked: of one shape and dtype, and not too many elements together."""
-    found: dict[Any, list[list[int]]] = {}
+    stacks_by_kind: dict[Any, list[list[int]]] = {}
     for i, value in enumerate(values):
-        stacks = found.setdefault((value.shape, value.dtype, value.device), [[]])
+        stacks = stacks_by_kind.setdefault((value.shape, value.dtype, value.device), [[]])
         if stacks[-1] and (len(stacks[-1]) + 1) * value.numel() > STACK:
             stacks.append([])
         stacks[-1].append(i)
-    return [columns for stacks in found.values() for columns in stacks]
+    return [columns for stacks in stacks_by_kind.values() for columns in stacks]
 
 
 def _embedding(marked: MarkedGraph, path: str | None) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepgraph.errors import ArgumentError, FileFormatError
-from stepgraph.files.tensor_record import read_record, write_record
+from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.plan import PlanHeader, Site
 from stepgraph.plan.described import described_sites
 
@@ -155,7 +155,7 @@ class CalibrationStats:
             "eta": self.eta,
         }
         tensors = dict(self.tables) | {CHANNELS + name: value for name, value in self.channels.items()}
-        write_record(path, FORMAT, VERSION, described, tensors)
+        write_tensor_record(path, FORMAT, VERSION, described, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
@@ -164,7 +164,7 @@ class CalibrationStats:
         Raises:
             PlanError: The file is not a complete statistics file of this version.
         """
-        described, tensors = read_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
+        described, tensors = read_tensor_record(path, FORMAT, VERSION, "make statistics with `stepgraph calibrate`")
         header, sites = described_sites(described, path)
         branches: Any = described.get("branches")
         scale, eta = described.get("guidance_scale"), described.get("eta")

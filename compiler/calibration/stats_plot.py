@@ -83,14 +83,14 @@ def _draw_row(figure: "Figure", axes: Any, images: dict[str, torch.Tensor], what
 
 def _draw_rates(axis: "Axes", stats: CalibrationStats, kind: str) -> None:
     """Mean and spread over the layers of every measured rate."""
-    own, last = _columns(stats, kind), len(stats.header.timesteps) - 1
+    columns, last = _columns(stats, kind), len(stats.header.timesteps) - 1
     names = [name.removeprefix("rate.") for name in stats.tables if name.startswith("rate.")]
     for colour, name in zip(LINES, [n for n in names if n != "relative_l1"] + ["lagged"], strict=False):
         # The first row has no rate, and only the lagged one has a last.
-        rate = stats.rate(name)[1 : last + (name == "lagged"), own]
+        rate = stats.rate(name)[1 : last + (name == "lagged"), columns]
         steps = range(1, 1 + len(rate))
         axis.plot(steps, rate.mean(1), color=colour, label=name, linewidth=1.4)
-        if len(own) > 1:
+        if len(columns) > 1:
             axis.fill_between(steps, rate.amin(1), rate.amax(1), color=colour, alpha=0.2, linewidth=0)
     axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=8)

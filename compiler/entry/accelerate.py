@@ -80,7 +80,7 @@ def accelerate(
     if policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
-    own, settings = _divided(policy, _policy_arguments(arguments, more), asked)
+    policy_arguments, settings = _divided(policy, _policy_arguments(arguments, more), asked)
     if not allow_stochastic:
         refuse_stochastic(pipe.scheduler, steps)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
@@ -88,7 +88,7 @@ def accelerate(
     # One graph of each signature serves the header, the calibration and the compiler.
     traced, inputs = TracedModel(transformer), example_inputs(transformer, batch)
     circumstances = asdict(make_header(transformer, pipe.scheduler, steps, traced.marked(inputs)))
-    measured = POLICIES[policy].wants_stats(own)
+    measured = POLICIES[policy].wants_stats(policy_arguments)
 
     def unfinished(file: Path) -> Path:
         return file.with_suffix(".unfinished")
@@ -104,7 +104,8 @@ def accelerate(
         unfinished(stats_file).unlink(missing_ok=True)
         return make_plan(
             policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, traced=traced, **own,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, traced=traced,
+            **policy_arguments,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
@@ -112,8 +113,8 @@ def accelerate(
         **circumstances,
         **(runs if measured or runs_model(policy) else {}),
         "policy": policy,
-        "arguments": own,
-        "files": _contents(own),
+        "arguments": policy_arguments,
+        "files": _contents(policy_arguments),
     }
     plan_file = folder / f"plan-{policy}-{_key(planned)}.json"
     plan = _kept(plan_file, CachePlan.load, decide)
@@ -140,13 +141,13 @@ def _divided(policy: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]
     Raises:
         PlanError: A setting is asked for that neither the calibration nor the policy takes, or is given twice.
     """
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked_settings = {name: value for name, value in asked.items() if value is not None}
     taken = {argument.name for argument in describe_policy(policy, POLICIES[policy]).arguments}
-    for name, value in given.items():
+    for name, value in asked_settings.items():
         if not POLICIES[policy].wants_stats(arguments) and name not in taken:
             raise ArgumentError(f"{name}={value!r} has no effect: the policy {policy!r} runs nothing with it; leave it out")
-    passed = {name: value for name, value in given.items() if name in taken}
-    return _policy_arguments(arguments, passed), {"samples": 16, "seed": 0, "guidance_scale": 1.0, **given}
+    passed = {name: value for name, value in asked_settings.items() if name in taken}
+    return _policy_arguments(arguments, passed), {"samples": 16, "seed": 0, "guidance_scale": 1.0, **asked_settings}
 
 
 def _contents(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -164,9 +165,9 @@ def _kept(path: Path, load: Callable[[Path], T], make: Callable[[], T]) -> T:
     """What lies on disk, or is made and put there; a damaged file is made anew, and that is said."""
     if path.is_file():
         try:
-            found = load(path)
+            loaded = load(path)
             get_logger("accelerate").info("found %s", path)
-            return found
+            return loaded
         except PlanError as error:
             get_logger("accelerate").warning("%s; it is made anew", error)
     made = make()

@@ -107,8 +107,8 @@ def verify_first_step(executable: Executable) -> None:
         inputs["timestep"] = inputs["timestep"].to(zero_inputs(executable.example, device)["timestep"].dtype)
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
-    given = executable.session()(**inputs, return_dict=False)[0]
-    error, limit = relative_l2(given, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
+    result = executable.session()(**inputs, return_dict=False)[0]
+    error, limit = relative_l2(result, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
     if not error <= limit:
         raise CompileError(
             f"the first step differs from {type(model).__name__}'s by {error:.2g} (relative L2; {limit:g} can be rounding): "
@@ -144,11 +144,11 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     """A configuration is refused before a model is made of it where that would be larger than its weights."""
     elements = sum(tensor.numel() for tensor in tensors.values())
     for name, value in config.items():
-        number = value if isinstance(value, (int, float)) else 0
+        size = value if isinstance(value, (int, float)) else 0
         limit = len(tensors) if "layers" in name else elements
         # Position tables have a row per patch.
-        area = name in ("sample_size", "pos_embed_max_size") and number * number > 64 * elements
-        if not abs(number) <= max(limit, 1000 if "layers" not in name else 0) or area:
+        area = name in ("sample_size", "pos_embed_max_size") and size * size > 64 * elements
+        if not abs(size) <= max(limit, 1000 if "layers" not in name else 0) or area:
             raise FileFormatError(
                 f"{path}: its configuration has {name} {value}, more than its {len(tensors)} weights can be for"
             )
@@ -163,29 +163,29 @@ def _tie(model: nn.Module, tied: Mapping[str, str], path: Path) -> None:
         shapes = {tensor.shape for tensor in pair if tensor is not None}
         if None in pair or len(shapes) > 1 or (name in parameters) != (first in parameters):
             raise FileFormatError(f"{path}: {name!r} is said to be the same weight as {first!r}; the model has no such pair")
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, known[first])
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, known[first])
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Put tensors in the places of a model's own; one that has several names is the same one in all of them."""
     with torch.no_grad():
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        if set(own) != set(tensors):
-            name = sorted(set(own) ^ set(tensors))[0]
-            raise FileFormatError(f"{path}: the weights {'lack' if name in own else 'have more than the model:'} {name!r}")
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        if set(named) != set(tensors):
+            name = sorted(set(named) ^ set(tensors))[0]
+            raise FileFormatError(f"{path}: the weights {'lack' if name in named else 'have more than the model:'} {name!r}")
         for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
+            if tensor.shape != named[name].shape:
                 raise FileFormatError(
-                    f"{path}: the weight {name} is {list(tensor.shape)}; the model's is {list(own[name].shape)}"
+                    f"{path}: the weight {name} is {list(tensor.shape)}; the model's is {list(named[name].shape)}"
                 )
         places: dict[int, Any] = {
             id(old): nn.Parameter(tensors[name], requires_grad=False) if isinstance(old, nn.Parameter) else tensors[name]
-            for name, old in own.items()
+            for name, old in named.items()
         }
         for module in model.modules():
-            for kept in (module._parameters, module._buffers):
-                kept |= {name: places[id(old)] for name, old in kept.items() if old is not None}
+            for tensors_of_module in (module._parameters, module._buffers):
+                tensors_of_module |= {name: places[id(old)] for name, old in tensors_of_module.items() if old is not None}
     plain = {name: value for module in model.modules() for name, value in vars(module).items()}
     left = [name for name, value in plain.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if left:

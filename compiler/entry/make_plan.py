@@ -11,7 +11,7 @@ from torch import nn
 
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.planning.services import SERVICES, Services
+from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.tracing.describe import branches_of, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
@@ -23,7 +23,7 @@ from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
 
 def runs_model(policy: str) -> bool:
     """Whether making a plan with a policy can run the model, so that it needs its weights and not its structure alone."""
-    return policy in POLICIES and any(name in SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
+    return policy in POLICIES and any(name in MODEL_SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
 
 
 def make_plan(
@@ -87,10 +87,10 @@ def make_plan(
         traced = TracedModel.of(model, traced)
         marked = traced.marked(example_inputs)
         header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
-    services = Services(
+    services = ModelServices(
         header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step, traced
     )
-    offered = {name: getattr(services, name) for name in SERVICES if name in _parameters_of(policy)}
+    offered = {name: getattr(services, name) for name in MODEL_SERVICES if name in _parameters_of(policy)}
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
@@ -120,15 +120,15 @@ def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:
 
 def _arguments_of(policy: str) -> dict[str, inspect.Parameter]:
     """A policy's own arguments by name."""
-    return {name: p for name, p in _parameters_of(policy).items() if name not in SERVICES}
+    return {name: p for name, p in _parameters_of(policy).items() if name not in MODEL_SERVICES}
 
 
 def _refuse_other_arguments(policy: str, arguments: Mapping[str, Any]) -> None:
-    own = _arguments_of(policy)
-    takes = f"it takes {', '.join(own)}" if own else "it takes none"
-    unknown = sorted(set(arguments) - set(own))
+    known_arguments = _arguments_of(policy)
+    takes = f"it takes {', '.join(known_arguments)}" if known_arguments else "it takes none"
+    unknown = sorted(set(arguments) - set(known_arguments))
     if unknown:
         raise ArgumentError(f"the policy {policy!r} has no argument {unknown[0]!r}; {takes}")
-    missing = [name for name, p in own.items() if p.default is p.empty and name not in arguments]
+    missing = [name for name, p in known_arguments.items() if p.default is p.empty and name not in arguments]
     if missing:
         raise ArgumentError(f"the policy {policy!r} needs the argument {missing[0]!r}; {takes}")

@@ -85,11 +85,11 @@ def sweep(
     branches = 2 if guidance == "batched" else 1
     baseline = tuple(
         FewerSteps(
-            branches * header.macs * len(prepare_scheduler(scheduler, number).timesteps),
-            *runs.error(f"fewer steps: {number}", model, number),
-            number,
+            branches * header.macs * len(prepare_scheduler(scheduler, count).timesteps),
+            *runs.error(f"fewer steps: {count}", model, count),
+            count,
         )
-        for number in shorter
+        for count in shorter
     )
     errors = {}
     for i in distinct:
@@ -121,15 +121,15 @@ def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
     """The numbers of steps, most first, whose MACs lie just below and just above those of the plans."""
     steps = plans[0].header.steps
     evaluations = {n: len(prepare_scheduler(scheduler, n).timesteps) for n in range(1, steps)}
-    found = set()
+    counts = set()
     for plan in plans:
         summary = plan.summary()
         if summary.macs == summary.macs_total:
             continue
         target = plan.steps * summary.macs / summary.macs_total if summary.macs_total else 0.0
-        found |= set([n for n, count in evaluations.items() if count <= target][-1:])
-        found |= set([n for n, count in evaluations.items() if count >= target][:1])
-    return sorted(found, reverse=True)
+        counts |= set([n for n, count in evaluations.items() if count <= target][-1:])
+        counts |= set([n for n, count in evaluations.items() if count >= target][:1])
+    return sorted(counts, reverse=True)
 
 
 class _Runs:

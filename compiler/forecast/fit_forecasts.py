@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.forecast.correct import chosen, find_cells, with_cells
+from stepgraph.compiler.forecast.correct_plan import chosen, find_cells, with_cells
 from stepgraph.compiler.forecast.fit_in_closed_loop import (
     FULL,
     OWN,
@@ -195,8 +195,8 @@ def _fitted_plan(
     _refuse_other_target(plan, cells, runs)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, traced=traced)
     forecasts = {
-        cell: Forecast(tuple(cells[cell]), tuple(tuple(row.tolist()) for row in found))
-        for cell, found in fitted.coefficients.items()
+        cell: Forecast(tuple(cells[cell]), tuple(tuple(row.tolist()) for row in rows))
+        for cell, rows in fitted.coefficients.items()
     }
     asked = {} if by == "fit_whole_step" else chosen(kinds, sites)
     record = {"by": by, "terms": list(terms), **asked, **_record(runs, cells, fitted)}
@@ -213,22 +213,22 @@ def _open_cells(
         PlanError: There are none, or a term is unknown or not possible for a site.
     """
     whole = Forecast(tuple(terms), ((0.0,) * len(tuple(terms)),))
-    found = {}
+    cells = {}
     for step, i in find_cells(plan, (REUSE, FORECAST), kinds, sites):
         stored = sum(row[i] == COMPUTE for row in plan.rows[:step])
         if whole.inputs and plan.sites[i].kind != "output":
             raise ArgumentError(
                 f"site {plan.sites[i].name}: only a forecast of `output` takes the model's input; terms: {terms}"
             )
-        kept = tuple(term for term in whole.terms if term == CONSTANT or int(term[1:]) <= stored)
-        if not any(term.startswith("y") for term in kept):
+        stored_terms = tuple(term for term in whole.terms if term == CONSTANT or int(term[1:]) <= stored)
+        if not any(term.startswith("y") for term in stored_terms):
             raise ArgumentError(
                 f"step {step}, site {plan.sites[i].name}: {stored} values are stored, too few for the terms {terms}"
             )
-        found[step, i] = kept
-    if not found:
+        cells[step, i] = stored_terms
+    if not cells:
         raise PlanError("nothing to fit: the chosen sites are nowhere reused or forecast")
-    return found
+    return cells
 
 
 def _refuse_other_target(plan: CachePlan, cells: Cells, runs: Runs) -> None:

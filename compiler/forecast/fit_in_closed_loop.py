@@ -15,7 +15,7 @@ from torch import nn
 
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, conditioning_of
 from stepgraph.compiler.calibration.trajectory import Trajectory
-from stepgraph.compiler.forecast.correct import with_cells
+from stepgraph.compiler.forecast.correct_plan import with_cells
 from stepgraph.compiler.forecast.least_squares import least_squares
 from stepgraph.compiler.forecast.site_values import SiteValues
 from stepgraph.compiler.pipeline import compile_plan

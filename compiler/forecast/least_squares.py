@@ -50,8 +50,8 @@ def _with_constant(products: torch.Tensor, sums: torch.Tensor, count: int) -> to
     """The products with those of the constant 1 put between the terms' and the target's."""
     size = products.shape[-1]
     whole = products.new_zeros(len(products), size + 1, size + 1)
-    kept = [*range(size - 1), size]
-    whole[:, [[i] for i in kept], kept] = products
-    whole[:, size - 1, kept] = whole[:, kept, size - 1] = sums
+    places = [*range(size - 1), size]
+    whole[:, [[i] for i in places], places] = products
+    whole[:, size - 1, places] = whole[:, places, size - 1] = sums
     whole[:, size - 1, size - 1] = count
     return whole

@@ -29,12 +29,12 @@ def recognizes(data: Any) -> bool:
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The book's reuses by site."""
     refuse_other_kinds("an InvarDiff cache book for DiT", sites, set(TABLES.values()))
-    found = {"hidden": letters(check_table("step_cache_book", data["step_cache_book"], steps))}
+    reused = {"hidden": letters(check_table("step_cache_book", data["step_cache_book"], steps))}
     for key, kind in TABLES.items():
-        own = sites_of(sites, kind)
-        table = check_table(key, data[key], steps, len(own))
-        found |= {site.name: letters([row[i] for row in table]) for i, site in enumerate(own)}
-    return found
+        sites_of_kind = sites_of(sites, kind)
+        table = check_table(key, data[key], steps, len(sites_of_kind))
+        reused |= {site.name: letters([row[i] for row in table]) for i, site in enumerate(sites_of_kind)}
+    return reused
 
 
 def export(plan: CachePlan) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def export(plan: CachePlan) -> dict[str, Any]:
     columns = {site.name: [row[i] for row in plan.rows] for i, site in enumerate(plan.sites)}
     book: dict[str, Any] = {"step_cache_book": [letter == REUSE for letter in columns["hidden"]]}
     for key, kind in TABLES.items():
-        own = [columns[site.name] for site in sites_of(plan.sites, kind)]
-        book[key] = [[column[step] != "C" for column in own] for step in range(plan.steps)]
+        columns_of_kind = [columns[site.name] for site in sites_of(plan.sites, kind)]
+        book[key] = [[column[step] != "C" for column in columns_of_kind] for step in range(plan.steps)]
     return book
 
 

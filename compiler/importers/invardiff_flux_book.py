@@ -35,17 +35,17 @@ def recognizes(data: Any) -> bool:
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The book's reuses by site."""
     refuse_other_kinds("an InvarDiff cache book for FLUX", sites, KINDS)
-    found = {"hidden": _columns([[flag] for flag in check_table("step_cache_book", data["step_cache_book"], steps)])[0]}
+    reused = {"hidden": _columns([[flag] for flag in check_table("step_cache_book", data["step_cache_book"], steps)])[0]}
     for book, kinds in BOOKS.items():
-        own = _sites(sites, book)
-        tables = _tables(data, book, kinds, own, steps)
+        by_kind = _sites(sites, book)
+        tables = _tables(data, book, kinds, by_kind, steps)
         if book == "transformer_cache_book":
             pairs = zip(tables["attn"], tables["context_attn"], strict=True)
             joint = [[image and text for image, text in zip(*pair, strict=True)] for pair in pairs]
             tables |= {"attn": joint, "context_attn": joint}
         for kind in kinds:
-            found |= dict(zip((site.name for site in own[kind]), _columns(tables[kind]), strict=True))
-    return found
+            reused |= dict(zip((site.name for site in by_kind[kind]), _columns(tables[kind]), strict=True))
+    return reused
 
 
 def _sites(sites: Sequence[Site], book: str) -> dict[str, list[Site]]:
@@ -63,10 +63,10 @@ def _tables(
 ) -> dict[str, list[Any]]:
     tables = data[book]
     known = {*kinds, "ip_attn"} if book == "transformer_cache_book" else {*kinds}
-    given = set(tables) if isinstance(tables, dict) else {type(tables).__name__}
-    if not isinstance(tables, dict) or not set(kinds) <= given <= known:
+    keys = set(tables) if isinstance(tables, dict) else {type(tables).__name__}
+    if not isinstance(tables, dict) or not set(kinds) <= keys <= known:
         raise MismatchError(
-            f"{book} has the keys {', '.join(sorted(map(str, given)))}; expected {', '.join(sorted(known))} "
+            f"{book} has the keys {', '.join(sorted(map(str, keys)))}; expected {', '.join(sorted(known))} "
             f"with one table [{steps}][{len(own[kinds[0]])}] each"
         )
     return {kind: check_table(f"{book}.{kind}", tables[kind], steps, len(own[kind])) for kind in kinds}
@@ -88,9 +88,10 @@ def export(plan: CachePlan) -> dict[str, Any]:
     columns = {site.name: [row[i] for row in plan.rows] for i, site in enumerate(plan.sites)}
     written: dict[str, Any] = {"step_cache_book": [letter == REUSE for letter in columns["hidden"]]}
     for book, kinds in BOOKS.items():
-        own = _sites(plan.sites, book)
+        by_kind = _sites(plan.sites, book)
         written[book] = {
-            kind: [[columns[site.name][step] != COMPUTE for site in own[kind]] for step in range(plan.steps)] for kind in kinds
+            kind: [[columns[site.name][step] != COMPUTE for site in by_kind[kind]] for step in range(plan.steps)]
+            for kind in kinds
         }
     double = written["transformer_cache_book"]
     double["ip_attn"] = [list(row) for row in double["attn"]]

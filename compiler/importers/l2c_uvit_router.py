@@ -49,8 +49,8 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
     keys = keys_in_order(data)
     width = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff"))
     reused = [torch.zeros(width, dtype=torch.bool)] * steps
-    for number in range(1, steps // 2):
-        reused[2 * number] = skipped(repr(keys[number]), data[keys[number]], width, theta)
+    for pair in range(1, steps // 2):
+        reused[2 * pair] = skipped(repr(keys[pair]), data[keys[pair]], width, theta)
     return router_letters(sites, reused)
 
 

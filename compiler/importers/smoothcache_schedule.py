@@ -27,17 +27,17 @@ def recognizes(data: Any) -> bool:
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The schedule's reuses by kind or site."""
     refuse_other_kinds("a SmoothCache schedule", sites, set(KINDS.values()))
-    found = {}
+    by_site = {}
     for key, flags in data.items():
-        name, number = KEY.fullmatch(key).groups()  # type: ignore[union-attr]  # `recognizes` has matched every key
+        name, block = KEY.fullmatch(key).groups()  # type: ignore[union-attr]  # `recognizes` has matched every key
         reused = letters([not flag for flag in check_table(key, flags, steps)])
-        own = sites_of(sites, KINDS[name])
-        if number is None:
-            found[KINDS[name]] = reused
-        elif int(number) < len(own):
-            found[own[int(number)].name] = reused
+        sites_of_kind = sites_of(sites, KINDS[name])
+        if block is None:
+            by_site[KINDS[name]] = reused
+        elif int(block) < len(sites_of_kind):
+            by_site[sites_of_kind[int(block)].name] = reused
         else:
-            raise MismatchError(f"{key} names block {number}; this model has {len(own)} blocks")
+            raise MismatchError(f"{key} names block {block}; this model has {len(sites_of_kind)} blocks")
     missing = [name for name in KINDS if not any(key.partition("-")[0] == name for key in data)]
     numbered = [key for key in data if "-" in key]
     expected = sum(len(sites_of(sites, kind)) for kind in KINDS.values())
@@ -45,7 +45,7 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mappi
         raise MismatchError(
             f"the schedule has {len(data)} entries; expected attn and mlp, or one for each of {expected} modules"
         )
-    return found
+    return by_site
 
 
 def export(plan: CachePlan) -> dict[str, list[int]]:

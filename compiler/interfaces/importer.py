@@ -40,16 +40,16 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
     """
     expected = f"[{rows}]" if columns is None else f"[{rows}][{columns}]"
     if not isinstance(table, list) or len(table) != rows:
-        found = f"a list of {len(table)}" if isinstance(table, list) else type(table).__name__
-        raise MismatchError(f"{name} is {found}; expected {expected} for this model and number of steps")
-    for number, entry in enumerate(table):
+        got = f"a list of {len(table)}" if isinstance(table, list) else type(table).__name__
+        raise MismatchError(f"{name} is {got}; expected {expected} for this model and number of steps")
+    for position, entry in enumerate(table):
         if columns is not None and (not isinstance(entry, list) or len(entry) != columns):
-            found = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
-            raise MismatchError(f"{name}[{number}] is {found}; expected {expected} for this model and number of steps")
+            got = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
+            raise MismatchError(f"{name}[{position}] is {got}; expected {expected} for this model and number of steps")
         flags = entry if isinstance(entry, list) else [entry]
         bad = [flag for flag in flags if not is_flag(flag)]
         if bad:
-            raise FileFormatError(f"{name}[{number}] holds {bad[0]!r}; expected true/false or 0/1")
+            raise FileFormatError(f"{name}[{position}] holds {bad[0]!r}; expected true/false or 0/1")
     return table
 
 
@@ -113,8 +113,8 @@ def skipped(name: str, logits: Any, width: int, theta: Any) -> torch.Tensor:
 def router_letters(sites: Sequence[Site], reused: Sequence[torch.Tensor]) -> dict[str, str]:
     """Actions by site from T masks [2 x blocks] in sampling order: entry 2l is block l's attention, 2l + 1 its feed-forward."""
     table = torch.stack(list(reused))
-    own = {part: sites_of(sites, kind) for part, kind in enumerate(("attn", "ff"))}
-    return {site.name: letters(table[:, 2 * i + part].tolist()) for part in own for i, site in enumerate(own[part])}
+    by_part = {part: sites_of(sites, kind) for part, kind in enumerate(("attn", "ff"))}
+    return {site.name: letters(table[:, 2 * i + part].tolist()) for part in by_part for i, site in enumerate(by_part[part])}
 
 
 def keys_in_order(data: Mapping[Any, Any]) -> list[Any]:

@@ -63,9 +63,9 @@ def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8)
     """
     check_number("budget", budget, above=0, most=1, what="a share of the linear maps' own cost")
     check_whole("chunk", chunk, 1)
-    whole = sum(own.macs for own in maps.values())
-    ranks = {path: min(chunk, own.most) for path, own in maps.items()}
-    spent = sum(own.cost(ranks[path]) for path, own in maps.items())
+    whole = sum(ranked_map.macs for ranked_map in maps.values())
+    ranks = {path: min(chunk, ranked_map.most) for path, ranked_map in maps.items()}
+    spent = sum(ranked_map.cost(ranks[path]) for path, ranked_map in maps.items())
     if spent > budget * whole:
         raise ArgumentError(
             f"a budget of {budget:g} does not give every map rank {chunk}, which takes {spent / whole:.3g}; raise it, lower "
@@ -74,17 +74,17 @@ def allocate_ranks(maps: Mapping[str, RankedMap], budget: float, chunk: int = 8)
     queue: list[tuple[float, str]] = []
 
     def offer(path: str) -> None:
-        own, rank = maps[path], ranks[path]
-        if rank < own.most:
-            stop = min(rank + chunk, own.most)
-            heapq.heappush(queue, (-own.gain(rank, stop) / own.cost(stop - rank), path))
+        ranked_map, rank = maps[path], ranks[path]
+        if rank < ranked_map.most:
+            stop = min(rank + chunk, ranked_map.most)
+            heapq.heappush(queue, (-ranked_map.gain(rank, stop) / ranked_map.cost(stop - rank), path))
 
     for path in maps:
         offer(path)
     while queue:
         _, path = heapq.heappop(queue)
-        own, stop = maps[path], min(ranks[path] + chunk, maps[path].most)
-        cost = own.cost(stop - ranks[path])
+        ranked_map, stop = maps[path], min(ranks[path] + chunk, maps[path].most)
+        cost = ranked_map.cost(stop - ranks[path])
         # A map whose next chunk does not fit is done; cheaper chunks of others may still fit.
         if spent + cost <= budget * whole:
             spent, ranks[path] = spent + cost, stop

@@ -82,17 +82,18 @@ class Measured:
 
     def keep(self, number: int, sums: Mapping[Target, FullSum | SketchSum]) -> None:
         """Take over the sums of a pass."""
-        found: dict[str, Tensor] = {}
-        for target, own in sums.items():
+        tensors: dict[str, Tensor] = {}
+        for target, summed in sums.items():
             self.inputs |= dict.fromkeys(target.readers, target.key)
-            self.numbers[target.key] = {**self.numbers.get(target.key, {}), **own.numbers()}
-            found |= own.tensors(target.key)
-            for path, yy in own.yy.items() if isinstance(own, FullSum) else ():
-                self.numbers[path] = {**self.numbers.get(path, {}), "yy": yy / own.rows}
+            self.numbers[target.key] = {**self.numbers.get(target.key, {}), **summed.numbers()}
+            tensors |= summed.tensors(target.key)
+            if isinstance(summed, FullSum):
+                for path, yy in summed.yy.items():
+                    self.numbers[path] = {**self.numbers.get(path, {}), "yy": yy / summed.rows}
         if isinstance(self.tensors, SpilledTensors):
-            self.tensors.add(number, found)
+            self.tensors.add(number, tensors)
         else:
-            self.tensors = found
+            self.tensors = tensors
 
 
 class SpilledTensors(Mapping[str, Tensor]):

@@ -17,7 +17,7 @@ from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
-from stepgraph.files.tensor_record import read_record, write_record
+from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import model_dtype
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.factors import Factors
@@ -79,19 +79,19 @@ class Covariances:
         trace = self.numbers[name]["trace"]
         if f"sketch/{name}" in self.tensors:
             sketch = self.tensors[f"sketch/{name}"].double()
-            found = sketch.T @ sketch
-            lacking = max(trace - float(found.diagonal().sum()), 0.0) / len(found)
-            found.diagonal().add_(lacking)
+            covariance = sketch.T @ sketch
+            lacking = max(trace - float(covariance.diagonal().sum()), 0.0) / len(covariance)
+            covariance.diagonal().add_(lacking)
         else:
-            found = self.tensors[f"xx/{name}"].double()
-        if not found.isfinite().all():
+            covariance = self.tensors[f"xx/{name}"].double()
+        if not covariance.isfinite().all():
             raise PlanError(f"the covariance of {path!r} is degenerate: it holds NaN or infinite values")
-        if trace <= 0 or not float(found.diagonal().sum()) > 0:
+        if trace <= 0 or not float(covariance.diagonal().sum()) > 0:
             raise PlanError(
                 f"the covariance of {path!r} is degenerate: what it reads never changes, so nothing is to be corrected; leave "
                 f"its kind out of kinds"
             )
-        return found
+        return covariance
 
     def directions(self, path: str) -> int | None:
         """How many directions the sketch of what a map reads has; None where its whole covariance was measured."""
@@ -106,10 +106,10 @@ class Covariances:
         """
         if f"yx/{site}" not in self.tensors:
             raise PlanError(f"the outputs of {site!r} were not measured; measure with whole=True")
-        found = self.tensors[f"yx/{site}"].double()
-        if not found.isfinite().all() or self.numbers[site]["yy"] <= 0:
+        covariance = self.tensors[f"yx/{site}"].double()
+        if not covariance.isfinite().all() or self.numbers[site]["yy"] <= 0:
             raise PlanError(f"the covariance of {site!r} is degenerate: its output never changes, or is not finite")
-        return found, self.numbers[site]["yy"]
+        return covariance, self.numbers[site]["yy"]
 
     @property
     def sketch_errors(self) -> dict[str, float]:
@@ -120,7 +120,7 @@ class Covariances:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
         names = ("guidance_scale", "periods", "conditioning", "inputs", "numbers", "passes", "plan")
         described = {name: getattr(self, name) for name in names} | {"header": asdict(self.header)}
-        write_record(path, FORMAT, VERSION, described, {name: self.tensors[name] for name in self.tensors})
+        write_tensor_record(path, FORMAT, VERSION, described, {name: self.tensors[name] for name in self.tensors})
 
     @classmethod
     def load(cls, path: str | Path) -> "Covariances":
@@ -129,7 +129,7 @@ class Covariances:
         Raises:
             PlanError: The file is not a complete covariances file of this version.
         """
-        described, tensors = read_record(path, FORMAT, VERSION, "make covariances with stepgraph.measure_covariances")
+        described, tensors = read_tensor_record(path, FORMAT, VERSION, "make covariances with stepgraph.measure_covariances")
         header = parse_record(PlanHeader, described.get("header"), f"{path}: header")
         try:
             inputs, numbers, periods = dict(described["inputs"]), dict(described["numbers"]), tuple(described["periods"])

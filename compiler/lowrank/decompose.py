@@ -141,15 +141,15 @@ def shrunk(source: Covariances, path: str, shrinkage: float | None) -> Tensor:
         shrinkage: s in 0..1; None for Ledoit and Wolf's estimate from the fourth moments, which falls as 1 / rows. Measured
             on the shipped model it is within a few tenths of a per cent of the best fixed s from 2 samples on.
     """
-    found, numbers = source.matrix(path), source.numbers[source.name_of(path)]
-    mean = float(found.diagonal().mean())
+    covariance, numbers = source.matrix(path), source.numbers[source.name_of(path)]
+    mean = float(covariance.diagonal().mean())
     if shrinkage is None:
-        spread = float(found.square().sum()) - mean**2 * len(found)
-        noise = max(numbers["fourth"] - float(found.square().sum()), 0.0) / numbers["rows"]
+        spread = float(covariance.square().sum()) - mean**2 * len(covariance)
+        noise = max(numbers["fourth"] - float(covariance.square().sum()), 0.0) / numbers["rows"]
         shrinkage = min(noise / spread, 1.0) if spread > 0 else 1.0
-    found *= 1 - shrinkage
-    found.diagonal().add_(shrinkage * mean)
-    return found
+    covariance *= 1 - shrinkage
+    covariance.diagonal().add_(shrinkage * mean)
+    return covariance
 
 
 def check_choice(method: str, scale: str | None, shrinkage: float | None) -> None:

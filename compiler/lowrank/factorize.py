@@ -83,28 +83,28 @@ def factorize(
     rows = find_paths(model, marked, method, kinds, source)
     if rank is not None:
         check_rank(model, marked, rank, list(rows), method, source)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    kept: dict[str, Decomposition] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    decomposed: dict[str, Decomposition] = {}
     ranked: dict[str, RankedMap] = {}
     for path, terms in decompositions(model, source, list(rows), method, scale, shrinkage):
         shape = terms.left.shape[0], terms.right.shape[1]
         ranked[path] = RankedMap(terms.weights, *shape, rows[path])
         if rank is not None:
-            found[path] = terms.cut(rank)
+            pairs[path] = terms.cut(rank)
         else:
             known = source.directions(path) if isinstance(source, Covariances) else None
             if known is not None:
                 ranked[path] = replace(ranked[path], weights=terms.weights[: max(known // 2, 1)])
-            kept[path] = _shortened(terms, ranked[path].most)
+            decomposed[path] = _shortened(terms, ranked[path].most)
     if rank is None:
         assert budget is not None
         ranks = allocate_ranks(ranked, budget, chunk)
-        found = {path: terms.cut(ranks[path]) for path, terms in kept.items()}
-    macs = sum(own.cost(found[path][1].shape[0]) for path, own in ranked.items())
+        pairs = {path: terms.cut(ranks[path]) for path, terms in decomposed.items()}
+    macs = sum(ranked_map.cost(pairs[path][1].shape[0]) for path, ranked_map in ranked.items())
     arguments = _arguments(source, method, rank, budget, scale, shrinkage, chunk)
-    arguments |= {"macs_share": macs / sum(own.macs for own in ranked.values())}
+    arguments |= {"macs_share": macs / sum(ranked_map.macs for ranked_map in ranked.values())}
     measured = (
-        {p: error_on(model, p, *pair, method, source) for p, pair in found.items()} if isinstance(source, Covariances) else {}
+        {p: error_on(model, p, *pair, method, source) for p, pair in pairs.items()} if isinstance(source, Covariances) else {}
     )
     return Factors(
         type(model).__name__,
@@ -112,7 +112,7 @@ def factorize(
         dtype_name(model_dtype(model)),
         method,
         as_json(arguments),
-        found,
+        pairs,
         errors=measured,
     )
 
@@ -243,19 +243,19 @@ def _arguments(
     source: Source, method: str, rank: int | None, budget: float | None, scale: str | None, shrinkage: float | None, chunk: int
 ) -> dict[str, object]:
     """What made the factors."""
-    made: dict[str, object] = {"rank": rank} if rank is not None else {"budget": budget, "chunk": chunk}
+    arguments: dict[str, object] = {"rank": rank} if rank is not None else {"budget": budget, "chunk": chunk}
     if method in ("ca", "cd"):
-        made |= {"scale": scale or "both"}
+        arguments |= {"scale": scale or "both"}
     if source is not None:
         header = source.header
-        made |= {
+        arguments |= {
             "scheduler": header.scheduler, "steps": header.steps, "samples": header.samples, "seed": header.seed,
             "guidance_scale": source.guidance_scale,
         }  # fmt: skip
     if isinstance(source, Covariances):
-        made |= {"shrinkage": "estimated" if shrinkage is None else shrinkage, "periods": list(source.periods)}
+        arguments |= {"shrinkage": "estimated" if shrinkage is None else shrinkage, "periods": list(source.periods)}
         if source.plan:
-            made |= {"plan": source.plan}
+            arguments |= {"plan": source.plan}
         if source.sketch_errors:
-            made |= {"sketch_error": max(source.sketch_errors.values())}
-    return made
+            arguments |= {"sketch_error": max(source.sketch_errors.values())}
+    return arguments

@@ -68,12 +68,12 @@ def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None
 
 def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[str, tuple[str, list[fx.Node]]]:
     """Module path of every linear map inside sites of some kinds -> that kind, and the map's calls."""
-    found: dict[str, tuple[str, list[fx.Node]]] = {}
+    calls_by_path: dict[str, tuple[str, list[fx.Node]]] = {}
     for node, index in maps_of_sites(marked, model).items():
         kind = marked.sites[index].kind
         if kind in kinds:
-            found.setdefault(str(node.target), (kind, []))[1].append(node)
-    return found
+            calls_by_path.setdefault(str(node.target), (kind, []))[1].append(node)
+    return calls_by_path
 
 
 def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[str]:
@@ -85,7 +85,7 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
     wanted = check_kinds(marked, kinds)
     members = [site for site in marked.sites if site.kind in MODULE_KINDS]
     several = {site.path for site in members if site.call or site.output}
-    found = []
+    paths = []
     for site in members:
         if site.kind not in wanted or site.call or site.output:
             continue
@@ -93,16 +93,16 @@ def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[
         if site.path not in several and call.inputs:
             x, y = call.inputs[0].meta["val"], call.outputs[0].meta["val"]
             if x.is_floating_point() and x.shape[:-1] == y.shape[:-1]:
-                found.append(site.path)
+                paths.append(site.path)
                 continue
         if kinds is not None:
             raise ArgumentError(
                 f"{site.path} has several calls or outputs, or other tokens in than out; one map cannot stand for it: leave "
                 f"out {site.kind}"
             )
-    if not found:
+    if not paths:
         raise ArgumentError("no site of these kinds has one input and one output of the same tokens")
-    return found
+    return paths
 
 
 def find_targets(
@@ -129,25 +129,27 @@ def find_targets(
 
     def add(path: str, values: Sequence[fx.Node], calls: Sequence[fx.Node], sites: Sequence[int]) -> None:
         if corrected is None or set(sites) <= set(corrected):
-            own = sites if corrected is not None else [0] * len(sites)
-            by_values.setdefault(tuple(zip(values, own, strict=True)), []).append((path, tuple(calls)))
+            # Without a plan there is one increment of a value, whoever reads it.
+            readers = sites if corrected is not None else [0] * len(sites)
+            by_values.setdefault(tuple(zip(values, readers, strict=True)), []).append((path, tuple(calls)))
 
     for path, (_, calls) in _maps(model, marked, check_kinds(marked, kinds)).items():
         add(path, [call.all_input_nodes[0] for call in calls], calls, [owners[call] for call in calls])
     outputs: dict[str, fx.Node] = {}
-    for path in find_sites(marked, kinds) if whole else ():
-        call = marked.trace.calls[path, 0]
-        add(path, [nodes[call.inputs[0].name]], [nodes[call.before.name].next], [indices[path]])
-        outputs[path] = nodes[call.outputs[0].name]
+    if whole:
+        for path in find_sites(marked, kinds):
+            call = marked.trace.calls[path, 0]
+            add(path, [nodes[call.inputs[0].name]], [nodes[call.before.name].next], [indices[path]])
+            outputs[path] = nodes[call.outputs[0].name]
     targets = []
     for values, readers in by_values.items():
         paths = tuple(dict.fromkeys(path for path, _ in readers))
-        own = {path: outputs[path] for path in paths if path in outputs}
-        widths = {path: node.meta["val"].shape[-1] for path, node in own.items()}
+        written = {path: outputs[path] for path in paths if path in outputs}
+        widths = {path: node.meta["val"].shape[-1] for path, node in written.items()}
         shapes = [value.meta["val"].shape for value, _ in values]
         rows = sum(shape[:-1].numel() for shape in shapes)
         read = tuple((value, call) for (value, _), call in zip(values, readers[0][1], strict=True))
-        targets.append(Target(paths, read, shapes[0][-1], rows, own, widths, tuple(site for _, site in values)))
+        targets.append(Target(paths, read, shapes[0][-1], rows, written, widths, tuple(site for _, site in values)))
     return targets
 
 

@@ -54,13 +54,13 @@ def worse_ranks(errors: Sequence[tuple[int, float]], tolerance: float = 1e-6) ->
 
     For every rank that is worse than some smaller one, the best smaller one is named.
     """
-    found = []
+    worse = []
     ordered = sorted(errors)
     for at, (rank, error) in enumerate(ordered):
         better = [(e, r) for r, e in ordered[:at] if r < rank and e < error * (1 - tolerance)]
         if better:
-            found.append((min(better)[1], rank))
-    return found
+            worse.append((min(better)[1], rank))
+    return worse
 
 
 def _square(matrix: Tensor, covariance: Tensor) -> float:

@@ -117,16 +117,16 @@ class PlanWatcher(Watcher):
             if found:
                 sums.add(found, {path: y for path, y in ys.items() if y is not None})
 
-    def _increment(self, step: int, branch: int, number: int, value: Tensor) -> Tensor | None:
+    def _increment(self, step: int, branch: int, value_index: int, value: Tensor) -> Tensor | None:
         """[rows, C] float32 where the value's site is corrected; where it is computed, the value is kept."""
-        site, own = self.sites[number], self.history.setdefault((branch, number), [])
+        site, history = self.sites[value_index], self.history.setdefault((branch, value_index), [])
         action = self.plan.rows[step][site]
         if action == COMPUTE:
-            own.insert(0, value.to(torch.float32))
-            del own[self.ages :]
+            history.insert(0, value.to(torch.float32))
+            del history[self.ages :]
         if action != LOWRANK:
             return None
         forecast = self.plan.forecasts.get((step, site), LAST)
         row = forecast.coefficients[branch if len(forecast.coefficients) > 1 else 0]
-        stored = sum(c * own[age - 1] for age, c in zip(forecast.ages, row, strict=True))
+        stored = sum(c * history[age - 1] for age, c in zip(forecast.ages, row, strict=True))
         return (value.to(torch.float32) - stored).flatten(0, -2)

@@ -82,6 +82,6 @@ def rank_report(
         check_rank(model, marked, rank, paths, method, source)
     errors: dict[int, dict[str, float]] = {rank: {} for rank in sorted(set(ranks))}
     for path, terms in decompositions(model, source, paths, method, scale, shrinkage):
-        for rank, own in errors.items():
-            own[path] = error_on(model, path, *terms.cut(rank), method, held_out)
+        for rank, by_map in errors.items():
+            by_map[path] = error_on(model, path, *terms.cut(rank), method, held_out)
     return RankReport(method, errors)

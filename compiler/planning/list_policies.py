@@ -93,7 +93,7 @@ def policies() -> dict[str, PolicyRecord]:
 def describe_policy(name: str, policy: Policy) -> PolicyRecord:
     """The record of one policy, from its signature and docstring."""
     documented = documented_arguments(policy.decide)
-    own, services = [], {}
+    arguments, services = [], {}
     for parameter in inspect.signature(policy.decide).parameters.values():
         unit, meaning = documented.get(parameter.name, ("", ""))
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -103,30 +103,30 @@ def describe_policy(name: str, policy: Policy) -> PolicyRecord:
             continue
         required = parameter.default is parameter.empty
         default = None if required else parameter.default
-        own.append(PolicyArgument(parameter.name, type_name(parameter.annotation), required, default, unit, meaning))
+        arguments.append(PolicyArgument(parameter.name, type_name(parameter.annotation), required, default, unit, meaning))
     needs = ("stats",) * policy.needs_stats + ("model",) * bool(services)
     summary = (inspect.getdoc(policy.decide) or "").split("\n\n")[0].replace("\n", " ")
     stats = documented.get("stats", ("", ""))[1]
-    return PolicyRecord(name, summary, policy.source, needs, policy.unless, stats, services, tuple(own))
+    return PolicyRecord(name, summary, policy.source, needs, policy.unless, stats, services, tuple(arguments))
 
 
 def documented_arguments(function: Callable[..., Any]) -> dict[str, tuple[str, str]]:
     """Argument -> (unit, meaning), from the "Args" of a Google-style docstring; continued lines are joined."""
     _, _, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
-    found: dict[str, tuple[str, str]] = {}
+    documented: dict[str, tuple[str, str]] = {}
     name = ""
     for line in section.splitlines():
         entry = ENTRY.fullmatch(line)
         if entry:
             name = entry["name"]
-            found[name] = (entry["unit"] or "", entry["meaning"])
+            documented[name] = (entry["unit"] or "", entry["meaning"])
         elif line.startswith("        ") and name:
-            unit, meaning = found[name]
-            found[name] = (unit, f"{meaning} {line.strip()}")
+            unit, meaning = documented[name]
+            documented[name] = (unit, f"{meaning} {line.strip()}")
         elif line.strip() and not line.startswith(" "):
             # The next section.
             break
-    return found
+    return documented
 
 
 def type_name(annotation: Any) -> str:

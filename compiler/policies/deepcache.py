@@ -68,11 +68,11 @@ def deepcache(
 
 def _blocks(sites: Sequence[Site]) -> list[list[str]]:
     """Names of the module sites of each block, in order."""
-    found: dict[str, list[str]] = {}
+    by_block: dict[str, list[str]] = {}
     for site in sites:
         if site.kind in MODULE_KINDS:
-            found.setdefault(site.path.rpartition(".")[0], []).append(site.name)
-    return list(found.values())
+            by_block.setdefault(site.path.rpartition(".")[0], []).append(site.name)
+    return list(by_block.values())
 
 
 def sites_path(block: Sequence[str]) -> str:

@@ -119,16 +119,16 @@ def _taus(
     Raises:
         PlanError: One is outside 0..1, or is given for modules that the model does not have.
     """
-    own = {"context_ff": context_ff, "single_attn": single_attn, "single_mlp": single_mlp}
-    for name, value in own.items():
+    optional = {"context_ff": context_ff, "single_attn": single_attn, "single_mlp": single_mlp}
+    for name, value in optional.items():
         if value is not None and name not in groups:
             raise ArgumentError(f"{name} is {value!r}, but this model has no such modules; it has {', '.join(groups)}")
-    given = {"step": step, "attn": attn, "ff": ff} | {name: value for name, value in own.items() if value is not None}
-    for name, value in given.items():
+    quantiles = {"step": step, "attn": attn, "ff": ff} | {name: value for name, value in optional.items() if value is not None}
+    for name, value in quantiles.items():
         check_number(name, value, 0, 1)
     taus = {"hidden": step, "attn": attn, "context_attn": attn, "ff": ff, "mlp": ff}
-    taus |= {"context_ff": given.get("context_ff", ff), "single_attn": given.get("single_attn", attn)}
-    return taus | {"single_mlp": given.get("single_mlp", ff), "single_ff": ff}
+    taus |= {"context_ff": quantiles.get("context_ff", ff), "single_attn": quantiles.get("single_attn", attn)}
+    return taus | {"single_mlp": quantiles.get("single_mlp", ff), "single_ff": ff}
 
 
 def _below_quantiles(
@@ -137,8 +137,8 @@ def _below_quantiles(
     """[T, sites] bool: where the rate lies strictly below its group's quantile; the first rows, and the last, protected."""
     reused = torch.zeros(rate.shape, dtype=torch.bool)
     for name, columns in groups.items():
-        own = rate[:, columns]
-        reused[:, columns] = own < torch.quantile(own[1:-1].flatten(), taus[name])
+        group_rate = rate[:, columns]
+        reused[:, columns] = group_rate < torch.quantile(group_rate[1:-1].flatten(), taus[name])
     reused[:first] = False
     if last:
         reused[-1] = False

@@ -56,11 +56,11 @@ def l2c(
     Raises:
         PlanError: An argument is out of range, or there is neither a model to train on nor a file.
     """
-    given = {
+    settings = {
         "lam": lam, "lr": lr, "iterations": iterations, "batch": batch, "init": init, "states": states, "pool": pool,
         "run": run, "shift": shift, "seed": seed,
     }  # fmt: skip
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in settings.items() if value is not None}
     if router is not None and changes:
         raise ArgumentError(f"router names trained routers, so the setting {next(iter(changes))!r} has no effect; leave it out")
     if train is None:
@@ -68,12 +68,12 @@ def l2c(
             "the policy 'l2c' trains on the model: make its plan with make_plan(..., model=, scheduler=, steps=)"
         )
     trained = train(router, preset, changes)
-    found, known = [site.name for site in trained.sites], {site.name for site in sites}
-    unknown = [name for name in found if name not in known]
+    routed, known = [site.name for site in trained.sites], {site.name for site in sites}
+    unknown = [name for name in routed if name not in known]
     if unknown:
         raise MismatchError(f"the routers are for the site {unknown[0]!r}, which this model does not have")
     reused = trained.reused(theta)
-    return {name: "".join(REUSE if hit else COMPUTE for hit in reused[:, i].tolist()) for i, name in enumerate(found)}
+    return {name: "".join(REUSE if hit else COMPUTE for hit in reused[:, i].tolist()) for i, name in enumerate(routed)}
 
 
 L2C = Policy(l2c, source="Learning-to-Cache, arXiv 2406.01733")

@@ -11,7 +11,7 @@ import torch
 from stepgraph.checks import check_number
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.errors import FileFormatError, MismatchError, PlanError
-from stepgraph.files.tensor_record import read_record, write_record
+from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import PlanHeader, Site
 from stepgraph.plan.described import described_sites
@@ -121,7 +121,7 @@ def write_router(
 ) -> None:
     """Write tensors with what they belong to; the file appears whole or not at all."""
     described = {"header": asdict(header), "sites": list(map(asdict, sites)), "settings": asdict(settings), **extra}
-    write_record(path, form, VERSION, described, tensors)
+    write_tensor_record(path, form, VERSION, described, tensors)
 
 
 def read_router(
@@ -132,7 +132,7 @@ def read_router(
     Raises:
         PlanError: The file is missing, cut short, or of another format or version.
     """
-    described, tensors = read_record(path, form, VERSION, "train routers with `stepgraph plan train-router`")
+    described, tensors = read_tensor_record(path, form, VERSION, "train routers with `stepgraph plan train-router`")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise FileFormatError(f"{path}: the table {missing[0]!r} is missing")

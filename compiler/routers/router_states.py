@@ -86,10 +86,10 @@ class Trajectories:
         chosen = torch.randint(self.latents.shape[1], first.shape, generator=generator).to(device)
         conditioning = {name: value[chosen] for name, value in self.conditioning.items()}
         inputs = [
-            named(self.names, self.latents[own.to(device), chosen], self.timesteps[own].to(device), conditioning)
-            for own in steps
+            named(self.names, self.latents[indices.to(device), chosen], self.timesteps[indices].to(device), conditioning)
+            for indices in steps
         ]
-        return Window(inputs, [self.outputs[own.to(device), chosen] for own in steps[1:]], steps, valid)
+        return Window(inputs, [self.outputs[indices.to(device), chosen] for indices in steps[1:]], steps, valid)
 
 
 class NoisedLatents:
@@ -132,11 +132,11 @@ class NoisedLatents:
         latents = self.scheduler.add_noise(clean, noise, timesteps[first.to(timesteps.device)])
         inputs: list[dict[str, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
-        for own in steps:
+        for indices in steps:
             if outputs:
                 latents = self._stepped(outputs[-1], latents, steps[len(outputs) - 1])
-            scaled = by_step(own, latents, lambda t, x: scaled_input(copy.deepcopy(self.scheduler), x, t), timesteps)
-            inputs.append(named(self.names, scaled, timesteps[own.to(timesteps.device)], conditioning))
+            scaled = by_step(indices, latents, lambda t, x: scaled_input(copy.deepcopy(self.scheduler), x, t), timesteps)
+            inputs.append(named(self.names, scaled, timesteps[indices.to(timesteps.device)], conditioning))
             outputs.append(self.model(**inputs[-1], return_dict=False)[0])
         return Window(inputs, outputs[1:], steps, valid)
 
@@ -146,8 +146,8 @@ class NoisedLatents:
         return by_step(own, both, self._step_together, self.scheduler.timesteps)
 
     def _step_together(self, timestep: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-        own = copy.deepcopy(self.scheduler)
-        return stepped(own, both[:, 0], timestep, both[:, 1], step_arguments(own))
+        copied = copy.deepcopy(self.scheduler)
+        return stepped(copied, both[:, 0], timestep, both[:, 1], step_arguments(copied))
 
 
 def clean_latents(

@@ -63,11 +63,11 @@ def train_router(
             is not finite.
     """
     chosen = settings or RouterSettings()
-    own = prepare_scheduler(scheduler, steps)
+    prepared = prepare_scheduler(scheduler, steps)
     example = example_inputs(model, chosen.batch)
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
-    example["timestep"] = own.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
+    example["timestep"] = prepared.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
     marked = TracedModel.of(model, traced).marked(example)
     header = make_header(model, scheduler, steps, marked, guidance="none")
     with torch.no_grad():
@@ -226,21 +226,21 @@ def _states(
             raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
         return Trajectories(model, scheduler, steps, pool, batch, dropout, seed)
     if data is None:
-        clean, own = clean_latents(model, scheduler, steps, pool, batch, seed)
-        return NoisedLatents(model, scheduler, steps, clean, own, dropout)
+        clean, classes = clean_latents(model, scheduler, steps, pool, batch, seed)
+        return NoisedLatents(model, scheduler, steps, clean, classes, dropout)
     example = example_inputs(model)
     latents, _, *others = example
     wanted = tuple(example[latents].shape[1:])
     if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
         raise ArgumentError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
-    given = dict(conditioning or {})
+    conditions = dict(conditioning or {})
     for name in others:
-        if name not in given or len(given[name]) != len(data):
-            found = f"of {len(given[name])} samples" if name in given else "missing"
-            raise ArgumentError(f"the conditioning {name!r} is {found}; expected one for each of the {len(data)} latents")
+        if name not in conditions or len(conditions[name]) != len(data):
+            got = f"of {len(conditions[name])} samples" if name in conditions else "missing"
+            raise ArgumentError(f"the conditioning {name!r} is {got}; expected one for each of the {len(data)} latents")
     device, dtype = example[latents].device, example[latents].dtype
     return NoisedLatents(
-        model, scheduler, steps, data.to(device, dtype), {name: given[name].to(device) for name in others}, dropout
+        model, scheduler, steps, data.to(device, dtype), {name: conditions[name].to(device) for name in others}, dropout
     )
 
 

@@ -99,9 +99,9 @@ def compile_command(
 def dump_variants(executable: Executable, out: Path) -> list[str]:
     """Write the source of every variant; returns the paths."""
     paths = []
-    for number in range(len(executable.default.variants)):
-        step = executable.default.rows.index(number)
-        path = out / f"variant{number:03d}-step{step:03d}.py"
+    for variant in range(len(executable.default.variants)):
+        step = executable.default.rows.index(variant)
+        path = out / f"variant{variant:03d}-step{step:03d}.py"
         with whole_file(path) as partial:
             partial.write_text(executable.print_readable(step), encoding="utf-8")
         paths.append(str(path))

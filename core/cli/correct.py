@@ -26,7 +26,7 @@ from stepgraph.cli.options import (
     show_plan,
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
-from stepgraph.compiler.forecast.correct import forecast, lowrank
+from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import TARGETS, fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.forecast.forecasts import RULES
 from stepgraph.errors import ArgumentError
@@ -76,27 +76,27 @@ def plan_correct(
     as_json: Json = False,
 ) -> None:
     """Put something better in place of what a plan reuses: a forecast by formula, a fitted one, or low-rank increments."""
-    asked = [name for name, given in (("--forecast", by_rule), ("--fit", by_fit), ("--lowrank", by_increments)) if given]
+    asked = [name for name, value in (("--forecast", by_rule), ("--fit", by_fit), ("--lowrank", by_increments)) if value]
     if len(asked) != 1:
         raise ArgumentError(f"give one of --forecast, --fit and --lowrank; got {' and '.join(asked) or 'none'}")
     refuse_strays(context, BELONGS, [*asked, *(["--around"] if around is not None else [])], asked[0])
-    loaded, own = CachePlan.load(plan), load_factors(plan, factors)
+    loaded, corrected_factors = CachePlan.load(plan), load_factors(plan, factors)
     writable_folder(out.resolve().parent)
     chosen: dict[str, Any] = {"kinds": kind or None, "sites": site or None}
     if by_rule is not None:
-        made = forecast(loaded, by_rule, order, **chosen)
+        corrected = forecast(loaded, by_rule, order, **chosen)
     elif by_fit is None:
-        made = lowrank(loaded, around=around, order=order if around is not None else None, **chosen)
+        corrected = lowrank(loaded, around=around, order=order if around is not None else None, **chosen)
     else:
         options: dict[str, Any] = {"terms": term or None, "target": target}
         settings = {name: value for name, value in options.items() if value is not None}
-        settings |= {"samples": samples, "seed": seed, "guidance_scale": guidance, "factors": own}
-        made, own = _fit(loaded, model, by_fit, scheduler, device, dtype, settings, chosen, as_json)
-    if own is not None:
-        own.save(factors_beside(out))
-    made.save(out)
-    note = f"wrote {out}: {json.dumps(made.header.arguments['corrections'][-1])}"
-    show_plan(made, as_json, note)
+        settings |= {"samples": samples, "seed": seed, "guidance_scale": guidance, "factors": corrected_factors}
+        corrected, corrected_factors = _fit(loaded, model, by_fit, scheduler, device, dtype, settings, chosen, as_json)
+    if corrected_factors is not None:
+        corrected_factors.save(factors_beside(out))
+    corrected.save(out)
+    note = f"wrote {out}: {json.dumps(corrected.header.arguments['corrections'][-1])}"
+    show_plan(corrected, as_json, note)
 
 
 def _fit(
@@ -121,7 +121,7 @@ def _fit(
         raise ArgumentError("--fit runs the model: name it behind the plan, as in `plan correct PLAN glyph-dit --fit ...`")
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
-        given = {**settings, **(chosen if kind == "sites" else {})}
+        arguments = {**settings, **(chosen if kind == "sites" else {})}
         chosen_scheduler = load_scheduler(model, scheduler)
-        made = FITS[kind](plan, loaded, chosen_scheduler, on_step=lambda d, t: report("fitting", d, t), **given)
-    return made if isinstance(made, tuple) else (made, settings["factors"])
+        fitted = FITS[kind](plan, loaded, chosen_scheduler, on_step=lambda d, t: report("fitting", d, t), **arguments)
+    return fitted if isinstance(fitted, tuple) else (fitted, settings["factors"])

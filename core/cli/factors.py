@@ -159,24 +159,24 @@ def factors_ranks(
     if len(tried) != len(ranks.split(",")):
         raise ArgumentError(f"--ranks is {ranks!r}; expected whole numbers such as 8,16,32")
     with progress_bar("loading", as_json) as report:
-        loaded, own = load_model(model, parse_device(device), parse_dtype(dtype)), load_scheduler(model, scheduler)
+        loaded, chosen_scheduler = load_model(model, parse_device(device), parse_dtype(dtype)), load_scheduler(model, scheduler)
         settings: dict[str, Any] = {"steps": steps, "samples": samples, "guidance_scale": guidance}
         limits: dict[str, Any] = {"period": parse_period(period), "kinds": chosen, "memory_gb": memory_gb}
-        source = measured(loaded, own, method, stats, report, seed=seed, limits=limits, **settings)
+        source = measured(loaded, chosen_scheduler, method, stats, report, seed=seed, limits=limits, **settings)
         held_out = measure_covariances(
-            loaded, own, seed=seed + 1, whole=method == "whole", on_step=lambda d, t: report("holding out", d, t), **settings,
-            **limits,
+            loaded, chosen_scheduler, seed=seed + 1, whole=method == "whole", on_step=lambda d, t: report("holding out", d, t),
+            **settings, **limits,
         )  # fmt: skip
-        found = rank_report(loaded, source, held_out, tried, method=method, scale=scale, kinds=chosen, shrinkage=shrinkage)
-    worse = {path: [list(pair) for pair in pairs] for path, pairs in found.worse.items()}
-    facts = {"method": method, "held_out_error": {str(rank): error for rank, error in found.mean.items()}, "worse": worse}
+        ranked = rank_report(loaded, source, held_out, tried, method=method, scale=scale, kinds=chosen, shrinkage=shrinkage)
+    worse = {path: [list(pair) for pair in pairs] for path, pairs in ranked.worse.items()}
+    facts = {"method": method, "held_out_error": {str(rank): error for rank, error in ranked.mean.items()}, "worse": worse}
     if as_json:
         print(json.dumps(facts))
         return
     console = Console(highlight=False, soft_wrap=True)
-    for rank, error in found.mean.items():
+    for rank, error in ranked.mean.items():
         console.print(f"rank {rank:<6}relative error {error:.4f}", markup=False)
-    for path, pairs in found.worse.items():
+    for path, pairs in ranked.worse.items():
         where = ", ".join(f"rank {more} is worse than {less}" for less, more in pairs)
         console.print(f"! {path}: {where}", style="yellow", markup=False)
 
@@ -228,11 +228,11 @@ def show_factors(factors: Factors, path: Path, as_json: bool, more: Mapping[str,
     ranks = factors.ranks
     table: dict[str, dict[str, Any]] = {
         place: {
-            "maps": len(own),
-            "ranks": [min(ranks[name] for name in own), max(ranks[name] for name in own)],
-            "error": mean_error({name: factors.errors[name] for name in own}) if set(own) <= set(factors.errors) else None,
+            "maps": len(paths),
+            "ranks": [min(ranks[name] for name in paths), max(ranks[name] for name in paths)],
+            "error": mean_error({name: factors.errors[name] for name in paths}) if set(paths) <= set(factors.errors) else None,
         }
-        for place, own in places.items()
+        for place, paths in places.items()
     }
     facts: dict[str, Any] = {
         "file": str(path), "digest": factors.digest, "model": factors.model, "fingerprint": factors.fingerprint,

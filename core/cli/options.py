@@ -96,8 +96,8 @@ def process_group(device: str) -> Iterator[tuple[str, bool]]:
     cuda = device.startswith("cuda")
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        number = distributed.get_rank()
-        yield (f"cuda:{number % torch.cuda.device_count()}" if cuda else device), number == 0
+        rank = distributed.get_rank()
+        yield (f"cuda:{rank % torch.cuda.device_count()}" if cuda else device), rank == 0
     finally:
         distributed.destroy_process_group()
 

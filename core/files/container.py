@@ -76,13 +76,13 @@ class Container:
     def _of_folder(self, name: str, limit: int) -> bytes:
         """Neither a link is followed nor a pipe waited for."""
         try:
-            number = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if (self.path / name).is_symlink():
                 raise FileFormatError(f"{self.path}: {name} is a symbolic link; artifacts have none") from error
             raise
-        with os.fdopen(number, "rb") as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise FileFormatError(f"{self.path}: {name} is not a regular file")
             return file.read(limit + 1)
 

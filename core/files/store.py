@@ -50,8 +50,8 @@ class Store:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         facts = folder.lstat()
-        own = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
-        if not stat.S_ISDIR(facts.st_mode) or not own or facts.st_mode & 0o077:
+        ours = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
+        if not stat.S_ISDIR(facts.st_mode) or not ours or facts.st_mode & 0o077:
             raise CompileError(
                 f"{folder} holds compiled code, so it must be a folder of your own that nobody else may enter (mode 0700); "
                 f"it has owner {facts.st_uid} and mode {stat.S_IMODE(facts.st_mode):04o}: chmod 700 it, or remove it"
@@ -65,7 +65,7 @@ class Store:
         except OSError:
             return None
         try:
-            found = _unpacked(data)
+            files = _unpacked(data)
         except (ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
             get_logger("store").warning("%s is damaged (%s); it is removed and made anew", path, error)
             _remove(path)
@@ -74,7 +74,7 @@ class Store:
             os.utime(path)
         except OSError:
             get_logger("store").debug("%s was removed meanwhile", path)
-        return found
+        return files
 
     def put(self, key: str, files: Mapping[str, bytes]) -> None:
         """Keep a bundle; a folder that cannot be written (full, read-only) is a warning."""
@@ -95,14 +95,14 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All bundles, last used first."""
-        found = []
+        bundles = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             try:
                 facts = path.stat()
             except OSError:
                 continue
-            found.append(Entry(path.name.removesuffix(SUFFIX), facts.st_size, facts.st_mtime))
-        return sorted(found, key=lambda entry: (-entry.used, entry.key))
+            bundles.append(Entry(path.name.removesuffix(SUFFIX), facts.st_size, facts.st_mtime))
+        return sorted(bundles, key=lambda entry: (-entry.used, entry.key))
 
     def prune(self, limit: int | None = None, verify: bool = False) -> int:
         """Remove what goes beyond a limit of bytes, damaged bundles where asked, and what killed processes have left.

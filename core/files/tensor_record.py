@@ -14,7 +14,7 @@ from stepgraph.errors import FileFormatError, PlanError
 from stepgraph.files.whole_file import save_tensors
 
 
-def write_record(
+def write_tensor_record(
     path: str | Path, form: str, version: int, described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Write a record of a format and version; the file appears whole or not at all."""
@@ -22,7 +22,9 @@ def write_record(
     save_tensors(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"stepgraph": json.dumps(whole)})
 
 
-def read_record(path: str | Path, form: str, version: int, remedy: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_tensor_record(
+    path: str | Path, form: str, version: int, remedy: str = ""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The metadata and the tensors of a record; `remedy` says what to do where there is no file.
 
     Raises:
@@ -40,8 +42,8 @@ def read_record(path: str | Path, form: str, version: int, remedy: str = "") -> 
     return described, tensors
 
 
-def parse_record_file(data: bytes, where: str, form: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """As `read_record`, of a file's contents; `where` is what errors call it.
+def parse_tensor_record(data: bytes, where: str, form: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """As `read_tensor_record`, of a file's contents; `where` is what errors call it.
 
     Raises:
         PlanError: It is cut short, or not of this format and version.

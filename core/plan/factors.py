@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepgraph.checks import check_number
 from stepgraph.errors import ArgumentError, FileFormatError, MismatchError, PlanError
-from stepgraph.files.tensor_record import parse_record_file, read_record, write_record
+from stepgraph.files.tensor_record import parse_tensor_record, read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype, tensor_digest
 from stepgraph.plan.header import DTYPES
 
@@ -151,7 +151,9 @@ class Factors:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
         names = ("model", "fingerprint", "dtype", "method", "arguments", "errors")
         described = {name: getattr(self, name) for name in names}
-        write_record(path, FORMAT, VERSION, described | {"maps": list(self.maps), "digest": self.digest}, self._tensors())
+        write_tensor_record(
+            path, FORMAT, VERSION, described | {"maps": list(self.maps), "digest": self.digest}, self._tensors()
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Factors":
@@ -161,12 +163,12 @@ class Factors:
             PlanError: The file is missing, cut short, of another format or version, holds tensors that are not valid, or others
                 than were saved.
         """
-        return cls._of_record(*read_record(path, FORMAT, VERSION, REMEDY), path)
+        return cls._of_record(*read_tensor_record(path, FORMAT, VERSION, REMEDY), path)
 
     @classmethod
     def parse(cls, data: Contents, where: str) -> "Factors":
         """As `load`, of a file's contents; `where` is what errors call it."""
-        return cls._of_record(*parse_record_file(data, where, FORMAT, VERSION), where)
+        return cls._of_record(*parse_tensor_record(data, where, FORMAT, VERSION), where)
 
     @classmethod
     def _of_record(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> "Factors":
@@ -212,17 +214,19 @@ def refuse_model(whose: str, expected: tuple[str, str, str], model: nn.Module) -
     name, print_, dtype = expected
     if type(model).__name__ != name:
         raise MismatchError(f"{whose} of a {name}; this model is a {type(model).__name__}")
-    given = dtype_name(model_dtype(model))
-    if given != dtype:
-        raise MismatchError(f"{whose} of a {dtype} model; this one is {given}; convert the model or make them anew")
-    planned, own = print_.split("/"), fingerprint(model).split("/")
-    if planned[0] != own[0]:
+    model_dtype_name = dtype_name(model_dtype(model))
+    if model_dtype_name != dtype:
+        raise MismatchError(f"{whose} of a {dtype} model; this one is {model_dtype_name}; convert the model or make them anew")
+    stated, actual = print_.split("/"), fingerprint(model).split("/")
+    if stated[0] != actual[0]:
         raise MismatchError(
-            f"{whose} of another {name}: its configuration or parameter shapes have the hash {planned[0]}, this model's "
-            f"{own[0]}"
+            f"{whose} of another {name}: its configuration or parameter shapes have the hash {stated[0]}, this model's "
+            f"{actual[0]}"
         )
-    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
-        raise MismatchError(f"{whose} of other weights of {name} (hash {planned[-1]}, this model's {own[-1]}); make them anew")
+    if stated[-1] != actual[-1] and "-" not in (stated[-1], actual[-1]):
+        raise MismatchError(
+            f"{whose} of other weights of {name} (hash {stated[-1]}, this model's {actual[-1]}); make them anew"
+        )
 
 
 def place_of(path: str) -> str:
@@ -232,8 +236,8 @@ def place_of(path: str) -> str:
 
 def as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as JSON keeps them, so that what is read back is equal."""
-    kept: dict[str, Any] = json.loads(json.dumps(arguments, default=str))
-    return kept
+    plain: dict[str, Any] = json.loads(json.dumps(arguments, default=str))
+    return plain
 
 
 def _keys(path: str) -> tuple[str, str]:

@@ -56,10 +56,10 @@ def reads_of(plan: CachePlan, step: int) -> Iterator[Read]:
         forecast = plan.forecasts.get((step, i))
         # A FORECAST that has no coefficients yet counts as one of the last value.
         ages = forecast.ages if forecast else (1,)
-        found = {Read(i, MAPS if action == LOWRANK else VALUE, age) for age in ages}
+        reads = {Read(i, MAPS if action == LOWRANK else VALUE, age) for age in ages}
         if forecast and action == FORECAST:
-            found |= {Read(i, INPUT, age) for age in forecast.inputs if age}
-        yield from sorted(found)
+            reads |= {Read(i, INPUT, age) for age in forecast.inputs if age}
+        yield from sorted(reads)
 
 
 def traffic(plan: CachePlan, folded: Collection[int] = ()) -> tuple[StepTraffic, ...]:

@@ -282,8 +282,8 @@ class CachePlan:
         sites = [parse_record(Site, record, f"site {number}") for number, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
             if not isinstance(column, str) or len(column) != len(header.timesteps):
-                given = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
-                raise FileFormatError(f"site {site.name} has {given}; expected a string of {len(header.timesteps)} letters")
+                got = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"
+                raise FileFormatError(f"site {site.name} has {got}; expected a string of {len(header.timesteps)} letters")
         rows = tuple("".join(column[step] for column in columns) for step in range(len(header.timesteps)))
         return cls(header, tuple(sites), rows, forecasts, increments)
 

@@ -18,20 +18,20 @@ def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
     """
     if type(model).__name__ != header.model:
         raise MismatchError(f"the plan is for {header.model}; this model is {type(model).__name__}")
-    given = dtype_name(model_dtype(model))
-    if given != header.dtype:
+    model_dtype_name = dtype_name(model_dtype(model))
+    if model_dtype_name != header.dtype:
         raise MismatchError(
-            f"the plan is for a {header.dtype} model; this one is {given}; convert the model or make a plan for it"
+            f"the plan is for a {header.dtype} model; this one is {model_dtype_name}; convert the model or make a plan for it"
         )
-    planned, own = header.fingerprint.split("/"), fingerprint(model).split("/")
-    if planned[0] != own[0]:
+    planned, actual = header.fingerprint.split("/"), fingerprint(model).split("/")
+    if planned[0] != actual[0]:
         raise MismatchError(
             f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
-            f"{planned[0]}, this model's {own[0]}"
+            f"{planned[0]}, this model's {actual[0]}"
         )
-    if planned[-1] != own[-1] and "-" not in (planned[-1], own[-1]):
+    if planned[-1] != actual[-1] and "-" not in (planned[-1], actual[-1]):
         raise MismatchError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {own[-1]}); make a "
+            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {actual[-1]}); make a "
             f"plan for these weights"
         )
 

@@ -73,15 +73,15 @@ def _resampled_header(header: PlanHeader, steps: int, scheduler: Any) -> PlanHea
 
 def _set_timesteps(header: PlanHeader, steps: int, scheduler: Any) -> tuple[float, ...]:
     """The timesteps of a copy of the plan's scheduler that is set to `steps`."""
-    given, wanted = (type(scheduler).__name__, hash_config(config_of(scheduler))), (header.scheduler, header.scheduler_hash)
-    if given != wanted:
+    actual, wanted = (type(scheduler).__name__, hash_config(config_of(scheduler))), (header.scheduler, header.scheduler_hash)
+    if actual != wanted:
         raise MismatchError(
-            f"the plan is for {wanted[0]} (configuration {wanted[1]}), the given scheduler is {given[0]} ({given[1]}); "
+            f"the plan is for {wanted[0]} (configuration {wanted[1]}), the given scheduler is {actual[0]} ({actual[1]}); "
             f"resampling changes the number of steps only: pass the plan's own scheduler, or make a plan for the other one"
         )
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
-    return tuple(float(t) for t in own.timesteps)
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(steps)
+    return tuple(float(t) for t in copied.timesteps)
 
 
 def _interpolated(header: PlanHeader, steps: int) -> tuple[float, ...]:
@@ -158,18 +158,18 @@ def resampled_letters(old: str, length: int, computed: int, refreshes: Sequence[
 def _stretched(places: Sequence[int], old: int, length: int, computed: int) -> set[int]:
     """The computed rows 0..length-1, from those of `old` rows, which lie at `places`."""
     ends = [*places, old]
-    found: list[int] = []
+    rows: list[int] = []
     for q in range(computed):
         index = Fraction(q * len(places), computed)
         before = int(index)
         position = ends[before] + (index - before) * (ends[before + 1] - ends[before])
         wanted = int(position * Fraction(length, old))
         # Each has a row of its own, and leaves one to each that follows.
-        earliest = found[-1] + 1 if found else 0
-        found.append(min(max(wanted, earliest), length - (computed - q)))
+        earliest = rows[-1] + 1 if rows else 0
+        rows.append(min(max(wanted, earliest), length - (computed - q)))
     if places[-1] == old - 1 and computed > 1:
-        found[-1] = length - 1
-    return set(found)
+        rows[-1] = length - 1
+    return set(rows)
 
 
 def _rounded(value: Fraction) -> int:

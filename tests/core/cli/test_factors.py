@@ -11,7 +11,7 @@ from helpers.small_glyphs import save_small_glyph_dit
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.forecast.correct import lowrank
+from stepgraph.compiler.forecast.correct_plan import lowrank
 from stepgraph.compiler.lowrank.covariances import measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.plan.factors import Factors

@@ -22,11 +22,11 @@ from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
-SERVICES = ("again", "fit", "train")
+MODEL_SERVICES = ("again", "fit", "train")
 
 
 @dataclass(frozen=True)
-class Services:
+class ModelServices:
     """The model, and how it was or is to be measured.
 
     Attributes:

@@ -56,7 +56,7 @@ def forecast(
     cells = [cell for cell in find_cells(plan, letters, kinds, sites) if cell not in plan.forecasts]
     if not cells:
         raise PlanError(f"nothing to forecast: the chosen sites are nowhere {' or '.join(letters)} without a forecast")
-    found, fallbacks = {}, dict[str, int]()
+    by_cell, fallbacks = {}, dict[str, int]()
     for step, i in cells:
         # A joint attention's linear maps are kept with its first output.
         if plan.rows[step][i] == LOWRANK and plan.sites[i].output:
@@ -67,10 +67,10 @@ def forecast(
             fallbacks[str(step)] = min(reached, fallbacks.get(str(step), order))
         weights = RULES[rule](times, plan.header.timesteps[step], reached)
         terms = tuple(f"y{age}" for age in ages[: reached + 1])
-        found[step, i] = Forecast(terms, (tuple(weights),) * len(plan.header.branches))
+        by_cell[step, i] = Forecast(terms, (tuple(weights),) * len(plan.header.branches))
     changed = {cell: FORECAST for cell in cells if plan.rows[cell[0]][cell[1]] == REUSE}
     record = {"by": "forecast", "rule": rule, "order": order, "around": around, "fallbacks": fallbacks}
-    return with_cells(plan, changed, found, record | chosen(kinds, sites))
+    return with_cells(plan, changed, by_cell, record | chosen(kinds, sites))
 
 
 def lowrank(
@@ -110,25 +110,25 @@ def lowrank(
         raise ArgumentError(f"{name} is no module, and has no linear maps to correct; this model's modules: {present}")
     changed: dict[tuple[int, int], str] = {}
     for step, row in enumerate(plan.rows):
-        own = {i for i in indices if row[i] == REUSE}
+        corrected = {i for i in indices if row[i] == REUSE}
         for members in joint_calls(plan.sites):
-            own |= {i for i in members if own & set(members) and row[i] in READS_STORED}
-        letters = ["L" if i in own else letter for i, letter in enumerate(row)]
+            corrected |= {i for i in members if corrected & set(members) and row[i] in READS_STORED}
+        letters = ["L" if i in corrected else letter for i, letter in enumerate(row)]
         inside = containers(plan.sites, "".join(letters))
         for i, letter in enumerate(row):
             if letter == DEAD and i not in inside:
                 stored = any(earlier[i] == COMPUTE for earlier in plan.rows[:step])
                 changed[step, i] = LOWRANK if i in indices and stored else COMPUTE
-        changed |= dict.fromkeys(((step, i) for i in own), LOWRANK)
+        changed |= dict.fromkeys(((step, i) for i in corrected), LOWRANK)
     if LOWRANK not in changed.values():
         raise PlanError("nothing to correct: none of the chosen modules is reused at any step")
     dropped = {cell for cell in plan.forecasts if changed.get(cell) == LOWRANK}
-    kept = replace(plan, forecasts={cell: f for cell, f in plan.forecasts.items() if cell not in dropped})
-    made = with_cells(kept, changed, {}, {"by": "lowrank"} | chosen(kinds, sites))
+    without_dropped = replace(plan, forecasts={cell: f for cell, f in plan.forecasts.items() if cell not in dropped})
+    corrected_plan = with_cells(without_dropped, changed, {}, {"by": "lowrank"} | chosen(kinds, sites))
     if around is None:
-        return made
+        return corrected_plan
     return forecast(
-        made, around, 1 if order is None else order, sites=[plan.sites[i].name for i in sorted(indices)], around=True
+        corrected_plan, around, 1 if order is None else order, sites=[plan.sites[i].name for i in sorted(indices)], around=True
     )
 
 
@@ -138,9 +138,9 @@ def find_sites(plan: CachePlan, kinds: Sequence[str] | None, sites: Sequence[str
     Raises:
         PlanError: A kind or site that the plan does not have.
     """
-    for name, given in (("kinds", kinds), ("sites", sites)):
-        if isinstance(given, str) or (given is not None and not all(isinstance(entry, str) for entry in given)):
-            raise ArgumentError(f"{name} is {given!r}; expected a list of names")
+    for name, asked in (("kinds", kinds), ("sites", sites)):
+        if isinstance(asked, str) or (asked is not None and not all(isinstance(entry, str) for entry in asked)):
+            raise ArgumentError(f"{name} is {asked!r}; expected a list of names")
     present = {site.kind for site in plan.sites}
     unknown = sorted(set(kinds or ()) - present)
     if unknown:
