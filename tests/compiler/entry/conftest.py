@@ -1,0 +1,5 @@
+"""Fixtures of what users call."""
+
+from helpers.pipes import pipe
+
+__all__ = ["pipe"]
