@@ -118,7 +118,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("change", ["calls", "log", "table", "kept"])
 def test_a_forward_that_changes_its_own_state_is_refused(change):
     model = Counting(change).eval()
-    with pytest.raises(TraceError, match=rf"test_trace_refusals\.py:\d+.*changes its own '{change}'"):
+    with pytest.raises(TraceError, match=rf"test_refusals\.py:\d+.*changes its own '{change}'"):
         trace(model, {"x": torch.randn(4, 6)})
 
 
