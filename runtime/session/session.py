@@ -10,12 +10,12 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
 from stepgraph.plan.liveness import Read, traffic
-from stepgraph.runtime.capture.captured_steps import CapturedSteps
-from stepgraph.runtime.capture.cudagraph import ordinary_tensors, why_not
+from stepgraph.runtime.capture.cudagraph import ordinary_tensors
 from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
-from stepgraph.runtime.program.tables import FixedTables, Tables, waits
+from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
 if TYPE_CHECKING:
@@ -211,31 +211,12 @@ class Session:
         state, key = self._state, id(program)
         if state.present.slots is None:
             if key not in state.memory:
-                steps = self._captured_steps(program, device)
+                steps = lease_captured_steps(self.executable, program, device, self) if self.capture else None
+                if steps is not None:
+                    state.captured[key] = steps
                 state.memory[key] = steps.memory if steps is not None else SlotMemory.of(program.layout, device)
             state.present.slots = SlotTable(state.memory[key], program.slots.count, spoil=state.check)
         return state.present.slots
-
-    def _captured_steps(self, program: Program, device: torch.device) -> CapturedSteps | None:
-        """The captured steps of a program, where there are any to be had; they have memory of their own."""
-        executable, config = self.executable, self.executable.config
-        wish = not config.exact and waits(device) if config.cuda_graphs is None else config.cuda_graphs
-        if not wish or not self.capture:
-            return None
-        reason = why_not(device)
-        if reason and config.cuda_graphs:
-            raise CompileError(f"cuda_graphs=True, but {reason}; leave it out to launch every kernel")
-
-        def make() -> CapturedSteps:
-            recorder = executable.captured.recorder(device)
-            return CapturedSteps(recorder, SlotMemory.of(program.layout, device), executable.model, bool(config.cuda_graphs))
-
-        if not reason:
-            steps = executable.captured.obtain(("steps", id(program)), make, CapturedSteps.valid, at_once=True).capture
-            if steps is not None and steps.lease(self):
-                self._state.captured[id(program)] = steps
-                return steps
-        return None
 
     def _release(self) -> None:
         """Let another run have the captured steps."""

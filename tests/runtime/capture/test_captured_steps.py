@@ -15,7 +15,7 @@ from helpers.tape import Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
 from stepgraph.runtime.capture import cudagraph
 from stepgraph.runtime.sampling import sample as sampler
-from stepgraph.runtime.session import session as session_module
+from stepgraph.runtime.session import lease_captured_steps
 
 DDIM = diffusers.DDIMScheduler
 ROW = {"backend": "eager", "cuda_graphs": True}
@@ -121,7 +121,7 @@ def test_runs_at_the_same_time_do_not_share_places(dit, tape):
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """The CPU counts as one."""
-    for module in (session_module, sampler):
+    for module in (lease_captured_steps, sampler):
         monkeypatch.setattr(module, "waits", lambda device: True)
 
 
