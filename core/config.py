@@ -1,5 +1,6 @@
 """How a plan is compiled."""
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -63,8 +64,9 @@ class CompileConfig:
                 f"exact=True keeps stored values as they are, but slot_dtype is {self.slot_dtype!r}; leave one out"
             )
         limit = self.hoist_limit_mb
-        if limit is not None:
+        if limit is not None and limit != math.inf:
             check_number("hoist_limit_mb", limit, what="megabytes", tail=", or None for no limit", error=ValueError)
+        if limit is not None:
             object.__setattr__(self, "hoist_limit_mb", float(limit))
 
     @property

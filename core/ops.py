@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from stepgraph import op_shapes
 from stepgraph.env import get_logger, read_env
+from stepgraph.errors import CompileError as CompileError
 from stepgraph.errors import OpError
 
 REFERENCE = "reference"

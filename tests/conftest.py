@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from helpers.shared_graphs import marked_once
+from helpers.shared_graphs import trace_once
 from helpers.tiny import tiny_dit, tiny_scheduler
-from stepgraph.compiler.tracing.traced_model import TracedModel
+from stepgraph.compiler.tracing import traced_model
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=15,
@@ -59,7 +59,7 @@ def _seeded(request):
 def _graphs_are_handed_on(request, monkeypatch):
     """Tests marked `traces` trace for themselves."""
     if not request.node.get_closest_marker("traces"):
-        monkeypatch.setattr(TracedModel, "marked", marked_once)
+        monkeypatch.setattr(traced_model, "trace", trace_once)
 
 
 @pytest.fixture(autouse=True)

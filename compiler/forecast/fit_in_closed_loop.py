@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_number
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, conditioning_of
 from stepgraph.compiler.calibration.trajectory import Trajectory
 from stepgraph.compiler.forecast.correct_plan import with_cells
@@ -73,8 +74,7 @@ class Runs:
         check_guidance(self.guidance_scale)
         if self.target not in (STATE, FULL, OWN):
             raise PlanError(f"target is {self.target!r}; expected {STATE}, {FULL} or {OWN}")
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < 1:
-            raise PlanError(f"ridge is {self.ridge!r}; expected a number between 0 and 1, such as 1e-10")
+        check_number("ridge", self.ridge, above=0, below=1, tail=", such as 1e-10")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class ModelCheck:
 
     def __call__(self, name: str) -> None:
         """Compare, after the pass of a name."""
-        _compare(name, self._results(), self._wanted)
+        _compare(name, self._results(), self._wanted, strict=True)
 
     def _results(self) -> list[torch.Tensor]:
         self._gm.recompile()
@@ -82,12 +82,13 @@ class ProgramCheck:
     ) -> None:
         self._program, self._results, self._constants, self._timesteps = program, results, constants, timesteps
         self._example = {name: value for name, value in _random(example).items() if isinstance(value, torch.Tensor)}
+        self._oldest = max((read.age for context in program.contexts for read in context.reads), default=1)
         self._wanted = list(self._run())
 
     def __call__(self, name: str) -> None:
         """Compare, after the pass of a name."""
         for step, (outputs, wanted) in enumerate(zip(self._run(), self._wanted, strict=True)):
-            _compare(f"{name} (step {step})", outputs, wanted)
+            _compare(f"{name} (step {step})", outputs, wanted, strict=True)
 
     def _run(self) -> Iterator[list[torch.Tensor]]:
         """The results of every step; the latents stay what they are, the timestep is each step's own."""
@@ -115,12 +116,16 @@ class ProgramCheck:
             rest = iter(outputs[self._results :])
             for site, part in context.stores:
                 count = sum(len(group.maps) + 1 for group in context.groups[site]) if part == MAPS else 1
-                held.setdefault((site, part), []).insert(0, [next(rest).clone() for _ in range(count)])
+                values_of_site = held.setdefault((site, part), [])
+                values_of_site.insert(0, [next(rest).clone() for _ in range(count)])
+                del values_of_site[self._oldest :]
             yield [value.clone() for value in outputs[: self._results]]
 
 
-def _compare(name: str, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
-    """Refuse results of other shapes, dtypes or numbers."""
+def _compare(name: str, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], strict: bool = False) -> None:
+    """Refuse results of other shapes, dtypes or values, and where `strict`, another number of them."""
+    if strict and len(outputs) != len(wanted):
+        raise CompileError(f"pass {name} returns {len(outputs)} values; expected {len(wanted)} (STEPGRAPH_CHECK)")
     for number, (value, expected) in enumerate(zip(outputs, wanted, strict=False)):
         error = torch.tensor(torch.inf)
         if value.shape == expected.shape:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.paths import ROOT
 from stepgraph.errors import OpError
 from stepgraph.ops import OPS
 from stepgraph.triton_kernels import DECLINES, declines
@@ -22,7 +23,7 @@ INTERPRETED = 172
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("STEPGRAPH_", "TRITON_", "PYTEST_"))}
     return subprocess.run(
-        [sys.executable, *command], env=kept | environment, cwd=HERE.parent, capture_output=True, text=True, check=False
+        [sys.executable, *command], env=kept | environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 
@@ -31,7 +32,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 def test_kernels_in_the_interpreter(tmp_path):
     report = tmp_path / "interpreted.xml"
     options = ("-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
-    result = run("-m", "pytest", "tests/triton_interpreted.py", *options, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), *options, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} == {

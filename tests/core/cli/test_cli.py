@@ -25,7 +25,7 @@ from stepgraph.plan import CachePlan
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with two of glyph-dit's ten blocks; each command is tried on glyph-dit itself once."""
+    """A model with two of glyph-dit's ten blocks; planning, compiling and running are tried on glyph-dit itself too."""
     return save_small_glyph_dit(tmp_path_factory.mktemp("models") / "small", layers=2)
 
 

@@ -1,0 +1,61 @@
+"""What is handed on between tests is what a new trace would be."""
+
+import pytest
+import torch
+
+from helpers.shared_graphs import facts_of, trace_once
+from helpers.tiny import inputs, tiny_dit
+
+
+class OtherProcessor:
+    """An attention processor of another class."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def replace_processor(model):
+    model.transformer_blocks[0].attn1.processor = OtherProcessor()
+
+
+def change_strength(model):
+    model.transformer_blocks[0].ff.scaling["adapter"] = 0.5
+
+
+def replace_forward(model):
+    block = model.transformer_blocks[1]
+    block.forward = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)
+
+
+def replace_module(model):
+    model.transformer_blocks[0].ff.net[1] = torch.nn.Identity().eval()
+
+
+def set_flag(model):
+    model.transformer_blocks[0].only_cross_attention = True
+
+
+CHANGES = [replace_processor, change_strength, replace_forward, replace_module, set_flag]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen_however_often_memory_is_used_again(change):
+    model = tiny_dit()
+    model.transformer_blocks[0].ff.scaling = {"adapter": 1.0}
+    for _ in range(20):
+        before = facts_of(model)
+        assert before == facts_of(model)
+        assert hash(before) == hash(facts_of(model))
+        change(model)
+        assert facts_of(model) != before
+        model.transformer_blocks[0].ff.scaling = {"adapter": 1.0}
+        model.transformer_blocks[0].only_cross_attention = False
+
+
+def test_a_trace_is_handed_on_while_nothing_changes():
+    model = tiny_dit()
+    first = trace_once(model, inputs())
+    assert trace_once(model, inputs()) is first
+    assert trace_once(model, inputs(2)) is not first
+    model.transformer_blocks[0].ff.net[1] = torch.nn.Identity().eval()
+    assert trace_once(model, inputs()) is not first
