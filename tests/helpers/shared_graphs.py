@@ -1,8 +1,8 @@
 """Tests hand the traces of their models on to each other, as the product does within one chain of calls.
 
 Tracing is most of what a tiny model's compilation takes. A trace is handed on only while all that it could have read of the
-model is what it was: every attribute of every module, plain values and what dicts and lists hold by value, all else by identity.
-What lies outside the model (a patched function of torch, say) is not seen: tests of such things are marked `traces`.
+model is what it was: every attribute of every module, plain values and what dicts and lists hold by value, all else by
+identity. What lies outside the model (a patched function of torch, say) is not seen: tests of such things are marked `traces`.
 """
 
 import weakref

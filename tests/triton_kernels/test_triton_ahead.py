@@ -5,14 +5,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from stepgraph.triton_kernels import declines
 
 HERE = Path(__file__).parent
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a", "gfx942"]
+# Whatever users run most is compiled in every run of the tests, the other targets where slow tests are.
+EVERY_TARGET = pytest.mark.parametrize(
+    "target", [pytest.param(target, marks=() if target in ("sm_90a", "gfx942") else pytest.mark.slow) for target in TARGETS]
+)
 PRODUCTS = {"project_kernel", "delta_kernel", "expand_kernel"}
 NORMS = {"modulated_norm_kernel", "moments_kernel"}
 KERNELS = PRODUCTS | NORMS | {"gated_residual_kernel", "linear_combination_kernel"}
@@ -20,20 +27,24 @@ pytestmark = pytest.mark.skipif(not declines._installed(), reason="triton is not
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    """What tests/triton_kernels/triton_ahead.py found, in a process without the interpreter and with a cache of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "STEPGRAPH_"))}
-    kept |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "triton_ahead.py"), "shipped"]
-    result = subprocess.run(command, env=kept, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+def rows_of(tmp_path_factory) -> Callable[[str], list[dict]]:
+    """What triton_ahead.py finds for a target, in a process without the interpreter and with a cache of its own."""
+
+    @cache
+    def compiled(target: str) -> list[dict]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "STEPGRAPH_"))}
+        kept |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(HERE / "triton_ahead.py"), "shipped", target]
+        result = subprocess.run(command, env=kept, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_shipped_configs(rows, target):
-    mine = [row for row in rows if row["target"] == target]
+@EVERY_TARGET
+def test_shipped_configs(rows_of, target):
+    mine = [row for row in rows_of(target) if row["target"] == target]
     for dtype in ("bf16", "fp16", "fp32"):
         everything = dtype == "bf16" and target != "sm_86"
         used = {row["kernel"] for row in mine if row["dtype"] == dtype}
@@ -48,23 +59,23 @@ def kind(instruction: str) -> str:
     return re.sub(r"(m64)n\d+", r"\1", instruction)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@EVERY_TARGET
 @pytest.mark.parametrize("amount_of_rows", ["", " of few rows"])
-def test_p_is_added_up_as_what_is_subtracted_from_it(rows, target, amount_of_rows):
+def test_p_is_added_up_as_what_is_subtracted_from_it(rows_of, target, amount_of_rows):
     """The same kind of instruction finds B x when it is stored and when it is corrected, whichever config is chosen."""
     for dtype in ("bf16", "fp16"):
-        mine = [row for row in rows if (row["target"], row["dtype"]) == (target, dtype) and row["kernel"] in PRODUCTS]
+        mine = [
+            row for row in rows_of(target) if (row["target"], row["dtype"]) == (target, dtype) and row["kernel"] in PRODUCTS
+        ]
         few = [row for row in mine if row["case"].endswith(" of few rows") == bool(amount_of_rows)]
         assert {row["case"] for row in few} >= {"input" + amount_of_rows}
         assert len({kind(instruction) for row in few for instruction in row["matrix"]}) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_moments_are_added_up_alike(rows, target):
+@EVERY_TARGET
+def test_moments_are_added_up_alike(rows_of, target):
     """Alone (for lowrank_delta) and within modulated_norm, rows are summed in the same layout: equal to the last bit."""
-    mine = [row for row in rows if row["target"] == target and row["kernel"] in NORMS]
+    mine = [row for row in rows_of(target) if row["target"] == target and row["kernel"] in NORMS]
     for dtype in ("bf16", "fp16", "fp32"):
         layouts = [row["reduced"] for row in mine if row["dtype"] == dtype]
         assert len(layouts) > 2
