@@ -86,7 +86,11 @@ def test_wheel_holds_every_file(wheel: Path):
         expected |= {f"{place}/{path.name}" for path in folder.glob("*.py")}
     expected |= {f"stepgraph/csrc/{path.name}" for kind in ("cpp", "h") for path in (ROOT / "csrc").glob(f"*.{kind}")}
     expected |= {f"stepgraph/bench/{path.name}" for path in (ROOT / "bench").glob("*.sh")}
-    assets = [path for path in (ROOT / "core" / "assets").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assets = [
+        path
+        for path in (ROOT / "core" / "assets").rglob("*")
+        if path.is_file() and path.name != "ruff.toml" and "__pycache__" not in path.parts
+    ]
     expected |= {f"stepgraph/{path.relative_to(ROOT / 'core').as_posix()}" for path in assets}
     assert sorted(expected - names) == []
 
