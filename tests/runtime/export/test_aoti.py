@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import stepgraph as sg
@@ -34,10 +35,10 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def glyphs(tmp_path_factory):
-    """The export of one block of glyph-dit under a plan of all four actions, its executable and the executable's images."""
+    """The export of two blocks of glyph-dit under a plan of all four actions, its executable and the executable's images."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
-    model, scheduler = small_glyph_dit(layers=1), load_scheduler("glyph-dit")
+    model, scheduler = small_glyph_dit(layers=2), load_scheduler("glyph-dit")
     plan, factors = mixed_plan(model, scheduler, 4, 8)
     exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager", factors=factors)
     assert exe.default.hoisted is not None
@@ -183,7 +184,7 @@ def test_what_cannot_be_compiled_is_said(dit, ddim, tmp_path, monkeypatch):
     def missing():
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(export_aoti, "get_cpp_compiler", missing)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(sg.CompileError, match=r"the format 'aoti' needs a C\+\+ compiler .* install one, or export as pt2"):
         exe.export(tmp_path / "out", "aoti")
     assert not list(tmp_path.iterdir())
