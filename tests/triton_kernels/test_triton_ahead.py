@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from stepgraph.files.whole_file import whole_file
 from stepgraph.triton_kernels import declines
 
 HERE = Path(__file__).parent
@@ -28,16 +29,25 @@ pytestmark = pytest.mark.skipif(not declines._installed(), reason="triton is not
 
 @pytest.fixture(scope="module")
 def rows_of(tmp_path_factory) -> Callable[[str], list[dict]]:
-    """What triton_ahead.py finds for a target, in a process without the interpreter and with a cache of its own."""
+    """What triton_ahead.py finds for a target, in a process without the interpreter and with a cache of its own.
+
+    The workers of one run of the tests share what any of them has found.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     @cache
     def compiled(target: str) -> list[dict]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "STEPGRAPH_"))}
-        kept |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "triton_ahead.py"), "shipped", target]
-        result = subprocess.run(command, env=kept, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-4000:]
-        return [json.loads(line) for line in result.stdout.splitlines()]
+        file = shared / f"ahead-{target}.jsonl"
+        if not file.is_file():
+            settings = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "STEPGRAPH_"))}
+            settings |= {"TRITON_CACHE_DIR": str(shared / "triton-ahead"), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(HERE / "triton_ahead.py"), "shipped", target]
+            result = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr[-4000:]
+            with whole_file(file) as partial:
+                partial.write_text(result.stdout, encoding="utf-8")
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     return compiled
 
