@@ -89,7 +89,7 @@ def test_wheel_holds_every_file(wheel: Path):
     assets = [
         path
         for path in (ROOT / "core" / "assets").rglob("*")
-        if path.is_file() and path.name != "ruff.toml" and "__pycache__" not in path.parts
+        if path.is_file() and path.name != "ruff.toml" and not {"__pycache__", ".ruff_cache"} & set(path.parts)
     ]
     expected |= {f"stepgraph/{path.relative_to(ROOT / 'core').as_posix()}" for path in assets}
     assert sorted(expected - names) == []
