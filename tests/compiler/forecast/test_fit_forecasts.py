@@ -314,7 +314,7 @@ BAD = {
     ),
     "samples": (bad(lambda *a: a, samples=0), "samples is 0; expected a whole number of at least 1"),
     "target": (bad(lambda *a: a, target="truth"), "target is 'truth'; expected state, full or own"),
-    "ridge": (bad(lambda *a: a, ridge=0), "ridge is 0; expected a number between 0 and 1"),
+    "ridge": (bad(lambda *a: a, ridge=0), "ridge is 0; expected a number above 0 and below 1"),
     "terms": (bad(lambda *a: a, terms=["y2", "x0"]), "step 1, site output: 1 values are stored, too few for the terms"),
     "unknown": (bad(lambda *a: a, terms=["z1"]), "a term is 'y1'..'y9'"),
     "guidance": (
