@@ -9,7 +9,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import stepgraph as sg
 from helpers.tiny import TINY, inputs, noise, tiny_dit, tiny_scheduler
-from stepgraph.compiler.lowering import lower as lower_module
+from stepgraph.compiler.lowering import region_cache
 from stepgraph.compiler.lowering.cut import cut
 from stepgraph.compiler.lowering.lift_region import lift_region
 from stepgraph.compiler.lowering.lower import lower
@@ -237,9 +237,9 @@ def test_a_weight_is_packed_once_for_all_regions(monkeypatch):
 
 
 def test_regions_that_inductor_tunes_compute_the_same(dit, regions, monkeypatch):
-    asked, compile_kept = [], lower_module.compile_kept
+    asked, compile_kept = [], region_cache.compile_kept
     monkeypatch.setattr(
-        lower_module, "compile_kept", lambda gm, given, patches: (asked.append(patches), compile_kept(gm, given, patches))[1]
+        region_cache, "compile_kept", lambda gm, given, patches: (asked.append(patches), compile_kept(gm, given, patches))[1]
     )
     tuned = compiled(dit, max_autotune=True)
     assert asked == [{"max_autotune": True}] * tuned.default.regions
