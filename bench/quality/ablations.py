@@ -7,15 +7,15 @@ Every plan is tuned to about half the MACs, so that choices are compared at equa
 (step, site) pairs in which a plan equals the one from the largest calibration of the same draw.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from stepgraph.bench.quality.paired import Host
-from stepgraph.bench.quality.quality import Knob, corrected, invardiff, show, tuned
+from stepgraph.bench.quality.paired import Host, host_options
+from stepgraph.bench.quality.quality import Knob, corrected, invardiff, tuned
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.files.whole_file import whole_file
@@ -112,27 +112,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure and write `ablations-<scheduler>-<steps>.json` and `.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128, help="images, in four groups of one seed each")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser = host_options(__doc__)
     parser.add_argument("--calibration", type=int, default=16, help="samples where their number is not what is varied")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
-    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
+    host = Host.of(arguments)
     with Progress() as progress:
         stats = calibrate(
             host.model, host.scheduler, steps=host.steps, samples=arguments.calibration, seed=DRAWS[0], channels=False
         )
         found = {"choices": choices(host, stats, progress), "sizes": sizes(host, progress)}
-    show("choices", found["choices"], ("fewer_macs", "relative_l2", "standard_error", "seed_spread"))
-    show("sizes", found["sizes"], ("size", "draw", "fewer_macs", "relative_l2", "agreement"))
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
-        "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration, **found,
-    }  # fmt: skip
+    show_rows("choices", found["choices"], ("name", "fewer_macs", "relative_l2", "standard_error", "seed_spread"))
+    show_rows("sizes", found["sizes"], ("name", "size", "draw", "fewer_macs", "relative_l2", "agreement"))
+    results = {**host.facts, "calibration_samples": arguments.calibration, **found}
     path = arguments.out / f"ablations-{arguments.scheduler}-{arguments.steps}.json"
     write_record(path, arguments.device, results)
     plot(results, path.with_suffix(".png"))

@@ -1,8 +1,10 @@
 """Paired quality on glyph-dit: the same noise under full compute and under whatever is measured."""
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,24 @@ from stepgraph.runtime.sampling.sample import sample
 
 # Images sampled together: more make the activations fall out of a CPU's cache.
 BATCH = 64
+
+
+def host_options(description: str | None, samples: int = 128, out: str = "out/quality") -> argparse.ArgumentParser:
+    """A command line with the options that say on what is measured, and where the results go.
+
+    Args:
+        description: The benchmark's docstring, for its help.
+        samples: Images, unless asked for otherwise.
+        out: Folder of the results, unless asked for otherwise.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheduler", default="ddim")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=samples, help="images, in equal groups of one seed each")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
 
 
 @dataclass
@@ -56,6 +76,12 @@ class Host:
         self.reference = self.images(self.model)
         self.features = self._features(self.reference)
 
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, seeds: Sequence[int] = range(4)) -> "Host":
+        """The host that a command line asks for (`host_options`), its images in equal groups of one seed each."""
+        per_seed = arguments.samples // len(seeds)
+        return cls(arguments.scheduler, arguments.steps, arguments.guidance, seeds, per_seed, arguments.device)
+
     def loaded(self) -> nn.Module:
         """The model that is sampled."""
         return load_model("glyph-dit", self.device)
@@ -64,6 +90,14 @@ class Host:
     def count(self) -> int:
         """Images in all."""
         return len(self.seeds) * self.per_seed
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the runs."""
+        return {
+            "model": "glyph-dit", "scheduler": type(self.scheduler).__name__, "steps": self.steps, "samples": self.count,
+            "guidance_scale": self.guidance,
+        }  # fmt: skip
 
     def images(self, runner: Any, steps: int | None = None, on_batch: Callable[[], None] = lambda: None) -> torch.Tensor:
         """What a model or executable samples from the host's noise, [count, 3, 24, 24], on the CPU."""
