@@ -18,7 +18,7 @@ from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import CachePlan
 
 TARGET = 2.0
@@ -106,8 +106,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[2].set_xlabel("calibration samples")
     axes[2].set_title("modules: mean and range of three draws", loc="left", fontsize=10)
     axes[2].legend(frameon=False, fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def main() -> None:

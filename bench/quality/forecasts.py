@@ -26,7 +26,7 @@ from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_st
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast
 from stepgraph.plan.factors import Factors
@@ -215,8 +215,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     title = f"glyph-dit, {results['scheduler']} {results['steps']}, guidance {results['guidance_scale']:g}"
     axis.set_title(title, loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=7, ncols=2)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def main() -> None:

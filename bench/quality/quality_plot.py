@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 
 
 def style(number: int) -> tuple[str, Any]:
@@ -33,8 +33,7 @@ def error_over_macs(results: dict[str, Any], front: list[tuple[float, float]], p
     axis.set_title(title, loc="left", fontsize=11)
     axis.grid(alpha=0.25, which="both")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def plot_quality(results: dict[str, Any], front: list[tuple[float, float]], path: Path) -> None:

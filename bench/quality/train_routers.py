@@ -25,6 +25,7 @@ from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.router_states import Trajectories
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def main() -> None:
         "references": references, "loss_against_image": ranking,
     }  # fmt: skip
     write_record(arguments.out / f"{name}.json", arguments.device, results)
-    picture(rows, references, routers).savefig(arguments.out / f"{name}.png", dpi=120)
+    save_figure(arguments.out / f"{name}.png", picture(rows, references, routers))
     print_table(rows, references)
 
 
