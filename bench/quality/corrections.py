@@ -29,8 +29,6 @@ from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
-from stepgraph.compiler.routers.router_settings import settings_of
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 
@@ -113,12 +111,7 @@ class Workshop:
 
     def routed(self, folder: Path, progress: Progress) -> CachePlan:
         """A plan of Learning-to-Cache, in pairs."""
-        settings = settings_of("quick", {})
-        bar = progress.add_task("training a router", total=settings.iterations)
-        router = train_router(
-            self.host.model, self.host.scheduler, steps=self.host.steps, settings=settings,
-            on_step=lambda done, _: progress.update(bar, completed=done),
-        )  # fmt: skip
+        router = self.host.trained_router(progress, "training a router")
         router.save(folder / "router.safetensors")
         return make_plan(
             "l2c", model=self.host.model, scheduler=self.host.scheduler, steps=self.host.steps,
@@ -214,10 +207,7 @@ def _routed(shop: Workshop, plan: CachePlan, rank: int) -> Made:
 
 def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dict[str, Any]]:
     """All rows of a part."""
-    shop, rows = Workshop(host), []
-    for count in fewer_steps(host.steps):
-        compared = host.compare(host.images(host.model, count))
-        rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
+    shop, rows = Workshop(host), [host.fewer_steps(count) for count in fewer_steps(host.steps)]
     makers: dict[str, Callable[[], Iterator[Row]]] = {
         "increments": lambda: increments(shop, (2, 3), RANKS),
         "forecasts": lambda: forecasts(shop),

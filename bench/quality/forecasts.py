@@ -17,15 +17,12 @@ from rich.progress import Progress
 from torch import nn
 
 from stepgraph.bench.glyphs.flow_glyphs import flow_model
-from stepgraph.bench.quality.paired import BATCH, Host, host_options
+from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
-from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
-from stepgraph.config import CompileConfig
 from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast
@@ -77,8 +74,7 @@ class Bench:
     def measured(self, made: Made, **facts: Any) -> dict[str, Any]:
         """A row."""
         plan, factors = made if isinstance(made, tuple) else (made, None)
-        inputs = example_inputs(self.host.model, 2 * min(BATCH, self.host.per_seed))
-        exe = compile_plan(self.host.model, plan, inputs, CompileConfig("eager"), factors)
+        exe = self.host.compiled(plan, factors)
         held = exe.memory().peak_slot_bytes / exe.default.batch
         found = {"fewer_macs": plan.summary().ideal_speedup, "slot_bytes": held, **self.host.compare(self.host.images(exe))}
         return {**facts, **found}

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
 from stepgraph.bench.glyphs.glyph_data import render
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.routers.router import Router
+from stepgraph.compiler.routers.router_settings import settings_of
+from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.metrics import frechet_distance, psnr, relative_errors
@@ -116,6 +120,15 @@ class Host:
         rows = 2 * min(BATCH, self.per_seed)
         return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"), factors)
 
+    def trained_router(self, progress: Progress, what: str, checkpoint: Path | None = None, **changes: Any) -> Router:
+        """Routers of Learning-to-Cache: the preset "quick" with some settings changed; `what` stands beside the bar."""
+        settings = settings_of("quick", changes)
+        bar = progress.add_task(what, total=settings.iterations)
+        return train_router(
+            self.model, self.scheduler, steps=self.steps, settings=settings, checkpoint=checkpoint,
+            on_step=lambda done, _: progress.update(bar, completed=done),
+        )  # fmt: skip
+
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from that of the full run, [count] float64."""
         return relative_errors(images, self.reference)
@@ -137,6 +150,11 @@ class Host:
             "feature_distance": float((self._features(images) - self.features).norm(dim=1).mean()),
             "accuracy": accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
         }
+
+    def fewer_steps(self, count: int) -> dict[str, Any]:
+        """The row of full compute in fewer steps."""
+        compared = self.compare(self.images(self.model, count))
+        return {"name": "fewer steps", "fewer_macs": self.steps / count, "knob": count, **compared}
 
     def frechet(self, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
         """Fréchet distances of the classifier's features: to real images' features, and to the full runs'."""

@@ -32,8 +32,6 @@ from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.routers.router_settings import settings_of
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.errors import PlanError
 from stepgraph.metrics import error_at_equal_macs
 from stepgraph.plan import CachePlan
@@ -118,11 +116,7 @@ KNOBS: dict[str, Knob] = {
 
 def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
     """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
-    bar = progress.add_task(f"training routers, runs of {run}", total=settings_of("quick", {}).iterations)
-    settings = settings_of("quick", {"run": run})
-    router = train_router(
-        host.model, host.scheduler, steps=host.steps, settings=settings, on_step=lambda d, _: progress.update(bar, completed=d)
-    )
+    router = host.trained_router(progress, f"training routers, runs of {run}", run=run)
     path = folder / f"router-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
     router.save(path)
     return Knob(lambda s, x: make_plan("l2c", s, theta=x, router=str(path)), 0, 1)
@@ -186,8 +180,7 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
     progress.advance(bar)
     for count in counts:
         progress.update(bar, description=f"{count} steps", advance=1)
-        compared = host.compare(host.images(host.model, count))
-        rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
+        rows.append(host.fewer_steps(count))
     for target in TARGETS:
         for name, knob in knobs.items():
             progress.update(bar, description=f"{name} {target:g}x", advance=1)

@@ -21,9 +21,7 @@ from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
-from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.router_states import Trajectories
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
@@ -97,13 +95,9 @@ def main() -> None:
 
 def trained(host: Host, arguments: Any, run: int, lam: float, progress: Progress) -> Router:
     """Routers of one lambda and run length; a finished checkpoint is only read."""
-    settings = settings_of("quick", {"lam": lam, "run": run, "iterations": arguments.iterations})
     path = arguments.out / f"{arguments.scheduler}-{arguments.steps}-run{run}-lambda{lam:g}.checkpoint.safetensors"
-    bar = progress.add_task(f"run {run}, lambda {lam:g}: training", total=settings.iterations)
-    return train_router(
-        host.model, host.scheduler, steps=arguments.steps, settings=settings, checkpoint=path,
-        on_step=lambda done, _: progress.update(bar, completed=done),
-    )  # fmt: skip
+    what, changes = f"run {run}, lambda {lam:g}: training", {"lam": lam, "run": run, "iterations": arguments.iterations}
+    return host.trained_router(progress, what, path, **changes)
 
 
 def measured(host: Host, base: CachePlan, router: Router, arguments: Any, progress: Progress) -> dict[str, Any]:
