@@ -16,7 +16,6 @@ from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.calibration.time_sites import time_sites
-from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import TracedModel
@@ -49,7 +48,6 @@ def calibrate(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
 ) -> CalibrationStats:
     """Run the sampler and average over the samples how each site changes from step to step.
 
@@ -77,7 +75,6 @@ def calibrate(
         checkpoint: A file that the sums go to after every sample, and from which an interrupted call takes them up; with
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
-        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Memory holds the sites' values of `lags` + 2 steps, whatever the number of steps and samples, and of the current run's other
     steps at most 2048 elements of each value, for the similarities of any two steps.
@@ -86,6 +83,22 @@ def calibrate(
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
             another calibration, or NaN in what was measured.
     """
+    return calibrate_traced(
+        TracedModel(model), scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
+        conditioning=conditioning, inputs=inputs, provisional=provisional, metrics=metrics, channels=channels, lags=lags,
+        eta=eta, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step,
+    )  # fmt: skip
+
+
+def calibrate_traced(
+    traced: TracedModel, scheduler: Any, *, steps: int, samples: int, seed: int, guidance_scale: float,
+    conditioning: Mapping[str, torch.Tensor] | None = None, inputs: Mapping[str, torch.Tensor] | None = None,
+    provisional: torch.Tensor | None = None, metrics: Mapping[str, Metric] | None = None, channels: bool = True, lags: int = 3,
+    eta: float = 0.0, allow_stochastic: bool = False, checkpoint: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> CalibrationStats:  # fmt: skip
+    """`calibrate`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     rank, world = _place()
     check_samples(samples, world)
     if not allow_stochastic:
@@ -99,7 +112,6 @@ def calibrate(
     guided = check_guidance(guidance_scale)
     check_whole("lags", lags, 1)
     inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
-    traced = TracedModel.of(model, traced)
     marked, family = traced.marked(inputs), traced.family
     header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
     header = replace(header, seed=seed, samples=samples)
@@ -112,7 +124,7 @@ def calibrate(
         timestep=family.timestep, lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
-    conditions = conditioning_of(model, conditioning, samples, guided, latents.device)
+    conditions = conditioning_of(traced, conditioning, samples, guided, latents.device)
     used = digest(conditioning)
     identity = {
         "header": asdict(header), "guidance_scale": guidance_scale, "conditioning": used, "eta": eta, "channels": channels,
@@ -205,16 +217,15 @@ def check_guidance(scale: Any) -> bool:
 
 
 def conditioning_of(
-    model: nn.Module, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
+    traced: TracedModel, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """What the sampling loop gets, `samples` rows each."""
-    family = family_of(model)
     if given is None:
-        cond, uncond = family.conditioning(config_of(model), samples, device)
+        cond, uncond = traced.family.conditioning(config_of(traced.model), samples, device)
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
     for name, value in given.items():
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
-        if rows is None or (rows != samples and name not in family.unbatched):
+        if rows is None or (rows != samples and name not in traced.family.unbatched):
             got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
             raise ArgumentError(f"conditioning {name} is {got}; expected {samples} rows, one per sample")
     return {name: value.to(device) for name, value in given.items()}

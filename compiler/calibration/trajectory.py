@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import PlanError
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import (
@@ -34,7 +33,7 @@ class Trajectory:
     def __init__(
         self,
         header: PlanHeader,
-        model: nn.Module,
+        traced: TracedModel,
         scheduler: Any,
         noise: torch.Tensor,
         guidance_scale: float,
@@ -44,8 +43,8 @@ class Trajectory:
         self._arguments = step_arguments(self._scheduler)
         self._cond, self._uncond = split_conditioning(dict(conditioning), guidance_scale)
         self._scale, self._separate = guidance_scale, header.guidance == "separate"
-        self._name = latents_name(model)
-        self._unit = family_of(model).timestep
+        self._name = latents_name(traced.model)
+        self._unit = traced.family.timestep
         self._number = 0
         self._dtype = noise.dtype
         wide = noise.to(torch.promote_types(noise.dtype, torch.float32))

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgraph.compiler.calibration.calibrate import calibrate, digest
+from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.entry.make_plan import make_plan, runs_model
+from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.list_policies import describe_policy
 from stepgraph.compiler.policies import POLICIES
@@ -94,18 +94,17 @@ def accelerate(
         return file.with_suffix(".unfinished")
 
     def measure() -> CalibrationStats:
-        return calibrate(
-            transformer, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
-            checkpoint=unfinished(stats_file), on_step=on_step, traced=traced, **settings,
+        return calibrate_traced(
+            traced, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
+            checkpoint=unfinished(stats_file), on_step=on_step, **settings,
         )  # fmt: skip
 
     def decide() -> CachePlan:
         stats = _kept(stats_file, CalibrationStats.load, measure) if measured else None
         unfinished(stats_file).unlink(missing_ok=True)
-        return make_plan(
-            policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, traced=traced,
-            **policy_arguments,
+        return plan_traced(
+            policy, stats, traced, pipe.scheduler, policy_arguments, steps=steps, conditioning=conditioning,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"

@@ -40,7 +40,6 @@ def make_plan(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -60,17 +59,30 @@ def make_plan(
         checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
             delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
-        traced: Graphs that were made of this very model before, so that it is not traced again.
         **arguments: The policy's own.
 
     Raises:
         PlanError: Unknown policy or arguments, or something needed is missing.
     """
+    traced = None if model is None else TracedModel(model)
+    return plan_traced(
+        policy, stats, traced, scheduler, arguments, steps=steps, example_inputs=example_inputs, guidance=guidance,
+        conditioning=conditioning, metrics=metrics, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step,
+    )  # fmt: skip
+
+
+def plan_traced(
+    policy: str, stats: CalibrationStats | None, traced: TracedModel | None, scheduler: Any, arguments: Mapping[str, Any], *,
+    steps: int | None, example_inputs: Mapping[str, Any] | None = None, guidance: str = "batched",
+    conditioning: Mapping[str, Any] | None = None, metrics: Mapping[str, Metric] | None = None, allow_stochastic: bool = False,
+    checkpoint: str | Path | None = None, on_step: Callable[[int, int], None] | None = None,
+) -> CachePlan:  # fmt: skip
+    """`make_plan`, on the graphs of a traced model, so that it is traced for no signature twice."""
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
-        _refuse_other_circumstances(stats, model, scheduler, steps)
+        _refuse_other_circumstances(stats, traced, scheduler, steps)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
     elif POLICIES[policy].wants_stats(arguments):
@@ -78,17 +90,16 @@ def make_plan(
         raise ArgumentError(
             f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}"
         )
-    elif model is None or scheduler is None or steps is None:
-        missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
+    elif traced is None or scheduler is None or steps is None:
+        missing = [n for n, v in (("model", traced), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise ArgumentError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
         if not allow_stochastic:
             refuse_stochastic(scheduler, steps)
-        traced = TracedModel.of(model, traced)
         marked = traced.marked(example_inputs)
-        header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
+        header, sites = make_header(traced.model, scheduler, steps, marked, guidance), marked.sites
     services = ModelServices(
-        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step, traced
+        header, stats, traced, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step
     )
     offered = {name: getattr(services, name) for name in MODEL_SERVICES if name in _parameters_of(policy)}
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
@@ -100,10 +111,10 @@ def make_plan(
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
 
 
-def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:
+def _refuse_other_circumstances(stats: CalibrationStats, traced: TracedModel | None, scheduler: Any, steps: int | None) -> None:
     """What is given beside statistics must be what they were measured on."""
-    if model is not None:
-        refuse_other_model(stats.header, model)
+    if traced is not None:
+        refuse_other_model(stats.header, traced.model)
     if steps is not None and steps != stats.header.steps:
         raise MismatchError(
             f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number"

@@ -8,8 +8,7 @@ from torch import nn
 
 from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.entry.make_plan import plan_traced
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
 from stepgraph.compiler.tracing.describe import example_inputs
@@ -66,17 +65,15 @@ def sweep(
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]
     _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
-    # A model that cannot be sampled by name is refused before any work.
-    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
-    guidance = "batched" if guidance_scale > 1 else "none"
     traced = TracedModel(model)
-    base = {
-        "model": model,
-        "scheduler": scheduler,
-        "traced": traced,
-        "steps": stats.header.steps if steps is None and stats else steps,
-    }
-    plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
+    # A model that cannot be sampled by name is refused before any work.
+    runs = _Runs(traced, scheduler, samples, guidance_scale, seed, batch)
+    guidance = "batched" if guidance_scale > 1 else "none"
+    steps = stats.header.steps if steps is None and stats else steps
+    plans = [
+        plan_traced(policy, stats, traced, scheduler, {**fixed, **dict.fromkeys(knobs, value)}, steps=steps, guidance=guidance)
+        for value in values
+    ]
     shorter = _neighbours(plans, scheduler)
     # Values that make the same plan are run once, under the first one's name.
     distinct = sorted({plan.rows: i for i, plan in reversed(list(enumerate(plans)))}.values())
@@ -135,10 +132,11 @@ def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
 class _Runs:
     """Sampling from one fixed noise and conditioning, compared with full compute; `rows` of the model's input at once."""
 
-    def __init__(self, model: nn.Module, scheduler: Any, samples: int, guidance_scale: float, seed: int, batch: int) -> None:
+    def __init__(self, traced: TracedModel, scheduler: Any, samples: int, guidance_scale: float, seed: int, batch: int) -> None:
+        model = traced.model
         latents = next(iter(example_inputs(model).values()))
         noise = torch.randn(samples, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-        cond, uncond = family_of(model).conditioning(config_of(model), samples, latents.device)
+        cond, uncond = traced.family.conditioning(config_of(model), samples, latents.device)
         guided = {f"negative_{name}": value for name, value in uncond.items()} if guidance_scale > 1 else {}
         self.noise = noise.to(latents.device, model_dtype(model)).split(batch)
         self.conditioning = {name: value.split(batch) for name, value in (cond | guided).items()}

@@ -210,7 +210,7 @@ def measure_covariances(
         raise ArgumentError(
             f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps"
         )
-    runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale, traced) if plan is not None else None
+    runs = PlanRuns(plan, factors, traced, scheduler, given, guidance_scale) if plan is not None else None
     targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
     if not targets:
         raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
@@ -221,7 +221,7 @@ def measure_covariances(
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)
         generator = torch.Generator().manual_seed(seed)
-        for run, rows in enumerate(sampled_rows(model, conditioning, samples, guided, latents.device)):
+        for run, rows in enumerate(sampled_rows(traced, conditioning, samples, guided, latents.device)):
             noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
             report = measured.reporter(number, run, evaluations)
             watcher.begin()

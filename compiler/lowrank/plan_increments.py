@@ -36,13 +36,12 @@ class PlanRuns:
         self,
         plan: CachePlan,
         factors: Factors | None,
-        model: nn.Module,
+        traced: TracedModel,
         scheduler: Any,
         inputs: Mapping[str, Tensor],
         guidance_scale: float,
-        traced: TracedModel | None = None,
     ) -> None:
-        refuse_other_model(plan.header, model)
+        refuse_other_model(plan.header, traced.model)
         refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
         if (plan.header.guidance == "separate" and guidance_scale <= 1) or (
             plan.header.guidance == "none" and guidance_scale > 1
@@ -58,8 +57,8 @@ class PlanRuns:
             )
         around = [own for (step, i), own in plan.forecasts.items() if plan.rows[step][i] == LOWRANK]
         self.ages = max((age for forecast in around for age in forecast.ages), default=1)
-        self.executable = compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
-        self.plan, self.scheduler, self.scale = self.executable.plan, scheduler, guidance_scale
+        self.executable = compile_plan(traced.model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
+        self.plan, self.traced, self.scheduler, self.scale = self.executable.plan, traced, scheduler, guidance_scale
 
     @property
     def digest(self) -> str:
@@ -97,7 +96,7 @@ class PlanWatcher(Watcher):
             report: Called with (steps done, steps in all).
         """
         runs, session, steps = self.runs, self.runs.executable.session(), self.plan.steps
-        own = Trajectory(self.plan.header, self.observed, runs.scheduler, noise, runs.scale, conditioning)
+        own = Trajectory(self.plan.header, runs.traced, runs.scheduler, noise, runs.scale, conditioning)
         for step in range(steps):
             given = own.inputs()
             for branch, inputs in enumerate(given):
