@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from stepgraph.checks import check_number
+from stepgraph.checks import check_flag, check_number
 from stepgraph.errors import CompileError as CompileError
 
 BACKENDS = ("eager", "inductor")
@@ -48,11 +48,10 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type in ("bool", bool) and not isinstance(value, bool):
-                raise ValueError(f"{option.name} is {value!r}; expected True or False")
-        if self.cuda_graphs not in (None, True, False):
-            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}; expected True, False, or None for where it goes")
+            if option.type in ("bool", bool):
+                check_flag(option.name, getattr(self, option.name), error=ValueError)
+        if self.cuda_graphs is not None:
+            check_flag("cuda_graphs", self.cuda_graphs, tail=", or None for where it goes", error=ValueError)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":

@@ -185,7 +185,8 @@ def test_a_plan_from_stats_has_the_guidance_it_is_made_for(model: DiTTransformer
         ({"hoist": "no"}, "hoist is 'no'; expected True or False"),
         ({"offload": 1}, "offload is 1; expected True or False"),
         ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected megabytes"),
-        ({"cuda_graphs": "auto"}, "cuda_graphs is 'auto'; expected True, False, or None"),
+        ({"cuda_graphs": "auto"}, "cuda_graphs is 'auto'; expected True or False, or None"),
+        ({"cuda_graphs": 1}, "cuda_graphs is 1; expected True or False, or None"),
     ],
 )
 def test_options_of_another_kind_are_refused(options, message):
