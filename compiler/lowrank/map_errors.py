@@ -7,18 +7,6 @@ from torch import Tensor, nn
 
 from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.errors import MismatchError
-from stepgraph.plan.factors import Factors, refuse_model
-
-
-def measured_errors(model: nn.Module, factors: Factors, covariances: Covariances) -> dict[str, float]:
-    """Relative weighted error of every map on measured increments: sqrt(E||(W - A B) dx||^2 / E||W dx||^2).
-
-    Raises:
-        PlanError: The factors or covariances are of another model, or a map was not measured.
-    """
-    factors.refuse_other(model)
-    refuse_model("the covariances are", made_for(covariances), model)
-    return {path: error_on(model, path, a, b, factors.method, covariances) for path, (a, b) in factors.maps.items()}
 
 
 def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, covariances: Covariances) -> float:
