@@ -105,7 +105,7 @@ def plan_traced(
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
-    recorded = json.loads(json.dumps(defaults | arguments, default=str))
+    recorded = json.loads(json.dumps({**defaults, **arguments}, default=str))
     if isinstance(actions, CachePlan):
         return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments})
     return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
