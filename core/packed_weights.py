@@ -109,8 +109,8 @@ class PackedWeights:
                 self._drop(key)
 
     def _drop(self, key: tuple[Any, ...]) -> None:
-        kept = self._kept.pop(key, None)
-        self.bytes -= kept[2] if kept else 0
+        entry = self._kept.pop(key, None)
+        self.bytes -= entry[2] if entry else 0
 
 
 def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:

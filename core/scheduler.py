@@ -73,13 +73,13 @@ def refuse_stochastic(scheduler: Any, steps: int) -> None:
     start, output = torch.randn(1, 4, 4, 4, generator=generator), torch.randn(1, 8 if learned else 4, 4, 4, generator=generator)
     ends = []
     for seed in (0, 1):
-        own, latents = prepare_scheduler(scheduler, steps), start
-        stochastic = step_arguments(own)
+        prepared, latents = prepare_scheduler(scheduler, steps), start
+        stochastic = step_arguments(prepared)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                for t in own.timesteps[:3]:
-                    latents = stepped(own, output, t, latents, stochastic)
+                for t in prepared.timesteps[:3]:
+                    latents = stepped(prepared, output, t, latents, stochastic)
             except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
                 raise PlanError(
                     f"{type(scheduler).__name__} does not step from a prediction, a timestep and a sample alone "

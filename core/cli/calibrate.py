@@ -73,8 +73,8 @@ def calibrate_command(
             "steps": len(stats.header.timesteps),
             "samples": samples,
             "branches": list(stats.branches),
-            "mean_relative_change": {kind: float(stats.relative_change[1:, own].mean()) for kind, own in columns.items()},
-            "ms_per_site": {kind: float(stats.ms[own].mean()) for kind, own in columns.items()},
+            "mean_relative_change": {kind: float(stats.relative_change[1:, sites].mean()) for kind, sites in columns.items()},
+            "ms_per_site": {kind: float(stats.ms[sites].mean()) for kind, sites in columns.items()},
         },
         as_json,
     )

@@ -57,8 +57,8 @@ def export_command(
         chosen = load_scheduler(model, scheduler)
         inputs = example_inputs(loaded, batch)
         # Samplers pass their timesteps in a dtype of their own.
-        own = prepare_scheduler(chosen, cache_plan.header.steps, torch.device(device))
-        inputs["timestep"] = inputs["timestep"].to(own.timesteps.dtype)
+        prepared = prepare_scheduler(chosen, cache_plan.header.steps, torch.device(device))
+        inputs["timestep"] = inputs["timestep"].to(prepared.timesteps.dtype)
         report("compiling", 1, 3)
         executable = compile_plan(loaded, cache_plan, inputs, CompileConfig("eager"), load_factors(plan, factors))
         report("exporting", 2, 3)

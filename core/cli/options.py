@@ -138,9 +138,9 @@ def refuse_strays(
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         # By name: some releases of typer bring a click of their own.
-        given = source is not None and source.name == "COMMANDLINE"
+        on_command_line = source is not None and source.name == "COMMANDLINE"
         words, names = belongs.get(parameter.name or "", ("", asked))
-        if given and not set(names) & set(asked):
+        if on_command_line and not set(names) & set(asked):
             shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
             raise ArgumentError(f"{shown} goes with {words}, not with {what}")
 

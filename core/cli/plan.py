@@ -78,14 +78,14 @@ def plan_make(
         loaded = load_model(model, parse_device(device), kind) if runs_model(policy) else load_to_plan(model, kind)
         chosen = load_scheduler(model, scheduler)
         steps = 50 if steps is None and measured is None else steps
-        made = make_plan(
+        cache_plan = make_plan(
             policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,
             allow_stochastic=allow_stochastic, checkpoint=checkpoint,
             on_step=lambda d, t: report("running the model", d, t), **arguments,
         )  # fmt: skip
-    made.save(out)
+    cache_plan.save(out)
     checkpoint.unlink(missing_ok=True)
-    show_plan(made, as_json, f"wrote {out}")
+    show_plan(cache_plan, as_json, f"wrote {out}")
 
 
 @plan_app.command(name="policies")
@@ -116,9 +116,9 @@ def plan_import(
     """Turn a published plan file, recognised by its content, into a plan for a model."""
     loaded = load_to_plan(model, parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
-    made = import_plan(file, loaded, chosen, steps=steps, allow_stochastic=allow_stochastic, **parse_arguments(arg))
-    made.save(out)
-    show_plan(made, as_json, f"wrote {out}")
+    cache_plan = import_plan(file, loaded, chosen, steps=steps, allow_stochastic=allow_stochastic, **parse_arguments(arg))
+    cache_plan.save(out)
+    show_plan(cache_plan, as_json, f"wrote {out}")
 
 
 @plan_app.command(name="export")
@@ -157,12 +157,12 @@ def plan_resample(
     chosen = load_scheduler(model, scheduler) if model is not None else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        made = loaded.resample(steps, chosen)
+        resampled = loaded.resample(steps, chosen)
     notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    if chosen is None and made is not loaded:
+    if chosen is None and resampled is not loaded:
         notes.append("its timesteps are interpolated, so sampling refuses it unless the scheduler's agree; pass --model")
-    made.save(out)
-    show_plan(made, as_json, f"wrote {out}", notes)
+    resampled.save(out)
+    show_plan(resampled, as_json, f"wrote {out}", notes)
 
 
 @plan_app.command(name="show")

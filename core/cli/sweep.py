@@ -97,11 +97,11 @@ def parse_values(
         raise ArgumentError(f"--log needs a range above 0; got {start:g} to {stop:g}")
     spaced = (np.geomspace if log else np.linspace)(start, stop, points)
     # Rounded to what a person would have typed.
-    numbers = [float(f"{number:.4g}") for number in spaced.tolist()]
+    candidates = [float(f"{value:.4g}") for value in spaced.tolist()]
     record = policies().get(policy)
     types = {argument.name: argument.type for argument in record.arguments} if record is not None else {}
     whole = all(types.get(name, "").startswith("int") for name in knobs)
-    return [round(number) for number in numbers] if whole else numbers
+    return [round(value) for value in candidates] if whole else candidates
 
 
 def show_sweep(result: Sweep) -> None:

@@ -56,6 +56,6 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None
             f"compiled for another configuration of {header.scheduler} (hash {header.scheduler_hash}, {what} has "
             f"{facts['scheduler_hash']}); compile a plan for this configuration"
         )
-    for step, (planned, given) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
-        if abs(planned - given) > 1e-3:
-            raise MismatchError(f"compiled for timestep {planned:g} at step {step}, but {what} has {given:g} there")
+    for step, (planned, actual) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
+        if abs(planned - actual) > 1e-3:
+            raise MismatchError(f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there")

@@ -56,9 +56,9 @@ def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[s
     if with_weights:
         save_tensors(work / WEIGHTS, weights_of(executable.model))
         files[WEIGHTS] = work / WEIGHTS
-    for number in range(len(executable.default.variants)):
-        step = executable.default.rows.index(number)
-        name = f"graph-{number:03d}-step-{step:03d}.txt"
+    for variant in range(len(executable.default.variants)):
+        step = executable.default.rows.index(variant)
+        name = f"graph-{variant:03d}-step-{step:03d}.txt"
         (work / name).write_text(executable.print_readable(step), encoding="utf-8")
         files[name] = work / name
     return files

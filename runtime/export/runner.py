@@ -196,13 +196,13 @@ class Runner:
         latents: Tensor = noise * sampler["init_noise_sigma"]
         session, steps = self.session(), len(schedule["steps"])
         history: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
-        for number, step in enumerate(schedule["steps"]):
-            scaled = latents * sampler["scales"][number] if sampler["scales"][number] != 1 else latents
+        for index, step in enumerate(schedule["steps"]):
+            scaled = latents * sampler["scales"][index] if sampler["scales"][index] != 1 else latents
             outputs = self._predict(session, scaled, step["timestep"], cond, uncond)
             history.appendleft((latents, _guided(outputs, guidance_scale, latents)))
-            latents = _combined(history, sampler["terms"][number], latents.dtype)
+            latents = _combined(history, sampler["terms"][index], latents.dtype)
             if on_step is not None:
-                on_step(number + 1, steps)
+                on_step(index + 1, steps)
         return latents
 
     def _conditioning(
@@ -271,7 +271,7 @@ class ScheduledRun:
         constants = [self.runner.weights[name] for name in step["constants"][self.branch]]
         tables = self._table_values(inputs) if variant["tables"] else []
         outputs = self.runner.call(
-            variant["program"], *inputs.values(), *stored, *constants, *(tables[number] for number in variant["tables"])
+            variant["program"], *inputs.values(), *stored, *constants, *(tables[index] for index in variant["tables"])
         )
         rest = iter(outputs[schedule["results"] :])
         for slot, count in zip(step["stores"], variant["stores"]):
@@ -286,9 +286,9 @@ class ScheduledRun:
         """The model's inputs by name, in order."""
         first, *others = (entry["name"] for entry in self.schedule["inputs"])
         _refuse_names(conditioning, [name for name in others if name != "timestep"])
-        given, inputs = {first: latents, "timestep": timestep, **conditioning}, dict[str, Tensor]()
+        values, inputs = {first: latents, "timestep": timestep, **conditioning}, dict[str, Tensor]()
         for entry in self.schedule["inputs"]:
-            value = torch.as_tensor(given[entry["name"]], device=latents.device)
+            value = torch.as_tensor(values[entry["name"]], device=latents.device)
             value = value.expand(entry["shape"]) if not value.ndim else value
             if list(value.shape) != entry["shape"]:
                 raise ScheduleError(f"{entry['name']} has the shape {list(value.shape)}; exported for {entry['shape']}")

@@ -47,7 +47,7 @@ class CapturedRun:
         self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
-            self._calls = [{name: _own(value) for name, value in given.items()} for given in calls]
+            self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
             session = executable.session(capture=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
@@ -136,8 +136,8 @@ class CapturedRun:
         return all(same) and weights == versions(self._executable.model)
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
-        for buffers, given in zip(self._calls, calls, strict=True):
-            for name, value in given.items():
+        for buffers, call in zip(self._calls, calls, strict=True):
+            for name, value in call.items():
                 if isinstance(value, Tensor):
                     buffers[name].copy_(value)
 

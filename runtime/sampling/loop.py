@@ -49,12 +49,12 @@ class Loop:
             Latents [B, C, ...].
         """
         latents = first_latents(self.scheduler, noise)
-        for number, (own, t) in enumerate(zip(self.scheduler.timesteps, self.timesteps, strict=True)):
-            outputs = self._outputs(predict, update.scaled(latents, own), t, calls)
+        for step, (timestep, t) in enumerate(zip(self.scheduler.timesteps, self.timesteps, strict=True)):
+            outputs = self._outputs(predict, update.scaled(latents, timestep), t, calls)
             outputs = [without_variance(output, latents.shape[1]) for output in outputs]
-            latents = update(latents, outputs, own)
+            latents = update(latents, outputs, timestep)
             if on_step is not None:
-                on_step(number + 1, len(self.timesteps))
+                on_step(step + 1, len(self.timesteps))
         return latents
 
     def _outputs(
@@ -64,6 +64,6 @@ class Loop:
         batch = torch.cat([latents, latents]) if self.doubled else latents
         timestep = t.reshape(1).expand(batch.shape[0])
         outputs: list[Tensor] = [
-            predict(**{self.latents_name: batch, "timestep": timestep, **given}, return_dict=False)[0] for given in calls
+            predict(**{self.latents_name: batch, "timestep": timestep, **call}, return_dict=False)[0] for call in calls
         ]
         return outputs[0].chunk(2) if self.doubled else outputs

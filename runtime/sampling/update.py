@@ -122,7 +122,7 @@ def _with_guidance(terms: tuple[Term, ...], shares: tuple[float, ...]) -> list[t
     parts = []
     for term in terms:
         if term.output:
-            parts += [(term.age, 1 + number, share * term.weight) for number, share in enumerate(shares)]
+            parts += [(term.age, 1 + branch, share * term.weight) for branch, share in enumerate(shares)]
         else:
             parts.append((term.age, 0, term.weight))
     return parts

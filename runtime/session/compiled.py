@@ -33,8 +33,8 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
         if module is model:
             continue
         parts[path] = module
-        for number, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
-            parts[f"{path} (forward hook {number})"] = hook
+        for index, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
+            parts[f"{path} (forward hook {index})"] = hook
         if "processor" in vars(module):
             parts[f"{path}.processor"] = module.processor
         forward = vars(module).get("forward")

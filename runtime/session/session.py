@@ -195,8 +195,8 @@ class Session:
         if steps is None or steps.refused:
             return work(*arguments, *constants, *tables)
         read: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
-        read |= {("constant", row, number): value for number, value in enumerate(constants)}
-        read |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        read |= {("constant", row, index): value for index, value in enumerate(constants)}
+        read |= {("table", index): value for index, value in zip(variant.tables, tables, strict=True)}
         try:
             return steps.run((row, tuple(map(table.places, reads))), places, read, lambda buffers: work(*buffers.values()))
         except CaptureError as error:
@@ -232,7 +232,7 @@ class Session:
             batched = not self.executable.config.exact
             present.tables = Tables(program.hoisted, program.plan.header.timesteps, batched)
         values = present.tables.at(self.step, inputs)
-        return [values[number] for number in variant.tables]
+        return [values[table] for table in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
