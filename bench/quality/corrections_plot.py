@@ -18,14 +18,14 @@ def plot_corrections(results: dict[str, Any], front: list[tuple[float, float]], 
     axis = figure.subplots()
     best = [(100 * share, error) for share, error in front]
     axis.plot(*zip(*best, strict=True), color="black", linewidth=1.8, label="fewer steps", zorder=1)
-    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+    for style, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         points = [row for row in rows if row["name"] == name]
         label: str | None = name
         for period in dict.fromkeys(row["setting"].split()[0] for row in points):
             line = [row for row in points if row["setting"].split()[0] == period]
             axis.plot(
                 [100 / row["fewer_macs"] for row in line], [row["relative_l2"] for row in line],
-                MARKS[number % len(MARKS)] + "-", color=colormaps["tab20"](number % 20), markersize=5, linewidth=1, label=label,
+                MARKS[style % len(MARKS)] + "-", color=colormaps["tab20"](style % 20), markersize=5, linewidth=1, label=label,
             )  # fmt: skip
             label = None
     axis.set_yscale("log")

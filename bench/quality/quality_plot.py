@@ -21,13 +21,13 @@ def plot_quality(results: dict[str, Any], front: list[tuple[float, float]], path
     axis.plot(*zip(*counts, strict=True), ".", color="black", markersize=5, zorder=1)
     best = [(100 * share, error) for share, error in front]
     axis.plot(*zip(*best, strict=True), color="black", linewidth=1.8, label="fewer steps", zorder=1)
-    for number, name in enumerate(names):
+    for style, name in enumerate(names):
         points = [row for row in rows if row["name"] == name]
         axis.errorbar(
             [100 / row["fewer_macs"] for row in points],
             [row["relative_l2"] for row in points],
             yerr=[row["seed_spread"] or 0 for row in points],
-            fmt=MARKS[number % len(MARKS)], color=colormaps["tab20"](number % 20), markersize=6, linewidth=1, label=name,
+            fmt=MARKS[style % len(MARKS)], color=colormaps["tab20"](style % 20), markersize=6, linewidth=1, label=name,
         )  # fmt: skip
     axis.set_yscale("log")
     axis.set_xlabel("MACs computed, % of full compute")

@@ -53,7 +53,7 @@ class Observer(nn.Module):
         values = [(node, None) for node in (*embedded, *inputs, *linears)]
         self.graph = watched_graph(marked, model, range(len(marked.sites)), values)
         self.embeds = bool(embedded)
-        joint = {node: number for number, node in enumerate(inputs)}
+        joint = {node: index for index, node in enumerate(inputs)}
         self.channels = ChannelSums(
             [str(node.target) for node in linears], [joint[node.all_input_nodes[0]] for node in linears], len(inputs)
         )

@@ -58,12 +58,12 @@ class Trajectory:
 
     def inputs(self) -> list[dict[str, Any]]:
         """What the model is given at this step, per branch."""
-        own, now = self._scheduler, self._time
+        scheduler, now = self._scheduler, self._time
         # Scaling counts the scheduler's steps in some classes, which only its own step may do.
-        scaled = scaled_input(copy.deepcopy(own), self.latents, now)
+        scaled = scaled_input(copy.deepcopy(scheduler), self.latents, now)
         doubled = self._uncond is not None and not self._separate
         batch = torch.cat([scaled, scaled]) if doubled else scaled
-        return [self._call(batch, given) for given in model_calls(self._cond, self._uncond, self._separate)]
+        return [self._call(batch, conditioning) for conditioning in model_calls(self._cond, self._uncond, self._separate)]
 
     def _call(self, batch: torch.Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         timestep = self._time.to(batch.device).reshape(1).expand(batch.shape[0]) * self._unit

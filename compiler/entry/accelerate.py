@@ -170,7 +170,7 @@ def _kept(path: Path, load: Callable[[Path], T], make: Callable[[], T]) -> T:
             return loaded
         except PlanError as error:
             get_logger("accelerate").warning("%s; it is made anew", error)
-    made = make()
-    made.save(path)
+    fresh = make()
+    fresh.save(path)
     get_logger("accelerate").info("wrote %s", path)
-    return made
+    return fresh

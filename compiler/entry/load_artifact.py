@@ -57,11 +57,11 @@ def compile_artifact(
     except (PlanError, TraceError) as error:
         # An artifact can state inputs that its model does not take.
         raise FileFormatError(f"{path}: {error}") from error
-    others = {name: (made, now) for name, made, now in _versions(artifact) if made != now}
+    others = {name: (recorded, now) for name, recorded, now in _versions(artifact) if recorded != now}
     compared = verify or (bool(others) and verify is None)
     if others:
         # Texts from outside must not write to a terminal.
-        said = ", ".join(f"{name} {made!a} (here {now})" for name, (made, now) in others.items())
+        said = ", ".join(f"{name} {recorded!a} (here {now})" for name, (recorded, now) in others.items())
         then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
         warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
     if compared:

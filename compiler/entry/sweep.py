@@ -159,10 +159,10 @@ class _Runs:
     def _latents(self, name: str, runner: Any, steps: int) -> torch.Tensor:
         """Final latents [samples, ...] on the CPU."""
         results = []
-        for number, noise in enumerate(self.noise):
-            chosen = {key: parts[number] for key, parts in self.conditioning.items()}
+        for index, noise in enumerate(self.noise):
+            chosen = {key: parts[index] for key, parts in self.conditioning.items()}
 
-            def advance(step: int, all_steps: int, part: int = number) -> None:
+            def advance(step: int, all_steps: int, part: int = index) -> None:
                 share = (part + step / all_steps) / len(self.noise)
                 if self.on_step is not None:
                     self.on_step(name, self.done + round(share * steps), self.total)

@@ -170,7 +170,9 @@ def residual_affine(
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     _refuse_other_target(plan, cells, runs)
     fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, per_channel=True)
-    affine = {f"{plan.sites[i].name}/{step}": found[0].float() for (step, i), found in sorted(fitted.coefficients.items())}
+    affine = {
+        f"{plan.sites[i].name}/{step}": branches[0].float() for (step, i), branches in sorted(fitted.coefficients.items())
+    }
     whole = with_affine(factors, affine, plan)
     forecasts = {cell: Forecast(tuple(terms)) for cell, terms in cells.items()}
     record = {"by": "residual_affine", **_record(runs, cells, fitted)}

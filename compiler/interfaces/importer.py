@@ -124,7 +124,7 @@ def keys_in_order(data: Mapping[Any, Any]) -> list[Any]:
         PlanError: The numbers are not 0..N - 1.
     """
     numbers = {key: [int(digits) for digits in re.findall(r"\d+", str(key))] for key in data}
-    if sorted(n for found in numbers.values() for n in found) != list(range(len(data))):
+    if sorted(n for key_numbers in numbers.values() for n in key_numbers) != list(range(len(data))):
         raise FileFormatError(
             f"the routers' keys are {', '.join(map(str, list(data)[:4]))}, ...; expected one number from 0 to {len(data) - 1} "
             f"in each"

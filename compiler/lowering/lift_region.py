@@ -75,7 +75,7 @@ class Region:
         """
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         graph.graph_copy(self.graph, copies)
-        values = [copies[self.nodes[number]] for number in sorted(returned)]
+        values = [copies[self.nodes[index]] for index in sorted(returned)]
         _fuse_activations(graph, values)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(placeholders[-1] if placeholders else graph._root):
@@ -153,10 +153,10 @@ class _UnfinishedRegion:
         self._names: dict[fx.Node, str] = {}
         # Weights go behind it.
         self._last_placeholder = self.graph._root
-        for number, node in enumerate(inputs):
-            placeholder = self.graph.placeholder(f"x{number}")
+        for position, node in enumerate(inputs):
+            placeholder = self.graph.placeholder(f"x{position}")
             placeholder.meta |= {"val": node.meta["val"]}
-            self._copies[node], self._names[node], self._last_placeholder = placeholder, f"x{number}", placeholder
+            self._copies[node], self._names[node], self._last_placeholder = placeholder, f"x{position}", placeholder
         # What pieces hand on is contiguous.
         self.lines = [_facts(_contiguous(node.meta["val"])) for node in inputs]
 

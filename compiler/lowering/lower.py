@@ -86,11 +86,11 @@ class _Builder:
         """Compile every region once."""
         for key, region in self.kernels.items():
             self._runs[key] = region.writing(self._returned[key]).forward
-        for number, (key, region) in enumerate(self.regions.items(), start=1):
+        for place, (key, region) in enumerate(self.regions.items(), start=1):
             started = time.perf_counter()
             self._runs[key] = compile_region(region, self._returned[key], self.config)
             get_logger("lower").info(
-                "region %d of %d: %d nodes, %.1f s", number, len(self.regions), len(region.nodes), time.perf_counter() - started
+                "region %d of %d: %d nodes, %.1f s", place, len(self.regions), len(region.nodes), time.perf_counter() - started
             )
 
     def region_calls(self, gm: fx.GraphModule, uses: Sequence[_Use]) -> RegionCalls:
@@ -134,7 +134,7 @@ class _Builder:
 
     def _written(self, use: _Use) -> list[fx.Node]:
         """The nodes of a piece whose values its region writes, whether anyone reads them here or not."""
-        return [use.piece.nodes[number] for number in sorted(self._returned[use.key])]
+        return [use.piece.nodes[index] for index in sorted(self._returned[use.key])]
 
 
 def _places(
@@ -163,7 +163,7 @@ def compile_region(region: Region, returned: Collection[int], config: CompileCon
     # Inductor takes most of the time that a process takes to start, and only those who compile with it need it.
     from stepgraph.compiler.lowering.region_cache import compile_kept
 
-    targets = [region.nodes[number].meta["val"] for number in sorted(returned)]
+    targets = [region.nodes[index].meta["val"] for index in sorted(returned)]
     gm = region.writing(returned)
     for node in gm.graph.nodes:
         node.meta = {}

@@ -200,9 +200,9 @@ def measure_covariances(
     _check_limits(memory_gb, sketch, whole)
     refuse_stochastic(scheduler, steps)
     guidance = plan.header.guidance if plan is not None else "batched" if guided else "none"
-    given = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1))
+    example = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1))
     traced = TracedModel(model)
-    marked = traced.marked(given)
+    marked = traced.marked(example)
     header = make_header(model, scheduler, steps, marked, guidance=guidance)
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
@@ -210,26 +210,26 @@ def measure_covariances(
         raise ArgumentError(
             f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps"
         )
-    runs = PlanRuns(plan, factors, model, scheduler, given, guidance_scale, traced) if plan is not None else None
+    runs = PlanRuns(plan, factors, model, scheduler, example, guidance_scale, traced) if plan is not None else None
     targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
     if not targets:
         raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = Measured(groups, samples * evaluations, on_step)
-    latents = next(iter(given.values()))
-    for number, group in enumerate(groups):
+    latents = next(iter(example.values()))
+    for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)
         generator = torch.Generator().manual_seed(seed)
         for run, rows in enumerate(sampled_rows(model, conditioning, samples, guided, latents.device)):
             noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
-            report = measured.reporter(number, run, evaluations)
+            report = measured.reporter(pass_index, run, evaluations)
             watcher.begin()
             if isinstance(watcher, PlanWatcher):
                 watcher.run(noise, rows, report)
                 continue
             sample(watcher, scheduler, noise, guidance_scale, steps=steps, on_step=report, **rows)
-        measured.keep(number, sums)
+        measured.keep(pass_index, sums)
     return Covariances(
         header,
         float(guidance_scale),

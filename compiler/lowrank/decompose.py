@@ -76,14 +76,14 @@ def channel_scales(stats: CalibrationStats, path: str, method: str, scale: str) 
     sides = [stats.channels.get(f"{path}/{side}_{CHANNEL_OF[method]}_scaled") for side in ("input", "output")]
     if any(side is None for side in sides):
         raise ArgumentError(f"the statistics have no channel means of {path}; calibrate with channels=True (--channels)")
-    found = []
+    scales = []
     for side, mean in zip(("in", "out"), sides, strict=True):
         assert mean is not None
         if not mean.isfinite().all() or float(mean.min()) < 0:
             raise PlanError(f"the channel means of {path} are negative or not finite; calibrate again")
         root = mean.double().sqrt()
-        found.append(root.clamp_min(float(root.max()) / 1000) + 1e-6 if scale in (side, "both") else None)
-    return found[0], found[1]
+        scales.append(root.clamp_min(float(root.max()) / 1000) + 1e-6 if scale in (side, "both") else None)
+    return scales[0], scales[1]
 
 
 def weighted_svd(weight: Tensor, covariance: Tensor) -> Decomposition:

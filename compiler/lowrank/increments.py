@@ -57,13 +57,13 @@ def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None
         PlanError: A kind is not known, or none of its sites holds a linear map.
     """
     wanted = check_kinds(marked, kinds)
-    found = _maps(model, marked, wanted)
-    seen = {kind for kind, _ in found.values()}
+    maps = _maps(model, marked, wanted)
+    seen = {kind for kind, _ in maps.values()}
     empty = [kind for kind in wanted if kind not in seen and kinds is not None]
-    if empty or not found:
+    if empty or not maps:
         known = ", ".join(sorted({kind for kind, _ in _maps(model, marked, MODULE_KINDS).values()}))
         raise ArgumentError(f"sites of kind {', '.join(empty or wanted)} hold no linear map; those of {known or 'no kind'} do")
-    return {path: calls for path, (_, calls) in found.items()}
+    return {path: calls for path, (_, calls) in maps.items()}
 
 
 def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[str, tuple[str, list[fx.Node]]]:
@@ -160,11 +160,11 @@ def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
         PlanError: One of them is none of this model's.
     """
     present = [kind for kind in MODULE_KINDS if any(site.kind == kind for site in marked.sites)]
-    given = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
-    unknown = [kind for kind in given if kind not in present]
-    if unknown or not given:
+    wanted = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
+    unknown = [kind for kind in wanted if kind not in present]
+    if unknown or not wanted:
         raise ArgumentError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
-    return given
+    return wanted
 
 
 class Watcher(nn.Module):
@@ -224,6 +224,6 @@ def sampled_rows(
 ) -> Iterator[dict[str, Any]]:
     """The conditioning of every sampling run, one row each."""
     unbatched = family_of(model).unbatched
-    given = conditioning_of(model, conditioning, samples, guided, device)
+    all_rows = conditioning_of(model, conditioning, samples, guided, device)
     for n in range(samples):
-        yield {name: value if name in unbatched else value[n : n + 1] for name, value in given.items()}
+        yield {name: value if name in unbatched else value[n : n + 1] for name, value in all_rows.items()}

@@ -27,7 +27,7 @@ def group_maps(
         PlanError: A site has no linear map, or the factors have none of a rank that fits for one of them.
     """
     maps = maps_of_sites(marked, model)
-    return {i: _groups(marked, model, i, [node for node, own in maps.items() if own == i], factors) for i in indices}
+    return {i: _groups(marked, model, i, [node for node, site in maps.items() if site == i], factors) for i in indices}
 
 
 def _groups(
@@ -104,7 +104,7 @@ def bind_factors(
         if table is None or len(table) != len(plan.forecasts[step, i].terms):
             raise PlanError(f"step {step}, site {plan.sites[i].name}: the factors have no coefficients per channel for it")
     groups = group_maps(marked, model, corrected, factors)
-    increments = {i: increment_of(marked, i, own) for i, own in groups.items()}
+    increments = {i: increment_of(marked, i, site_groups) for i, site_groups in groups.items()}
     return replace(plan, increments=increments, header=replace(plan.header, factors=factors.digest)), groups
 
 

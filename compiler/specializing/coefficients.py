@@ -32,8 +32,8 @@ def coefficients_of(
     dtype, steps = coefficient_dtype(weight.dtype), []
     affine: Mapping[str, torch.Tensor] = factors.affine if factors is not None else {}
     for step in range(plan.steps):
-        used = sorted((number, i, forecast) for i, (forecast, number) in numbered_forecasts(plan, step).items())
-        numbered = {number: (i, forecast) for number, i, forecast in used}
+        used = sorted((constant, i, forecast) for i, (forecast, constant) in numbered_forecasts(plan, step).items())
+        numbered = {constant: (i, forecast) for constant, i, forecast in used}
         branches = []
         for branch in range(len(plan.header.branches)):
             tensors = []

@@ -64,16 +64,16 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
         PlanError: An input is missing or new, or its shape or the latents' dtype differs.
     """
     flat = flat_inputs(inputs)
-    planned, given = plan.header.shapes, input_shapes(flat, unbatched)
-    if set(planned) != set(given):
-        raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(given)}")
-    for name, shape in given.items():
+    planned, shapes = plan.header.shapes, input_shapes(flat, unbatched)
+    if set(planned) != set(shapes):
+        raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes)}")
+    for name, shape in shapes.items():
         if shape != planned[name]:
             sizes = [", ".join([*([] if name in unbatched else ["batch"]), *map(str, s)]) for s in (planned[name], shape)]
             raise PlanError(
                 f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this resolution"
             )
-    batched = {name: flat[name] for name in given if name not in unbatched}
+    batched = {name: flat[name] for name in shapes if name not in unbatched}
     latents = next(iter(batched))
     if dtype_name(batched[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")

@@ -100,13 +100,13 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
 
 def _record(model: nn.Module, inputs: Mapping[str, Any], earlier: Trace | None = None) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
-    made: list[weakref.ref[TracedTensor]] = []
+    traced: list[weakref.ref[TracedTensor]] = []
     try:
-        recorded = _run(model, inputs, made, earlier)
+        recorded = _run(model, inputs, traced, earlier)
     except BaseException:
-        forget_in_memos(made)
+        forget_in_memos(traced)
         raise
-    refuse_survivors(made)
+    refuse_survivors(traced)
     return recorded
 
 

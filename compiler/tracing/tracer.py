@@ -145,12 +145,12 @@ class Tracer(TorchFunctionMode):
         path = self.paths.get(id(module))
         if self.inside or path is None:
             return original(module, *args, **kwargs)
-        number = self.call_counts[path]
+        call_index = self.call_counts[path]
         self.call_counts[path] += 1
         # The slot is taken before the call, so that calls are numbered in the order in which they start.
         before = self.last_node()
-        self.calls[path, number] = ModuleCall((), (), before, before)
-        key = f"{path}@{number}" if number else path
+        self.calls[path, call_index] = ModuleCall((), (), before, before)
+        key = f"{path}@{call_index}" if call_index else path
         self.stack[key] = (path, type(module))
         try:
             if is_leaf(module):
@@ -161,7 +161,7 @@ class Tracer(TorchFunctionMode):
                 result = original(module, *args, **kwargs)
         finally:
             del self.stack[key]
-        self.calls[path, number] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
+        self.calls[path, call_index] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
         return result
 
     def run_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
