@@ -46,8 +46,8 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     parts = inner_tensors(tensor)
     if not parts:
         raise MismatchError(
-            f"a weight is a {kind_of(tensor)}, which does not say what it is made of (it has no __tensor_flatten__, and no tensors "
-            f"among its attributes), so that there is no telling it from others; convert it to plain tensors"
+            f"a weight is a {kind_of(tensor)}, which does not say what it is made of (it has no __tensor_flatten__, and no "
+            f"tensors among its attributes), so that there is no telling it from others; convert it to plain tensors"
         )
     digest = hashlib.sha256(describe_kind(tensor).encode())
     for name, part in parts.items():

@@ -1,7 +1,7 @@
 """Weights that are no plain tensors: quantised ones, which are a class of their own, or bytes with their kind beside them.
 
-Such a weight means what its class makes of it. It is never copied, faked or taken apart here: the module that holds it is called
-as it is, and what is told of it comes from the plain tensors that it is made of.
+Such a weight means what its class makes of it. It is never copied, faked or taken apart here: the module that holds it is
+called as it is, and what is told of it comes from the plain tensors that it is made of.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def own_kinds(module: nn.Module, recurse: bool = True) -> dict[str, torch.Tensor
 def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The plain tensors that a weight is made of, by name: itself where it is plain.
 
-    A wrapper says what it wraps (`__tensor_flatten__`); of others it is their own bytes, and the tensors among their attributes.
+    A wrapper says what it wraps (`__tensor_flatten__`); others are their own bytes, and the tensors among their attributes.
     """
     if is_plain(tensor):
         return {"": tensor}

@@ -31,8 +31,8 @@ def unwrapped(model: Any) -> Any:
         sharded = next((name for name in SHARDED if name in names), None)
         if sharded is not None:
             raise CompileError(
-                f"{type(model).__name__} is sharded over processes ({sharded}), so that no process has its weights; compile the "
-                f"model before it is wrapped, or one that is whole"
+                f"{type(model).__name__} is sharded over processes ({sharded}), so that no process has its weights; compile "
+                f"the model before it is wrapped, or one that is whole"
             )
         place = next((BENEATH[name] for name in names if name in BENEATH), None)
         beneath = model._modules.get(place) if place is not None else None
@@ -72,23 +72,38 @@ def refuse_offload(model: nn.Module) -> None:
     Raises:
         CompileError: The message names the hook, the module and how to take it off.
     """
-    for path, module in model.named_modules():
+    for module in _hooked(model):
         attributes = module.__dict__
-        if "_hf_hook" not in attributes and "_diffusers_hook" not in attributes:
-            continue
-        where = path or type(model).__name__
+        where = next(path for path, other in model.named_modules() if other is module) or type(model).__name__
         for name in _accelerate_hooks(attributes.get("_hf_hook")):
             raise CompileError(
                 f"{where} has accelerate's hook {name}: {OFFLOAD.get(name, 'it changes what the module does')}. Graphs use the "
-                f"weights where they are; take it off (pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_module(model, "
-                f"recurse=True)), move the model to one device and compile it there"
+                f"weights where they are; take it off (pipe.remove_all_hooks(), "
+                f"accelerate.hooks.remove_hook_from_module(model, recurse=True)), move the model to one device, and compile it "
+                f"there"
             )
         for name in getattr(attributes.get("_diffusers_hook"), "hooks", {}):
             raise CompileError(
-                f"{where} has the diffusers hook {name}: {OFFLOAD.get(name, 'it changes what the module does')}. Graphs would run "
-                f"without it, or keep what it does now; take it off ({where}._diffusers_hook.remove_hook({name!r}), "
+                f"{where} has the diffusers hook {name}: {OFFLOAD.get(name, 'it changes what the module does')}. Graphs would "
+                f"run without it, or keep what it does now; take it off ({where}._diffusers_hook.remove_hook({name!r}), "
                 f"model.disable_cache() for caches), or load the model without it"
             )
+
+
+def _hooked(model: nn.Module) -> list[nn.Module]:
+    """The modules that have hooks of these libraries; asked at the beginning of every run, so without names."""
+    hooked, pending = [], [model]
+    seen = set[int]()
+    while pending:
+        module = pending.pop()
+        attributes = module.__dict__
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if "_hf_hook" in attributes or "_diffusers_hook" in attributes:
+            hooked.append(module)
+        pending.extend(child for child in attributes["_modules"].values() if child is not None)
+    return hooked
 
 
 def _accelerate_hooks(hook: Any) -> list[str]:

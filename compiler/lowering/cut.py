@@ -49,8 +49,8 @@ def cut(gm: fx.GraphModule, is_block: Callable[[str], bool]) -> list[Piece]:
     in_one = bool(written_storages(gm.graph))
     if in_one and opaque:
         raise CompileError(
-            f"the forward writes to its values in place, and {opaque[0].target} has quantised weights, so that the graph cannot be "
-            f"cut around it; pass backend='eager'"
+            f"the forward writes to its values in place, and {opaque[0].target} has quantised weights, so that the graph "
+            f"cannot be cut around it; pass backend='eager'"
         )
     places = {node: "" if in_one else _place(node, is_block) for node in nodes} | {node: f"run {node.name}" for node in opaque}
     return [_piece(run, run[0] in opaque) for run in _runs(nodes, places)]

@@ -53,8 +53,8 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
     assert isinstance(weight, Tensor)
     if not is_plain(weight):
         raise ArgumentError(
-            f"the weight of {path} is a {kind_of(weight)}; factors are made of plain weights, so use REUSE or FORECAST at its site, "
-            f"or correct the model before it is quantised"
+            f"the weight of {path} is a {kind_of(weight)}; factors are made of plain weights, so use REUSE or FORECAST at its "
+            f"site, or correct the model before it is quantised"
         )
     return weight
 

@@ -27,7 +27,7 @@ def run_opaque(module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[An
     """Call a module with zeros, to see what it returns; (result, multiply-accumulates).
 
     Raises:
-        TraceError: Its weights have no data, or it does something that a node of a graph cannot do; the message names their class.
+        TraceError: Its weights have no data, or it does something that a graph's node cannot do; the message names their class.
     """
     kinds = own_kinds(module)
     what = f"{path}, whose {next(iter(kinds))} is a {kind_of(next(iter(kinds.values())))},"
@@ -48,8 +48,8 @@ def run_opaque(module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[An
         raise
     except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
         raise TraceError(
-            f"{what} cannot be called on {inputs[0].device if inputs else 'this device'} ({type(error).__name__}: {error}); move the "
-            f"model to a device that has its kernels, or quantise it otherwise"
+            f"{what} cannot be called on {inputs[0].device if inputs else 'this device'} ({type(error).__name__}: {error}); "
+            f"move the model to a device that has its kernels, or quantise it otherwise"
         ) from error
     changed = _state(module) != after or _weights(module) != weights
     vars(module).clear()

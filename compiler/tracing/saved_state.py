@@ -30,7 +30,8 @@ class SavedState:
         self._seen: set[int] = set()
         classes = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
         for module in model.modules():
-            self._keep(vars(module), DEEP, owned=True)
+            # torch's own modules keep nothing in containers of theirs.
+            self._keep(vars(module), 1 if _is_elsewhere(type(module)) else DEEP, owned=True)
         for kind in classes:
             if not _is_elsewhere(kind):
                 self._keep_class(kind)

@@ -185,8 +185,8 @@ class Tracer(TorchFunctionMode):
             if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(answer)):
                 return answer
         raise TraceError(
-            f"{model_location()}: the forward computes with {self.kinds[id(weight)]!r} itself, a {kind_of(weight)}; only a module "
-            f"without children that holds such a weight can be called with it. Call that module, or leave this weight as it was"
+            f"{model_location()}: the forward computes with {self.kinds[id(weight)]!r} itself, a {kind_of(weight)}; only a "
+            f"module without children that holds such a weight can be called with it; call that module, or leave the weight plain"
         )
 
     def run_opaque(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
@@ -350,8 +350,8 @@ class Tracer(TorchFunctionMode):
             self.kept_alive.append(tensor)
             if not is_plain(tensor):
                 raise TraceError(
-                    f"{model_location()}: a {kind_of(tensor)} is used here, which is neither a plain tensor nor a weight of the "
-                    f"model; convert it with .as_subclass(torch.Tensor), or register it in the module that uses it"
+                    f"{model_location()}: a {kind_of(tensor)} is used here, which is neither a plain tensor nor a weight of "
+                    f"the model; convert it with .as_subclass(torch.Tensor), or register it in the module that uses it"
                 )
             with self.pass_through():
                 # Meta tensors stand for ones on the device; inference tensors have no version counter, their fakes need one.

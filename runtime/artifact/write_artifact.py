@@ -118,8 +118,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     if kinds:
         name, tensor = next(iter(kinds.items()))
         raise CompileError(
-            f"{name} is a {kind_of(tensor)}, which a file of plain tensors does not hold; save with with_weights=False, and pass the "
-            f"quantised model to stepgraph.load"
+            f"{name} is a {kind_of(tensor)}, which a file of plain tensors does not hold; save with with_weights=False, and "
+            f"pass the quantised model to stepgraph.load"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         plain = tensor.detach().cpu().contiguous()

@@ -61,8 +61,8 @@ def export(
     if kinds:
         name, tensor = next(iter(kinds.items()))
         raise CompileError(
-            f"{name} is a {kind_of(tensor)}, which the format {format!r} cannot hold; export the model before it is quantised, or save "
-            f"an artifact (Executable.save), which is loaded with the quantised model"
+            f"{name} is a {kind_of(tensor)}, which the format {format!r} cannot hold; export the model before it is quantised, "
+            f"or save an artifact (Executable.save), which is loaded with the quantised model"
         )
     program = executable.default if inputs is None else executable.program(inputs)
     with whole_folder(Path(path)) as folder:

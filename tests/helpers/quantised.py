@@ -50,7 +50,7 @@ def gguf_dit(kind: gguf.GGMLQuantizationType) -> diffusers.DiTTransformer2DModel
 
 
 def _quantised(weight: torch.Tensor, kind: gguf.GGMLQuantizationType):
-    """Bytes [out, row]; the gguf package writes Q8_0 itself, and reads K-quants, for which any bytes with sane scales are a weight."""
+    """Bytes [out, row]. The gguf package writes Q8_0 itself; of a K-quant any bytes with sane scales are a weight."""
     if kind == gguf.GGMLQuantizationType.Q8_0:
         return gguf.quants.quantize(weight.numpy(), kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""Weights that are no plain tensors: compiled plans give what the quantised eager model gives, or say which class is in the way."""
+"""Weights that are no plain tensors: plans give what the quantised eager model gives, or name the class."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import stepgraph as sg
-from helpers.quantised import MAKERS, FourBit, QuantState, attention_maps, four_bit_dit, gguf_dit, torchao_dit
+from helpers.quantised import MAKERS, FourBit, QuantState, four_bit_dit, gguf_dit, torchao_dit
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import ArgumentError, CompileError, MismatchError, TraceError
