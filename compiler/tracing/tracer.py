@@ -186,7 +186,7 @@ class Tracer(TorchFunctionMode):
                 return answer
         raise TraceError(
             f"{model_location()}: the forward computes with {self.kinds[id(weight)]!r} itself, a {kind_of(weight)}; only a "
-            f"module without children that holds such a weight can be called with it; call that module, or leave the weight plain"
+            f"module without children that holds such a weight can be called with it; call that, or leave the weight plain"
         )
 
     def run_opaque(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
@@ -356,7 +356,7 @@ class Tracer(TorchFunctionMode):
             with self.pass_through():
                 # Meta tensors stand for ones on the device; inference tensors have no version counter, their fakes need one.
                 hollow = tensor.device.type == "meta" or tensor.is_inference()
-                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(tensor.detach())
+                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(_without_grad(tensor))
         return self.fakes[id(tensor)]
 
     def hollow(self, tensor: torch.Tensor) -> FakeTensor:
@@ -401,6 +401,14 @@ FAKE_ERRORS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
+
+
+def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory; views that a forward takes of parameters would ask for a gradient function."""
+    if not tensor.requires_grad:
+        return tensor
+    with _disable_current_modes():
+        return tensor.detach()
 
 
 PLAIN = (torch.Tensor, fx.Node, int, float, complex, str, type(None), type(...), torch.dtype, torch.device)
