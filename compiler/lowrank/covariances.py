@@ -24,6 +24,7 @@ from stepgraph.plan.factors import Factors
 from stepgraph.plan.json import parse_record
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 FORMAT = "stepgraph-covariances"
 VERSION = 1
@@ -194,6 +195,7 @@ def measure_covariances(
         PlanError: An argument is out of range, the sampler adds noise, one map alone exceeds the memory, whole modules are to
             be sketched, or the plan has no LOWRANK sites or is for something else.
     """
+    model = unwrapped(model)
     check_samples(samples, 1)
     guided = check_guidance(guidance_scale)
     steps, periods = _steps_and_periods(steps, period, plan, factors)
