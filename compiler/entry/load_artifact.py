@@ -42,14 +42,15 @@ def compile_artifact(
 ) -> Executable:
     """The rest of `load_artifact`."""
     path = artifact.path
+    # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
+    values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
     if model is None:
         model = build_model(artifact, device or "cpu")
     place = next(model.parameters()).device
     if device is not None and torch.device(device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
-    # The plan alone would fit other weights where it was made without any.
-    whose = f"{path}: the artifact is"
-    refuse_model(whose, (artifact.model["class"], artifact.model["fingerprint"], artifact.model["dtype"]), model)
+    structure = artifact.model["fingerprint"].split("/")[0]
+    refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
     factors = None if artifact.factors is None else Factors.parse(artifact.factors, f"{path}: factors.safetensors")
     inputs = zero_inputs(artifact.inputs, place)
     try:
