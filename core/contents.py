@@ -50,8 +50,14 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
         # Kept small: sums of sums up to a tensor's end, and what they grow by over a tensor.
         reached = torch.cumsum(words * ((torch.arange(1, len(words) + 1, device=words.device) * SPREAD) | 1), 0)
         lengths = list(accumulate((len(piece) for piece in pieces), initial=0))
-        last = torch.tensor([lengths[end] for end in ends], device=words.device)
+        last = _on_device(tuple(lengths[end] for end in ends), words.device)
         return torch.diff(torch.cat([reached.new_zeros(1), reached])[last], prepend=reached.new_zeros(1))
+
+
+@lru_cache(8)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers in a tensor; bringing them to a device would wait for it every time."""
+    return torch.tensor(numbers, device=device)
 
 
 def _column_sums(tensor: Tensor) -> list[Tensor]:

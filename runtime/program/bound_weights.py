@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepgraph.contents import Scattered, content_sums
+from stepgraph.contents import PLAIN, Scattered, content_sums, plain_tensors
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import has_data
 
-# Of a tensor: address and version.
-Mark = tuple[int, int]
+# Of a tensor, or of every tensor that it is made of: address, version.
+Mark = tuple[int, ...]
 Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 WHAT = ("dtype", "device", "shape", "strides")
 
@@ -109,7 +109,7 @@ class BoundWeights:
                 return Look(self._replaced(present))
             marks = [_mark(tensor) for tensor in present]
             replaced = self._replaced(present)
-            moved = any(now[0] != then[0] for now, then in zip(marks, self._marks, strict=True))
+            moved = any(now[::2] != then[::2] for now, then in zip(marks, self._marks, strict=True))
             marked = marks != self._marks
             if marked or replaced:
                 self._refuse_other_layouts(present)
@@ -205,4 +205,6 @@ def _layout(tensor: Tensor) -> Layout:
 
 
 def _mark(tensor: Tensor) -> Mark:
+    if type(tensor) not in PLAIN:
+        return tuple(part for plain in plain_tensors(tensor) for part in _mark(plain))
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -122,14 +122,18 @@ def test_weights_that_share_memory_share_it_again(ddim, tmp_path: Path):
             sg.load(tmp_path / "artifact")
 
 
-def test_weights_written_to_since_are_not_saved_under_the_old_plan(ddim, tmp_path: Path):
+def test_weights_written_to_since_are_saved_only_if_the_plan_follows_them(ddim, tmp_path: Path):
     model = tiny_dit()
-    saved = sg.compile(model, sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2), inputs(2), "eager")
-    with torch.no_grad():
-        model.proj_out_2.weight.mul_(2)
-    with pytest.raises(PlanError, match="the plan is for other weights of DiTTransformer2DModel"):
-        saved.save(tmp_path / "artifact", with_weights=True)
+    plan = sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2)
+    saved = sg.compile(model, plan, inputs(2), "eager")
+    strict = sg.compile(model, plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
+    model.proj_out_2.weight.data.mul_(2)
+    with pytest.raises(PlanError, match=r"proj_out_2\.weight hold other values than when the plan was compiled"):
+        strict.save(tmp_path / "artifact", with_weights=True)
     assert list(tmp_path.iterdir()) == []
+    saved.save(tmp_path / "artifact", with_weights=True)
+    loaded = sg.load(tmp_path / "artifact")
+    assert torch.equal(loaded.model.proj_out_2.weight, model.proj_out_2.weight)
 
 
 def test_places_are_made_and_keep_the_users_mask(made, tmp_path: Path):
@@ -185,10 +189,13 @@ def test_something_else_is_not_replaced(made, tmp_path: Path):
 # -- other models, versions, schedulers ------------------------------------------------------------------------------------
 
 
-def test_other_weights_are_refused(made, tmp_path: Path):
+def test_other_weights_are_followed_or_refused(made, tmp_path: Path):
     made.save(tmp_path / "artifact")
-    with pytest.raises(PlanError, match="the artifact is of other weights of DiTTransformer2DModel"):
-        sg.load(tmp_path / "artifact", tiny_dit(seed=1))
+    assert sg.load(tmp_path / "artifact", other := tiny_dit(seed=1)).model is other
+    strict = sg.compile(made.model, made.plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
+    strict.save(tmp_path / "strict")
+    with pytest.raises(PlanError, match="the plan is for other weights of DiTTransformer2DModel"):
+        sg.load(tmp_path / "strict", other)
     with pytest.raises(PlanError, match="has no weights; pass the model it was made for"):
         sg.load(tmp_path / "artifact")
     with pytest.raises(PlanError, match="the artifact is of a float32 model; this one is bfloat16"):
