@@ -157,6 +157,8 @@ class Compiled:
         with self._lock:
             if key not in self._programs:
                 started = time.perf_counter()
+                # All programs hold the same tensors, so that all of them can follow.
+                begin_run(self)
                 self._programs[key] = self.build(self.model, inputs)
                 shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
                 log = get_logger("executable")

@@ -191,7 +191,8 @@ def test_something_else_is_not_replaced(made, tmp_path: Path):
 
 def test_other_weights_are_followed_or_refused(made, tmp_path: Path):
     made.save(tmp_path / "artifact")
-    assert sg.load(tmp_path / "artifact", other := tiny_dit(seed=1)).model is other
+    other = tiny_dit(seed=1)
+    assert sg.load(tmp_path / "artifact", other).model is other
     strict = sg.compile(made.model, made.plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
     strict.save(tmp_path / "strict")
     with pytest.raises(PlanError, match="the plan is for other weights of DiTTransformer2DModel"):

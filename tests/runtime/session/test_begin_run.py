@@ -14,7 +14,9 @@ from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.tracing import trace as trace_file
 from stepgraph.contents import Scattered
 from stepgraph.errors import CompileError, MismatchError
+from stepgraph.fingerprint import fingerprint
 from stepgraph.plan.measured import measured
+from stepgraph.runtime.export.runner import Runner, ScheduleError, write_tensors
 from stepgraph.runtime.program import bound_weights
 
 STEPS, DDIM = 3, diffusers.DDIMScheduler(clip_sample=False)
@@ -282,11 +284,29 @@ def test_a_copy_in_the_pipeline_runs_with_its_own_weights(traces):
     assert exe.on(model) is exe
 
 
+@pytest.mark.slow
+def test_exports_hold_the_weights_as_they_are_and_take_no_others(tmp_path):
+    model = tiny_dit()
+    exe = compiled(model)
+    parked(model)
+    write_data(model)
+    exe.export(tmp_path / "out")
+    runner = Runner(tmp_path / "out")
+    assert runner.schedule["fingerprint"] == fingerprint(model) != exe.plan.header.fingerprint
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert all(torch.equal(tensor, held[name]) for name, tensor in runner.weights.items() if name in held)
+    assert "pos_embed.pos_embed" in runner.weights
+    others = {name: tensor * 2 for name, tensor in runner.weights.items()}
+    write_tensors(tmp_path / "out" / "weights.safetensors", others)
+    with pytest.raises(ScheduleError, match=r"weights.safetensors is not what was exported"):
+        Runner(tmp_path / "out")
+
+
 def test_models_of_another_make_are_no_copies():
     exe = compiled(tiny_dit())
     with pytest.raises(CompileError, match="has another configuration than the one that was compiled"):
         exe.on(tiny_dit(num_layers=3))
-    with pytest.raises(CompileError, match=r"pos_embed.proj.weight has the dtype bfloat16; .*compiled for float32"):
+    with pytest.raises(CompileError, match=r"has the dtype bfloat16; .*compiled for float32"):
         exe.on(tiny_dit().to(torch.bfloat16))
     changed = tiny_dit()
     changed.transformer_blocks[0].attn1.to_q = nn.Sequential(changed.transformer_blocks[0].attn1.to_q)
