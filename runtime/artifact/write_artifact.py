@@ -25,8 +25,8 @@ from stepgraph.runtime.artifact.artifact import (
     current_versions,
     manifest_bytes,
 )
-from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import prepare_scheduler
 
 
@@ -35,7 +35,7 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
     # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
-    begin_run(executable, everything=True)
+    follow_weights(executable, everything=True)
     if scheduler is not None:
         header = executable.plan.header
         refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the scheduler to save")

@@ -14,8 +14,8 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_schedule, refuse_other_structure
 from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
-from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.session import Session
 
 # By transformer; the attachment itself lives on it, as its forward.
@@ -143,7 +143,7 @@ def attach(executable: Compiled, pipe: Any) -> None:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
     refuse_other_structure(executable.plan.header, transformer)
     runs = executable.on(transformer)
-    begin_run(runs)
+    follow_weights(runs)
     attachment = Attachment(runs, executable, pipe, inspect.signature(transformer.forward))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment

@@ -14,8 +14,8 @@ from stepgraph.runtime.export.aoti import write_aoti
 from stepgraph.runtime.export.graphs import write_graphs
 from stepgraph.runtime.export.onnx import write_onnx
 from stepgraph.runtime.export.pt2 import write_programs
-from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 
 # Writes into an empty folder what its manifest then describes; returns that.
 Writer = Callable[..., dict[str, Any]]
@@ -58,7 +58,7 @@ def export(
     """
     refuse_target(path, format, force)
     # What is written are the weights as they are now.
-    begin_run(executable, everything=True)
+    follow_weights(executable, everything=True)
     program = executable.default if inputs is None else executable.program(inputs)
     with whole_folder(Path(path)) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)

@@ -12,8 +12,8 @@ from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
-from stepgraph.runtime.session.begin_run import finish_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import finish_run
 from stepgraph.runtime.session.session import Session
 
 
@@ -109,7 +109,7 @@ class CapturedRun:
             given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, and so
                 are the weights, nothing is computed for it.
             calls: Makes of it what `Loop.run` takes.
-            look: What `begin_run` found of the weights; where the device finds more, the run is replayed once more.
+            look: What `follow_weights` found of the weights; where the device finds more, the run is replayed once more.
 
         Returns:
             Latents [B, C, ...] of their own.

@@ -20,8 +20,8 @@ from stepgraph.runtime.sampling.captured_run import CapturedRun
 from stepgraph.runtime.sampling.linear_steps import state_of
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
-from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, split_conditioning, step_arguments
 
 
@@ -95,7 +95,7 @@ def sample(
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         look = Look()
         if not attempt.refusal and isinstance(runner, Compiled):
-            look = begin_run(runner)
+            look = follow_weights(runner)
             key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(prepared))
             attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
         if attempt.capture is not None:

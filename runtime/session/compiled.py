@@ -19,7 +19,7 @@ from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
-from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
 
@@ -27,8 +27,8 @@ from stepgraph.runtime.session.session import Session
 def parts_of(model: nn.Module) -> dict[str, Any]:
     """What a model is made of: modules, hooks, processors and replaced forwards of its parts, by name.
 
-    Parameters and buffers are looked at when a run begins (`begin_run`). Hooks and the forward of the model itself are not part
-    of it: they run around an executable as they run around the model.
+    Parameters and buffers are looked at when a run begins (`follow_weights`). Hooks and the forward of the model itself are no
+    part of it: they run around an executable as they run around the model.
     """
     parts: dict[str, Any] = {}
     for path, module in model.named_modules():
@@ -140,7 +140,7 @@ class Compiled:
             CompileError: A weight is gone, new, or of another dtype, device, shape or strides.
             MismatchError: The plan does not follow other values.
         """
-        return begin_run(self, everything=True).written
+        return follow_weights(self, everything=True).written
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
@@ -158,7 +158,7 @@ class Compiled:
             if key not in self._programs:
                 started = time.perf_counter()
                 # All programs hold the same tensors, so that all of them can follow.
-                begin_run(self)
+                follow_weights(self)
                 self._programs[key] = self.build(self.model, inputs)
                 shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
                 log = get_logger("executable")

@@ -13,7 +13,7 @@ from stepgraph.packed_weights import forget_packed
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.rebind import can_rebind, rebound
-from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.session.follow_weights import follow_weights
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -27,7 +27,7 @@ def put_on_model(executable: "Compiled", model: nn.Module, parts: Mapping[str, A
         model: The other model.
         parts: What it is made of.
     """
-    begin_run(executable)
+    follow_weights(executable)
     _refuse_other_make(executable, model, parts)
     weights = BoundWeights(model, executable.weights.compiled)
     executable.weights.refuse_other(weights)
@@ -42,7 +42,7 @@ def put_on_model(executable: "Compiled", model: nn.Module, parts: Mapping[str, A
         _programs={key: programs[id(program)] for key, program in executable._programs.items()},
         _lock=threading.Lock(), captured=Captured(),
     )  # fmt: skip
-    begin_run(moved)
+    follow_weights(moved)
     return moved
 
 

@@ -15,7 +15,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
-from stepgraph.runtime.session.begin_run import begin_run, finish_run
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -133,7 +133,7 @@ class Session:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
         if self.checked and self.step == self.branch == 0:
-            self._state.look = begin_run(self.executable)
+            self._state.look = follow_weights(self.executable)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]

@@ -1,4 +1,4 @@
-"""The beginning of a run: what changed under an executable is followed, or refused before anything is computed."""
+"""Weights at the beginning of a run: what changed is followed, or refused before anything is computed."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def begin_run(executable: "Compiled", everything: bool = False) -> Look:
+def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
     """See that an executable's programs compute with its model as it is now.
 
     Weights that are other objects or lie elsewhere are bound anew; copies of weights that hold other values are dropped, and
@@ -47,7 +47,7 @@ def finish_run(executable: "Compiled", look: Look) -> Look:
         What was found; where values changed, what was computed before of kept copies of them is wrong.
 
     Raises:
-        MismatchError: See `begin_run`; the run's result is not the plan's.
+        MismatchError: See `follow_weights`; the run's result is not the plan's.
     """
     found = executable.weights.finish(look)
     _follow(executable, found)
