@@ -105,14 +105,13 @@ class BoundWeights:
         """
         with self.lock:
             present = self._present()
+            refuse_other_layouts(self.names, [_layout(tensor) for tensor in present], self._layouts)
             if not self.filled:
                 return Look(self._replaced(present))
             marks = [_mark(tensor) for tensor in present]
             replaced = self._replaced(present)
             moved = any(now[::2] != then[::2] for now, then in zip(marks, self._marks, strict=True))
             marked = marks != self._marks
-            if marked or replaced:
-                self._refuse_other_layouts(present)
             if replaced or moved:
                 self.moves += 1
             self.changes += marked or bool(replaced)
@@ -121,10 +120,7 @@ class BoundWeights:
                 return Look(replaced, moved, later=content_sums(present))
             seen = self._scattered.changed(present) if self._scattered is not None else []
             if not (marked or seen or everything):
-                return Look()
-            if seen:
-                # Strides that differ at the same address move no mark.
-                self._refuse_other_layouts(present)
+                return Look(replaced, moved)
             written = self._compare(content_sums(present))
             unseen = [number for number in written if before[number] == marks[number]]
             self.changes += bool(unseen)
@@ -166,9 +162,6 @@ class BoundWeights:
     def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]
 
-    def _refuse_other_layouts(self, present: Sequence[Tensor]) -> None:
-        refuse_other_layouts(self.names, [_layout(tensor) for tensor in present], self._layouts)
-
     def refuse_other(self, model: "BoundWeights") -> None:
         """See that another model has the same tensors, whatever they hold.
 
@@ -187,6 +180,8 @@ def refuse_other_layouts(names: Sequence[str], now: Sequence[Layout], then: Sequ
     Raises:
         CompileError: One differs; the message names both and says what to do.
     """
+    if now == then:
+        return
     for name, one, other in zip(names, now, then, strict=True):
         for what, here, there in zip(WHAT, one, other, strict=True):
             if here != there:
