@@ -18,7 +18,7 @@ from helpers.artifacts import rewrite
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import CompileError, MismatchError, PlanError
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 FORMS = ("artifact", "artifact.zip")
@@ -191,11 +191,14 @@ def test_something_else_is_not_replaced(made, tmp_path: Path):
 
 def test_other_weights_are_followed_or_refused(made, tmp_path: Path):
     made.save(tmp_path / "artifact")
-    other = tiny_dit(seed=1)
-    assert sg.load(tmp_path / "artifact", other).model is other
-    strict = sg.compile(made.model, made.plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
-    strict.save(tmp_path / "strict")
-    with pytest.raises(PlanError, match="the plan is for other weights of DiTTransformer2DModel"):
+    with pytest.raises(MismatchError, match=r"the plan is for other weights of DiT.* numbers that were measured"):
+        sg.load(tmp_path / "artifact", tiny_dit(seed=1))
+    plan, other = sg.make_plan("full", model=made.model, scheduler=tiny_scheduler("ddim"), steps=2), tiny_dit(seed=1)
+    sg.compile(made.model, plan, inputs(2), "eager").save(tmp_path / "full")
+    assert sg.load(tmp_path / "full", other).model is other
+    chosen = sg.compile(made.model, plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
+    chosen.save(tmp_path / "strict")
+    with pytest.raises(MismatchError, match="strict=True refuses others"):
         sg.load(tmp_path / "strict", other)
     with pytest.raises(PlanError, match="has no weights; pass the model it was made for"):
         sg.load(tmp_path / "artifact")
