@@ -26,13 +26,15 @@ from stepgraph.errors import CompileError
 from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs
 from stepgraph.node_facts import PROVIDER, output_of
+from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 from stepgraph.plan.liveness import MAPS
-from stepgraph.plan.refuse_other import refuse_other_model
+from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.memory.layout import kept_dtype, lay_out
 from stepgraph.runtime.memory.slots import assign_slots
+from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
 from stepgraph.runtime.session.compiled import parts_of
@@ -49,19 +51,25 @@ def compile_plan(
 ) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`); `traced` hands on graphs that were made of this very model before."""
     model = unwrapped(model)
-    refuse_other_model(plan.header, model)
+    warning = follow_model(plan, model, config.strict)
+    if warning:
+        get_logger("weights").warning("%s", warning)
     refuse_nan_weights(model)
+    # What another executable has packed of this model may be older than the last write through `.data`.
+    weights = BoundWeights(model)
+    forget_packed(weights.tensors)
+    weights.warned = bool(warning)
 
-    def build(inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
+    def build(model: nn.Module, inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
         with pause_garbage_collector():
             return build_program(TracedModel.of(model, traced), plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
-    program = build(inputs, traced)
+    program = build(model, inputs, traced)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
-    return Executable(model, plan, config, build, program, parts_of(model), described(inputs), factors, programs)
+    return Executable(model, plan, config, build, program, parts_of(model), weights, described(inputs), factors, programs)
 
 
 def build_program(

@@ -17,6 +17,7 @@ from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
+from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
@@ -44,14 +45,16 @@ def compile_artifact(
     """The rest of `load_artifact`."""
     model = unwrapped(model)
     path = artifact.path
+    # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
+    values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
     if model is None:
         model = build_model(artifact, device or "cpu")
     place = next(model.parameters()).device
     if device is not None and torch.device(device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
-    # The plan alone would fit other weights where it was made without any.
-    whose = f"{path}: the artifact is"
-    refuse_model(whose, (artifact.model["class"], artifact.model["fingerprint"], artifact.model["dtype"]), model)
+    structure = artifact.model["fingerprint"].split("/")[0]
+    refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
+    follow_model(artifact.plan, model, artifact.options.strict)
     factors = None if artifact.factors is None else Factors.parse(artifact.factors, f"{path}: factors.safetensors")
     inputs = zero_inputs(artifact.inputs, place)
     try:

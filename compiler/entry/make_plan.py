@@ -97,9 +97,10 @@ def make_plan(
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
     recorded = json.loads(json.dumps(defaults | arguments, default=str))
+    measured = POLICIES[policy].measured(arguments)
     if isinstance(actions, CachePlan):
-        return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments})
-    return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
+        return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments}, measured=measured)
+    return CachePlan.build(replace(header, policy=policy, arguments=recorded, measured=measured), sites, actions)
 
 
 def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:

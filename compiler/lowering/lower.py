@@ -133,7 +133,7 @@ class _Builder:
                 for use, nodes in zip(uses, written, strict=True)
             ),
             shapes=tuple(node.meta["val"].shape for node in arguments),
-            weights=tuple(weights.values()),
+            weights=list(weights.values()),
             work=work,
             work_bytes=work_bytes,
             made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in written_results),

@@ -17,6 +17,7 @@ from stepgraph.compiler.tracing.describe import make_header
 from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.plan import FORMAT, CachePlan
+from stepgraph.plan.header import NOTHING
 from stepgraph.plan.json import without_duplicates
 from stepgraph.scheduler import refuse_stochastic
 from stepgraph.wrapped_models import unwrapped
@@ -67,7 +68,9 @@ def import_plan(
     try:
         actions = IMPORTERS[name].actions(data, marked.sites, len(header.timesteps), **options)
         arguments = {"file": path.name, **options}
-        return CachePlan.build(replace(header, policy=f"import:{name}", arguments=arguments), marked.sites, actions)
+        return CachePlan.build(
+            replace(header, policy=f"import:{name}", arguments=arguments, measured=NOTHING), marked.sites, actions
+        )
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error
 

@@ -9,6 +9,8 @@ from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+# A policy measured nothing on the weights, or chose its actions by that.
+NOTHING, CHOICE = MEASURED = ("nothing", "choice")
 BRANCHES = {"batched": ("all",), "separate": ("cond", "uncond"), "none": ("all",)}
 
 
@@ -35,6 +37,8 @@ class PlanHeader:
         prediction: What the scheduler takes the model's output for: "epsilon", "sample", "v_prediction", "flow", or another
             name of its own; empty where it is not known.
         factors: Digest of the low-rank factors that the plan is bound to; empty for none.
+        measured: What the policy measured on the weights, one of `MEASURED`; empty in files that do not say it
+            (`stepgraph.plan.measured`).
     """
 
     model: str
@@ -54,6 +58,7 @@ class PlanHeader:
     samples: int | None = None
     prediction: str = ""
     factors: str = ""
+    measured: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -75,6 +80,8 @@ class PlanHeader:
                 raise PlanError(f"the header's {name} is empty")
         if self.dtype not in DTYPES:
             raise PlanError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.measured not in ("", *MEASURED):
+            raise PlanError(f"measured is {self.measured!r}; expected one of {', '.join(MEASURED)}, or nothing")
         if self.guidance not in BRANCHES:
             raise PlanError(f"guidance is {self.guidance!r}; expected one of {', '.join(BRANCHES)}")
         if self.branches != BRANCHES[self.guidance]:

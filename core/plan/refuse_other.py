@@ -5,16 +5,18 @@ from typing import Any
 from torch import nn
 
 from stepgraph.errors import MismatchError
-from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype
-from stepgraph.plan.header import PlanHeader
+from stepgraph.fingerprint import contents_hash, dtype_name, model_dtype, structure_hash
+from stepgraph.plan.header import NOTHING, PlanHeader
+from stepgraph.plan.measured import measured, refuse_other_values
+from stepgraph.plan.plan import CachePlan
 from stepgraph.scheduler import scheduler_facts
 
 
-def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
-    """Compare a model with the one a plan was made for.
+def refuse_other_structure(header: PlanHeader, model: nn.Module) -> None:
+    """Compare a model, whatever the values of its weights, with the one a plan was made for.
 
     Raises:
-        MismatchError: Class, dtype, structure or weights differ; the message says both sides.
+        MismatchError: Class, dtype or structure differ; the message says both sides.
     """
     if type(model).__name__ != header.model:
         raise MismatchError(f"the plan is for {header.model}; this model is {type(model).__name__}")
@@ -23,17 +25,49 @@ def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
         raise MismatchError(
             f"the plan is for a {header.dtype} model; this one is {model_dtype_name}; convert the model or make a plan for it"
         )
-    planned, actual = header.fingerprint.split("/"), fingerprint(model).split("/")
-    if planned[0] != actual[0]:
+    planned, actual = header.fingerprint.split("/")[0], structure_hash(model)
+    if planned != actual:
         raise MismatchError(
             f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
-            f"{planned[0]}, this model's {actual[0]}"
+            f"{planned}, this model's {actual}"
         )
-    if planned[-1] != actual[-1] and "-" not in (planned[-1], actual[-1]):
-        raise MismatchError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {actual[-1]}); make a "
-            f"plan for these weights"
-        )
+
+
+def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
+    """Compare a model with the one that something was measured on.
+
+    Raises:
+        MismatchError: Class, dtype, structure or weights differ; the message says both sides.
+    """
+    refuse_other_structure(header, model)
+    difference = other_values(header, model)
+    if difference:
+        raise MismatchError(f"{difference}; make a plan for these weights")
+
+
+def follow_model(plan: CachePlan, model: nn.Module, strict: bool = False) -> str:
+    """Compare a model with the one a plan was made for, whose weights' values matter as far as the plan measured them.
+
+    Returns:
+        What the user should be told of other values, once (`stepgraph.plan.measured.refuse_other_values`).
+
+    Raises:
+        MismatchError: Class, dtype or structure differ, or the values, of which the plan measured something.
+    """
+    refuse_other_structure(plan.header, model)
+    if measured(plan) == NOTHING:
+        return ""
+    difference = other_values(plan.header, model)
+    return refuse_other_values(plan, difference, strict) if difference else ""
+
+
+def other_values(header: PlanHeader, model: nn.Module) -> str:
+    """What differs where a model's weights hold other values than a plan's; empty where nothing does, or none are known."""
+    planned = header.fingerprint.split("/")[-1]
+    actual = contents_hash(model) if planned != "-" else "-"
+    if planned == actual or "-" in (planned, actual):
+        return ""
+    return f"the plan is for other weights of {header.model} (hash {planned}, this model's {actual})"
 
 
 def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:

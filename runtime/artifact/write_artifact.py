@@ -14,7 +14,7 @@ from stepgraph.errors import CompileError
 from stepgraph.files.container import write_container
 from stepgraph.files.whole_file import save_tensors
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
-from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.artifact.artifact import (
     FACTORS,
     FORMAT,
@@ -26,6 +26,7 @@ from stepgraph.runtime.artifact.artifact import (
     manifest_bytes,
 )
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import prepare_scheduler
 from stepgraph.weight_kinds import kind_of, own_kinds
 
@@ -34,8 +35,8 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
     """Write an executable (`Executable.save`)."""
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
-    # Weights may have been written to since; what is saved would be refused when it is loaded.
-    refuse_other_model(executable.plan.header, executable.model)
+    # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
+    follow_weights(executable, everything=True)
     if scheduler is not None:
         header = executable.plan.header
         refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the scheduler to save")

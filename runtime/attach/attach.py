@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.plan.refuse_other import refuse_other_schedule, refuse_other_structure
 from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.session import Session
 from stepgraph.wrapped_models import forward_signature, refuse_offload, unwrapped
 
@@ -28,9 +29,14 @@ class Attachment:
 
     A run begins with the first call after the last run's end, or with a call at the plan's first timestep; whatever an
     aborted run left is dropped then.
+
+    Attributes:
+        executable: What runs: the one that was attached, put on the pipeline's own model where that is another.
+        owner: The one that was attached.
     """
 
     executable: Compiled
+    owner: Compiled
     pipe: Any
     signature: inspect.Signature
     replaced: Any = None
@@ -125,11 +131,12 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def attach(executable: Compiled, pipe: Any) -> None:
-    """Replace the forward of `pipe.transformer` by the executable.
+    """Replace the forward of `pipe.transformer` by the executable, on that transformer's own weights.
 
     Raises:
-        CompileError: The pipeline has no transformer, or already has an executable attached.
-        PlanError: The transformer is another model, or has other weights, than the plan was made for.
+        CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of
+            other parts than the model that was compiled.
+        PlanError: The transformer is another model, or has other weights, which the plan does not follow.
     """
     transformer = getattr(pipe, "transformer", None)
     model = unwrapped(transformer)
@@ -137,9 +144,11 @@ def attach(executable: Compiled, pipe: Any) -> None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
-    refuse_other_model(executable.plan.header, model)
+    refuse_other_structure(executable.plan.header, model)
     refuse_offload(model)
-    attachment = Attachment(executable, pipe, forward_signature(model))
+    runs = executable.on(model)
+    follow_weights(runs)
+    attachment = Attachment(runs, executable, pipe, forward_signature(model))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment
     # What torch.compile made of the module would be called in place of its forward.
@@ -150,7 +159,7 @@ def attach(executable: Compiled, pipe: Any) -> None:
 def detach(executable: Compiled) -> None:
     """Undo every `attach` of an executable."""
     attachments = [(transformer, ref()) for transformer, ref in list(_attached.items())]
-    mine = [(transformer, one) for transformer, one in attachments if one is None or one.executable is executable]
+    mine = [(transformer, one) for transformer, one in attachments if one is None or one.owner is executable]
     for transformer, attachment in mine:
         forward = transformer.__dict__.get("forward")
         if attachment is not None and forward is not attachment:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import CompileError
-from stepgraph.fingerprint import dtype_name
+from stepgraph.fingerprint import dtype_name, fingerprint
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.export.weight_names import WeightNames
 from stepgraph.runtime.program.program import Program
@@ -38,7 +38,7 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
     _refuse_broken_timesteps(inputs, header.timesteps)
     return {
         "model": header.model,
-        "fingerprint": header.fingerprint,
+        "fingerprint": fingerprint(executable.model),
         "policy": header.policy,
         "scheduler": header.scheduler,
         "guidance": header.guidance,

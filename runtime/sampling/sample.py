@@ -13,6 +13,7 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.captured import Attempt
 from stepgraph.runtime.capture.cudagraph import why_not
+from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.sampling.captured_run import CapturedRun
@@ -20,6 +21,7 @@ from stepgraph.runtime.sampling.linear_steps import scheduler_state
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, split_conditioning, step_arguments
 
 
@@ -91,11 +93,13 @@ def sample(
     graphs = capture is not False
     if capture or (capture is None and waits(noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
+        look = Look()
         if not attempt.refusal and isinstance(runner, Compiled):
+            look = follow_weights(runner)
             key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared))
             attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
         if attempt.capture is not None:
-            return attempt.capture(noise, conditioning, calls)
+            return attempt.capture(noise, conditioning, calls, look)
         if capture:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         # Without a refusal, the second run will be captured as a whole.

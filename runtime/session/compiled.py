@@ -14,23 +14,25 @@ from torch import nn
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
-from stepgraph.runtime.program.packed_linear import forget_packed
+from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
+from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
 from stepgraph.weight_kinds import weight_bytes
 from stepgraph.wrapped_models import refuse_offload
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
-    """What a model is made of: modules, parameters, buffers, hooks, processors and replaced forwards of its parts, by name.
+    """What a model is made of: modules, hooks, processors and replaced forwards of its parts, by name.
 
-    Values written in place do not change it; graphs use them. Hooks and the forward of the model itself are not part of it:
-    they run around an executable as they run around the model.
+    Parameters and buffers are looked at when a run begins (`follow_weights`). Hooks and the forward of the model itself are no
+    part of it: they run around an executable as they run around the model.
     """
-    parts: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    parts |= dict(model.named_buffers(remove_duplicate=False))
+    parts: dict[str, Any] = {}
     for path, module in model.named_modules():
         if module is model:
             continue
@@ -60,20 +62,22 @@ class Compiled:
         model: The model, whose weights the programs use by reference.
         plan: The plan.
         config: The compile options.
-        build: Makes the program for inputs of a new signature (another batch size, say).
+        build: Makes the program of a model for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
         example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
+        weights: The model's parameters and buffers, and what has become of them since.
         captured: What was captured of it in graphs.
     """
 
     model: nn.Module
     plan: CachePlan
     config: CompileConfig
-    build: Callable[[Mapping[str, Any]], Program]
+    build: Callable[[nn.Module, Mapping[str, Any]], Program]
     default: Program
     parts: Mapping[str, Any]
+    weights: BoundWeights
     example: Mapping[str, Any] | None = None
     factors: Saves | None = None
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
@@ -94,10 +98,14 @@ class Compiled:
                 them; others launch every kernel.
 
         Raises:
-            CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
-                was compiled; the graphs would run without them. Or hooks move or cast its weights while it runs.
+            CompileError: Modules, hooks or attention processors of the model are other ones than when it was compiled; the
+                graphs would run without them. Or hooks move or cast its weights while it runs.
         """
         refuse_offload(self.model)
+        self._refuse_other_parts()
+        return Session(self, capture)
+
+    def _refuse_other_parts(self) -> None:
         now, nothing = parts_of(self.model), object()
         names = sorted({*now, *self.parts})
         changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
@@ -106,7 +114,36 @@ class Compiled:
                 f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
                 f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
             )
-        return Session(self, capture)
+
+    @property
+    def programs(self) -> list[Program]:
+        """All programs, the default's first."""
+        return list({id(program): program for program in (self.default, *self._programs.values())}.values())
+
+    def on(self, model: nn.Module) -> "Compiled":
+        """The same plan and programs on another model of the same structure, such as a copy; nothing is traced.
+
+        Raises:
+            CompileError: The model is made of other parts, or its weights have another dtype, device, shape or strides.
+            MismatchError: Its weights hold other values, which the plan does not follow.
+        """
+        if model is self.model:
+            return self
+        self._refuse_other_parts()
+        return put_on_model(self, model, parts_of(model))
+
+    def verify(self) -> tuple[str, ...]:
+        """Read every weight in full, and follow what no run has noticed: single values that were written through `.data`.
+
+        Returns:
+            Names of the weights that hold other values than the last run, or `verify`, saw. Copies of them are made again at
+            the next run, which is right then.
+
+        Raises:
+            CompileError: A weight is gone, new, or of another dtype, device, shape or strides.
+            MismatchError: The plan does not follow other values.
+        """
+        return follow_weights(self, everything=True).written
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
@@ -123,15 +160,17 @@ class Compiled:
         with self._lock:
             if key not in self._programs:
                 started = time.perf_counter()
-                self._programs[key] = self.build(inputs)
+                # All programs hold the same tensors, so that all of them can follow.
+                follow_weights(self)
+                self._programs[key] = self.build(self.model, inputs)
                 shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
                 log = get_logger("executable")
                 log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, time.perf_counter() - started)
             return self._programs[key]
 
     def repack(self) -> None:
-        """Pack weights anew at their next use: after writes that torch does not count, as those through `.data` are not."""
-        forget_packed()
+        """Pack weights anew at their next use. Runs do so themselves where values have changed; see `verify`."""
+        forget_packed(self.weights.tensors)
 
     def macs(self) -> Macs:
         """Multiply-accumulates of a run, counted on the specialised graphs."""

@@ -15,6 +15,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class Session:
     """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
 
-    def __init__(self, executable: "Compiled", capture: bool = True) -> None:
-        self.executable, self.capture = executable, capture
+    def __init__(self, executable: "Compiled", capture: bool = True, checked: bool = True) -> None:
+        self.executable, self.capture, self.checked = executable, capture, checked
         self._state = self._fresh_state()
 
     def _fresh_state(self) -> RunState:
@@ -131,6 +132,8 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        if self.checked and self.step == self.branch == 0:
+            self._state.look = follow_weights(self.executable)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
@@ -170,6 +173,7 @@ class Session:
                 if tables is not None:
                     tables.finish()
             self._release()
+            finish_run(self.executable, state.look)
 
     def _call(
         self,
