@@ -83,7 +83,7 @@ def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
         _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(program.graphs, borders, strict=True)
     )
     # Bound methods: vmap would write the whole module out to have a name for it.
-    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep_scale)
+    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep)
     return len(tables)
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FORMAT = "stepgraph-plan"
 VERSION = 1
+# Policies whose plans are trained on the model without a calibration.
+TRAINED = ("l2c",)
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,27 @@ class CachePlan:
         from stepgraph.plan.resample import resample_plan
 
         return resample_plan(self, steps, scheduler)
+
+    def tail(self, begin: int) -> "CachePlan":
+        """The plan of a run that begins at a later step: what it would read that is not stored then is computed.
+
+        Raises:
+            PlanError: `begin` is no step of the plan, or a forecast's coefficients are for values that the run does not have.
+        """
+        from stepgraph.plan.tail import tail_plan
+
+        return tail_plan(self, begin)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the plan rests on measurements: of a calibration, of training, or numbers fitted to what it computes.
+
+        What rests on none holds for any schedule of its length, and for inputs of any size.
+        """
+        header = self.header
+        return (
+            header.samples is not None or header.policy in TRAINED or bool(header.factors or self.forecasts or self.increments)
+        )
 
     def to_json(self) -> str:
         """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""

@@ -35,6 +35,7 @@ class CapturedSteps:
         # What runs once only does not pay for a capture.
         self._at_once, self._met = at_once, set[Hashable]()
         self.memory, self.refused = memory, ""
+        self.program: object = None
         self._recorder, self._model, self._weights = recorder, model, addresses(model)
         self._lock = threading.Lock()
         self._owner: weakref.ref[object] | None = None

@@ -12,6 +12,7 @@ from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.session import Session
 
 
 class CapturedRun:
@@ -48,7 +49,7 @@ class CapturedRun:
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
-            session = executable.session(capture=False)
+            session = loop_session(executable, loop)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
             self._tables = self._fixed_tables(session.tables)
@@ -84,7 +85,7 @@ class CapturedRun:
                     tables.compute()
 
     def _run(self, update: Update) -> None:
-        session = self._executable.session(capture=False)
+        session = loop_session(self._executable, self._loop)
         session.use_memory(self._memory)
         session.use_tables(self._tables)
         self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
@@ -144,6 +145,11 @@ class CapturedRun:
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""
         return self._weights == addresses(self._executable.model)
+
+
+def loop_session(executable: Compiled, loop: Loop, capture: bool = False) -> Session:
+    """A session of a loop's run, with graphs of its steps where that is wished for."""
+    return executable.session(capture, loop.begin - executable.plan.header.schedule.begin, loop.planned)
 
 
 def _own(value: Any) -> Any:
