@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,10 @@ class Schedule:
         """This schedule, with the other's values for whatever it leaves open."""
         own = self if self.sigmas or self.timesteps else replace(self, sigmas=other.sigmas, timesteps=other.timesteps)
         return replace(own, mu=other.mu if own.mu is None else own.mu, begin=own.begin or other.begin)
+
+    def shorter(self, steps: int) -> "Schedule":
+        """The schedule of another number of steps: its numbers, spaced as these are between the first and the last."""
+        return replace(self, sigmas=_spaced(self.sigmas, steps), timesteps=_spaced(self.timesteps, steps))
 
     def __str__(self) -> str:
         said = [f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) not in ((), None, 0)]
@@ -224,6 +229,12 @@ def _first_evaluation(strength: Any, steps: int, order: int) -> int:
     if first >= steps:
         raise ArgumentError(f"strength is {strength}, which leaves none of the {steps} steps; take more of one of them")
     return first * order
+
+
+def _spaced(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
+    if len(numbers) in (0, count):
+        return numbers
+    return tuple(np.interp(np.linspace(0, len(numbers) - 1, count), range(len(numbers)), numbers).tolist())
 
 
 def _operand(operation: str) -> float:

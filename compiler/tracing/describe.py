@@ -11,7 +11,7 @@ from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
-from stepgraph.inputs import flat_inputs
+from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
@@ -44,6 +44,19 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
         latents, *_ = inputs
         inputs[latents] = inputs[latents].new_zeros(batch, inputs["img_ids"].shape[0], inputs[latents].shape[2])
     return inputs
+
+
+def planned_inputs(model: nn.Module, header: PlanHeader, batch: int = 1) -> dict[str, Any]:
+    """The same, in the sizes of a plan's header: zeros, and masks that leave nothing out."""
+    usual, family = example_inputs(model, batch), family_of(model)
+    flat = {name: value for name, value in flat_inputs(usual).items() if isinstance(value, torch.Tensor)}
+    other: dict[str, Any] = {}
+    for name in set(flat) & set(header.shapes):
+        shape = (*(() if name in family.unbatched else (batch,)), *header.shapes[name])
+        if shape != tuple(flat[name].shape):
+            other[name] = flat[name].new_full(shape, int("mask" in name))
+    inputs = like_flat(usual, other)
+    return {name: value for name, value in inputs.items() if name not in flat or name in header.shapes}
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> tuple[str, ...]:

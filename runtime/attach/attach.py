@@ -99,8 +99,8 @@ class Attachment:
         run = RunTimesteps(scheduler.timesteps, plan.header.timestep or TimestepInput())
         if not run.find(given, asked, getattr(scheduler, "begin_index", None)) or run.begin < plan.header.schedule.begin:
             raise PlanError(
-                f"the plan begins at timestep {run.expected(given, plan.header.schedule.begin - run.begin):g}, but the pipeline's "
-                f"first call asks for {asked:g}, which is no later step of it; run the schedule from there"
+                f"the plan begins at timestep {run.expected(given, plan.header.schedule.begin - run.begin):g}, but the "
+                f"pipeline's first call asks for {asked:g}, which is no later step of it; run the schedule from there"
             )
         self.session = self.executable.session(begin=run.begin - plan.header.schedule.begin, timesteps=run.rest)
         self.timesteps = run

@@ -108,7 +108,7 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
 
     def build(given: Mapping[str, Any]) -> Program:
         built.append(given)
-        return made.build(given)
+        return made.build(given, made.plan)
 
     executable = replace(made, build=build)
 
