@@ -198,27 +198,12 @@ class Runner:
         history: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
         for index, step in enumerate(schedule["steps"]):
             scaled = latents * sampler["scales"][index] if sampler["scales"][index] != 1 else latents
-            timestep = self.model_timesteps(torch.tensor(step["timestep"], device=latents.device))
-            outputs = self._predict(session, scaled, timestep, cond, uncond)
+            outputs = self._predict(session, scaled, step["model_timestep"], cond, uncond)
             history.appendleft((latents, _guided(outputs, guidance_scale, latents)))
             latents = _combined(history, sampler["terms"][index], latents.dtype)
             if on_step is not None:
                 on_step(index + 1, steps)
         return latents
-
-    def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What the model is given of the scheduler's timesteps, as pipelines make it: cast to the latents' dtype, scaled."""
-        dtype = getattr(torch, self.schedule["inputs"][0]["dtype"])
-        for operation in self.schedule["timestep_operations"]:
-            if operation == "cast":
-                timesteps = timesteps.to(dtype)
-                continue
-            number = float(operation.strip("/*-"))
-            if operation[0] in "/*":
-                timesteps = timesteps / number if operation[0] == "/" else timesteps * number
-            else:
-                timesteps = number - timesteps
-        return timesteps
 
     def _conditioning(
         self, given: Mapping[str, Tensor], guidance_scale: float
@@ -239,7 +224,7 @@ class Runner:
         self,
         session: "ScheduledRun",
         latents: Tensor,
-        timestep: Tensor,
+        timestep: float,
         cond: dict[str, Tensor],
         uncond: dict[str, Tensor] | None,
     ) -> Sequence[Tensor]:
@@ -270,8 +255,8 @@ class ScheduledRun:
 
         Args:
             latents: What the model gets, scaled.
-            timestep: What the model takes (`Runner.model_timesteps`): a number, or a tensor [B]; whole where the input's dtype
-                is.
+            timestep: What the model takes, as `model_timestep` in the schedule: a number, or a tensor [B]; whole where the
+                input's dtype is.
             conditioning: The other inputs by name. Where they change within a run, what depends on them is computed anew.
 
         Raises:
@@ -319,7 +304,7 @@ class ScheduledRun:
             known = self._tables[self.branch] = self._computed(timestep, fixed)
         if known.every is not None:
             if not torch.equal(known.every[self.step], timestep):
-                expected = known.every[self.step].flatten()[0].item()
+                expected = self.schedule["steps"][self.step]["model_timestep"]
                 raise ScheduleError(f"step {self.step} got the timestep {timestep.tolist()}; its tables are for {expected}")
             return [*known.prompt, *(table[self.step] for table in known.batched)]
         if "timestep" not in self.schedule["programs"]:
@@ -331,8 +316,8 @@ class ScheduledRun:
         prompt = self.runner.call("prompt", *fixed) if "prompt" in self.schedule["programs"] else ()
         if not self.schedule["tables"]["batched"]:
             return _Tables(seen, prompt)
-        steps = torch.tensor([step["timestep"] for step in self.schedule["steps"]], device=timestep.device)
-        steps = self.runner.model_timesteps(steps).to(timestep.dtype)
+        steps = torch.tensor([step["model_timestep"] for step in self.schedule["steps"]])
+        steps = steps.to(timestep.device, timestep.dtype)
         every = steps.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
         return _Tables(seen, prompt, self.runner.call("timestep", every, *fixed, *prompt), every)
 

@@ -36,8 +36,11 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
         PlanError: The scheduler is not the one that the plan was made for.
     """
     header, inputs = executable.plan.header, inputs_of(program)
-    convert = header.timestep or TimestepInput()
-    _refuse_broken_timesteps(inputs, convert(torch.tensor(header.timesteps), torch.float32).tolist())
+    latents = next(iter(inputs.values()))
+    # Made where the model runs, for the bits.
+    timesteps = torch.tensor(header.timesteps, device=latents.device)
+    given = (header.timestep or TimestepInput())(timesteps, latents.dtype).tolist()
+    _refuse_broken_timesteps(inputs, given)
     return {
         "model": header.model,
         "fingerprint": header.fingerprint,
@@ -46,18 +49,20 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
         "guidance": header.guidance,
         "branches": list(header.branches),
         "batch": program.batch,
-        "device": str(next(iter(inputs.values())).device),
+        "device": str(latents.device),
         "inputs": [
             {"name": name, "shape": list(value.shape), "dtype": dtype_name(value.dtype)} for name, value in inputs.items()
         ],
-        "timestep_operations": list(convert.operations),
         "results": program.results,
         "sites": [site.name for site in program.plan.sites],
         "variants": [
             {"program": variant_name(i), "row": v.row, "stores": stored_counts(program, i), "tables": list(v.tables)}
             for i, v in enumerate(program.variants)
         ],
-        "steps": [_step(program, names, step, timestep) for step, timestep in enumerate(header.timesteps)],
+        "steps": [
+            {**_step(program, names, step), "timestep": timestep, "model_timestep": model_timestep}
+            for step, (timestep, model_timestep) in enumerate(zip(header.timesteps, given, strict=True))
+        ],
         "sampler": _sampler(executable, scheduler),
     }
 
@@ -73,11 +78,10 @@ def stored_counts(program: Program, variant: int) -> list[int]:
     return [len(places) for places in first.stores]
 
 
-def _step(program: Program, names: WeightNames, step: int, timestep: float) -> dict[str, Any]:
+def _step(program: Program, names: WeightNames, step: int) -> dict[str, Any]:
     slots = program.slots.steps[step]
     return {
         "variant": program.rows[step],
-        "timestep": timestep,
         "reads": list(slots.reads),
         "stores": list(slots.stores),
         "frees": list(slots.frees),
