@@ -25,7 +25,7 @@ from stepgraph.files.tensor_record import read_tensor_record, write_tensor_recor
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
-from stepgraph.schedule import Schedule, counted_steps
+from stepgraph.schedule import Schedule, counted_steps, image_tokens
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
 
 UNFINISHED = "stepgraph-calibration"
@@ -118,7 +118,8 @@ def calibrate(
         lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
-    conditions = conditioning_of(model, conditioning, samples, guided, latents.device)
+    tokens = image_tokens(latents_shape(inputs), config_of(model))
+    conditions = conditioning_of(model, conditioning, samples, guided, latents.device, tokens)
     _refuse_other_names(inputs, conditions)
     used = digest(conditioning)
     identity = {
@@ -214,14 +215,19 @@ def check_guidance(scale: Any) -> bool:
 
 
 def conditioning_of(
-    model: nn.Module, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
+    model: nn.Module,
+    given: Mapping[str, torch.Tensor] | None,
+    samples: int,
+    guided: bool,
+    device: torch.device,
+    tokens: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the sampling loop gets, `samples` rows each."""
+    """What the sampling loop gets, `samples` rows each; `tokens` are those of the image, where they are not as usual."""
     family = family_of(model)
     if given is None:
         cond, uncond = family.conditioning(config_of(model), samples, device)
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
-    completed = complete_conditioning(model, given)
+    completed = complete_conditioning(model, given, tokens)
     completed |= {name: value for name, value in given.items() if name.startswith("negative_") and value is not None}
     for name, value in completed.items():
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None

@@ -49,8 +49,8 @@ class Family:
         module: Where the classes are imported from.
         scheduler: Class name and configuration of the scheduler that models with random weights come with.
         optional: Names of inputs that callers may leave out, whereupon the forward runs without them.
-        completed: (configuration, conditioning by name) -> the conditioning with what pipelines make themselves, such as
-            positions; where it is None, all is to be given.
+        completed: (conditioning by name, number of image tokens or None for the usual one) -> the conditioning with what
+            pipelines make themselves, such as positions; where it is None, all is to be given.
         sigmas: Number of steps -> the noise levels that its pipelines set; None where they leave them to the scheduler.
     """
 
@@ -66,7 +66,7 @@ class Family:
     module: str = "diffusers"
     scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))
     optional: frozenset[str] = frozenset()
-    completed: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    completed: Callable[[dict[str, Any], int | None], dict[str, Any]] | None = None
     sigmas: Callable[[int], tuple[float, ...]] | None = None
 
     def holds_block(self, path: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from stepgraph.compiler.interfaces.family import Family, Stack
-from stepgraph.errors import CompileError
+from stepgraph.errors import ArgumentError, CompileError
 from stepgraph.schedule import TimestepInput
 
 # 1024 x 1024 pixels: latents of 128 x 128 in patches of 2 x 2. The configuration does not say.
@@ -46,17 +46,24 @@ def positions(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=1)
 
 
-def completed(config: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The conditioning with the positions that pipelines make: of 1024 x 1024 pixels, and zeros for the text."""
-    text = given.get("encoder_hidden_states")
+def completed(given: dict[str, Any], tokens: int | None) -> dict[str, Any]:
+    """The conditioning with the positions that pipelines make: of a square image, 1024 x 1024 pixels unless its tokens say
+    otherwise, and zeros for the text.
+
+    Raises:
+        ArgumentError: The image is no square, so that its positions must be given.
+    """
+    text, side = given.get("encoder_hidden_states"), SIDE if tokens is None else math.isqrt(tokens)
     if not isinstance(text, torch.Tensor) or text.ndim != 3:
         return given
-    made = {}
-    if given.get("img_ids") is None:
-        made["img_ids"] = positions(SIDE, text.dtype, text.device)
-    if given.get("txt_ids") is None:
-        made["txt_ids"] = torch.zeros(text.shape[1], 3, dtype=text.dtype, device=text.device)
-    return {**given, **made}
+    filled = dict(given)
+    if "img_ids" not in given:
+        if tokens is not None and side * side != tokens:
+            raise ArgumentError(f"conditioning lacks img_ids, and {tokens} image tokens are no square; pass their positions")
+        filled["img_ids"] = positions(side, text.dtype, text.device)
+    if "txt_ids" not in given:
+        filled["txt_ids"] = torch.zeros(text.shape[1], 3, dtype=text.dtype, device=text.device)
+    return filled
 
 
 def sigmas(steps: int) -> tuple[float, ...]:

@@ -64,8 +64,13 @@ def own_inputs(inputs: Mapping[str, Any]) -> tuple[str, ...]:
     return next(iter(inputs)), "timestep"
 
 
-def complete_conditioning(model: nn.Module, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+def complete_conditioning(model: nn.Module, conditioning: Mapping[str, Any], tokens: int | None = None) -> dict[str, Any]:
     """The conditional inputs by name, with what pipelines of the model's family make themselves.
+
+    Args:
+        model: The model.
+        conditioning: As a caller has it.
+        tokens: How many the image has; as usual unless given.
 
     Raises:
         ArgumentError: An input of the model is missing, or is none of its inputs.
@@ -73,7 +78,7 @@ def complete_conditioning(model: nn.Module, conditioning: Mapping[str, Any]) -> 
     family = family_of(model)
     cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_") and value is not None}
     if family.completed is not None:
-        cond = family.completed(config_of(model), cond)
+        cond = family.completed(cond, tokens)
     meta = torch.device("meta")
     usual = family.example_inputs(config_of(model), 1, model_dtype(model), meta)
     takes = {*usual, *inspect.signature(type(model).forward).parameters} - {"self", "return_dict"}
