@@ -134,10 +134,8 @@ def test_programs_of_the_last_beginnings_are_kept():
 def test_a_plan_without_the_records_means_what_the_family_does():
     pipe = flux_pipe()
     example = flux_example(pipe)
-    plan = sg.make_plan(
-        "full", model=pipe.transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), steps=2, guidance="none",
-        example_inputs=example,
-    )  # fmt: skip
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    plan = sg.make_plan("full", model=pipe.transformer, scheduler=flow, steps=2, guidance="none", example_inputs=example)
     lines = [line for line in plan.to_json().split("\n") if not line.startswith(('  "schedule"', '  "timestep"'))]
     old = sg.CachePlan.from_json("\n".join(lines))
     assert old.header.timestep is None
