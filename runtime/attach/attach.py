@@ -16,7 +16,6 @@ from stepgraph.runtime.attach.run_timesteps import RunTimesteps, needs_waiting, 
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.session import Session
-from stepgraph.schedule import TimestepInput
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -96,7 +95,7 @@ class Attachment:
         plan, scheduler, given = self.executable.plan, self.pipe.scheduler, inputs.get("timestep")
         self.session = self.executable.session()
         refuse_other_schedule(plan.header, scheduler, "the pipeline's scheduler", follow=not plan.measured)
-        run = RunTimesteps(scheduler.timesteps, plan.header.timestep or TimestepInput())
+        run = RunTimesteps(scheduler.timesteps, plan.header.timestep)
         if not run.find(given, asked, getattr(scheduler, "begin_index", None)) or run.begin < plan.header.schedule.begin:
             raise PlanError(
                 f"the plan begins at timestep {run.expected(given, plan.header.schedule.begin - run.begin):g}, but the "

@@ -18,8 +18,8 @@ class RunTimesteps:
         begin: The evaluation with which the run begins; steps count from there.
     """
 
-    def __init__(self, timesteps: torch.Tensor, convert: TimestepInput) -> None:
-        self.timesteps, self.begin, self._convert = timesteps, 0, convert
+    def __init__(self, timesteps: torch.Tensor, convert: TimestepInput | None = None) -> None:
+        self.timesteps, self.begin, self._convert = timesteps, 0, convert or TimestepInput()
         self._values: list[float] = [float(t) for t in timesteps.tolist()]
         self._inputs: dict[torch.dtype, list[float]] = {}
         self._version = None if timesteps.is_inference() else timesteps._version
