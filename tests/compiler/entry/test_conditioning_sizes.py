@@ -3,6 +3,8 @@
 import diffusers
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import stepgraph as sg
 from helpers.families import FLUX
@@ -55,8 +57,8 @@ def test_calibration_plan_and_errors_speak_of_the_conditioning(name):
         assert header.shapes["encoder_hidden_states"] == (TEXT, 12)
         assert set(header.shapes) == {"hidden_states", "timestep", *given} | ({"txt_ids"} if name == "flux" else set())
     inputs = sg.example_inputs(model, 1, given)
-    # A whole forward, counted by torch itself.
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+    # A whole forward, counted by torch itself; attention as the two products that it is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**inputs)
     assert plan.header.macs == counter.get_total_flops() // 2
     measured = sg.make_plan("smoothcache", stats, alpha=0.3)
@@ -121,7 +123,7 @@ def test_a_sweep_runs_on_the_conditioning(tmp_path):
         "interval", model=model, scheduler=scheduler, knob="every", values=[1, 2], steps=4, samples=2, guidance_scale=1.0,
         conditioning=given, schedule={"sigmas": [1.0, 0.7, 0.4, 0.1]},
     )  # fmt: skip
-    assert swept.points[0].error == 0
-    assert swept.points[1].error > 0
+    assert swept.points[0].error < 1e-6
+    assert swept.points[1].error > 1e-4
     assert swept.points[0].plan.header.shapes["encoder_hidden_states"] == (TEXT, 12)
     assert swept.points[0].plan.header.timesteps == (1000.0, 700.0, 400.0, 100.0)
