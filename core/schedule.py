@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgraph.checks import check_number, check_numbers, check_whole
 from stepgraph.errors import ArgumentError, PlanError
+from stepgraph.wrapped_models import unwrapped
 
 NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
 OPERATION = re.compile(rf"cast|([/*])({NUMBER})|({NUMBER})-")
@@ -130,7 +131,7 @@ def register_timestep(classes: Sequence[str], timestep: TimestepInput) -> None:
 
 def timestep_of(model: Any) -> TimestepInput:
     """What a model is given as its timestep: by its class; the scheduler's value where no adapter knows the class."""
-    return _inputs.get(type(model).__name__, TimestepInput())
+    return _inputs.get(type(unwrapped(model)).__name__, TimestepInput())
 
 
 def image_shift(tokens: int, config: Mapping[str, Any]) -> float:

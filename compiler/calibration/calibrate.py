@@ -27,6 +27,7 @@ from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps, image_tokens
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
+from stepgraph.wrapped_models import unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
@@ -90,6 +91,7 @@ def calibrate(
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
             another calibration, or NaN in what was measured.
     """
+    model = unwrapped(model)
     rank, world = _place()
     check_samples(samples, world)
     schedule, steps = counted_steps(schedule, steps, scheduler, 50)

@@ -22,6 +22,7 @@ from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
+from stepgraph.wrapped_models import unwrapped
 
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
@@ -42,6 +43,7 @@ def compile_artifact(
     verify: bool | None = None,
 ) -> Executable:
     """The rest of `load_artifact`."""
+    model = unwrapped(model)
     path = artifact.path
     if model is None:
         model = build_model(artifact, device or "cpu")

@@ -23,6 +23,7 @@ from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler
+from stepgraph.wrapped_models import unwrapped
 
 
 def sweep(
@@ -69,6 +70,7 @@ def sweep(
         PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
         CompileError: No conditioning is given, and the model's family has no example of it (FLUX).
     """
+    model = unwrapped(model)
     knobs = (knob,) if isinstance(knob, str) else tuple(knob)
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]

@@ -15,6 +15,7 @@ from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
+from stepgraph.wrapped_models import unwrapped
 
 
 def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
         CompileError: No adapter covers the model's class.
         ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
+    model = unwrapped(model)
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     family = family_of(model)

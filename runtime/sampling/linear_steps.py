@@ -65,7 +65,7 @@ def linear_steps(scheduler: Any, arguments: Mapping[str, float], begin: int = 0)
         arguments: Of its step, beside output, timestep, latents and `return_dict`.
         begin: The evaluation with which the run begins.
     """
-    key = (state_of(scheduler), tuple(sorted(arguments.items())), begin)
+    key = (scheduler_state(scheduler), tuple(sorted(arguments.items())), begin)
     if key not in _found:
         # The oldest makes room.
         for old in list(_found)[: max(0, len(_found) + 1 - KEPT)]:
@@ -74,7 +74,7 @@ def linear_steps(scheduler: Any, arguments: Mapping[str, float], begin: int = 0)
     return _found[key]
 
 
-def state_of(scheduler: Any) -> tuple[Any, ...]:
+def scheduler_state(scheduler: Any) -> tuple[Any, ...]:
     """Class and attributes by value, so that a table or a shift that was set by hand counts."""
 
     def by_value(value: Any) -> Any:

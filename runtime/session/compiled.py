@@ -19,6 +19,8 @@ from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.packed_linear import forget_packed
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
 from stepgraph.runtime.session.session import Session
+from stepgraph.weight_kinds import weight_bytes
+from stepgraph.wrapped_models import refuse_offload
 
 # Of how many beginnings above 0 programs are kept.
 TAILS = 8
@@ -99,8 +101,9 @@ class Compiled:
         Raises:
             PlanError: The plan has no such step, or a forecast reads what the run does not have.
             CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
-                was compiled; the graphs would run without them.
+                was compiled; the graphs would run without them. Or hooks move or cast its weights while it runs.
         """
+        refuse_offload(self.model)
         now, nothing = parts_of(self.model), object()
         names = sorted({*now, *self.parts})
         changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
@@ -170,7 +173,7 @@ class Compiled:
     def memory(self) -> Memory:
         """Bytes of stored values and weights of a run, known before it runs."""
         slots, layout, branches = self.default.slots, self.default.layout, len(self.plan.header.branches)
-        weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
+        weights = sum(map(weight_bytes, self.model.parameters())) + self.default.factor_bytes
         tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
         return Memory(
             layout.peak_bytes, slots.count * branches, slots.stored * branches, weights, tables, layout.nbytes,
