@@ -198,7 +198,7 @@ class _Runs:
         """Final latents [samples, ...] on the CPU."""
         results = []
         for index, noise in enumerate(self.noise):
-            chosen = {key: parts[index] for key, parts in self.conditioning.items()}
+            chosen: dict[str, Any] = {key: parts[index] for key, parts in self.conditioning.items()}
 
             def advance(step: int, all_steps: int, part: int = index) -> None:
                 share = (part + step / all_steps) / len(self.noise)

@@ -94,7 +94,8 @@ class Attachment:
         Raises:
             PlanError: The schedule is not the plan's, or has no such evaluation.
         """
-        plan, scheduler, given = self.executable.plan, self.pipe.scheduler, inputs.get("timestep")
+        plan, scheduler = self.executable.plan, self.pipe.scheduler
+        given: Any = inputs.get("timestep")
         self.session = self.executable.session()
         refuse_other_schedule(plan.header, scheduler, "the pipeline's scheduler", follow=not plan.measured)
         run = RunTimesteps(scheduler.timesteps, plan.header.timestep)

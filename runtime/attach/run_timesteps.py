@@ -38,7 +38,7 @@ class RunTimesteps:
     def near(self, given: Any, asked: float, step: int) -> bool:
         """Whether the timestep that a call asks for is a step's; it may be rounded as its dtype is."""
         expected = self.expected(given, step)
-        return abs(asked - expected) <= _tolerance(expected, self._convert.unit, _dtype(given))
+        return bool(abs(asked - expected) <= _tolerance(expected, self._convert.unit, _dtype(given)))
 
     def find(self, given: Any, asked: float, begin_index: int | None) -> bool:
         """Set `begin` to the evaluation that a run's first call asks for; False where it is none.
