@@ -59,13 +59,17 @@ def compile_plan(
     weights = BoundWeights(model)
     forget_packed(weights.tensors)
     weights.warned = bool(warning)
+    # For the rest of a plan (image to image) the graph at hand is specialised anew.
+    graphs = TracedModel.of(model, traced)
+    if plan.header.timestep is None:
+        plan = plan.with_header(timestep=graphs.family.timestep)
 
-    def build(model: nn.Module, inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
+    def build(model: nn.Module, inputs: Mapping[str, Any], plan: CachePlan) -> Program:
         with pause_garbage_collector():
-            return build_program(TracedModel.of(model, traced), plan, inputs, config, factors)
+            return build_program(TracedModel.of(model, graphs), plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
-    program = build(model, inputs, traced)
+    program = build(model, inputs, plan)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
@@ -100,7 +104,7 @@ def build_program(
     results = marked.trace.output_spec.num_leaves
     limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
     steps = 1 if config.exact else plan.steps
-    context = ProgramContext(tuple(marked.trace.inputs), results, steps, family.timestep, limit, packs)
+    context = ProgramContext(tuple(marked.trace.inputs), results, steps, plan.header.timestep or family.timestep, limit, packs)
     rewrite_program(rows, plan, context, config, example, constants)
     slots = assign_slots(plan, rows.folded)
     clock.stage("hoist")

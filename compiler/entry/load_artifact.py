@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
-from stepgraph.compiler.models import FAMILIES, family_of
+from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.errors import ArgumentError, CompileError, FileFormatError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
@@ -21,6 +21,7 @@ from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
 from stepgraph.wrapped_models import unwrapped
 
@@ -108,8 +109,9 @@ def verify_first_step(executable: Executable) -> None:
     }
     inputs = like_flat(inputs, random)
     if isinstance(inputs.get("timestep"), torch.Tensor):
-        inputs["timestep"] = inputs["timestep"] + header.timesteps[0] * family_of(model).timestep
-        inputs["timestep"] = inputs["timestep"].to(zero_inputs(executable.example, device)["timestep"].dtype)
+        example = inputs["timestep"]
+        first = torch.full(example.shape, header.timesteps[0], device=device)
+        inputs["timestep"] = (header.timestep or timestep_of(model))(first, model_dtype(model)).to(example.dtype)
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
     result = executable.session()(**inputs, return_dict=False)[0]

@@ -14,10 +14,12 @@ from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.tracing.describe import branches_of, make_header
+from stepgraph.compiler.tracing.describe import example_inputs as inputs_like
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.schedule import Schedule, counted_steps, schedule_of
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
 from stepgraph.wrapped_models import unwrapped
 
@@ -42,6 +44,7 @@ def make_plan(
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     traced: TracedModel | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -53,15 +56,17 @@ def make_plan(
         model: The model the plan is for.
         scheduler: A diffusers scheduler; it is copied and not changed.
         steps: Number of inference steps.
-        example_inputs: The forward's arguments, where the model's usual shapes are not meant.
+        example_inputs: The forward's arguments, where the shapes of the conditioning, or the model's usual ones, are not meant.
         guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
-        conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
+        conditioning: What the model will be conditioned on, whose shapes the plan is for; with statistics what the calibration
+            was given, where the policy measures once more (InvarDiff's phase 2).
         metrics: Rates of one's own that the calibration was given, likewise.
         allow_stochastic: Make a plan although the sampler adds noise.
         checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
             delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
         traced: Graphs that were made of this very model before, so that it is not traced again.
+        schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with. Statistics bring theirs.
         **arguments: The policy's own.
 
     Raises:
@@ -72,7 +77,7 @@ def make_plan(
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
-        _refuse_other_circumstances(stats, model, scheduler, steps)
+        _refuse_other_circumstances(stats, model, scheduler, steps, schedule)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
     elif POLICIES[policy].wants_stats(arguments):
@@ -80,15 +85,18 @@ def make_plan(
         raise ArgumentError(
             f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}"
         )
-    elif model is None or scheduler is None or steps is None:
+    elif model is None or scheduler is None or (steps is None and schedule is None):
         missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise ArgumentError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
-        if not allow_stochastic:
-            refuse_stochastic(scheduler, steps)
+        chosen, count = counted_steps(schedule, steps, scheduler)
         traced = TracedModel.of(model, traced)
+        if example_inputs is None and conditioning is not None:
+            example_inputs = inputs_like(model, 1, conditioning)
         marked = traced.marked(example_inputs)
-        header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
+        header, sites = make_header(model, scheduler, count, marked, guidance, chosen), marked.sites
+        if not allow_stochastic:
+            refuse_stochastic(scheduler, count, header.schedule)
     services = ModelServices(
         header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step, traced
     )
@@ -103,7 +111,13 @@ def make_plan(
     return CachePlan.build(replace(header, policy=policy, arguments=recorded, measured=measured), sites, actions)
 
 
-def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:
+def _refuse_other_circumstances(
+    stats: CalibrationStats,
+    model: nn.Module | None,
+    scheduler: Any,
+    steps: int | None,
+    wish: Schedule | Mapping[str, Any] | None,
+) -> None:
     """What is given beside statistics must be what they were measured on."""
     if model is not None:
         refuse_other_model(stats.header, model)
@@ -112,7 +126,9 @@ def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None
             f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number"
         )
     if scheduler is not None:
-        refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
+        schedule = schedule_of(wish, stats.header.steps, getattr(scheduler, "order", 1))[0].over(stats.header.schedule)
+        prepared = prepare_scheduler(scheduler, stats.header.steps, schedule=schedule)
+        refuse_other_schedule(stats.header, prepared, "the given scheduler")
 
 
 def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:

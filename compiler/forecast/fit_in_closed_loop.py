@@ -120,8 +120,9 @@ def fit_in_closed_loop(
         PlanError: Another model or scheduler than the plan's, a stochastic one, or settings that do not go with the plan.
     """
     refuse_other_model(plan.header, model)
-    refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
-    refuse_stochastic(scheduler, plan.header.steps)
+    prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+    refuse_other_schedule(plan.header, prepared, "the given scheduler")
+    refuse_stochastic(scheduler, plan.header.steps, plan.header.schedule)
     guided, weight = runs.guidance_scale > 1, next(model.parameters())
     if plan.header.guidance == "separate" and not guided:
         raise PlanError("the plan has one branch each for cond and uncond; pass a guidance_scale above 1")

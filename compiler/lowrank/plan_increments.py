@@ -43,7 +43,8 @@ class PlanRuns:
         traced: TracedModel | None = None,
     ) -> None:
         refuse_other_model(plan.header, model)
-        refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
+        prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+        refuse_other_schedule(plan.header, prepared, "the given scheduler")
         if (plan.header.guidance == "separate" and guidance_scale <= 1) or (
             plan.header.guidance == "none" and guidance_scale > 1
         ):

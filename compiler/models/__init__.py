@@ -9,8 +9,11 @@ from stepgraph.compiler.models.pixart import PIXART
 from stepgraph.compiler.models.sd3 import SD3
 from stepgraph.compiler.models.uvit import UVIT
 from stepgraph.errors import CompileError
+from stepgraph.schedule import register_timestep
 
 FAMILIES = (DIT, FLUX, PIXART, SD3, UVIT)
+for _family in FAMILIES:
+    register_timestep(_family.classes, _family.timestep)
 
 
 def family_of(model: Any) -> Family:

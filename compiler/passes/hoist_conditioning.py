@@ -85,7 +85,7 @@ def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
     )
     # Bound methods: vmap would write the whole module out to have a name for it.
     rowwise = bool(own_kinds(timestep))
-    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep_scale, rowwise)
+    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep, rowwise)
     return len(tables)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
+from stepgraph.plan.json import parse_record
+from stepgraph.schedule import Schedule, TimestepInput
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # A policy measured nothing on the weights, or chose its actions by that.
@@ -39,6 +41,9 @@ class PlanHeader:
         factors: Digest of the low-rank factors that the plan is bound to; empty for none.
         measured: What the policy measured on the weights, one of `MEASURED`; empty in files that do not say it
             (`stepgraph.plan.measured`).
+        schedule: What the scheduler's `set_timesteps` is given beside the steps, and at which evaluation the run begins.
+        timestep: What pipelines make of the scheduler's timestep for the model; None where the plan does not say, and the
+            model's family does.
     """
 
     model: str
@@ -59,6 +64,8 @@ class PlanHeader:
     prediction: str = ""
     factors: str = ""
     measured: str = ""
+    schedule: Schedule = field(default_factory=Schedule)
+    timestep: TimestepInput | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -67,6 +74,9 @@ class PlanHeader:
             raise PlanError(f"the timesteps must be finite numbers; {error}") from error
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "branches", tuple(self.branches))
+        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
         if not self.timesteps:
             raise PlanError("a plan needs at least one timestep; its header has none")
         if not all(map(math.isfinite, self.timesteps)):

@@ -1,7 +1,7 @@
 """What of a plan was measured on weights, and so whether it may run with others."""
 
 from stepgraph.errors import MismatchError
-from stepgraph.plan.header import CHOICE
+from stepgraph.plan.header import CHOICE, NOTHING
 from stepgraph.plan.plan import CachePlan
 from stepgraph.plan.site import LOWRANK
 
@@ -24,7 +24,16 @@ def measured(plan: CachePlan) -> str:
         return NUMBERS
     if header.measured:
         return header.measured
-    return CHOICE if header.samples is not None or header.policy in TRAINED else "nothing"
+    return CHOICE if header.samples is not None or header.policy in TRAINED else NOTHING
+
+
+def rests_on_measurement(plan: CachePlan) -> bool:
+    """Whether a plan holds only for the schedule and the sizes it was made for.
+
+    One that rests on no measurement, and computes with no coefficients (which depend on the schedule at the least), holds for
+    any schedule of its length, and for inputs of any size.
+    """
+    return measured(plan) != NOTHING or bool(plan.forecasts or plan.increments)
 
 
 def refuse_other_values(plan: CachePlan, difference: str, strict: bool) -> str:

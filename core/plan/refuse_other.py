@@ -1,5 +1,6 @@
 """The refusal of models and schedulers other than those that a plan was made for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,9 @@ from stepgraph.plan.header import NOTHING, PlanHeader
 from stepgraph.plan.measured import measured, refuse_other_values
 from stepgraph.plan.plan import CachePlan
 from stepgraph.scheduler import scheduler_facts
+
+# How far timesteps may differ, in the scheduler's unit.
+NEAR = 1e-3
 
 
 def refuse_other_structure(header: PlanHeader, model: nn.Module) -> None:
@@ -70,13 +74,19 @@ def other_values(header: PlanHeader, model: nn.Module) -> str:
     return f"the plan is for other weights of {header.model} (hash {planned}, this model's {actual})"
 
 
-def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:
+def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow: bool = False) -> None:
     """Compare a scheduler that is set to its steps with the one a plan was compiled for.
+
+    Args:
+        header: The plan's.
+        scheduler: Set to the steps of its whole schedule, of which the plan's run may be the rest.
+        what: The scheduler in words.
+        follow: Whether the plan holds for any timesteps, as one that rests on no measurement does.
 
     Raises:
         MismatchError: Class, number of steps, configuration or timesteps differ; the message says both sides.
     """
-    facts = scheduler_facts(scheduler)
+    facts = scheduler_facts(scheduler, header.schedule.begin)
     if facts["scheduler"] != header.scheduler:
         raise MismatchError(f"compiled for {header.scheduler}, but {what} has {facts['scheduler']}; compile a plan for it")
     evaluations = len(facts["timesteps"])
@@ -91,5 +101,15 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None
             f"{facts['scheduler_hash']}); compile a plan for this configuration"
         )
     for step, (planned, actual) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
-        if abs(planned - actual) > 1e-3:
-            raise MismatchError(f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there")
+        if abs(planned - actual) > NEAR and not follow:
+            raise MismatchError(
+                f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there; measure the plan with "
+                f"what the sampler sets, schedule={{'sigmas': ..., 'mu': ..., 'timesteps': ...}} (now {header.schedule}; "
+                f"the plan's timesteps are {_listed(header.timesteps)}, those of {what} {_listed(facts['timesteps'])})"
+            )
+
+
+def _listed(timesteps: Sequence[float]) -> str:
+    """Timesteps in words, those in the middle of many left out."""
+    values = [f"{t:g}" for t in timesteps]
+    return ", ".join(values if len(values) <= 8 else [*values[:4], "...", *values[-2:]])

@@ -39,7 +39,9 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
     follow_weights(executable, everything=True)
     if scheduler is not None:
         header = executable.plan.header
-        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the scheduler to save")
+        refuse_other_schedule(
+            header, prepare_scheduler(scheduler, header.steps, schedule=header.schedule), "the scheduler to save"
+        )
     with TemporaryDirectory(prefix="stepgraph-artifact-") as place:
         work = Path(place)
         files = _write_parts(executable, work, with_weights)

@@ -35,6 +35,7 @@ class CapturedSteps:
         # What runs once only does not pay for a capture.
         self._at_once, self._met = at_once, set[Hashable]()
         self.memory, self.refused = memory, ""
+        self.program: object = None
         # How often weights have come to lie elsewhere.
         self._recorder, self._moves, self._captured_at = recorder, moves, moves()
         self._lock = threading.Lock()

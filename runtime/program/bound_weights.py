@@ -76,7 +76,7 @@ class BoundWeights:
         self._first = [place for place, tensor in enumerate(held) if first.setdefault(id(tensor), place) == place]
         self._same = [first[id(tensor)] for tensor in held]
         self.names = tuple(self._places[place][2] for place in self._first)
-        self.tensors: list[Tensor] = [held[place] for place in self._first]  # type: ignore[misc]
+        self.tensors: list[Tensor] = [held[place] for place in self._first]
         self.filled = all(map(has_data, self.tensors))
         self.later = any(tensor.device.type != "cpu" for tensor in self.tensors)
         self._layouts = [_layout(tensor) for tensor in self.tensors]
@@ -158,7 +158,7 @@ class BoundWeights:
             if tensor is not held[self._same[place]]:
                 names = f"{self._places[place][2]} and {self._places[self._same[place]][2]}"
                 raise CompileError(f"{names} were one tensor and are two now; tie them again, or compile the model again")
-        return [held[place] for place in self._first]  # type: ignore[misc]
+        return [held[place] for place in self._first]
 
     def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]

@@ -80,6 +80,11 @@ class Program:
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
 
+    @property
+    def begin(self) -> int:
+        """The evaluation of the scheduler's schedule with which its runs begin."""
+        return self.plan.header.schedule.begin
+
 
 @dataclass(frozen=True)
 class Macs:

@@ -52,7 +52,7 @@ class CapturedRun:
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
-            session = Session(executable, capture=False, checked=False)
+            session = loop_session(executable, loop, checked=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
             self._tables = self._fixed_tables(session.tables)
@@ -87,7 +87,7 @@ class CapturedRun:
                     tables.compute()
 
     def _run(self, update: Update) -> None:
-        session = Session(self._executable, capture=False, checked=False)
+        session = loop_session(self._executable, self._loop, checked=False)
         session.use_memory(self._memory)
         session.use_tables(self._tables)
         self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
@@ -153,6 +153,14 @@ class CapturedRun:
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""
         return self._moves == self._executable.weights.moves
+
+
+def loop_session(executable: Compiled, loop: Loop, capture: bool = False, checked: bool = True) -> Session:
+    """A session of a loop's run, with graphs of its steps where that is wished for (`Session`)."""
+    begin = loop.begin - executable.plan.header.schedule.begin
+    if checked:
+        return executable.session(capture, begin, loop.planned)
+    return Session(executable, capture, begin, loop.planned, checked=False)
 
 
 def _own(value: Any) -> Any:

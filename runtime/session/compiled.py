@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
 from stepgraph.weight_kinds import weight_bytes
 from stepgraph.wrapped_models import refuse_offload
+
+# Of how many beginnings above 0 programs are kept.
+TAILS = 8
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class Compiled:
         model: The model, whose weights the programs use by reference.
         plan: The plan.
         config: The compile options.
-        build: Makes the program of a model for inputs of a new signature (another batch size, say).
+        build: Makes the program of a model and a plan (this one, or the rest of it) for inputs of a signature.
         default: The program for the inputs it was compiled with.
         parts: What the model was made of when it was compiled (`parts_of`).
         example: The inputs it was compiled with, for saving, as `described` has them.
@@ -74,7 +77,7 @@ class Compiled:
     model: nn.Module
     plan: CachePlan
     config: CompileConfig
-    build: Callable[[nn.Module, Mapping[str, Any]], Program]
+    build: Callable[[nn.Module, Mapping[str, Any], CachePlan], Program]
     default: Program
     parts: Mapping[str, Any]
     weights: BoundWeights
@@ -90,20 +93,23 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self, capture: bool = True) -> "Session":
+    def session(self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Args:
             capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
                 them; others launch every kernel.
+            begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is computed.
+            timesteps: The scheduler's, of every step of the run, where they are not the plan's.
 
         Raises:
+            PlanError: The plan has no such step, or a forecast reads what the run does not have.
             CompileError: Modules, hooks or attention processors of the model are other ones than when it was compiled; the
                 graphs would run without them. Or hooks move or cast its weights while it runs.
         """
         refuse_offload(self.model)
         self._refuse_other_parts()
-        return Session(self, capture)
+        return Session(self, capture, begin, timesteps)
 
     def _refuse_other_parts(self) -> None:
         now, nothing = parts_of(self.model), object()
@@ -145,14 +151,18 @@ class Compiled:
         """
         return follow_weights(self, everything=True).written
 
-    def program(self, inputs: Mapping[str, Any]) -> Program:
+    def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
+
+        Args:
+            inputs: The forward's arguments.
+            begin: The plan's step with which the run begins. Programs of the last `TAILS` such steps above 0 are kept.
 
         Raises:
             PlanError: Shapes (apart from the batch) or dtype differ from what the plan was made for.
             CompileError: The inputs are on another device than the model.
         """
-        key = signature(inputs)
+        key = (signature(inputs), begin) if begin else signature(inputs)
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
         program = self._programs.get(key)
         if program is not None:
@@ -162,11 +172,32 @@ class Compiled:
                 started = time.perf_counter()
                 # All programs hold the same tensors, so that all of them can follow.
                 follow_weights(self)
-                self._programs[key] = self.build(self.model, inputs)
-                shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-                log = get_logger("executable")
-                log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, time.perf_counter() - started)
+                plan = self.plan.tail(begin)
+                program = self.build(self.model, inputs, plan)
+                self._make_room(begin)
+                self._programs[key] = program
+                self._log_compiled(inputs, plan, begin, time.perf_counter() - started)
             return self._programs[key]
+
+    def _make_room(self, begin: int) -> None:
+        """Drop the programs of the oldest beginning where there are too many of them."""
+        begin, whole = begin + self.plan.header.schedule.begin, self.plan.header.schedule.begin
+        begins = list(dict.fromkeys(program.begin for program in self._programs.values() if program.begin != whole))
+        if begin not in (whole, *begins) and len(begins) >= TAILS:
+            for key in [key for key, program in self._programs.items() if program.begin == begins[0]]:
+                del self._programs[key]
+
+    def _log_compiled(self, inputs: Mapping[str, Any], plan: CachePlan, begin: int, seconds: float) -> None:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        log = get_logger("executable")
+        if not begin:
+            log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, seconds)
+            return
+        more = sum(new != old for row, planned in zip(plan.rows, self.plan.rows[begin:]) for new, old in zip(row, planned))
+        log.warning(
+            "compiled for runs that begin at step %d of %d, in %.1f s: %d values that the plan reads of earlier steps, or "
+            "leaves out for these, are computed", begin, self.plan.steps, seconds, more,
+        )  # fmt: skip
 
     def repack(self) -> None:
         """Pack weights anew at their next use. Runs do so themselves where values have changed; see `verify`."""

@@ -24,10 +24,25 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
+    """One sampling run: which step is next, and the values stored so far. Not shared between threads.
 
-    def __init__(self, executable: "Compiled", capture: bool = True, checked: bool = True) -> None:
-        self.executable, self.capture, self.checked = executable, capture, checked
+    Attributes:
+        executable: What runs.
+        begin: The plan's step with which the run begins; the run's own steps count from there.
+        timesteps: The scheduler's timestep of every step of the run.
+        checked: Whether what changed of the model is looked at when the run begins.
+    """
+
+    def __init__(
+        self,
+        executable: "Compiled",
+        capture: bool = True,
+        begin: int = 0,
+        timesteps: Sequence[float] | None = None,
+        checked: bool = True,
+    ) -> None:
+        self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
+        self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
 
     def _fresh_state(self) -> RunState:
@@ -51,7 +66,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether every step has run."""
-        return self.step == self.executable.plan.steps
+        return self.step == len(self.timesteps)
 
     @property
     def peak_slot_bytes(self) -> int:
@@ -234,13 +249,13 @@ class Session:
         present = self._state.present
         if present.tables is None:
             batched = not self.executable.config.exact
-            present.tables = Tables(program.hoisted, program.plan.header.timesteps, batched)
+            present.tables = Tables(program.hoisted, self.timesteps, batched)
         values = present.tables.at(self.step, inputs)
         return [values[table] for table in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs), self._state.present.program
+        program, begun = self.executable.program(inputs, self.begin), self._state.present.program
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "

@@ -107,9 +107,9 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
     made = sg.compile(dit, plan, inputs(1), "eager")
     serial, built = [image(made, number) for number in range(4)], []
 
-    def build(model: nn.Module, given: Mapping[str, Any]) -> Program:
+    def build(model: nn.Module, given: Mapping[str, Any], plan) -> Program:
         built.append(given)
-        return made.build(model, given)
+        return made.build(model, given, plan)
 
     executable = replace(made, build=build)
 

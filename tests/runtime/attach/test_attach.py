@@ -136,9 +136,9 @@ def test_timesteps_out_of_order_are_refused(pipe):
     pipe.scheduler.set_timesteps(STEPS)
     first, second, third, _ = (int(t) for t in pipe.scheduler.timesteps)
     with pytest.raises(
-        PlanError, match=f"the plan begins at timestep {first}, but the pipeline's first call asks for {second}"
+        PlanError, match=f"the plan begins at timestep {first}, but the pipeline's first call asks for {second + 1}"
     ):
-        pipe.transformer(**inputs(1, timestep=second))
+        pipe.transformer(**inputs(1, timestep=second + 1))
     pipe.transformer(**inputs(1, timestep=first))
     with pytest.raises(
         PlanError, match=f"step 1 of the plan is at timestep {second}, but the pipeline asks for timestep {third}"
