@@ -31,6 +31,8 @@ class CompileConfig:
         cuda_graphs: On CUDA, replay runs of `sample`, and each distinct call of a variant in other runs, as CUDA graphs,
             compared with the work itself when they are captured. None: from the second use on, where that goes and `exact`
             does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
+        strict: Refuse weights that hold other values than those by which the plan's actions were chosen; else they are
+            followed, with a warning.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -45,6 +47,7 @@ class CompileConfig:
     offload: bool = False
     cuda_graphs: bool | None = False
     max_autotune: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for option in fields(self):

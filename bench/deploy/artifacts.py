@@ -79,8 +79,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         executable.save(path, with_weights=with_weights, scheduler=scheduler)
         results[form] = {"bytes": path.stat().st_size, "save_s": time.perf_counter() - started}
         results[form] |= run_fresh(arguments, [path, folder / "given.safetensors", out], not with_weights)
-        found = load_file(out)
-        if any(not torch.equal(found[name], value) for name, value in expected.items()):
+        outputs = load_file(out)
+        if any(not torch.equal(outputs[name], value) for name, value in expected.items()):
             raise SystemExit("what was loaded computes something else: no figure is worth printing")
     return results | {"checked_steps": arguments.checked}
 
@@ -107,12 +107,12 @@ def run_fresh(arguments: argparse.Namespace, paths: list[Path], with_model: bool
 
 def load(arguments: argparse.Namespace) -> None:
     """The fresh process: its own model, where the artifact has no weights, is there before the clock starts."""
-    path, given, out = arguments.load
+    path, inputs_file, out = arguments.load
     model = load_model(arguments.model, "cpu", getattr(torch, arguments.dtype)) if arguments.with_model else None
     started = time.perf_counter()
     executable = load_artifact(path, model)
     loaded = time.perf_counter()
-    inputs = load_file(given)
+    inputs = load_file(inputs_file)
     first_outputs(executable, inputs, 1)
     first = time.perf_counter()
     save_file(first_outputs(executable, inputs, arguments.checked), out)

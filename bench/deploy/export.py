@@ -127,12 +127,12 @@ def measure(exe: Executable, scheduler: Any, folder: Path, checked: int, format:
     inputs = drawn(exe)
     save_file(inputs, folder / "given.safetensors")
     results |= run_fresh(target, folder / "given.safetensors", folder / "outputs.safetensors", checked)
-    found, session = load_file(folder / "outputs.safetensors"), exe.session()
+    outputs, session = load_file(folder / "outputs.safetensors"), exe.session()
     errors = []
     for step, t in enumerate(exe.plan.header.timesteps[:checked]):
         timestep = torch.full((exe.default.batch,), t).to(example_inputs(exe.model)["timestep"].dtype)
         wanted = session(**inputs, timestep=timestep, return_dict=False)[0]
-        errors.append(relative_l2(found[str(step)], wanted))
+        errors.append(relative_l2(outputs[str(step)], wanted))
     return results | {"checked_steps": checked, "relative_l2": max(errors)}
 
 

@@ -126,8 +126,8 @@ def changed_value(described: dict[str, Any], choose: random.Random) -> str:
         for _ in range(500):
             deep = [deep]
         others = [None, True, -1, 0, 2**70, 1e308, 0.5, "", "a\u001b[2J\u0000", "../x", [], {}, [value], {"a": value}, deep]
-        number = isinstance(value, (int, float))
-        holder[key] = choose.choice([*others, *([value + 1, value * 2] if number else [f"{value}x"])])
+        is_number = isinstance(value, (int, float))
+        holder[key] = choose.choice([*others, *([value + 1, value * 2] if is_number else [f"{value}x"])])
     return f"manifest {kind}"
 
 
@@ -152,20 +152,20 @@ def taken(artifact: Path, original: str) -> str:
     """
     started = time.perf_counter()
     try:
-        found = digest_of(artifact)
-        if found != original:
+        digest = digest_of(artifact)
+        if digest != original:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 accepted = read_artifact(artifact)
                 compile_artifact(replace(accepted, options=replace(accepted.options, backend="eager")))
-        found = "same contents" if found == original else "other valid contents"
+        outcome = "same contents" if digest == original else "other valid contents"
     except (PlanError, CompileError) as error:
-        found = "refused" if str(error) else "crash: an error without words"
+        outcome = "refused" if str(error) else "crash: an error without words"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        found = f"crash: {type(error).__name__}: {error}"
-    return "crash: hang" if time.perf_counter() - started > HANG else found
+        outcome = f"crash: {type(error).__name__}: {error}"
+    return "crash: hang" if time.perf_counter() - started > HANG else outcome
 
 
 def one(place: Path, contents: dict[str, bytes], archive: bytes, choose: random.Random) -> tuple[str, str, str, Path]:
@@ -211,7 +211,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
         original, contents, packed = digest_of(folder), contents_of(folder), archive.read_bytes()
         (place / "forged").mkdir()
         listed = {path for path in place.rglob("*") if path.parent != place / "forged"}
-        for number in range(count):
+        for attempt in range(count):
             form, file, kind, path = one(place, contents, packed, choose)
             outcome = taken(path, original)
             may_differ = (form == "right hash" and file == "plan.json") or form == "right digest"
@@ -219,7 +219,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
             outcomes[f"{form}: {'wrong: ' if wrong else ''}{outcome.partition(':')[0]}"] += 1
             kinds[f"{file if not file.endswith('.txt') else 'graph'} {kind}"] += 1
             if wrong:
-                crashes.append({"number": number, "file": file, "kind": kind, "form": form, "outcome": outcome[:300]})
+                crashes.append({"number": attempt, "file": file, "kind": kind, "form": form, "outcome": outcome[:300]})
         strays = {path for path in place.rglob("*") if path.parent != place / "forged"} - listed
         strays -= {place / "forged.zip", place / "damaged.zip"}
     facts = {"count": count, "seed": seed, "outcomes": dict(sorted(outcomes.items())), "kinds": dict(sorted(kinds.items()))}
@@ -233,9 +233,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    found = fuzz(arguments.count, arguments.seed)
-    write_record(arguments.out, "cpu", found)
-    print(json.dumps(found, indent=2))
+    facts = fuzz(arguments.count, arguments.seed)
+    write_record(arguments.out, "cpu", facts)
+    print(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":

@@ -68,10 +68,10 @@ def read_memory(generation: int) -> Reading:
 def watch(generate: Callable[[int], Any], generations: int, every: int) -> list[Reading]:
     """Readings after the first generation and after every so many; `generate` is called with the generation's number."""
     readings = []
-    for number in track(range(1, generations + 1), description="generations", transient=True, console=Console(stderr=True)):
-        generate(number)
-        if number == 1 or number % every == 0:
-            readings.append(read_memory(number))
+    for generation in track(range(1, generations + 1), description="generations", transient=True, console=Console(stderr=True)):
+        generate(generation)
+        if generation == 1 or generation % every == 0:
+            readings.append(read_memory(generation))
     return readings
 
 
@@ -92,9 +92,9 @@ def generate(executable: Executable, scheduler: Any, seed: int, batch: int) -> t
         if seed % CANCELLED == 0 and 2 * done >= steps:
             raise CancelledError
 
-    given: dict[str, Any] = {"class_labels": classes, "negative_class_labels": torch.full((batch,), NULL_CLASS)}
+    conditioning: dict[str, Any] = {"class_labels": classes, "negative_class_labels": torch.full((batch,), NULL_CLASS)}
     with suppress(CancelledError):
-        return sample(executable, scheduler, noise, 2.0, on_step=on_step, **given)
+        return sample(executable, scheduler, noise, 2.0, on_step=on_step, **conditioning)
     return None
 
 
@@ -104,14 +104,14 @@ def plot(readings: Sequence[Reading], latent: int, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    numbers, first = [reading.generation for reading in readings], readings[0].resident_bytes
-    upper.plot(numbers, [(reading.resident_bytes - first) / 1e6 for reading in readings], color=INK, label="resident")
-    leak = [number * latent / 1e6 for number in numbers]
-    upper.plot(numbers, leak, "--", color=PALE, label="if one latent were kept per generation")
+    generations, first = [reading.generation for reading in readings], readings[0].resident_bytes
+    upper.plot(generations, [(reading.resident_bytes - first) / 1e6 for reading in readings], color=INK, label="resident")
+    leak = [generation * latent / 1e6 for generation in generations]
+    upper.plot(generations, leak, "--", color=PALE, label="if one latent were kept per generation")
     upper.set_ylabel(f"MB above the first {first / 1e6:.0f}")
-    upper.set_title(f"glyph-dit, {numbers[-1]} generations", loc="left", fontsize=10)
+    upper.set_title(f"glyph-dit, {generations[-1]} generations", loc="left", fontsize=10)
     upper.legend(frameon=False, fontsize=8)
-    lower.plot(numbers, [reading.tensors for reading in readings], color=ACCENT)
+    lower.plot(generations, [reading.tensors for reading in readings], color=ACCENT)
     lower.set_ylabel("live tensors")
     lower.set_xlabel("generations")
     lower.set_ylim(bottom=0)
@@ -127,23 +127,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--backend", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     model, scheduler = load_model("glyph-dit"), load_scheduler("glyph-dit", "ddim")
-    plan = make_plan("interval", model=model, scheduler=scheduler, steps=given.steps, every=2)
-    executable = compile_plan(model, plan, example_inputs(model, 2 * given.batch), CompileConfig(given.backend))
-    readings = watch(lambda number: generate(executable, scheduler, number, given.batch), given.generations, given.every)
+    plan = make_plan("interval", model=model, scheduler=scheduler, steps=arguments.steps, every=2)
+    executable = compile_plan(model, plan, example_inputs(model, 2 * arguments.batch), CompileConfig(arguments.backend))
+    readings = watch(
+        lambda seed: generate(executable, scheduler, seed, arguments.batch), arguments.generations, arguments.every
+    )
     config: Any = model.config
-    latent = given.batch * config.in_channels * config.sample_size**2 * 4
+    latent = arguments.batch * config.in_channels * config.sample_size**2 * 4
     facts: dict[str, Any] = {
-        "model": "glyph-dit", "plan": "interval, every 2", "steps": given.steps, "batch": given.batch,
-        "backend": given.backend, "generations": given.generations, "cancelled": given.generations // CANCELLED,
+        "model": "glyph-dit", "plan": "interval, every 2", "steps": arguments.steps, "batch": arguments.batch,
+        "backend": arguments.backend, "generations": arguments.generations, "cancelled": arguments.generations // CANCELLED,
         "growth_bytes_per_generation": growth(readings),
         "latent_bytes": latent,
         "arena_bytes": executable.memory().arena_bytes,
         "readings": [asdict(reading) for reading in readings],
     }  # fmt: skip
-    write_record(given.out / "leak-cpu.json", "cpu", facts)
-    plot(readings, latent, given.out / "leak-cpu.png")
+    write_record(arguments.out / "leak-cpu.json", "cpu", facts)
+    plot(readings, latent, arguments.out / "leak-cpu.png")
     print(", ".join(f"{name} {value}" for name, value in facts.items() if name != "readings"))
 
 

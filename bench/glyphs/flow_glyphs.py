@@ -34,8 +34,8 @@ class DiTTransformer2DModel(diffusers.DiTTransformer2DModel):  # type: ignore[mi
 
 def flow_model(model: torch.nn.Module) -> torch.nn.Module:
     """The model with this class's forward; weights are shared."""
-    made = DiTTransformer2DModel.from_config(model.config)
-    made.load_state_dict(model.state_dict(), assign=True)
-    made.eval()
-    found: torch.nn.Module = made
-    return found
+    flow = DiTTransformer2DModel.from_config(model.config)
+    flow.load_state_dict(model.state_dict(), assign=True)
+    flow.eval()
+    module: torch.nn.Module = flow
+    return module

@@ -25,15 +25,15 @@ def test_ops(benchmark: Any, shape: Shape, dtype: str, request: pytest.FixtureRe
     device, seconds = request.config.getoption("--device"), request.config.getoption("--seconds")
     wanted = request.config.getoption("--only-op")
     kind = getattr(torch, dtype)
-    found = []
+    figures = []
     run = None
     for case in cases(shape, kind, device):
         if not wanted or case.op.name == wanted:
-            found.append(measured(case, kind, device, seconds))
+            figures.append(measured(case, kind, device, seconds))
             run = functools.partial(case.run, chosen(case))
     if run is None:
         pytest.skip(f"no operation {wanted}")
-    benchmark.extra_info |= {"shape": shape.name, "dtype": dtype, "cases": found, "ceilings": machine(kind, device)}
+    benchmark.extra_info |= {"shape": shape.name, "dtype": dtype, "cases": figures, "ceilings": machine(kind, device)}
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 

@@ -18,22 +18,22 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     Raises:
         RuntimeError: torch.compile gave up and would run plain torch; or a contender is wrong.
     """
-    found: dict[str, Callable[[], Any]] = {"torch": case.torch}
+    runs: dict[str, Callable[[], Any]] = {"torch": case.torch}
     # Compiled code of earlier cases counts against a limit; beyond it, torch would quietly run eagerly.
     torch.compiler.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    found["torch.compile"] = torch.compile(case.torch, dynamic=False, fullgraph=True)
+    runs["torch.compile"] = torch.compile(case.torch, dynamic=False, fullgraph=True)
     if case.full is not None:
-        found["full linear"] = case.full
+        runs["full linear"] = case.full
     load_providers()
     for name, provider in case.op.providers.items():
         if not provider.declines(**case.arguments):
-            found[name] = lambda name=name: case.run(name)  # type: ignore[misc]
+            runs[name] = lambda name=name: case.run(name)  # type: ignore[misc]
     expected = _flat(_float64(case))
-    for name, run in found.items():
+    for name, run in runs.items():
         if name != "full linear":
             refuse_wrong(name, case, _flat(run()), expected)
-    return found
+    return runs
 
 
 def chosen(case: Case) -> str:

@@ -63,14 +63,14 @@ class Case:
 
 def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """All cases of a shape: every operation of the registry, and of the low-rank ones every form and rank."""
-    made = {
+    builders = {
         "lowrank_input": _inputs, "lowrank_delta": _deltas, "modulated_norm": _norms, "gated_residual": _residuals,
         "linear_combination": _combinations,
     }  # fmt: skip
-    missing = sorted(set(OPS) - set(made))
+    missing = sorted(set(OPS) - set(builders))
     if missing:
         raise SystemExit(f"the operation {missing[0]} has no benchmark; add its cases to bench/ops/shapes.py")
-    for name, build in made.items():
+    for name, build in builders.items():
         yield from build(OPS[name], shape, _Maker(shape, dtype, device))
 
 
@@ -187,8 +187,8 @@ def _combinations(op: Op, shape: Shape, make: _Maker) -> Iterator[Case]:
 
         def plain(values: list[Tensor] = values, numbers: list[float] = numbers) -> Tensor:
             total = numbers[0] * values[0]
-            for number, value in zip(numbers[1:], values[1:], strict=True):
-                total = torch.add(total, value, alpha=number)
+            for weight, value in zip(numbers[1:], values[1:], strict=True):
+                total = torch.add(total, value, alpha=weight)
             return total
 
         arguments = {"values": values, "coefficients": coefficients}

@@ -85,9 +85,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, mode in zip(axes, MODES, strict=False):
-        for number, (protect, colour) in enumerate(colours.items()):
+        for index, (protect, colour) in enumerate(colours.items()):
             rows = [row for row in results["choices"] if (row["mode"], row["protect"]) == (mode, protect)]
-            places = [i + 0.25 * (number - 1) for i in range(len(rows))]
+            places = [i + 0.25 * (index - 1) for i in range(len(rows))]
             errors = [row["relative_l2"] for row in rows]
             axis.bar(places, errors, 0.25, yerr=[row["seed_spread"] for row in rows], color=colour, label=f"protect {protect}")
         axis.set_xticks(range(len(CHOICES)), [name.replace(", ", ",\n") for name in CHOICES], fontsize=8)
@@ -119,10 +119,10 @@ def main() -> None:
         stats = calibrate(
             host.model, host.scheduler, steps=host.steps, samples=arguments.calibration, seed=DRAWS[0], channels=False
         )
-        found = {"choices": choices(host, stats, progress), "sizes": sizes(host, progress)}
-    show_rows("choices", found["choices"], ("name", "fewer_macs", "relative_l2", "standard_error", "seed_spread"))
-    show_rows("sizes", found["sizes"], ("name", "size", "draw", "fewer_macs", "relative_l2", "agreement"))
-    results = {**host.facts, "calibration_samples": arguments.calibration, **found}
+        tables = {"choices": choices(host, stats, progress), "sizes": sizes(host, progress)}
+    show_rows("choices", tables["choices"], ("name", "fewer_macs", "relative_l2", "standard_error", "seed_spread"))
+    show_rows("sizes", tables["sizes"], ("name", "size", "draw", "fewer_macs", "relative_l2", "agreement"))
+    results = {**host.facts, "calibration_samples": arguments.calibration, **tables}
     path = arguments.out / f"ablations-{arguments.scheduler}-{arguments.steps}.json"
     write_record(path, arguments.device, results)
     plot(results, path.with_suffix(".png"))

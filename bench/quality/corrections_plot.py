@@ -10,10 +10,10 @@ def plot_corrections(results: dict[str, Any], front: list[tuple[float, float]], 
     """A line per way of correcting and period, over the ranks where there are any, against fewer steps."""
     rows = [row for row in results["rows"] if row["name"] != "fewer steps"]
     with error_over_macs(results, front, path) as axis:
-        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        for index, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
             points = [row for row in rows if row["name"] == name]
             label: str | None = name
-            mark, colour = style(number)
+            mark, colour = style(index)
             for period in dict.fromkeys(row["setting"].split()[0] for row in points):
                 line = [row for row in points if row["setting"].split()[0] == period]
                 axis.plot(

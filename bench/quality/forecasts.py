@@ -76,18 +76,18 @@ class Bench:
         plan, factors = made if isinstance(made, tuple) else (made, None)
         exe = self.host.compiled(plan, factors)
         held = exe.memory().peak_slot_bytes / exe.default.batch
-        found = {"fewer_macs": plan.summary().ideal_speedup, "slot_bytes": held, **self.host.compare(self.host.images(exe))}
-        return {**facts, **found}
+        figures = {"fewer_macs": plan.summary().ideal_speedup, "slot_bytes": held, **self.host.compare(self.host.images(exe))}
+        return {**facts, **figures}
 
 
 def methods(bench: Bench, every: int) -> dict[str, Callable[[], Made]]:
     """The rows of a period by name."""
     modules, output = bench.plan(every), bench.skipping(every)
     residual = bench.plan(every, kinds=["stack_residual"])
-    found: dict[str, Callable[[], Made]] = {"modules, reused": lambda: modules}
+    rows: dict[str, Callable[[], Made]] = {"modules, reused": lambda: modules}
     for order in range(1, 5):
-        found[f"modules, taylor {order}"] = lambda order=order: forecast(modules, "taylor", order)  # type: ignore[misc]
-    found |= {
+        rows[f"modules, taylor {order}"] = lambda order=order: forecast(modules, "taylor", order)  # type: ignore[misc]
+    rows |= {
         "modules, polynomial 2": lambda: forecast(modules, "polynomial", 2),
         "modules, Adams-Bashforth 1": lambda: forecast(modules, "adams_bashforth", 1),
         "modules, fitted": lambda: bench.sites(modules),
@@ -100,7 +100,7 @@ def methods(bench: Bench, every: int) -> dict[str, Callable[[], Made]]:
         "whole step, fitted": lambda: bench.whole(output),
         "whole step, fitted to outputs": lambda: bench.whole(output, target="own"),
     }
-    return found
+    return rows
 
 
 def by_period(bench: Bench, periods: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
@@ -112,9 +112,9 @@ def by_period(bench: Bench, periods: Sequence[int], progress: Progress) -> list[
         for name, make in chosen.items():
             progress.update(bar, description=f"period {every}: {name}", advance=1)
             rows.append(bench.measured(make(), name=name, every=every))
-        own = [row for row in rows if row["every"] == every]
-        taylor = next(row["relative_l2"] for row in own if row["name"] == TAYLOR)
-        for row in own:
+        period_rows = [row for row in rows if row["every"] == every]
+        taylor = next(row["relative_l2"] for row in period_rows if row["name"] == TAYLOR)
+        for row in period_rows:
             row["versus_taylor"] = row["relative_l2"] / taylor
     return rows
 
@@ -163,8 +163,8 @@ def transferred(fitted: CachePlan, plan: CachePlan) -> CachePlan:
     """
     i = plan.index("output")
     known: dict[tuple[int, tuple[str, ...]], list[tuple[float, tuple[float, ...]]]] = {}
-    for (step, _), found in sorted(fitted.forecasts.items()):
-        known.setdefault((_behind(fitted, step), found.terms), []).append((step / (fitted.steps - 1), found.coefficients[0]))
+    for (step, _), fit in sorted(fitted.forecasts.items()):
+        known.setdefault((_behind(fitted, step), fit.terms), []).append((step / (fitted.steps - 1), fit.coefficients[0]))
     forecasts = {}
     for step, row in enumerate(plan.rows):
         if row[i] == "C":
@@ -175,8 +175,8 @@ def transferred(fitted: CachePlan, plan: CachePlan) -> CachePlan:
             forecasts[step, i] = Forecast(("y1",), ((1.0,),))
             continue
         places, values = zip(*points, strict=True)
-        own = [float(np.interp(step / (plan.steps - 1), places, column)) for column in zip(*values, strict=True)]
-        forecasts[step, i] = Forecast(terms, (tuple(own),))
+        coefficients = [float(np.interp(step / (plan.steps - 1), places, column)) for column in zip(*values, strict=True)]
+        forecasts[step, i] = Forecast(terms, (tuple(coefficients),))
     rows = tuple(row[:i] + row[i].replace("R", "F") + row[i + 1 :] for row in plan.rows)
     return replace(plan, rows=rows, forecasts=forecasts)
 
@@ -226,14 +226,14 @@ def main() -> None:
     bench = Bench(host, arguments.calibration)
     columns = ("fewer_macs", "relative_l2", "standard_error", "seed_spread")
     with Progress() as progress:
-        found: dict[str, Any] = {"methods": by_period(bench, arguments.periods, progress)}
+        tables: dict[str, Any] = {"methods": by_period(bench, arguments.periods, progress)}
         if arguments.settings:
-            found["with_modules"] = with_modules(bench, progress)
-            found["settings"] = settings(bench, arguments.settings, progress)
-    show_rows("methods", found["methods"], ("name", "every", *columns, "versus_taylor"))
-    for name in set(found) - {"methods"}:
-        show_rows(name, found[name], ("name", *columns))
-    results = {**host.facts, "calibration_samples": arguments.calibration, "calibration_seed": SEED, **found}
+            tables["with_modules"] = with_modules(bench, progress)
+            tables["settings"] = settings(bench, arguments.settings, progress)
+    show_rows("methods", tables["methods"], ("name", "every", *columns, "versus_taylor"))
+    for name in set(tables) - {"methods"}:
+        show_rows(name, tables[name], ("name", *columns))
+    results = {**host.facts, "calibration_samples": arguments.calibration, "calibration_seed": SEED, **tables}
     path = arguments.out / f"forecasts-{arguments.scheduler}-{arguments.steps}.json"
     write_record(path, arguments.device, results)
     plot(results, path.with_suffix(".png"))

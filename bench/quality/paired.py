@@ -109,9 +109,9 @@ class Host:
         for noise in self.noise:
             for first in range(0, self.per_seed, BATCH):
                 labels = self.labels[first : first + BATCH]
-                given: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+                classes: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
                 part = noise[first : first + BATCH]
-                parts.append(sample(runner, self.scheduler, part, self.guidance, steps=steps or self.steps, **given).cpu())
+                parts.append(sample(runner, self.scheduler, part, self.guidance, steps=steps or self.steps, **classes).cpu())
                 on_batch()
         return torch.cat(parts)
 
@@ -158,8 +158,8 @@ class Host:
 
     def frechet(self, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
         """Fréchet distances of the classifier's features: to real images' features, and to the full runs'."""
-        own = self._features(images)
-        return {"frechet_real": frechet_distance(own, real), "frechet_full": frechet_distance(own, self.features)}
+        features = self._features(images)
+        return {"frechet_real": frechet_distance(features, real), "frechet_full": frechet_distance(features, self.features)}
 
     def real_features(self, count: int = 10_000) -> torch.Tensor:
         """Features of freshly rendered glyphs, [count, 32]."""

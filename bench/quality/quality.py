@@ -72,8 +72,8 @@ def whole(policy: str, name: str, low: int, high: int, **arguments: Any) -> Knob
     """A policy whose knob is a whole number."""
 
     def make(stats: CalibrationStats, x: float) -> CachePlan:
-        own: dict[str, Any] = {**arguments, name: round(x)}
-        return make_plan(policy, stats, **own)
+        policy_arguments: dict[str, Any] = {**arguments, name: round(x)}
+        return make_plan(policy, stats, **policy_arguments)
 
     return Knob(make, low, high, whole=True)
 
@@ -82,8 +82,8 @@ def smooth(policy: str, name: str, high: float, **arguments: Any) -> Knob:
     """A policy whose knob is a threshold."""
 
     def make(stats: CalibrationStats, x: float) -> CachePlan:
-        own: dict[str, Any] = {**arguments, name: x}
-        return make_plan(policy, stats, **own)
+        policy_arguments: dict[str, Any] = {**arguments, name: x}
+        return make_plan(policy, stats, **policy_arguments)
 
     return Knob(make, 0, high)
 
@@ -231,10 +231,10 @@ def table_in(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The rows of a record that was made with the same settings, and where they are from; no rows where there is none."""
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["results"]
-        if all(found.get(name) == value for name, value in settings.items()):
+        results = record["results"]
+        if all(results.get(name) == value for name, value in settings.items()):
             origin = {name: record[name] for name in ("commit", "command")}
-            return {"rows": found["rows"], "rows_from": found.get("rows_from", origin)}
+            return {"rows": results["rows"], "rows_from": results.get("rows_from", origin)}
     return {"rows": []}
 
 

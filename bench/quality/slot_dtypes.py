@@ -28,8 +28,8 @@ def plans(host: Host) -> dict[str, CachePlan]:
     """Plans that store values of modules, of the last block, and several for each forecast."""
 
     def interval(*kinds: str) -> CachePlan:
-        made = {"model": host.model, "scheduler": host.scheduler, "steps": host.steps, "every": 2}
-        return make_plan("interval", kinds=list(kinds) or None, **made)
+        common = {"model": host.model, "scheduler": host.scheduler, "steps": host.steps, "every": 2}
+        return make_plan("interval", kinds=list(kinds) or None, **common)
 
     return {"modules": interval(), "modules, taylor 1": forecast(interval(), "taylor", 1), "hidden": interval("hidden")}
 

@@ -41,8 +41,8 @@ def random_reuse(router: Router, reused: torch.Tensor, per_step: bool, generator
     result = torch.zeros_like(reused)
     columns = reused.shape[1]
     if per_step:
-        for step, number in enumerate(reused.sum(dim=1).tolist()):
-            result[step, torch.randperm(columns, generator=generator)[:number]] = True
+        for step, count in enumerate(reused.sum(dim=1).tolist()):
+            result[step, torch.randperm(columns, generator=generator)[:count]] = True
         return result
     routed = [step for step, full in enumerate(router.full) if not full]
     calls = torch.randperm(len(routed) * columns, generator=generator)[: int(reused.sum())]
@@ -103,9 +103,9 @@ def trained(host: Host, arguments: Any, run: int, lam: float, progress: Progress
 def measured(host: Host, base: CachePlan, router: Router, arguments: Any, progress: Progress) -> dict[str, Any]:
     """One row: the trained plan, and for pairs the random plans of equal sparsity."""
     reused = router.reused(arguments.theta)
-    numbers = {"random_free": arguments.random, "random_per_step": arguments.per_step} if router.settings.run == 1 else {}
+    counts = {"random_free": arguments.random, "random_per_step": arguments.per_step} if router.settings.run == 1 else {}
     what = f"run {router.settings.run}, lambda {router.settings.lam:g}: sampling"
-    bar = progress.add_task(what, total=1 + sum(numbers.values()))
+    bar = progress.add_task(what, total=1 + sum(counts.values()))
     plan = plan_of(base, router, reused)
     errors = host.errors(host.images(host.compiled(plan)))
     progress.advance(bar)
@@ -118,14 +118,14 @@ def measured(host: Host, base: CachePlan, router: Router, arguments: Any, progre
         "undecided_share": float(undecided.double().mean()),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    for name, number in numbers.items():
-        found = []
-        for _ in range(number):
+    for name, count in counts.items():
+        random_errors = []
+        for _ in range(count):
             other = plan_of(base, router, random_reuse(router, reused, name == "random_per_step", generator))
-            found.append(float(host.errors(host.images(host.compiled(other))).mean()))
+            random_errors.append(float(host.errors(host.images(host.compiled(other))).mean()))
             progress.advance(bar)
-        if found:
-            row[name] = spread(found) | {"plans": number, "ratio": row["relative_l2"] / median(found)}
+        if random_errors:
+            row[name] = spread(random_errors) | {"plans": count, "ratio": row["relative_l2"] / median(random_errors)}
     return row
 
 
@@ -190,8 +190,8 @@ def picture(rows: list[dict[str, Any]], references: list[dict[str, Any]], router
     )
     figure.colorbar(image, ax=left, label="0 reuses, 1 computes")
     for run in sorted({row["run"] for row in rows}):
-        own = sorted((row["fewer_macs"], row["relative_l2"]) for row in rows if row["run"] == run)
-        right.plot(*zip(*own, strict=True), "o-", label=f"L2C, {run} routed step{'s' if run > 1 else ''}")
+        points = sorted((row["fewer_macs"], row["relative_l2"]) for row in rows if row["run"] == run)
+        right.plot(*zip(*points, strict=True), "o-", label=f"L2C, {run} routed step{'s' if run > 1 else ''}")
     for name, colour in (("random_free", "tab:gray"), ("random_per_step", "tab:brown")):
         drawn = [row for row in rows if name in row]
         centre = [row[name]["median"] for row in drawn]

@@ -33,14 +33,14 @@ def plan_named(name: str, model: nn.Module, scheduler: Any, steps: int, folder: 
     Raises:
         PlanError: Unknown name, or the file is not there.
     """
-    given: dict[str, Any] = {"model": model, "scheduler": scheduler, "steps": steps}
+    common: dict[str, Any] = {"model": model, "scheduler": scheduler, "steps": steps}
     if name == "full":
-        return make_plan("full", **given)
+        return make_plan("full", **common)
     if name in ("fora2", "fora3"):
-        return make_plan("interval", every=int(name[-1]), **given)
+        return make_plan("interval", every=int(name[-1]), **common)
     blocks = len(list(model.get_submodule("transformer_blocks").children()))
     if name == "mask":
-        return make_plan("manual", actions={"hidden": gates(steps, folder)}, **given)
+        return make_plan("manual", actions={"hidden": gates(steps, folder)}, **common)
     if name not in NAMES:
         raise ArgumentError(f"unknown plan {name!r}; known: {', '.join(NAMES)}")
     data = sized_book(steps, blocks, folder) if name == "slow" else sized_schedule(steps, blocks, folder)
@@ -69,9 +69,9 @@ def sized_schedule(steps: int, blocks: int, folder: Path = PUBLISHED) -> dict[st
     schedule = _read(folder / L2C)
     depth = sum(name.startswith("attn-") for name in schedule)
     return {
-        f"{kind}-{i}": _picked(schedule[f"{kind}-{number}"], steps)
+        f"{kind}-{i}": _picked(schedule[f"{kind}-{block}"], steps)
         for kind in ("attn", "mlp")
-        for i, number in enumerate(_picked(range(depth), blocks))
+        for i, block in enumerate(_picked(range(depth), blocks))
     }
 
 

@@ -43,8 +43,8 @@ def sized_model(name: str, device: str, dtype: torch.dtype, blocks: int = 0, tok
         changes["sample_size"] = round(tokens**0.5) * int(family.random[size]["patch_size"])
     torch.manual_seed(0)
     model = getattr(import_module(family.module), family.classes[0])(**{**family.random[size], **changes})
-    made: nn.Module = nn.Module.to(model, device=device, dtype=dtype).eval()
-    return made
+    placed: nn.Module = nn.Module.to(model, device=device, dtype=dtype).eval()
+    return placed
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     compiled = time.perf_counter()
     executable.session()(**inputs)
     ready = time.perf_counter()
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "compile_s": compiled - started,
         "first_step_s": ready - compiled,
         "ready_s": ready - started,
@@ -72,8 +72,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "regions": executable.default.regions,
     }
     if arguments.overhead:
-        found["overhead_us"] = {name: row["median_us"] for name, row in overheads(setting, ("output", "modules"), 2).items()}
-    return found
+        figures["overhead_us"] = {name: row["median_us"] for name, row in overheads(setting, ("output", "modules"), 2).items()}
+    return figures
 
 
 def main() -> None:

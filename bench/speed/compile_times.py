@@ -76,8 +76,8 @@ def main() -> None:
     with torch.no_grad():
         model(**inputs)
         results["eager_step_s"], expected = seconds_of(lambda: model(**inputs).sample, device)
-    results["first_step_s"], given = seconds_of(lambda: executable.session()(**inputs).sample, device)
-    if not torch.equal(given, expected):
+    results["first_step_s"], output = seconds_of(lambda: executable.session()(**inputs).sample, device)
+    if not torch.equal(output, expected):
         raise SystemExit("the compiled first step differs from the eager model: no figure is worth printing")
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": labels + 1000}

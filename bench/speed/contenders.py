@@ -170,8 +170,8 @@ def pass_disabled(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    given = os.environ.get("STEPGRAPH_DISABLE_PASS", "")
-    with mock.patch.dict(os.environ, {"STEPGRAPH_DISABLE_PASS": ",".join(filter(None, (given, name)))}):
+    disabled = os.environ.get("STEPGRAPH_DISABLE_PASS", "")
+    with mock.patch.dict(os.environ, {"STEPGRAPH_DISABLE_PASS": ",".join(filter(None, (disabled, name)))}):
         yield
 
 
@@ -251,10 +251,10 @@ def chosen(names: Sequence[str], backend: str) -> list[str]:
     """
     wanted = {name for name in CONTENDERS if backend != "eager" or "compile" not in name} if not names else set()
     for name in names:
-        found = {key for key in CONTENDERS if key == name or key.startswith(f"{name}: ")}
-        if not found:
+        matching = {key for key in CONTENDERS if key == name or key.startswith(f"{name}: ")}
+        if not matching:
             raise CompileError(f"unknown row {name!r}; known: {'; '.join(CONTENDERS)}")
-        wanted |= found
+        wanted |= matching
     for name in list(wanted):
         if name.startswith("stepgraph: "):
             plan = name.removeprefix("stepgraph: ").split(",")[0]

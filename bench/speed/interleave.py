@@ -54,10 +54,10 @@ class Loop:
         for t in scheduler.timesteps:
             rows = torch.cat([latents, latents]) if doubled else latents
             timestep = t.to(rows.device).expand(len(rows))
-            given = output = predict(hidden_states=rows, timestep=timestep, **self.conditioning, return_dict=False)[0]
+            predicted = output = predict(hidden_states=rows, timestep=timestep, **self.conditioning, return_dict=False)[0]
             output = guided(output.chunk(2) if doubled else [output], self.guidance)
             latents = stepped(scheduler, without_variance(output, latents.shape[1]), t, latents, {})
-            sent = yield given, latents
+            sent = yield predicted, latents
             latents = latents if sent is None else sent
 
 
@@ -75,11 +75,11 @@ def loop_of(model: torch.nn.Module, scheduler: Any, steps: int, batch: int, guid
         )
     cond, uncond = family_of(model).conditioning(config, images, device)
     both = {name: torch.cat([cond[name], uncond[name]]) if guidance > 1 else cond[name] for name in cond}
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
+    prepared = copy.deepcopy(scheduler)
+    prepared.set_timesteps(steps)
     shape = (images, config["in_channels"], config["sample_size"], config["sample_size"])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(model))
-    return Loop(own, noise, both, guidance)
+    return Loop(prepared, noise, both, guidance)
 
 
 @dataclass
@@ -107,8 +107,8 @@ class Timed:
         """Half the distance of the kinds' quartiles, added up as `seconds` is: what a typical step moves by."""
         halves = 0.0
         for kind in self.contender.kinds[:steps]:
-            own = sorted(self.samples[kind])
-            halves += (own[(3 * len(own) - 1) // 4] - own[len(own) // 4]) / 2
+            samples = sorted(self.samples[kind])
+            halves += (samples[(3 * len(samples) - 1) // 4] - samples[len(samples) // 4]) / 2
         return halves
 
 
@@ -144,26 +144,26 @@ def take_turns(
     followed = {i: order.index(c.reference) for i, c in enumerate(contenders) if c.reference in order}
     for contender in contenders:
         _warm_up(contender, loop, steps, min(warm, steps))
-    for number in range(rounds):
+    for round_index in range(rounds):
         runs = [loop.run(entry.contender.start()) for entry in timed]
-        places = list(range(len(timed)))[:: -1 if number % 2 else 1]
+        places = list(range(len(timed)))[:: -1 if round_index % 2 else 1]
         sent: list[torch.Tensor | None] = [None] * len(timed)
-        made: dict[int, Made] = {}
+        pairs: dict[int, Made] = {}
         for step in range(steps):
             for place in places:
-                seconds, made[place] = _step(runs[place], sent[place], loop.noise.is_cuda)
+                seconds, pairs[place] = _step(runs[place], sent[place], loop.noise.is_cuda)
                 timed[place].samples[timed[place].contender.kinds[step]].append(seconds)
-            if number == 0:
+            if round_index == 0:
                 for place, entry in enumerate(timed):
-                    entry.latents = made[place][1].clone()
+                    entry.latents = pairs[place][1].clone()
             if forced:
                 for place, other in followed.items():
-                    error = relative_l2(made[place][0], made[other][0])
+                    error = relative_l2(pairs[place][0], pairs[other][0])
                     # A NaN is never the smaller one.
                     before = timed[place].error
                     timed[place].error = error if before is None or not error <= before else before
-                    sent[place] = made[other][1]
-            on_step(number * steps + step + 1, total)
+                    sent[place] = pairs[other][1]
+            on_step(round_index * steps + step + 1, total)
         for entry in timed:
             entry.contender.check(steps)
     return timed
@@ -179,10 +179,10 @@ def _warm_up(contender: Contender, loop: Loop, steps: int, warm: int) -> None:
 def _step(run: Generator[Made, Any, None], sent: torch.Tensor | None, cuda: bool) -> tuple[float, Made]:
     with torch.compiler.set_stance("fail_on_recompile"):
         started = time.perf_counter()
-        made = run.send(sent)
+        pair = run.send(sent)
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - started, made
+        return time.perf_counter() - started, pair
 
 
 def refuse_wrong_results(timed: Sequence[Timed], tolerance: float) -> None:

@@ -49,9 +49,9 @@ def milliseconds(executable: Executable, inputs: dict[str, Any], rounds: int, de
     for _ in range(rounds + 1):
         session = executable.session()
         for name, t in zip(ROWS, executable.plan.header.timesteps, strict=True):
-            given = inputs | {"timestep": torch.full_like(inputs["timestep"], int(t))}
+            step_inputs = inputs | {"timestep": torch.full_like(inputs["timestep"], int(t))}
             started = time.perf_counter()
-            session(**given)
+            session(**step_inputs)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - started))
@@ -80,14 +80,14 @@ def main() -> None:
         name: torch.randn_like(value) if value.is_floating_point() else value
         for name, value in example_inputs(model, arguments.batch).items()
     }
-    found = []
+    rows = []
     for rank in arguments.ranks:
         factors = random_factors(model, plan.header, rank)
         executable = compile_plan(model, plan, inputs, CompileConfig(arguments.backend), factors)
         times, macs = milliseconds(executable, inputs, arguments.rounds, arguments.device), executable.macs().per_step
         for (name, ms), count, variant in zip(times.items(), macs, executable.default.rows, strict=True):
             speedup, ideal = times["compute"] / ms, macs[-1] / count
-            found.append(
+            rows.append(
                 {
                     "rank": rank, "row": name, "ms": ms, "gmacs": count / 1e9, "speedup": speedup, "ideal": ideal,
                     "share_of_ideal": speedup / ideal, "providers": dict(executable.default.variants[variant].providers),
@@ -95,10 +95,10 @@ def main() -> None:
             )  # fmt: skip
     results = {
         "model": arguments.model, "dtype": arguments.dtype, "backend": arguments.backend, "batch": arguments.batch,
-        "rounds": arguments.rounds, "rows": found,
+        "rounds": arguments.rounds, "rows": rows,
     }  # fmt: skip
     columns = ("rank", "row", "ms", "gmacs", "speedup", "ideal", "share_of_ideal")
-    show_rows(f"{arguments.model}, {arguments.dtype}", found, columns, ".2f")
+    show_rows(f"{arguments.model}, {arguments.dtype}", rows, columns, ".2f")
     write_record(arguments.out / f"lowrank_steps-{arguments.device.split(':')[0]}.json", arguments.device, results)
 
 

@@ -82,8 +82,8 @@ class FirstBlockAndResidual:
         self.residual: torch.Tensor | None = None
         self.ran = 0
         blocks: Any = list(self.model.get_submodule("transformer_blocks").children())
-        for number, block in enumerate(blocks):
-            vars(block)["forward"] = self._forward(number, len(blocks), block.forward)
+        for index, block in enumerate(blocks):
+            vars(block)["forward"] = self._forward(index, len(blocks), block.forward)
 
     def start(self) -> "FirstBlockAndResidual":
         """Begin a run."""

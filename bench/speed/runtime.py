@@ -91,7 +91,7 @@ def check_small(names: list[str], setting: Setting) -> tuple[dict[str, float], f
     small = replace(setting, model=model, scheduler=DDIMScheduler(), batch=2, made={})
     loop = loop_of(model, small.scheduler, steps, 2, 1.0)
     exact = copy.deepcopy(model).double()
-    ends = [deque(own.run(runner), 1).pop()[1] for own, runner in ((loop, model), (loop.in_float64(), exact))]
+    ends = [deque(each_loop.run(runner), 1).pop()[1] for each_loop, runner in ((loop, model), (loop.in_float64(), exact))]
     tolerance = max(TOLERANCES["float32"], 4 * relative_l2(*ends))
     timed = take_turns([CONTENDERS[name](small) for name in names], loop, steps, 1)
     refuse_wrong_results(timed, tolerance)
@@ -266,7 +266,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def refuse_other_class(name: str, *classes: str) -> None:
     """The plans and peers that are compared here are DiT's."""
-    others = [found for found in classes if found != DiTTransformer2DModel.__name__]
+    others = [class_name for class_name in classes if class_name != DiTTransformer2DModel.__name__]
     if others:
         raise CompileError(
             f"{name} is a {others[0]}; what is compared here are plans and peers of {DiTTransformer2DModel.__name__}: pass "

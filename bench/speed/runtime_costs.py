@@ -40,7 +40,7 @@ def overheads(setting: Setting, names: Sequence[str] = tuple(REUSED), rounds: in
         rounds: Sampling runs.
         least: Fewest steps of a run.
     """
-    steps, inputs, found = max(setting.steps, least), example_inputs(setting.model, setting.batch), {}
+    steps, inputs, figures = max(setting.steps, least), example_inputs(setting.model, setting.batch), {}
     for name in names:
         actions = dict.fromkeys(REUSED[name], "C" + "R" * (steps - 1))
         plan = make_plan("manual", model=setting.model, scheduler=setting.scheduler, steps=steps, actions=actions)
@@ -52,14 +52,14 @@ def overheads(setting: Setting, names: Sequence[str] = tuple(REUSED), rounds: in
             session = executable.session()
             session(**{**inputs, "timestep": timesteps[0]}, return_dict=False)
             for timestep in timesteps[1:]:
-                given = {**inputs, "timestep": timestep}
+                step_inputs = {**inputs, "timestep": timestep}
                 started = time.perf_counter()
-                session(**given, return_dict=False)
+                session(**step_inputs, return_dict=False)
                 if next(setting.model.parameters()).is_cuda:
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
-        found[name] = {"median_us": 1e6 * statistics.median(seconds), "least_us": 1e6 * min(seconds), "calls": len(seconds)}
-    return found
+        figures[name] = {"median_us": 1e6 * statistics.median(seconds), "least_us": 1e6 * min(seconds), "calls": len(seconds)}
+    return figures
 
 
 def memory(plan: CachePlan, batch: int) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def scaled(usual: Mapping[str, Any], scales: Mapping[str, Sequence[int]] = SCALE
     """Cold compile seconds and overhead per step, with one size varied at a time."""
     done: dict[str, Any] | None = None
     for what, values in scales.items():
-        for number, value in enumerate(values):
-            if number == 0 and done is not None:
+        for index, value in enumerate(values):
+            if index == 0 and done is not None:
                 yield {"varied": what, "value": value, **done}
                 continue
             changed = {name: sizes[0] for name, sizes in scales.items()} | {what: value}
             with tempfile.TemporaryDirectory() as cache:
                 row = in_fresh_process({**usual, **changed, "overhead": 1}, cache)
-            done = row if number == 0 else done
+            done = row if index == 0 else done
             yield {"varied": what, "value": value, **row}

@@ -45,17 +45,17 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["varied"] for row in results["scaling"]))
     figure = Figure(figsize=(3.2 * len(names), 5), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)
-    for number, name in enumerate(names):
+    for column, name in enumerate(names):
         rows = sorted((row for row in results["scaling"] if row["varied"] == name), key=lambda row: row["value"])
         values = [row["value"] for row in rows]
-        axes[0][number].plot(values, [row["compile_s"] for row in rows], "o-", color=INK)
-        axes[0][number].set_ylabel("s to compile, cold")
+        axes[0][column].plot(values, [row["compile_s"] for row in rows], "o-", color=INK)
+        axes[0][column].set_ylabel("s to compile, cold")
         for what, colour in (("output", INK), ("modules", ACCENT)):
-            axes[1][number].plot(values, [row["overhead_us"][what] for row in rows], "o-", color=colour, label=f"{what} reused")
-        axes[1][number].set_ylabel("us a call")
-        axes[1][number].set_xlabel(name)
-        axes[0][number].set_ylim(bottom=0, top=1.1 * max(row["compile_s"] for row in results["scaling"]))
+            axes[1][column].plot(values, [row["overhead_us"][what] for row in rows], "o-", color=colour, label=f"{what} reused")
+        axes[1][column].set_ylabel("us a call")
+        axes[1][column].set_xlabel(name)
+        axes[0][column].set_ylim(bottom=0, top=1.1 * max(row["compile_s"] for row in results["scaling"]))
         # From tens of microseconds to tenths of a second.
-        axes[1][number].set_yscale("log")
+        axes[1][column].set_yscale("log")
     axes[1][0].legend(frameon=False, fontsize=8)
     save_figure(path, figure)

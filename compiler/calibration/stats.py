@@ -135,8 +135,8 @@ class CalibrationStats:
         if name not in self.branches:
             raise ArgumentError(f"unknown branch {name!r}; these statistics have {', '.join(self.branches)}")
         at = self.branches.index(name)
-        own = {key: table if key in UNBRANCHED else table[at : at + 1] for key, table in self.tables.items()}
-        return replace(self, branches=(name,), tables=own)
+        tables = {key: table if key in UNBRANCHED else table[at : at + 1] for key, table in self.tables.items()}
+        return replace(self, branches=(name,), tables=tables)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """The invariance pictures of the papers; written to `path` where given (see `stats_plot`)."""

@@ -27,10 +27,10 @@ def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch
     ordered = [inputs[name] for name in marked.trace.inputs]
     best: dict[fx.Node, float] = {}
     with torch.no_grad():
-        for number in range(repeats + 1):
+        for run in range(repeats + 1):
             timer = _NodeTimer(gm, ordered[0].device)
             timer.run(*ordered)
-            if number:
+            if run:
                 best = {node: min(taken, best.get(node, taken)) for node, taken in timer.seconds.items()}
     nodes = [marker for _, marker in markers(marked.graph)]
     seconds = savings(nodes, marked.sites, lambda saved: sum(best.get(node, 0.0) for node in saved))

@@ -171,7 +171,7 @@ def distinct_times(plan: CachePlan, step: int, i: int) -> tuple[list[int], list[
 
 def chosen(kinds: Sequence[str] | None, sites: Sequence[str] | None) -> dict[str, list[str]]:
     """What was asked for, for a record."""
-    return {name: list(given) for name, given in (("kinds", kinds), ("sites", sites)) if given is not None}
+    return {name: list(values) for name, values in (("kinds", kinds), ("sites", sites)) if values is not None}
 
 
 def with_cells(

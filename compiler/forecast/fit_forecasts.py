@@ -22,6 +22,7 @@ from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
 from stepgraph.plan.factors import Factors
+from stepgraph.wrapped_models import unwrapped
 
 WHOLE_STEP = ("y1", "y2", "x0", "x1")
 TARGETS = (STATE, FULL, OWN)
@@ -72,7 +73,7 @@ def fit_whole_step(
         PlanError: The plan skips no step, or it, the model and the scheduler do not belong together.
     """
     runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
-    return fit_traced(plan, TracedModel(model), scheduler, runs, terms, factors)
+    return fit_traced(plan, TracedModel(unwrapped(model)), scheduler, runs, terms, factors)
 
 
 def fit_traced(
@@ -133,8 +134,9 @@ def fit_forecast(
     Raises:
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
+    traced = TracedModel(unwrapped(model))
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
-    return _fitted_plan(plan, TracedModel(model), scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
+    return _fitted_plan(plan, traced, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
 def residual_affine(
@@ -179,8 +181,10 @@ def residual_affine(
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     _refuse_other_target(plan, cells, runs)
-    fitted = fit_in_closed_loop(plan, TracedModel(model), scheduler, cells, runs, factors, per_channel=True)
-    affine = {f"{plan.sites[i].name}/{step}": found[0].float() for (step, i), found in sorted(fitted.coefficients.items())}
+    fitted = fit_in_closed_loop(plan, TracedModel(unwrapped(model)), scheduler, cells, runs, factors, per_channel=True)
+    affine = {
+        f"{plan.sites[i].name}/{step}": branches[0].float() for (step, i), branches in sorted(fitted.coefficients.items())
+    }
     whole = with_affine(factors, affine, plan)
     forecasts = {cell: Forecast(tuple(terms)) for cell, terms in cells.items()}
     record = {"by": "residual_affine", **_record(runs, cells, fitted)}

@@ -118,8 +118,9 @@ def fit_in_closed_loop(
     """
     model = traced.model
     refuse_other_model(plan.header, model)
-    refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
-    refuse_stochastic(scheduler, plan.header.steps)
+    prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+    refuse_other_schedule(plan.header, prepared, "the given scheduler")
+    refuse_stochastic(scheduler, plan.header.steps, plan.header.schedule)
     guided, weight = runs.guidance_scale > 1, next(model.parameters())
     if plan.header.guidance == "separate" and not guided:
         raise PlanError("the plan has one branch each for cond and uncond; pass a guidance_scale above 1")
@@ -129,11 +130,11 @@ def fit_in_closed_loop(
     noise = torch.cat([torch.randn((1, *shape), generator=generator) for _ in range(runs.samples)])
     noise = noise.to(weight.device, model_dtype(model))
     conditioning = conditioning_of(traced, runs.conditioning, runs.samples, guided, weight.device)
-    own, full = (Trajectory(plan.header, traced, scheduler, noise, runs.guidance_scale, conditioning) for _ in range(2))
-    loop = ClosedLoop(plan, traced, cells, own.inputs()[0], runs, factors, per_channel)
+    own_run, full_run = (Trajectory(plan.header, model, scheduler, noise, runs.guidance_scale, conditioning) for _ in range(2))
+    loop = ClosedLoop(plan, traced, cells, own_run.inputs()[0], runs, factors, per_channel)
     with torch.no_grad():
         for step in range(plan.steps):
-            loop.step(own, full)
+            loop.step(own_run, full_run)
             if runs.on_step is not None:
                 runs.on_step(step + 1, plan.steps)
     return loop.fitted
@@ -181,17 +182,17 @@ class ClosedLoop:
         wanted = {i: terms for (s, i), terms in self.cells.items() if s == step}
         true: list[dict[int, torch.Tensor]] = []
         if self.runs.target == OWN:
-            true = [self.whole(given)[1] for given in inputs] if wanted else []
+            true = [self.whole(call)[1] for call in inputs] if wanted else []
         else:
-            evaluated = [self.whole(given) for given in full.inputs()]
+            evaluated = [self.whole(call) for call in full.inputs()]
             true = [values for _, values in evaluated]
             full.advance([output for output, _ in evaluated])
         if wanted and self.runs.target == STATE:
             self._land(step, wanted, own, full.latents)
         elif wanted:
-            for branch, (given, targets) in enumerate(zip(inputs, true, strict=True)):
-                self._fit_sites(step, branch, wanted, own.noisy(given), targets)
-        own.advance([self.session(return_dict=False, **given)[0] for given in inputs])
+            for branch, (call, targets) in enumerate(zip(inputs, true, strict=True)):
+                self._fit_sites(step, branch, wanted, own.noisy(call), targets)
+        own.advance([self.session(return_dict=False, **call)[0] for call in inputs])
 
     def _fit_sites(
         self,
@@ -234,8 +235,8 @@ class ClosedLoop:
     ) -> torch.Tensor | None:
         """What a term adds to the guided output, per unit of its coefficient in some of the branches; None for a constant."""
         values = []
-        for branch, given in enumerate(inputs):
-            value = _term(term, i, own.noisy(given), self.session.stored(branch))
+        for branch, call in enumerate(inputs):
+            value = _term(term, i, own.noisy(call), self.session.stored(branch))
             if value is None:
                 return None
             values.append(value if branch in members else torch.zeros_like(value))
@@ -249,8 +250,8 @@ class ClosedLoop:
         self.fitted.coefficients.setdefault((step, i), []).append(coefficients)
         self.fitted.residuals[step, i] = max(residual, self.fitted.residuals.get((step, i), 0.0))
         # This constant is this site's alone: no other forecast has the placeholder.
-        _, number = numbered_forecasts(self.session.executable.default.plan, step)[i]
-        self.session.use_constant(step, branch, number, coefficients)
+        _, constant = numbered_forecasts(self.session.executable.default.plan, step)[i]
+        self.session.use_constant(step, branch, constant, coefficients)
 
 
 def _term(term: str, i: int, latents: torch.Tensor, stored: Mapping[Read, tuple[torch.Tensor, ...]]) -> torch.Tensor | None:

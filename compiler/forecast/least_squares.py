@@ -35,11 +35,11 @@ def least_squares(
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths.clamp_min(1e-300), 0.0)
     scaled = gram * scale[:, :, None] * scale[:, None, :] + ridge * torch.eye(k, dtype=torch.float64)
-    found = torch.linalg.solve(scaled, wanted * scale) * scale
-    left = products[:, k, k] - 2 * (found * wanted).sum(-1) + torch.einsum("ci,cij,cj->c", found, gram, found)
+    solution = torch.linalg.solve(scaled, wanted * scale) * scale
+    left = products[:, k, k] - 2 * (solution * wanted).sum(-1) + torch.einsum("ci,cij,cj->c", solution, gram, solution)
     total = float(products[:, k, k].sum())
     residual = (float(left.sum().clamp_min(0)) / total) ** 0.5 if total else 0.0
-    return (found.T.contiguous() if per_channel else found[0]), residual
+    return (solution.T.contiguous() if per_channel else solution[0]), residual
 
 
 def _present(values: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -78,8 +78,8 @@ def markers(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
 def slot_name(site: Site, part: str = "value", age: int = 1, tensor: int = 0) -> str:
     """Name of the graph input that carries a site's stored value, or one tensor of it."""
     name = "slot_" + site.name.replace(".", "_").replace("#", "_call").replace(":", "_out")
-    kept = "" if part == "value" else f"_{part}{tensor}"
-    return name + kept + (f"_age{age}" if age > 1 else "")
+    suffix = "" if part == "value" else f"_{part}{tensor}"
+    return name + suffix + (f"_age{age}" if age > 1 else "")
 
 
 def coefficients_name(number: int) -> str:
@@ -94,8 +94,8 @@ def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def find_input(graph: fx.Graph, name: str) -> fx.Node:
     """The graph input of a name."""
-    found: fx.Node = next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
-    return found
+    placeholder: fx.Node = next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
+    return placeholder
 
 
 def erase_unread(nodes: Iterable[fx.Node]) -> None:

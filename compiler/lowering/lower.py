@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.lowering.cut import Piece, cut
+from stepgraph.compiler.lowering.cut import Piece, cut, opaque_nodes
 from stepgraph.compiler.lowering.lift_region import Region, lift_region, tensor_at
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
@@ -41,11 +41,21 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
     if config.backend == "eager":
         return Lowered([GraphCall(gm.forward, results) for gm in graphs])
     if not config.regions:
+        _refuse_opaque(graphs)
         return Lowered([GraphCall(compile_whole(gm), results) for gm in graphs], len(graphs))
     builder = _Builder(config, results)
     variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
     builder.compile()
     return Lowered([builder.region_calls(gm, uses) for gm, uses in variants], len(builder.regions))
+
+
+def _refuse_opaque(graphs: Sequence[fx.GraphModule]) -> None:
+    """Whole graphs are compiled with everything in them."""
+    opaque = next((node for gm in graphs for node in opaque_nodes(gm)), None)
+    if opaque is not None:
+        raise CompileError(
+            f"{opaque.target} has quantised weights, which run as they are between compiled regions; leave regions=False out"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,11 @@ class _Builder:
         """Compile every region once."""
         for key, region in self.kernels.items():
             self._runs[key] = region.writing(self._returned[key]).forward
-        for number, (key, region) in enumerate(self.regions.items(), start=1):
+        for place, (key, region) in enumerate(self.regions.items(), start=1):
             started = time.perf_counter()
             self._runs[key] = compile_region(region, self._returned[key], self.config)
             get_logger("lower").info(
-                "region %d of %d: %d nodes, %.1f s", number, len(self.regions), len(region.nodes), time.perf_counter() - started
+                "region %d of %d: %d nodes, %.1f s", place, len(self.regions), len(region.nodes), time.perf_counter() - started
             )
 
     def region_calls(self, gm: fx.GraphModule, uses: Sequence[_Use]) -> RegionCalls:
@@ -123,7 +133,7 @@ class _Builder:
                 for use, nodes in zip(uses, written, strict=True)
             ),
             shapes=tuple(node.meta["val"].shape for node in arguments),
-            weights=tuple(weights.values()),
+            weights=list(weights.values()),
             work=work,
             work_bytes=work_bytes,
             made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in written_results),
@@ -134,7 +144,7 @@ class _Builder:
 
     def _written(self, use: _Use) -> list[fx.Node]:
         """The nodes of a piece whose values its region writes, whether anyone reads them here or not."""
-        return [use.piece.nodes[number] for number in sorted(self._returned[use.key])]
+        return [use.piece.nodes[index] for index in sorted(self._returned[use.key])]
 
 
 def _places(
@@ -163,7 +173,7 @@ def compile_region(region: Region, returned: Collection[int], config: CompileCon
     # Inductor takes most of the time that a process takes to start, and only those who compile with it need it.
     from stepgraph.compiler.lowering.region_cache import compile_kept
 
-    targets = [region.nodes[number].meta["val"] for number in sorted(returned)]
+    targets = [region.nodes[index].meta["val"] for index in sorted(returned)]
     gm = region.writing(returned)
     for node in gm.graph.nodes:
         node.meta = {}

@@ -29,9 +29,9 @@ class FullSum:
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """Means over the rows, on the CPU; the sums are used up."""
-        found = {f"xx/{key}": self.xx}
-        found |= {f"yx/{path}": table for path, table in self.yx.items()}
-        return {name: table.div_(self.rows).cpu() for name, table in found.items()}
+        sums = {f"xx/{key}": self.xx}
+        sums |= {f"yx/{path}": table for path, table in self.yx.items()}
+        return {name: table.div_(self.rows).cpu() for name, table in sums.items()}
 
     def numbers(self) -> dict[str, float]:
         """What else is known of dx: rows, E||dx||^2 and E||dx||^4."""
@@ -73,9 +73,9 @@ class SketchSum:
             directions = right.T
         squares, directions = squares.flip(0).clamp_min(0), directions.flip(0)
         last = squares[self.size] if len(squares) > self.size else squares.new_zeros(())
-        kept = (squares[: self.size] - last).clamp_min(0).sqrt()
+        lengths = (squares[: self.size] - last).clamp_min(0).sqrt()
         self.removed += float(last)
-        self.sketch = torch.where(kept[:, None] > 0, kept[:, None] * directions[: self.size], 0).float()
+        self.sketch = torch.where(lengths[:, None] > 0, lengths[:, None] * directions[: self.size], 0).float()
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """Mean over the rows, on the CPU."""
@@ -85,5 +85,5 @@ class SketchSum:
 
     def numbers(self) -> dict[str, float]:
         """What else is known of dx; `removed` bounds the spectral norm of what the sketch lacks."""
-        found = {"trace": self.trace, "fourth": self.fourth, "removed": self.removed}
-        return {"rows": self.rows} | {name: value / self.rows for name, value in found.items()}
+        sums = {"trace": self.trace, "fourth": self.fourth, "removed": self.removed}
+        return {"rows": self.rows} | {name: value / self.rows for name, value in sums.items()}

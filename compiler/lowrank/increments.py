@@ -57,13 +57,13 @@ def find_maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str] | None
         PlanError: A kind is not known, or none of its sites holds a linear map.
     """
     wanted = check_kinds(marked, kinds)
-    found = _maps(model, marked, wanted)
-    seen = {kind for kind, _ in found.values()}
+    maps = _maps(model, marked, wanted)
+    seen = {kind for kind, _ in maps.values()}
     empty = [kind for kind in wanted if kind not in seen and kinds is not None]
-    if empty or not found:
+    if empty or not maps:
         known = ", ".join(sorted({kind for kind, _ in _maps(model, marked, MODULE_KINDS).values()}))
         raise ArgumentError(f"sites of kind {', '.join(empty or wanted)} hold no linear map; those of {known or 'no kind'} do")
-    return {path: calls for path, (_, calls) in found.items()}
+    return {path: calls for path, (_, calls) in maps.items()}
 
 
 def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[str, tuple[str, list[fx.Node]]]:
@@ -160,22 +160,22 @@ def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
         PlanError: One of them is none of this model's.
     """
     present = [kind for kind in MODULE_KINDS if any(site.kind == kind for site in marked.sites)]
-    given = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
-    unknown = [kind for kind in given if kind not in present]
-    if unknown or not given:
+    wanted = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
+    unknown = [kind for kind in wanted if kind not in present]
+    if unknown or not wanted:
         raise ArgumentError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
-    return given
+    return wanted
 
 
 class Watcher(nn.Module):
     """Runs the traced model and hands the increments of some targets to their sums.
 
-    Called like the model, but with the scheduler's own timesteps; `observed` is the model, for whoever needs its signature.
+    Called like the model; `observed` is the model, for whoever needs its signature.
     """
 
     def __init__(self, model: nn.Module, marked: MarkedGraph, sums: Mapping[Target, Any], periods: Sequence[int]) -> None:
         super().__init__()
-        self.observed, self.timestep = model, marked.family.timestep
+        self.observed = model
         self.names, self.results = tuple(marked.trace.inputs), marked.trace.output_spec.num_leaves
         self.sums, self.periods = dict(sums), tuple(periods)
         self.graph = watched_graph(marked, model, values=_watched(list(self.sums)))
@@ -187,8 +187,6 @@ class Watcher(nn.Module):
 
     def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor, ...]:
         """One evaluation; the sums grow by this step's increments."""
-        if self.timestep != 1:
-            inputs["timestep"] = inputs["timestep"] * self.timestep
         results, values = self.evaluate(inputs)
         for period in self.periods:
             if self.step % period == 0:
@@ -224,6 +222,8 @@ def sampled_rows(
 ) -> Iterator[dict[str, Any]]:
     """The conditioning of every sampling run, one row each."""
     unbatched = traced.family.unbatched
-    given = conditioning_of(traced, conditioning, samples, guided, device)
+    all_rows = conditioning_of(traced, conditioning, samples, guided, device)
     for n in range(samples):
-        yield {name: value if name in unbatched else value[n : n + 1] for name, value in given.items()}
+        yield {
+            name: value if name.removeprefix("negative_") in unbatched else value[n : n + 1] for name, value in all_rows.items()
+        }

@@ -42,7 +42,8 @@ class PlanRuns:
         guidance_scale: float,
     ) -> None:
         refuse_other_model(plan.header, traced.model)
-        refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
+        prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+        refuse_other_schedule(plan.header, prepared, "the given scheduler")
         if (plan.header.guidance == "separate" and guidance_scale <= 1) or (
             plan.header.guidance == "none" and guidance_scale > 1
         ):
@@ -55,10 +56,10 @@ class PlanRuns:
                 "the plan has no LOWRANK site whose increments could be measured; correct it with stepgraph.lowrank "
                 "(`stepgraph plan correct --lowrank`)"
             )
-        around = [own for (step, i), own in plan.forecasts.items() if plan.rows[step][i] == LOWRANK]
+        around = [plan_forecast for (step, i), plan_forecast in plan.forecasts.items() if plan.rows[step][i] == LOWRANK]
         self.ages = max((age for forecast in around for age in forecast.ages), default=1)
         self.executable = compile_plan(traced.model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
-        self.plan, self.traced, self.scheduler, self.scale = self.executable.plan, traced, scheduler, guidance_scale
+        self.plan, self.scheduler, self.scale = self.executable.plan, scheduler, guidance_scale
 
     @property
     def digest(self) -> str:
@@ -96,25 +97,25 @@ class PlanWatcher(Watcher):
             report: Called with (steps done, steps in all).
         """
         runs, session, steps = self.runs, self.runs.executable.session(), self.plan.steps
-        own = Trajectory(self.plan.header, runs.traced, runs.scheduler, noise, runs.scale, conditioning)
+        trajectory = Trajectory(self.plan.header, self.observed, runs.scheduler, noise, runs.scale, conditioning)
         for step in range(steps):
-            given = own.inputs()
-            for branch, inputs in enumerate(given):
+            calls = trajectory.inputs()
+            for branch, inputs in enumerate(calls):
                 self.watch(step, branch, inputs)
-            own.advance([session(return_dict=False, **inputs)[0] for inputs in given])
+            trajectory.advance([session(return_dict=False, **inputs)[0] for inputs in calls])
             if report is not None:
                 report(step + 1, steps)
 
     def watch(self, step: int, branch: int, inputs: Mapping[str, Any]) -> None:
         """The full model on a branch's inputs at a step; the sums grow by the increments of the sites corrected there."""
         _, values = self.evaluate(inputs)
-        increments = iter([self._increment(step, branch, number, value) for number, value in enumerate(values)])
+        increments = iter([self._increment(step, branch, index, value) for index, value in enumerate(values)])
         for target, sums in self.sums.items():
             xs = [next(increments) for _ in target.values]
             ys = {path: next(increments) for path in target.outputs}
-            found = [x for x in xs if x is not None]
-            if found:
-                sums.add(found, {path: y for path, y in ys.items() if y is not None})
+            present = [x for x in xs if x is not None]
+            if present:
+                sums.add(present, {path: y for path, y in ys.items() if y is not None})
 
     def _increment(self, step: int, branch: int, value_index: int, value: Tensor) -> Tensor | None:
         """[rows, C] float32 where the value's site is corrected; where it is computed, the value is kept."""

@@ -28,7 +28,7 @@ class RankReport:
     @property
     def mean(self) -> dict[int, float]:
         """Root mean square over the maps, per rank."""
-        return {rank: mean_error(own) for rank, own in self.errors.items()}
+        return {rank: mean_error(errors) for rank, errors in self.errors.items()}
 
     @property
     def worse(self) -> dict[str, list[tuple[int, int]]]:
@@ -38,8 +38,8 @@ class RankReport:
         to the error; a whole map can fit what it was made from and nothing else.
         """
         paths = next(iter(self.errors.values()), {})
-        found = {path: worse_ranks([(rank, own[path]) for rank, own in self.errors.items()]) for path in paths}
-        return {path: pairs for path, pairs in found.items() if pairs}
+        by_path = {path: worse_ranks([(rank, errors[path]) for rank, errors in self.errors.items()]) for path in paths}
+        return {path: pairs for path, pairs in by_path.items() if pairs}
 
 
 def rank_report(

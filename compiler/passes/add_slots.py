@@ -32,13 +32,13 @@ def add_slots(gm: fx.GraphModule, ctx: PassContext) -> int:
         count += 1
 
     for read in ctx.reads:
-        for number, value in enumerate(stored_tensors(gm.graph, ctx, read, values[read.site])):
+        for tensor, value in enumerate(stored_tensors(gm.graph, ctx, read, values[read.site])):
             meta = {} if read.part == MAPS else {SLOT: read.site}
-            add(slot_name(ctx.sites[read.site], read.part, read.age, number), value, **meta)
-    for number, site in sorted({number: site for site, (_, number) in ctx.forecasts.items()}.items()):
+            add(slot_name(ctx.sites[read.site], read.part, read.age, tensor), value, **meta)
+    for constant, site in sorted({constant: site for site, (_, constant) in ctx.forecasts.items()}.items()):
         forecast, value = ctx.forecasts[site][0], values[site]
         shape = (len(forecast.terms), value.shape[-1]) if forecast.per_channel else (len(forecast.terms),)
-        add(coefficients_name(number), value.new_empty(shape, dtype=coefficient_dtype(value.dtype)))
+        add(coefficients_name(constant), value.new_empty(shape, dtype=coefficient_dtype(value.dtype)))
     return count
 
 

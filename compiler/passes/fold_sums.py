@@ -51,13 +51,13 @@ def fold_sums(program: RowGraphs, ctx: ProgramContext) -> int:
 def _groups(program: RowGraphs) -> list[list[int]]:
     """Sites whose stored values go together everywhere, in the model's order."""
     told: dict[int, list[object]] = {}
-    for number, (gm, context) in enumerate(zip(program.graphs, program.contexts, strict=True)):
-        run_of = {site: (number, i) for i, run in enumerate(_runs(gm, context)) for site in run}
+    for variant, (gm, context) in enumerate(zip(program.graphs, program.contexts, strict=True)):
+        run_of = {site: (variant, i) for i, run in enumerate(_runs(gm, context)) for site in run}
         for read in context.reads:
             # What is read in any other way stays alone.
-            told.setdefault(read.site, []).append(run_of.get(read.site, (number, "alone", read.site)))
+            told.setdefault(read.site, []).append(run_of.get(read.site, (variant, "alone", read.site)))
         for site, part in context.stores:
-            told.setdefault(site, []).append((number, part))
+            told.setdefault(site, []).append((variant, part))
     together: dict[tuple[object, ...], list[int]] = {}
     for site in sorted(told):
         together.setdefault(tuple(told[site]), []).append(site)
@@ -106,7 +106,7 @@ def _store_sums(gm: fx.GraphModule, context: PassContext, groups: Iterable[Seque
     """Replace the stored values of each group by their sum, which is added up where each is made."""
     output = output_of(gm.graph)
     nodes: list[fx.Node | None] = list(output.args[0])
-    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    order = {node: position for position, node in enumerate(gm.graph.nodes)}
     places = _places(context, results)
     for group in groups:
         if (group[0], VALUE) not in places:
@@ -116,7 +116,7 @@ def _store_sums(gm: fx.GraphModule, context: PassContext, groups: Iterable[Seque
         for value in rest:
             with gm.graph.inserting_after(value):
                 added = gm.graph.call_function(torch.add, (value, total))
-            added.meta |= {key: kept for key, kept in value.meta.items() if key in ("val", "nn_module_stack")}
+            added.meta |= {key: entry for key, entry in value.meta.items() if key in ("val", "nn_module_stack")}
             total = added
         nodes[first] = total
         for place in others:

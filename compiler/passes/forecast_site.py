@@ -48,8 +48,8 @@ def forecast_site(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def _combined(graph: fx.Graph, ctx: PassContext, index: int, like: torch.Tensor) -> fx.Node:
     """The node of a site's forecast."""
-    forecast, number = ctx.forecasts[index]
-    coefficients, site = find_input(graph, coefficients_name(number)), ctx.sites[index]
+    forecast, constant = ctx.forecasts[index]
+    coefficients, site = find_input(graph, coefficients_name(constant)), ctx.sites[index]
     stored = [find_input(graph, slot_name(site, VALUE, age)) for age in forecast.ages]
     inputs = [find_input(graph, slot_name(site, INPUT, age)) if age else next(iter(graph.nodes)) for age in forecast.inputs]
     if all(node.meta["val"].shape == like.shape for node in inputs):

@@ -44,7 +44,7 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
             arguments = (start, [*gates, gate], [*values, value])  # type: ignore[misc]
         with gm.graph.inserting_before(node):
             fused = gm.graph.call_function(gated_residual, arguments)
-        fused.meta |= {key: kept for key, kept in node.meta.items() if key != MACS}
+        fused.meta |= {key: entry for key, entry in node.meta.items() if key != MACS}
         node.replace_all_uses_with(fused)
         erase_unread((node, gated, x))
         count += 1

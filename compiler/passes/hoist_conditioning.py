@@ -13,6 +13,7 @@ from stepgraph.compiler.tracing.graphs import live_nodes, storages_of, written_s
 from stepgraph.env import get_logger
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table
+from stepgraph.weight_kinds import own_kinds
 
 RANDOM = frozenset({"bernoulli", "dropout", "multinomial", "normal", "rand", "rand_like", "randint", "randn", "randn_like"})
 
@@ -78,24 +79,25 @@ def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
         )
     prompt, timestep, order = cones.split()
     tables = tuple(Table(n.name, sizes.get(n.name, _bytes(n)), cones.levels[n] == Level.TIMESTEP) for n in order)
-    place = {node: number for number, node in enumerate(order)}
+    place = {node: index for index, node in enumerate(order)}
     program.tables = tuple(
         _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(program.graphs, borders, strict=True)
     )
     # Bound methods: vmap would write the whole module out to have a name for it.
-    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep_scale)
+    rowwise = bool(own_kinds(timestep))
+    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep, rowwise)
     return len(tables)
 
 
 def _largest(sizes: Mapping[str, int], limit: float) -> dict[str, int]:
     """The largest of some tables, as many as exceed the limit; what they are computed from may be tables in their place."""
-    total, found = sum(sizes.values()), dict[str, int]()
+    total, largest = sum(sizes.values()), dict[str, int]()
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         if total <= limit:
             break
-        found[name] = sizes[name]
+        largest[name] = sizes[name]
         total -= sizes[name]
-    return found
+    return largest
 
 
 def _bytes(node: fx.Node) -> int:
@@ -105,21 +107,21 @@ def _bytes(node: fx.Node) -> int:
 
 def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
     """Make the nodes of a border inputs and remove what only they needed; equal tables are one input."""
-    graph, numbers = gm.graph, sorted(set(border.values()))
+    graph, indices = gm.graph, sorted(set(border.values()))
     before = next(node for node in graph.nodes if node.op != "placeholder")
     tables: dict[int, fx.Node] = {}
-    for number in numbers:
-        example = next(node for node, own in border.items() if own == number)
+    for index in indices:
+        example = next(node for node, table in border.items() if table == index)
         with graph.inserting_before(before):
-            tables[number] = graph.placeholder(f"table_{example.name}")
-        tables[number].meta |= {"val": example.meta["val"], TABLE: number}
-    for node, number in border.items():
-        node.replace_all_uses_with(tables[number])
+            tables[index] = graph.placeholder(f"table_{example.name}")
+        tables[index].meta |= {"val": example.meta["val"], TABLE: index}
+    for node, index in border.items():
+        node.replace_all_uses_with(tables[index])
     live = live_nodes([output_of(graph)])
     for node in reversed(list(graph.nodes)):
         if node not in live and node.op != "placeholder":
             graph.erase_node(node)
-    return tuple(numbers)
+    return tuple(indices)
 
 
 def levels_of(graph: fx.Graph, inputs: Inputs) -> dict[fx.Node, Level]:
@@ -199,10 +201,10 @@ class _Cones:
         value = gm
         for part in path.split("."):
             value = getattr(value, part)
-        number, name = 0, path
+        suffix, name = 0, path
         while self.attributes.setdefault(name, value) is not value:
-            number += 1
-            name = f"{path}_{number}"
+            suffix += 1
+            name = f"{path}_{suffix}"
         return name
 
     def split(self) -> tuple[fx.GraphModule, fx.GraphModule, list[fx.Node]]:

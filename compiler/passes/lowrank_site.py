@@ -44,12 +44,12 @@ def lowrank_site(gm: fx.GraphModule, ctx: PassContext) -> int:
         corrected = ctx.row[index] == LOWRANK
         if not corrected and index not in projected:
             continue
-        for number, group in enumerate(groups):
-            first = sum(len(g.maps) + 1 for g in groups[:number])
+        for position, group in enumerate(groups):
+            first = sum(len(g.maps) + 1 for g in groups[:position])
             if corrected:
-                _correct(gm, ctx, index, group, first, f"factors_{index}_{number}")
+                _correct(gm, ctx, index, group, first, f"factors_{index}_{position}")
             else:
-                _project(gm, index, group, number, f"factors_{index}_{number}")
+                _project(gm, index, group, position, f"factors_{index}_{position}")
             count += len(group.maps)
     return count
 
@@ -60,7 +60,7 @@ def _correct(gm: fx.GraphModule, ctx: PassContext, index: int, group: MapGroup, 
     maps = [nodes[name] for name in group.maps]
     with graph.inserting_before(min(maps)):
         stored = [_stored(graph, ctx, index, first + offset) for offset in range(len(maps) + 1)]
-        factors = [_attribute(gm, f"{name}_a{number}", tensor) for number, tensor in enumerate(group.a)]
+        factors = [_attribute(gm, f"{name}_a{position}", tensor) for position, tensor in enumerate(group.a)]
         b = _attribute(gm, f"{name}_b", group.b)
         delta = graph.call_function(lowrank_delta, (nodes[group.input], stored[:-1], stored[-1], factors, b))
         tokens = stored[-1].meta["val"].numel() // group.b.shape[0]
@@ -68,7 +68,7 @@ def _correct(gm: fx.GraphModule, ctx: PassContext, index: int, group: MapGroup, 
             "val": [node.meta["val"] for node in maps],
             MACS: tokens * (group.b.numel() + sum(a.numel() for a in group.a)),
         }
-        parts = [graph.call_function(operator.getitem, (delta, number)) for number in range(len(maps))]
+        parts = [graph.call_function(operator.getitem, (delta, position)) for position in range(len(maps))]
     for node, part in zip(maps, parts, strict=True):
         part.meta |= {key: value for key, value in node.meta.items() if key not in (MACS, MARKER)}
         node.replace_all_uses_with(part)
@@ -77,12 +77,12 @@ def _correct(gm: fx.GraphModule, ctx: PassContext, index: int, group: MapGroup, 
 
 def _stored(graph: fx.Graph, ctx: PassContext, index: int, tensor: int) -> fx.Node:
     """One tensor of the site's stored maps, or its forecast."""
-    forecast, number = ctx.forecasts.get(index, (None, 0))
+    forecast, constant = ctx.forecasts.get(index, (None, 0))
     ages = forecast.ages if forecast else (1,)
     values = [find_input(graph, slot_name(ctx.sites[index], MAPS, age, tensor)) for age in ages]
     if forecast is None:
         return values[0]
-    node = graph.call_function(linear_combination, (values, find_input(graph, coefficients_name(number))))
+    node = graph.call_function(linear_combination, (values, find_input(graph, coefficients_name(constant))))
     node.meta |= {"val": values[0].meta["val"].clone()}
     return node
 

@@ -86,17 +86,17 @@ def _merge(gm: fx.GraphModule, maps: list[fx.Node]) -> bool:
     whole = maps[0].meta["val"].new_empty((*maps[0].meta["val"].shape[:-1], starts[-1]))
     parts = [whole.narrow(-1, start, width) for start, width in zip(starts, widths, strict=False)]
     views = [_views(node, part) for node, part in zip(maps, parts, strict=True)]
-    if any(found is None for found in views):
+    if any(map_views is None for map_views in views):
         return False
     with graph.inserting_before(maps[0]):
         lists = [_parameters(gm, maps, name) for name in ("weight", "bias")]
         joined = graph.call_function(merged_linear, (x, *lists))
         joined.meta |= maps[0].meta | {"val": whole, MACS: sum(node.meta.get(MACS, 0) for node in maps)}
         narrowed = [graph.call_method("narrow", (joined, -1, s, w)) for s, w in zip(starts, widths, strict=False)]
-    for node, part, value, found in zip(maps, narrowed, parts, views, strict=True):
+    for node, part, value, map_views in zip(maps, narrowed, parts, views, strict=True):
         part.meta |= node.meta | {"val": value, MACS: 0}
-        for view, own in (found or {}).items():
-            view.meta["val"] = own
+        for view, view_value in (map_views or {}).items():
+            view.meta["val"] = view_value
         node.replace_all_uses_with(part)
         graph.erase_node(node)
     return True
@@ -116,16 +116,16 @@ def _parameters(gm: fx.GraphModule, maps: list[fx.Node], name: str) -> list[fx.N
 
 def _views(node: fx.Node, value: Any) -> dict[fx.Node, Any] | None:
     """The views of a node's result, as they are where that is `value`; None where one cannot be taken."""
-    found, pending = {node: value}, list(node.users)
+    values, pending = {node: value}, list(node.users)
     for view in pending:
-        if view.op == "output" or view in found or not storages_of(view) & storages_of(node):
+        if view.op == "output" or view in values or not storages_of(view) & storages_of(node):
             continue
-        args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda n: found.get(n, n.meta["val"]))
+        args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda n: values.get(n, n.meta["val"]))
         run = getattr(args[0], str(view.target)) if view.op == "call_method" else view.target
         try:
-            found[view] = run(*args[1:], **kwargs) if view.op == "call_method" else run(*args, **kwargs)  # type: ignore[operator]
+            values[view] = run(*args[1:], **kwargs) if view.op == "call_method" else run(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError):
             return None
         pending.extend(view.users)
-    del found[node]
-    return found
+    del values[node]
+    return values

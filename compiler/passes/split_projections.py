@@ -128,8 +128,8 @@ def _partial(
 def _marked_again(graph: fx.Graph, marker: fx.Node, value: fx.Node) -> fx.Node:
     """The marker of the same site behind another value."""
     again = graph.call_function(site_value, (value,), dict[str, str](marker.kwargs))  # type: ignore[arg-type]
-    kept: Mapping[str, object] = {key: meta for key, meta in marker.meta.items() if key != "val"}
-    again.meta |= {**kept, "val": value.meta["val"]}
+    site_meta: Mapping[str, object] = {key: meta for key, meta in marker.meta.items() if key != "val"}
+    again.meta |= {**site_meta, "val": value.meta["val"]}
     return again
 
 

@@ -66,6 +66,6 @@ def _maps(graph: fx.Graph, ctx: PassContext, index: int) -> list[fx.Node]:
     nodes = {node.name: node for node in graph.nodes}
     projections = {node.meta[PROJECTION]: node for node in graph.nodes if PROJECTION in node.meta}
     tensors = []
-    for number, group in enumerate(ctx.groups[index]):
-        tensors += [nodes[name] for name in group.maps] + [projections[index, number]]
+    for position, group in enumerate(ctx.groups[index]):
+        tensors += [nodes[name] for name in group.maps] + [projections[index, position]]
     return tensors

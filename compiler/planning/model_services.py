@@ -19,6 +19,7 @@ from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
+from stepgraph.schedule import Schedule
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
 MODEL_SERVICES = ("again", "fit", "train")
@@ -62,7 +63,8 @@ class ModelServices:
             raise ArgumentError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         if digest(self.conditioning) != self.stats.conditioning:
             raise MismatchError("the statistics were measured with other conditioning; pass the same to make_plan")
-        shapes = input_shapes(self.inputs or example_inputs(self.traced.model), self.traced.family.unbatched)
+        inputs = self.inputs or example_inputs(self.traced.model, 1, self.conditioning)
+        shapes = input_shapes(inputs, self.traced.family.unbatched)
         if shapes != self.header.shapes:
             raise MismatchError(
                 f"the statistics are of inputs {dict(self.header.shapes)}, phase 2 would measure {shapes}; pass example_inputs "
@@ -73,6 +75,7 @@ class ModelServices:
             seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
             inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
             allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
+            schedule=self.header.schedule,
         )  # fmt: skip
 
     def fit(self, sites: Sequence[Site], actions: Mapping[str, str], **settings: Any) -> CachePlan:
@@ -102,6 +105,10 @@ class ModelServices:
         if self.traced is None or self.scheduler is None:
             raise ArgumentError(
                 "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
+            )
+        if self.header.schedule != Schedule():
+            raise ArgumentError(
+                f"routers are trained on the scheduler's own timesteps, not with {self.header.schedule}; leave schedule out"
             )
         settings = settings_of(preset, changes)
         return train_traced(

@@ -121,11 +121,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
     Points without error, whose logarithm has no place on the axis, and those that are not finite are left out.
     """
-    found: list[int] = []
+    front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (*points[i], i)):
-        if 0 < points[i][1] < math.inf and (not found or points[i][1] < points[found[-1]][1]):
-            found.append(i)
-    return found
+        if 0 < points[i][1] < math.inf and (not front or points[i][1] < points[front[-1]][1]):
+            front.append(i)
+    return front
 
 
 def find_knee(points: Sequence[tuple[float, float]]) -> int | None:

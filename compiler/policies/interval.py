@@ -34,7 +34,7 @@ def interval(
         PlanError: A period below 1, a negative offset, or a kind the model does not have.
     """
     chosen, present = chosen_kinds(kinds, sites), present_kinds(sites)
-    unknown = sorted({kind for given in (every, offset) if isinstance(given, Mapping) for kind in given} - set(present))
+    unknown = sorted({kind for setting in (every, offset) if isinstance(setting, Mapping) for kind in setting} - set(present))
     if unknown:
         raise ArgumentError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")
     actions = {}

@@ -97,12 +97,12 @@ def invardiff(
 
 def _groups(sites: Sequence[Site]) -> dict[str, list[int]]:
     """Columns that share a quantile: by kind, those of single blocks on their own."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
         if site.kind in ("hidden", "attn", "context_attn", "ff", "context_ff", "mlp"):
             single = "single_" if site.path.startswith("single_") else ""
-            found.setdefault(single + site.kind, []).append(i)
-    return found
+            groups.setdefault(single + site.kind, []).append(i)
+    return groups
 
 
 def _taus(

@@ -51,9 +51,9 @@ class MixedModel:
             beta: [B, sites], 0 reuses and 1 computes.
         """
         extra = {}
-        for number, (site, value) in enumerate(zip(self.sites, stored, strict=True)):
+        for column, (site, value) in enumerate(zip(self.sites, stored, strict=True)):
             extra[slot_name(site)] = value
-            extra[beta_name(site)] = beta[:, number].to(value.dtype).reshape(-1, *(1,) * (value.ndim - 1))
+            extra[beta_name(site)] = beta[:, column].to(value.dtype).reshape(-1, *(1,) * (value.ndim - 1))
         output, *values = self._mix(**self._tensors(inputs), **extra)
         return output, values
 

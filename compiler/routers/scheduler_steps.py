@@ -33,8 +33,8 @@ def by_step(
 def remembers(scheduler: Any, steps: int, latents: torch.Tensor) -> bool:
     """Whether a step within a run is another one than the same step on its own, as in solvers with a history."""
     running = prepare_scheduler(scheduler, steps, latents.device)
-    for number, t in enumerate(running.timesteps):
-        output = torch.full_like(latents, 0.3 * (number + 1))
+    for step, t in enumerate(running.timesteps):
+        output = torch.full_like(latents, 0.3 * (step + 1))
         moved = stepped(running, output, t, latents, step_arguments(running))
         alone = stepped(prepare_scheduler(scheduler, steps, latents.device), output, t, latents, step_arguments(running))
         if not torch.allclose(moved, alone, rtol=1e-5, atol=1e-6):

@@ -19,6 +19,7 @@ from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
@@ -61,7 +62,7 @@ def train_router(
             is not finite.
     """
     return train_traced(
-        TracedModel(model), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
+        TracedModel(unwrapped(model)), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
         checkpoint=checkpoint, every=every, on_step=on_step,
     )  # fmt: skip
 
@@ -161,14 +162,14 @@ class _Training:
             _, stored = self.soft.fill(window.inputs[0])
         error = computed = torch.zeros(())
         logits, drawn = torch.stack(self.rows), set()
-        for number, target in enumerate(window.targets, start=1):
-            beta = torch.sigmoid(logits[window.steps[number]])
-            drawn |= set(window.steps[number][window.valid[number]].tolist())
-            output, stored = self.soft.mix(window.inputs[number], stored, beta.to(target.device))
+        for position, target in enumerate(window.targets, start=1):
+            beta = torch.sigmoid(logits[window.steps[position]])
+            drawn |= set(window.steps[position][window.valid[position]].tolist())
+            output, stored = self.soft.mix(window.inputs[position], stored, beta.to(target.device))
             squares = (output.float() - target.float()).square().flatten(1)
-            own = squares.mean(1) if settings.loss == "mean" else squares.sum(1)
-            valid = window.valid[number].float()
-            error = error + (own.cpu() * valid).mean()
+            row_errors = squares.mean(1) if settings.loss == "mean" else squares.sum(1)
+            valid = window.valid[position].float()
+            error = error + (row_errors.cpu() * valid).mean()
             computed = computed + (beta.sum(1) * valid).mean()
         return error, computed, drawn
 
@@ -257,8 +258,8 @@ def _states(
 
 def _digest(data: torch.Tensor | None, conditioning: Mapping[str, torch.Tensor] | None) -> str:
     """Hash of the data that the user gave; empty where the model makes its own."""
-    given = ([] if data is None else [data]) + [value for _, value in sorted((conditioning or {}).items())]
-    return hashlib.sha256(b"".join(map(tensor_digest, given))).hexdigest()[:16] if given else ""
+    tensors = ([] if data is None else [data]) + [value for _, value in sorted((conditioning or {}).items())]
+    return hashlib.sha256(b"".join(map(tensor_digest, tensors))).hexdigest()[:16] if tensors else ""
 
 
 @contextmanager

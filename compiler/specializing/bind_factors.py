@@ -12,6 +12,7 @@ from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.env import get_logger
 from stepgraph.errors import PlanError
+from stepgraph.fingerprint import model_dtype
 from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import LOWRANK, CachePlan
 from stepgraph.plan.corrections import Increment
@@ -27,14 +28,14 @@ def group_maps(
         PlanError: A site has no linear map, or the factors have none of a rank that fits for one of them.
     """
     maps = maps_of_sites(marked, model)
-    return {i: _groups(marked, model, i, [node for node, own in maps.items() if own == i], factors) for i in indices}
+    return {i: _groups(marked, model, i, [node for node, site in maps.items() if site == i], factors) for i in indices}
 
 
 def _groups(
     marked: MarkedGraph, model: nn.Module, index: int, maps: Sequence[fx.Node], factors: Factors
 ) -> tuple[MapGroup, ...]:
     site = marked.sites[index]
-    weight = next(model.parameters())
+    device, dtype = next(model.parameters()).device, model_dtype(model)
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get(MARKER) == index)
@@ -61,7 +62,7 @@ def _groups(
         missing = [path for _, path in members if path not in factors.maps]
         if missing:
             raise PlanError(f"site {site.name}: the factors have none for {missing[0]}; they have {_some(factors.maps)}")
-        pairs = [tuple(t.to(weight.device, weight.dtype) for t in factors.maps[path]) for _, path in members]
+        pairs = [tuple(t.to(device, dtype) for t in factors.maps[path]) for _, path in members]
         stacked = torch.cat([b for _, b in pairs])
         bound.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
     return tuple(bound)
@@ -104,7 +105,7 @@ def bind_factors(
         if table is None or len(table) != len(plan.forecasts[step, i].terms):
             raise PlanError(f"step {step}, site {plan.sites[i].name}: the factors have no coefficients per channel for it")
     groups = group_maps(marked, model, corrected, factors)
-    increments = {i: increment_of(marked, i, own) for i, own in groups.items()}
+    increments = {i: increment_of(marked, i, site_groups) for i, site_groups in groups.items()}
     return replace(plan, increments=increments, header=replace(plan.header, factors=factors.digest)), groups
 
 

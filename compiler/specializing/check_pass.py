@@ -53,8 +53,8 @@ class RowCheck:
         present = {node.target: node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"}
         inputs = {key: value for key, value in self._example.items() if isinstance(value, torch.Tensor)}
         for read in context.reads:
-            for number, tensor in enumerate(_stored(context, read.site, read.part, self._example, reference)):
-                inputs[slot_name(context.sites[read.site], read.part, read.age, number)] = tensor.clone()
+            for index, tensor in enumerate(_stored(context, read.site, read.part, self._example, reference)):
+                inputs[slot_name(context.sites[read.site], read.part, read.age, index)] = tensor.clone()
         for key, value in present.items():
             if str(key).startswith("coefficients_"):
                 inputs[key] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
@@ -103,9 +103,9 @@ class ProgramCheck:
             if "timestep" in inputs:
                 inputs["timestep"] = torch.full_like(inputs["timestep"], self._timesteps[step])
             for read in context.reads:
-                for number, tensor in enumerate(held[read.site, read.part][read.age - 1]):
-                    inputs[slot_name(context.sites[read.site], read.part, read.age, number)] = tensor.clone()
-            inputs |= {coefficients_name(number): value for number, value in enumerate(self._constants[step][0])}
+                for index, tensor in enumerate(held[read.site, read.part][read.age - 1]):
+                    inputs[slot_name(context.sites[read.site], read.part, read.age, index)] = tensor.clone()
+            inputs |= {coefficients_name(index): value for index, value in enumerate(self._constants[step][0])}
             values = tables.at(step, inputs) if tables is not None and program.tables[variant] else ()
             for node in gm.graph.find_nodes(op="placeholder"):
                 if TABLE in node.meta:
@@ -126,14 +126,14 @@ def _compare(name: str, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.
     """Refuse results of other shapes, dtypes or values, and where `strict`, another number of them."""
     if strict and len(outputs) != len(wanted):
         raise CompileError(f"pass {name} returns {len(outputs)} values; expected {len(wanted)} (STEPGRAPH_CHECK)")
-    for number, (value, expected) in enumerate(zip(outputs, wanted, strict=False)):
+    for index, (value, expected) in enumerate(zip(outputs, wanted, strict=False)):
         error = torch.tensor(torch.inf)
         if value.shape == expected.shape:
             error = (value.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
         most = tolerance(PASS_CHECK, value.dtype)
         if value.shape != expected.shape or value.dtype != expected.dtype or not error <= most:
             raise CompileError(
-                f"pass {name} changed output {number}: {tuple(value.shape)} {value.dtype}, relative error "
+                f"pass {name} changed output {index}: {tuple(value.shape)} {value.dtype}, relative error "
                 f"{float(error):.2e}; expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"
             )
 

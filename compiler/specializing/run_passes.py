@@ -47,7 +47,7 @@ def run_passes(
     first = ORDER.index(passes[0])
     if before:
         _dump(env.dump, graphs, first, before)
-    for number, rewrite in enumerate(passes, start=first + 1):
+    for position, rewrite in enumerate(passes, start=first + 1):
         name = rewrite.__name__
         if name in env.disabled_passes or not is_wanted(rewrite, config):
             continue
@@ -58,7 +58,7 @@ def run_passes(
             for gm in graphs.values():
                 gm.graph.lint()
         log.debug("%s: %s made %d rewrites in %.1f ms", _listed(graphs), name, count, milliseconds)
-        _dump(env.dump, graphs, number, name)
+        _dump(env.dump, graphs, position, name)
         if env.check and check is not None:
             check(name)
         total += count

@@ -82,7 +82,7 @@ def specialize(
     for step, (row, moves) in enumerate(zip(plan.rows, traffic(plan), strict=True)):
         stores = tuple((stored.site, stored.part) for stored in moves.stores)
         forecasts = numbered_forecasts(plan, step)
-        key = (row, stores, tuple((i, f.terms, f.per_channel, number) for i, (f, number) in sorted(forecasts.items())))
+        key = (row, stores, tuple((i, f.terms, f.per_channel, constant) for i, (f, constant) in sorted(forecasts.items())))
         if key not in index:
             index[key] = len(graphs)
             context = PassContext(plan.sites, row, moves.reads, stores, written, forecasts, groups)
@@ -113,7 +113,7 @@ def rewrite_program(
         example: Real inputs, needed only under STEPGRAPH_CHECK=1, as `constants` are.
         constants: Per step and branch, the tensors of the forecasts' coefficients.
     """
-    graphs = {f"variant{number:03d}": gm for number, gm in enumerate(program.graphs)}
+    graphs = {f"variant{index:03d}": gm for index, gm in enumerate(program.graphs)}
     check = None
     if read_env().check and example:
         check = ProgramCheck(program, example, context.results, constants, plan.header.timesteps)

@@ -92,12 +92,12 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
 
     for path, stack in blocks.items():
         for child, kinds in stack.values.items():
-            for number in range(_calls(trace, f"{path}.{child}")):
-                call = trace.calls[f"{path}.{child}", number]
+            for call_index in range(_calls(trace, f"{path}.{child}")):
+                call = trace.calls[f"{path}.{child}", call_index]
                 _refuse_other_outputs(f"{path}.{child}", len(call.outputs), kinds)
                 for position, (node, kind) in enumerate(zip(call.outputs, kinds, strict=True)):
                     if node in live:
-                        mark(node, call.last, Site(f"{path}.{child}", kind, number, position))
+                        mark(node, call.last, Site(f"{path}.{child}", kind, call_index, position))
         call = trace.calls[path, 0]
         if stack.streams:
             mark(call.outputs[0], call.last, Site(path, "block"))
@@ -125,7 +125,7 @@ def _kept(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
 
 def _blocks(trace: Trace, family: Family) -> dict[str, Stack]:
     """Paths of the transformer blocks in call order, each with what it holds."""
-    paths = [path for path, number in trace.calls if number == 0]
+    paths = [path for path, call in trace.calls if call == 0]
     stacks = {path: stack for path in paths for stack in family.stacks if stack.holds(path)}
     if not stacks:
         places = ", ".join(stack.blocks for stack in family.stacks)

@@ -29,10 +29,12 @@ from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_col
 from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
+from stepgraph.compiler.tracing.saved_state import SavedState, drop_traced
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
+from stepgraph.wrapped_models import refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
 TRACE_LOCK = threading.RLock()
@@ -65,7 +67,7 @@ class Trace:
         attributes: dict[str, Any] = dict(self.constants)
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr") and node.target not in attributes:
-                attributes[node.target] = operator.attrgetter(node.target)(model)
+                attributes[node.target] = uncompiled(operator.attrgetter(node.target)(model))
         return fx.GraphModule(attributes, graph, class_name=type(model).__name__)
 
 
@@ -90,22 +92,28 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
+    refuse_offload(model)
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
-        first = _record(model, inputs)
-        second = _record(model, inputs, first)
-    refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
+        before, made = SavedState(model), list[weakref.ref[TracedTensor]]()
+        try:
+            first = _record(model, inputs, made)
+            second = _record(model, inputs, made, first)
+            refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
+        except BaseException:
+            # The model that was refused is still the user's, to run without us.
+            before.restore()
+            forget_in_memos(made)
+            drop_traced(made)
+            raise
     return replace(first, seconds=time.perf_counter() - started)
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any], earlier: Trace | None = None) -> Trace:
+def _record(
+    model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], earlier: Trace | None = None
+) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
-    made: list[weakref.ref[TracedTensor]] = []
-    try:
-        recorded = _run(model, inputs, made, earlier)
-    except BaseException:
-        forget_in_memos(made)
-        raise
+    recorded = _run(model, inputs, made, earlier)
     refuse_survivors(made)
     return recorded
 
@@ -126,7 +134,8 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
 
     def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mine = threading.get_ident() == this_thread
-        return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
+        # What torch.compile keeps beside a module is not its forward.
+        return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
         value = getattribute(module, name)
@@ -148,7 +157,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
         stack.enter_context(tracer)
         # A model that an executable is attached to is traced as it was before.
         forward = own_forward(model)
-        run = call if forward is None else lambda _, **arguments: forward(**arguments)
+        run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
         try:
             result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
         except TraceError:

@@ -36,21 +36,21 @@ def load_saved(path: Path, model: str | None, device: str, scheduler: str | None
 
 def scheduler_for(executable: Executable, model: str) -> Any:
     """The scheduler beside a model where it is the plan's, or None."""
-    header, found = executable.plan.header, load_scheduler(model)
+    header, scheduler = executable.plan.header, load_scheduler(model)
     try:
-        refuse_other_schedule(header, prepare_scheduler(found, header.steps), "the model")
+        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps, schedule=header.schedule), "the model")
     except PlanError:
         return None
-    return found
+    return scheduler
 
 
 def _store() -> Store:
     from stepgraph.compiler.lowering.region_cache import region_store
 
-    found = region_store()
-    if found is None:
+    store = region_store()
+    if store is None:
         raise CompileError("STEPGRAPH_REGIONS is 0, so that no regions are kept; unset it")
-    return found
+    return store
 
 
 @cache_app.command(name="ls")

@@ -49,22 +49,22 @@ def _version(package: str) -> str:
 
 
 def _devices(advice: list[str]) -> dict[str, str]:
-    found = {
+    facts = {
         "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
     }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            found[f"cuda:{i}"] = (
+            facts[f"cuda:{i}"] = (
                 f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
             )
     else:
         built = torch.version.cuda or torch.version.hip
-        found["cuda"] = "no device" if built else "this build of torch has no CUDA"
+        facts["cuda"] = "no device" if built else "this build of torch has no CUDA"
         if shutil.which("nvidia-smi") and not built:
             advice.append("there is an NVIDIA driver, but torch was built without CUDA: install a CUDA build of torch")
-    return found
+    return facts
 
 
 def _compilers(advice: list[str]) -> dict[str, str]:
@@ -79,19 +79,19 @@ def _compilers(advice: list[str]) -> dict[str, str]:
 
 def _fused_ops(advice: list[str]) -> dict[str, str]:
     """What provider packages say of themselves, and for each operation who would run it, by device and dtype."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for package in load_providers():
         if hasattr(package, "describe"):
             shown, missing = package.describe()
-            found |= shown
+            facts |= shown
             advice += missing
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for name in OPS:
         kinds = [(device, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)]
-        found[name] = "; ".join(
+        facts[name] = "; ".join(
             f"{device} {str(dtype).split('.')[1]}: {_chosen(name, device, dtype)}" for device, dtype in kinds
         )
-    return found
+    return facts
 
 
 def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
@@ -135,14 +135,14 @@ def _size(path: Path) -> str:
 
 
 def _assets(advice: list[str]) -> dict[str, str]:
-    found = {}
+    sizes = {}
     files = {"glyph-dit": "glyph-dit/diffusion_pytorch_model.safetensors", "glyph-classifier": "glyph-classifier.safetensors"}
     for name, file in files.items():
         path = ASSETS / file
-        found[name] = f"{path.stat().st_size / 1e6:.2f} MB" if path.is_file() else "missing"
+        sizes[name] = f"{path.stat().st_size / 1e6:.2f} MB" if path.is_file() else "missing"
         if not path.is_file():
             advice.append(f"{path} is missing: reinstall stepgraph")
-    return found
+    return sizes
 
 
 @reports_errors

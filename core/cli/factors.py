@@ -116,11 +116,11 @@ def factors_make(
             },
         )  # fmt: skip
         report("factorising", 0, 1)
-        made = factorize(
+        new_factors = factorize(
             loaded, source, method=method, rank=rank, budget=budget, scale=scale, kinds=chosen, shrinkage=shrinkage
         )
-    made.save(out)
-    show_factors(made, out, as_json, {"passes": source.passes} if isinstance(source, Covariances) else {})
+    new_factors.save(out)
+    show_factors(new_factors, out, as_json, {"passes": source.passes} if isinstance(source, Covariances) else {})
 
 
 @factors_app.command(name="show")

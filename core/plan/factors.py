@@ -89,10 +89,10 @@ class Factors:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over the model, the method and all tensors."""
-        found = hashlib.sha256(f"{self.model} {self.fingerprint} {self.dtype} {self.method}".encode())
+        sha = hashlib.sha256(f"{self.model} {self.fingerprint} {self.dtype} {self.method}".encode())
         for name, tensor in sorted(self._tensors().items()):
-            found.update(f"{name} {tuple(tensor.shape)}".encode() + tensor_digest(tensor))
-        return found.hexdigest()[:16]
+            sha.update(f"{name} {tuple(tensor.shape)}".encode() + tensor_digest(tensor))
+        return sha.hexdigest()[:16]
 
     def with_affine(self, affine: Mapping[str, Tensor]) -> "Factors":
         """The same maps with other per-channel corrections."""
@@ -107,10 +107,10 @@ class Factors:
             PlanError: They are of different models or kinds, or both have a map of one module.
         """
         for name in ("model", "fingerprint", "dtype"):
-            own, theirs = getattr(self, name), getattr(other, name)
-            if own != theirs:
-                raise MismatchError(f"factors of different models cannot be merged: {name} is {own} and {theirs}")
-        methods = {own.method for own in (self, other) if own.maps} or {AFFINE}
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise MismatchError(f"factors of different models cannot be merged: {name} is {ours} and {theirs}")
+        methods = {factors.method for factors in (self, other) if factors.maps} or {AFFINE}
         if "whole" in methods and len(methods) > 1:
             raise ArgumentError(f"{self.method!r} and {other.method!r} factors cannot be merged: one kind is of whole modules")
         twice = sorted(set(self.maps) & set(other.maps)) + sorted(set(self.affine) & set(other.affine))
@@ -174,8 +174,8 @@ class Factors:
     def _of_record(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> "Factors":
         for what, kind in (("maps", list), ("arguments", dict), ("errors", dict)):
             if not isinstance(described.get(what), kind):
-                found = f"{what} is {type(described.get(what)).__name__}"
-                raise FileFormatError(f"{path}: in its metadata {found}; expected a {kind.__name__}; {REMEDY}")
+                actual = f"{what} is {type(described.get(what)).__name__}"
+                raise FileFormatError(f"{path}: in its metadata {actual}; expected a {kind.__name__}; {REMEDY}")
         names, arguments, errors = described["maps"], described["arguments"], described["errors"]
         texts = [described.get(name) for name in ("model", "fingerprint", "dtype", "method")]
         if not all(isinstance(text, str) for text in (*texts, *names)):
@@ -188,8 +188,8 @@ class Factors:
         maps = {name: (tensors[_keys(name)[0]], tensors[_keys(name)[1]]) for name in names}
         affine = {key.removeprefix("affine/"): t for key, t in tensors.items() if key.startswith("affine/")}
         try:
-            model, own, dtype, method = map(str, texts)
-            read = cls(model, own, dtype, method, arguments, maps, affine, errors)
+            model, model_fingerprint, dtype, method = map(str, texts)
+            read = cls(model, model_fingerprint, dtype, method, arguments, maps, affine, errors)
         except PlanError as error:
             raise FileFormatError(f"{path}: {error}") from error
         if described.get("digest") != read.digest:

@@ -222,6 +222,16 @@ class CachePlan:
 
         return resample_plan(self, steps, scheduler)
 
+    def tail(self, begin: int) -> "CachePlan":
+        """The plan of a run that begins at a later step: what it would read that is not stored then is computed.
+
+        Raises:
+            PlanError: `begin` is no step of the plan, or a forecast's coefficients are for values that the run does not have.
+        """
+        from stepgraph.plan.tail import tail_plan
+
+        return tail_plan(self, begin)
+
     def to_json(self) -> str:
         """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""
         header = {"format": FORMAT, "version": VERSION, **asdict(self.header)}
@@ -274,12 +284,12 @@ class CachePlan:
         listed = data.pop("forecasts", [])
         if not isinstance(listed, list):
             raise FileFormatError(f"forecasts is {type(listed).__name__}; expected a list")
-        distinct = [parse_record(Forecast, record, f"forecast {number}") for number, record in enumerate(listed)]
+        distinct = [parse_record(Forecast, record, f"forecast {index}") for index, record in enumerate(listed)]
         known = {name: value for name, value in data.items() if name not in ("format", "version")}
         header = parse_record(PlanHeader, known, "header")
         forecasts, increments = corrections_in(records, distinct)
         columns: list[Any] = [record.pop("actions", None) if isinstance(record, dict) else None for record in records]
-        sites = [parse_record(Site, record, f"site {number}") for number, record in enumerate(records)]
+        sites = [parse_record(Site, record, f"site {index}") for index, record in enumerate(records)]
         for site, column in zip(sites, columns, strict=True):
             if not isinstance(column, str) or len(column) != len(header.timesteps):
                 got = f"{len(column)} actions" if isinstance(column, str) else f"actions {column!r}"

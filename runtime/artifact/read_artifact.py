@@ -136,11 +136,11 @@ def _options(value: Any) -> CompileConfig:
     types = {field.name: field.type for field in fields(CompileConfig)}
     if not isinstance(value, dict):
         raise FileFormatError(f"options is {type(value).__name__}; expected an object")
-    for name, given in value.items():
+    for name, option in value.items():
         if name not in types:
             raise FileFormatError(f"unknown option {name!r}; this release has {', '.join(types)}")
-        if not isinstance(given, types[name]):  # type: ignore[arg-type]
-            raise FileFormatError(f"the option {name} is {given!r}, which is not of the type it has")
+        if not isinstance(option, types[name]):  # type: ignore[arg-type]
+            raise FileFormatError(f"the option {name} is {option!r}, which is not of the type it has")
     try:
         return CompileConfig(**value)
     except ValueError as error:

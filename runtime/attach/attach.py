@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
-from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
+from stepgraph.plan.measured import rests_on_measurement
+from stepgraph.plan.refuse_other import refuse_other_schedule, refuse_other_structure
+from stepgraph.runtime.attach.run_timesteps import RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.session import Session
+from stepgraph.wrapped_models import forward_signature, refuse_offload, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -27,12 +30,18 @@ class Attachment:
 
     A run begins with the first call after the last run's end, or with a call at the plan's first timestep; whatever an
     aborted run left is dropped then.
+
+    Attributes:
+        executable: What runs: the one that was attached, put on the pipeline's own model where that is another.
+        owner: The one that was attached.
     """
 
     executable: Compiled
+    owner: Compiled
     pipe: Any
     signature: inspect.Signature
     replaced: Any = None
+    compiled: Any = None
     session: Session = field(init=False)
     timesteps: RunTimesteps | None = None
     first_latents: torch.Tensor | None = None
@@ -65,32 +74,48 @@ class Attachment:
         Raises:
             PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
         """
-        header, step = self.executable.plan.header, self.session.step
-        begun = step > 0 or self.session.branch > 0
-        asked = self._asked(inputs.get("timestep"), going_on=begun and not self.session.finished)
+        given, run, step = inputs.get("timestep"), self.timesteps, self.session.step
+        begun = (step > 0 or self.session.branch > 0) and not self.session.finished
+        asked = self._asked(given, going_on=begun)
         if asked is None:
             return
-        expected = None if self.session.finished else header.timesteps[step]
-        at_start = abs(asked - header.timesteps[0]) <= NEAR
-        if begun and expected is not None and abs(asked - expected) <= NEAR and not (at_start and self._begins_again(inputs)):
-            return
-        if begun and expected is not None and not at_start:
-            calls = f"{len(header.branches)} calls ({', '.join(header.branches)})" if len(header.branches) > 1 else "one call"
-            raise PlanError(
-                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
-                f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
-            )
+        if begun and run is not None and self.pipe.scheduler.timesteps is run.timesteps:
+            at_start = run.near(given, asked, 0)
+            if run.near(given, asked, step) and not (at_start and self._begins_again(inputs)):
+                return
+            if not at_start:
+                self._refuse_order(run.expected(given, step), asked)
+        self._begin(inputs, asked)
+
+    def _refuse_order(self, expected: float, asked: float) -> None:
+        branches, step = self.executable.plan.header.branches, self.session.begin + self.session.step
+        calls = f"{len(branches)} calls ({', '.join(branches)})" if len(branches) > 1 else "one call"
+        raise PlanError(
+            f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
+            f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
+        )
+
+    def _begin(self, inputs: dict[str, Any], asked: float) -> None:
+        """A new run, at whichever evaluation of the pipeline's schedule its first call asks for.
+
+        Raises:
+            PlanError: The schedule is not the plan's, or has no such evaluation.
+        """
+        plan, scheduler = self.executable.plan, self.pipe.scheduler
+        given: Any = inputs.get("timestep")
         self.session = self.executable.session()
-        refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
-        if not at_start:
+        refuse_other_schedule(plan.header, scheduler, "the pipeline's scheduler", follow=not rests_on_measurement(plan))
+        run = RunTimesteps(scheduler.timesteps, plan.header.timestep)
+        if not run.find(given, asked, getattr(scheduler, "begin_index", None)) or run.begin < plan.header.schedule.begin:
             raise PlanError(
-                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
-                f"{asked:g}; run the schedule from its beginning"
+                f"the plan begins at timestep {run.expected(given, plan.header.schedule.begin - run.begin):g}, but the "
+                f"pipeline's first call asks for {asked:g}, which is no later step of it; run the schedule from there"
             )
-        self.timesteps = RunTimesteps(self.pipe.scheduler.timesteps)
-        if needs_waiting(inputs["timestep"]):
+        self.session = self.executable.session(begin=run.begin - plan.header.schedule.begin, timesteps=run.rest)
+        self.timesteps = run
+        if needs_waiting(given):
             # The copy of all timesteps is made here, not at a later step, which would wait for it.
-            self.timesteps.note_difference(inputs["timestep"], 0)
+            run.note_difference(given, 0)
         self.first_latents = inputs[next(iter(self.signature.parameters))]
 
     def _asked(self, given: Any, going_on: bool) -> float | None:
@@ -123,28 +148,35 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def attach(executable: Compiled, pipe: Any) -> None:
-    """Replace the forward of `pipe.transformer` by the executable.
+    """Replace the forward of `pipe.transformer` by the executable, on that transformer's own weights.
 
     Raises:
-        CompileError: The pipeline has no transformer, or already has an executable attached.
-        PlanError: The transformer is another model, or has other weights, than the plan was made for.
+        CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of
+            other parts than the model that was compiled.
+        PlanError: The transformer is another model, or has other weights, which the plan does not follow.
     """
     transformer = getattr(pipe, "transformer", None)
+    model = unwrapped(transformer)
     if not isinstance(transformer, nn.Module):
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
-    refuse_other_model(executable.plan.header, transformer)
-    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
+    refuse_other_structure(executable.plan.header, model)
+    refuse_offload(model)
+    runs = executable.on(model)
+    follow_weights(runs)
+    attachment = Attachment(runs, executable, pipe, forward_signature(model))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment
+    # What torch.compile made of the module would be called in place of its forward.
+    attachment.compiled, transformer._compiled_call_impl = transformer._compiled_call_impl, None
     _attached[transformer] = weakref.ref(attachment)
 
 
 def detach(executable: Compiled) -> None:
     """Undo every `attach` of an executable."""
     attachments = [(transformer, ref()) for transformer, ref in list(_attached.items())]
-    mine = [(transformer, one) for transformer, one in attachments if one is None or one.executable is executable]
+    mine = [(transformer, one) for transformer, one in attachments if one is None or one.owner is executable]
     for transformer, attachment in mine:
         forward = transformer.__dict__.get("forward")
         if attachment is not None and forward is not attachment:
@@ -157,6 +189,7 @@ def detach(executable: Compiled) -> None:
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:
                 transformer.__dict__["forward"] = attachment.replaced
+            transformer._compiled_call_impl = attachment.compiled
         del _attached[transformer]
 
 

@@ -66,7 +66,7 @@ def _inside(path: str, module: str) -> bool:
 
 def paths_of(node: fx.Node) -> list[str]:
     """The modules that a node belongs to, outermost first; what a pass has made belongs to where it is used."""
-    stacks = (found for n in (node, *node.users) if (found := n.meta.get("nn_module_stack")))
+    stacks = (modules for n in (node, *node.users) if (modules := n.meta.get("nn_module_stack")))
     stack: Mapping[str, Any] = next(stacks, {})
     return [entry[0] if isinstance(entry, tuple) else key for key, entry in stack.items()]
 
@@ -93,11 +93,11 @@ def draw_svg(picture: Picture) -> str:
     top = 64 + 18 * len(picture.notes)
     width = max(GAP + columns * (wide + 2 * GAP), 620)
     body = [_text(16, 28, picture.title, 17, TEXT, "bold")]
-    body += [_text(16, 50 + 18 * number, note, 12, "#5a616c") for number, note in enumerate(picture.notes)]
+    body += [_text(16, 50 + 18 * line, note, 12, "#5a616c") for line, note in enumerate(picture.notes)]
     counts = _counts(picture, [path for path, _ in blocks])
-    for number, (path, sites) in enumerate(blocks):
-        x, y = GAP + number // rows * (wide + 2 * GAP), top + number % rows * (HIGH + 2 * GAP)
-        if number % rows < rows - 1 and number < len(blocks) - 1:
+    for place, (path, sites) in enumerate(blocks):
+        x, y = GAP + place // rows * (wide + 2 * GAP), top + place % rows * (HIGH + 2 * GAP)
+        if place % rows < rows - 1 and place < len(blocks) - 1:
             body.append(f'<path d="M{x + 20} {y + HIGH + GAP} v{GAP}" stroke="{LINE}" stroke-width="2"/>')
         body += _card(picture, path, sites, x, y, wide, counts)
     bottom = top + rows * (HIGH + 2 * GAP) + 8
@@ -159,16 +159,16 @@ def _whole_model(picture: Picture, outside: int, y: int) -> list[str]:
     """What is left outside the blocks, and the sites of the whole model that this variant replaces or keeps."""
     words = [f"outside the blocks: {_ops(outside)}"]
     for i, site in enumerate(picture.plan.sites):
-        replaced, kept = picture.row[i] not in (COMPUTE, DEAD), i in picture.stored
-        if site.kind in ("hidden", "stack_residual", "output") and (replaced or kept):
-            words.append(f"{site.name} {WORDS[picture.row[i]]}{', kept' if kept else ''}")
+        replaced, stored = picture.row[i] not in (COMPUTE, DEAD), i in picture.stored
+        if site.kind in ("hidden", "stack_residual", "output") and (replaced or stored):
+            words.append(f"{site.name} {WORDS[picture.row[i]]}{', kept' if stored else ''}")
     return [_text(16, y + 12, "; ".join(words), 12, TEXT)]
 
 
 def _legend(y: int) -> list[str]:
     body = []
-    for number, (letter, word) in enumerate(WORDS.items()):
-        x = 16 + 100 * number
+    for column, (letter, word) in enumerate(WORDS.items()):
+        x = 16 + 100 * column
         body.append(f'<rect x="{x}" y="{y}" width="14" height="14" rx="3" fill="{COLOURS[letter]}"/>')
         body.append(_text(x + 20, y + 12, word, 12, TEXT))
     body.append(f'<path d="M521 {y + 3} h10 l-5 8 z" fill="#ffffff" stroke="{TEXT}"/>')
@@ -186,23 +186,23 @@ def _text(x: int, y: int, words: str, size: int, fill: str, weight: str = "norma
 def draw_dot(picture: Picture) -> str:
     """Every operation of a variant as a graph for Graphviz, in clusters by block, coloured by the site it belongs to."""
     sites = {site.path: i for i, site in enumerate(picture.plan.sites) if site.kind in MODULE_KINDS}
-    numbers = {node: f"n{number}" for number, node in enumerate(picture.graph.nodes)}
+    names = {node: f"n{position}" for position, node in enumerate(picture.graph.nodes)}
     clusters: dict[str, list[str]] = {}
     for node in picture.graph.nodes:
         if node.op not in ("get_attr", "output"):
             block = owner_of(node, picture.blocks) if node.op != "placeholder" else ""
-            clusters.setdefault(block, []).append(f"{numbers[node]} [{_look(picture, node, sites)}];")
+            clusters.setdefault(block, []).append(f"{names[node]} [{_look(picture, node, sites)}];")
     lines = ["digraph variant {", f"  label={_quoted(picture.title)}; labelloc=t; rankdir=TB; fontname=Helvetica;"]
     lines.append('  node [shape=box, style="filled,rounded", fontname=Helvetica, fontsize=10, color="#aab0ba"];')
-    for number, (block, nodes) in enumerate(clusters.items()):
+    for cluster, (block, nodes) in enumerate(clusters.items()):
         if block:
-            lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(block)}; color={_quoted(LINE)};"]
+            lines += [f"  subgraph cluster_{cluster} {{", f"    label={_quoted(block)}; color={_quoted(LINE)};"]
         lines += [f"    {node}" for node in nodes]
         lines += ["  }"] if block else []
     output = output_of(picture.graph)
-    lines.append(f'  {numbers[output]} [label="results and stored values", fillcolor="#ffffff"];')
+    lines.append(f'  {names[output]} [label="results and stored values", fillcolor="#ffffff"];')
     for node in picture.graph.nodes:
-        lines += [f"  {numbers[source]} -> {numbers[node]};" for source in node.all_input_nodes if source.op != "get_attr"]
+        lines += [f"  {names[source]} -> {names[node]};" for source in node.all_input_nodes if source.op != "get_attr"]
     return "\n".join([*lines, "}", ""])
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stepgraph.fingerprint import fingerprint
 from stepgraph.plan.liveness import traffic
 from stepgraph.runtime.export.drawing import Picture, draw_dot, draw_svg, operations
 from stepgraph.runtime.export.schedule import variant_name
@@ -17,15 +18,20 @@ NAMED = 24
 def write_graphs(folder: Path, executable: Compiled, program: Program, **_: Any) -> dict[str, Any]:
     """Write three files per variant; returns which steps each is for (see `stepgraph.runtime.export.export.export`)."""
     variants = []
-    for number, variant in enumerate(program.variants):
-        name, picture = variant_name(number), picture_of(executable, program, number)
+    for index, variant in enumerate(program.variants):
+        name, picture = variant_name(index), picture_of(executable, program, index)
         (folder / f"{name}.py").write_text(variant.graph.print_readable(print_output=False), encoding="utf-8")
         (folder / f"{name}.svg").write_text(draw_svg(picture), encoding="utf-8")
         (folder / f"{name}.dot").write_text(draw_dot(picture), encoding="utf-8")
-        steps = [step for step, own in enumerate(program.rows) if own == number]
+        steps = [step for step, used in enumerate(program.rows) if used == index]
         variants.append({"name": name, "steps": steps, "row": variant.row, "macs": variant.macs})
     header = executable.plan.header
-    facts = {"model": header.model, "fingerprint": header.fingerprint, "policy": header.policy, "batch": program.batch}
+    facts = {
+        "model": header.model,
+        "fingerprint": fingerprint(executable.model),
+        "policy": header.policy,
+        "batch": program.batch,
+    }
     sites = [site.name for site in program.plan.sites]
     return {"format": FORMAT, "version": VERSION, **facts, "sites": sites, "variants": variants}
 
@@ -33,7 +39,7 @@ def write_graphs(folder: Path, executable: Compiled, program: Program, **_: Any)
 def picture_of(executable: Compiled, program: Program, number: int) -> Picture:
     """What is drawn of a variant."""
     variant, header = program.variants[number], executable.plan.header
-    steps = [step for step, own in enumerate(program.rows) if own == number]
+    steps = [step for step, used in enumerate(program.rows) if used == number]
     moves, graph = traffic(program.plan)[steps[0]], variant.graph.graph
     share = variant.macs / program.macs_total if program.macs_total else 1.0
     named = ", ".join(map(str, steps[:NAMED])) + (", ..." if len(steps) > NAMED else "")

@@ -52,8 +52,8 @@ def write_programs(
     table = {"format": saver.format, "version": runner.VERSION, "weights": WEIGHTS, **_versions()}
     table |= make_schedule(executable, program, names, scheduler)
     writer = ProgramWriter(folder, names, saver)
-    for number, variant in enumerate(program.variants):
-        writer.write(variant_name(number), WeightlessGraph(variant.graph, names, portable=portable))
+    for index, variant in enumerate(program.variants):
+        writer.write(variant_name(index), WeightlessGraph(variant.graph, names, portable=portable))
     table["tables"] = write_tables(writer, executable, program)
     table["programs"] = writer.programs
     save_tensors(folder / WEIGHTS, own_memory(names.tensors))

@@ -196,13 +196,13 @@ class Runner:
         latents: Tensor = noise * sampler["init_noise_sigma"]
         session, steps = self.session(), len(schedule["steps"])
         history: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
-        for number, step in enumerate(schedule["steps"]):
-            scaled = latents * sampler["scales"][number] if sampler["scales"][number] != 1 else latents
-            outputs = self._predict(session, scaled, step["timestep"], cond, uncond)
+        for index, step in enumerate(schedule["steps"]):
+            scaled = latents * sampler["scales"][index] if sampler["scales"][index] != 1 else latents
+            outputs = self._predict(session, scaled, step["model_timestep"], cond, uncond)
             history.appendleft((latents, _guided(outputs, guidance_scale, latents)))
-            latents = _combined(history, sampler["terms"][number], latents.dtype)
+            latents = _combined(history, sampler["terms"][index], latents.dtype)
             if on_step is not None:
-                on_step(number + 1, steps)
+                on_step(index + 1, steps)
         return latents
 
     def _conditioning(
@@ -255,7 +255,8 @@ class ScheduledRun:
 
         Args:
             latents: What the model gets, scaled.
-            timestep: A number, or a tensor [B]; whole where the input's dtype is.
+            timestep: What the model takes, as `model_timestep` in the schedule: a number, or a tensor [B]; whole where the
+                input's dtype is.
             conditioning: The other inputs by name. Where they change within a run, what depends on them is computed anew.
 
         Raises:
@@ -271,7 +272,7 @@ class ScheduledRun:
         constants = [self.runner.weights[name] for name in step["constants"][self.branch]]
         tables = self._table_values(inputs) if variant["tables"] else []
         outputs = self.runner.call(
-            variant["program"], *inputs.values(), *stored, *constants, *(tables[number] for number in variant["tables"])
+            variant["program"], *inputs.values(), *stored, *constants, *(tables[index] for index in variant["tables"])
         )
         rest = iter(outputs[schedule["results"] :])
         for slot, count in zip(step["stores"], variant["stores"]):
@@ -286,9 +287,9 @@ class ScheduledRun:
         """The model's inputs by name, in order."""
         first, *others = (entry["name"] for entry in self.schedule["inputs"])
         _refuse_names(conditioning, [name for name in others if name != "timestep"])
-        given, inputs = {first: latents, "timestep": timestep, **conditioning}, dict[str, Tensor]()
+        values, inputs = {first: latents, "timestep": timestep, **conditioning}, dict[str, Tensor]()
         for entry in self.schedule["inputs"]:
-            value = torch.as_tensor(given[entry["name"]], device=latents.device)
+            value = torch.as_tensor(values[entry["name"]], device=latents.device)
             value = value.expand(entry["shape"]) if not value.ndim else value
             if list(value.shape) != entry["shape"]:
                 raise ScheduleError(f"{entry['name']} has the shape {list(value.shape)}; exported for {entry['shape']}")
@@ -303,7 +304,7 @@ class ScheduledRun:
             known = self._tables[self.branch] = self._computed(timestep, fixed)
         if known.every is not None:
             if not torch.equal(known.every[self.step], timestep):
-                expected = self.schedule["steps"][self.step]["timestep"]
+                expected = self.schedule["steps"][self.step]["model_timestep"]
                 raise ScheduleError(f"step {self.step} got the timestep {timestep.tolist()}; its tables are for {expected}")
             return [*known.prompt, *(table[self.step] for table in known.batched)]
         if "timestep" not in self.schedule["programs"]:
@@ -315,7 +316,8 @@ class ScheduledRun:
         prompt = self.runner.call("prompt", *fixed) if "prompt" in self.schedule["programs"] else ()
         if not self.schedule["tables"]["batched"]:
             return _Tables(seen, prompt)
-        steps = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)
+        steps = torch.tensor([step["model_timestep"] for step in self.schedule["steps"]])
+        steps = steps.to(timestep.device, timestep.dtype)
         every = steps.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
         return _Tables(seen, prompt, self.runner.call("timestep", every, *fixed, *prompt), every)
 

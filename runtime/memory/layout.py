@@ -86,13 +86,13 @@ def lay_out(
     steps = [[_Moving() for _ in range(branches)] for _ in slots.steps]
     for value, spans in stays:
         for branch in range(branches):
-            for number, (first, last) in enumerate(spans):
+            for span, (first, last) in enumerate(spans):
                 place = device.places[value.slot, first, branch]
-                if number == 0:
+                if span == 0:
                     steps[first][branch].stores[value.number] = place
                 else:
                     steps[first][branch].come.append((value.slot, place))
-                if number + 1 < len(spans):
+                if span + 1 < len(spans):
                     steps[last][branch].leave.append((value.slot, host.places[value.slot, last, branch]))
     moves = tuple(tuple(moving.done() for moving in row) for row in steps)
     return Layout(work_bytes + device.total, work_bytes, device.peak(), host.total, moves)
@@ -105,8 +105,8 @@ def _values(slots: SlotPlan, kept: Sequence[Sequence[Sequence[Kept]]]) -> list[_
     for step, moves in enumerate(slots.steps):
         for slot in moves.reads:
             held[slot].uses.append(step)
-        for number, slot in enumerate(moves.stores):
-            held[slot] = _Value(slot, number, kept[step][number], [step])
+        for position, slot in enumerate(moves.stores):
+            held[slot] = _Value(slot, position, kept[step][position], [step])
             values.append(held[slot])
     return values
 

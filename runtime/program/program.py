@@ -16,6 +16,7 @@ from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.weight_kinds import inner_tensors, is_plain
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Program:
     regions: int = 0
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
+
+    @property
+    def begin(self) -> int:
+        """The evaluation of the scheduler's schedule with which its runs begin."""
+        return self.plan.header.schedule.begin
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,12 @@ def refuse_nan_weights(model: nn.Module) -> None:
         PlanError: See `refuse_nan`.
     """
     if read_env().check:
-        refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
+        weights = {
+            ".".join(filter(None, (name, part))): tensor
+            for name, weight in model.named_parameters()
+            for part, tensor in inner_tensors(weight).items()
+        }
+        refuse_nan(weights, f"weights of {type(model).__name__}")
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
@@ -155,7 +166,8 @@ def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         PlanError: The message names the tensor and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        floating = isinstance(tensor, torch.Tensor) and is_plain(tensor) and tensor.is_floating_point()
+        if floating and tensor.element_size() > 1:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise PlanError(

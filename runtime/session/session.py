@@ -15,6 +15,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -23,10 +24,25 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
+    """One sampling run: which step is next, and the values stored so far. Not shared between threads.
 
-    def __init__(self, executable: "Compiled", capture: bool = True) -> None:
-        self.executable, self.capture = executable, capture
+    Attributes:
+        executable: What runs.
+        begin: The plan's step with which the run begins; the run's own steps count from there.
+        timesteps: The scheduler's timestep of every step of the run.
+        checked: Whether what changed of the model is looked at when the run begins.
+    """
+
+    def __init__(
+        self,
+        executable: "Compiled",
+        capture: bool = True,
+        begin: int = 0,
+        timesteps: Sequence[float] | None = None,
+        checked: bool = True,
+    ) -> None:
+        self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
+        self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
 
     def _fresh_state(self) -> RunState:
@@ -50,7 +66,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether every step has run."""
-        return self.step == self.executable.plan.steps
+        return self.step == len(self.timesteps)
 
     @property
     def peak_slot_bytes(self) -> int:
@@ -131,6 +147,8 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        if self.checked and self.step == self.branch == 0:
+            self._state.look = follow_weights(self.executable)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
@@ -170,6 +188,7 @@ class Session:
                 if tables is not None:
                     tables.finish()
             self._release()
+            finish_run(self.executable, state.look)
 
     def _call(
         self,
@@ -195,8 +214,8 @@ class Session:
         if steps is None or steps.refused:
             return work(*arguments, *constants, *tables)
         read: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
-        read |= {("constant", row, number): value for number, value in enumerate(constants)}
-        read |= {("table", number): value for number, value in zip(variant.tables, tables, strict=True)}
+        read |= {("constant", row, index): value for index, value in enumerate(constants)}
+        read |= {("table", index): value for index, value in zip(variant.tables, tables, strict=True)}
         try:
             return steps.run((row, tuple(map(table.places, reads))), places, read, lambda buffers: work(*buffers.values()))
         except CaptureError as error:
@@ -230,13 +249,13 @@ class Session:
         present = self._state.present
         if present.tables is None:
             batched = not self.executable.config.exact
-            present.tables = Tables(program.hoisted, program.plan.header.timesteps, batched)
+            present.tables = Tables(program.hoisted, self.timesteps, batched)
         values = present.tables.at(self.step, inputs)
-        return [values[number] for number in variant.tables]
+        return [values[table] for table in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs), self._state.present.program
+        program, begun = self.executable.program(inputs, self.begin), self._state.present.program
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
