@@ -14,6 +14,7 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
 from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.session import Session
 
@@ -32,13 +33,18 @@ class Attachment:
     executable: Compiled
     pipe: Any
     signature: inspect.Signature
+    transformer: nn.Module
     replaced: Any = None
     session: Session = field(init=False)
     timesteps: RunTimesteps | None = None
     first_latents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.session = self.executable.session()
+        self.session = self._new_session()
+
+    def _new_session(self) -> Session:
+        """A run in the transformer's place, whose values count."""
+        return self.executable.session(model=self.transformer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Refused: the copy's forward would run the original's weights."""
@@ -80,7 +86,7 @@ class Attachment:
                 f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
                 f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
             )
-        self.session = self.executable.session()
+        self.session = self._new_session()
         refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
         if not at_start:
             raise PlanError(
@@ -126,7 +132,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
     """Replace the forward of `pipe.transformer` by the executable.
 
     Raises:
-        CompileError: The pipeline has no transformer, or already has an executable attached.
+        CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of other
+            parts, or has other values that its forward reads, than the model when it was compiled.
         PlanError: The transformer is another model, or has other weights, than the plan was made for.
     """
     transformer = getattr(pipe, "transformer", None)
@@ -135,7 +142,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
     refuse_other_model(executable.plan.header, transformer)
-    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
+    begin_run(executable, executable.default, transformer)
+    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward), transformer)
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment
     _attached[transformer] = weakref.ref(attachment)

@@ -11,6 +11,7 @@ from stepgraph.runtime.capture.cudagraph import Recorder, addresses, ordinary_te
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 
 
@@ -51,6 +52,7 @@ class CapturedRun:
             session = executable.session(capture=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
+            self._programs = session.programs
             self._tables = self._fixed_tables(session.tables)
             # They hold coefficients that the graph reads.
             self._updates = [new_update(), new_update()]
@@ -108,8 +110,9 @@ class CapturedRun:
         Returns:
             Latents [B, C, ...] of their own.
         """
-        # A model that has changed is refused as by every run.
-        self._executable.session()
+        # A model that has changed is followed or refused as by every run.
+        for program in self._programs:
+            begin_run(self._executable, program)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         with self._recorder.turn(), torch.no_grad():
             self._noise.copy_(noise)
@@ -120,7 +123,7 @@ class CapturedRun:
                 # What has no version may be written to unseen.
                 tracked = not any(value.is_inference() for value in tensors)
                 marks = [(value, value._version) for value in tensors] if tracked else None
-                self._seen = (marks, versions(self._executable.model)) if marks is not None else None
+                self._seen = (marks, self._versions()) if marks is not None else None
             self._replay()
             return self._result.clone()
 
@@ -133,7 +136,16 @@ class CapturedRun:
             return False
         marks, weights = self._seen
         same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
-        return all(same) and weights == versions(self._executable.model)
+        return all(same) and weights == self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        """How often weights and strengths have been written to."""
+        return versions(self._executable.model) + tuple(
+            constant._version
+            for program in self._programs
+            for strength in program.facts.strengths
+            for constant in strength.constants
+        )
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
         for buffers, call in zip(self._calls, calls, strict=True):

@@ -21,28 +21,6 @@ from stepgraph.runtime.program.program import Macs, Memory, Program, signature
 from stepgraph.runtime.session.session import Session
 
 
-def parts_of(model: nn.Module) -> dict[str, Any]:
-    """What a model is made of: modules, parameters, buffers, hooks, processors and replaced forwards of its parts, by name.
-
-    Values written in place do not change it; graphs use them. Hooks and the forward of the model itself are not part of it:
-    they run around an executable as they run around the model.
-    """
-    parts: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    parts |= dict(model.named_buffers(remove_duplicate=False))
-    for path, module in model.named_modules():
-        if module is model:
-            continue
-        parts[path] = module
-        for index, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
-            parts[f"{path} (forward hook {index})"] = hook
-        if "processor" in vars(module):
-            parts[f"{path}.processor"] = module.processor
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-            parts[f"{path}.forward"] = forward
-    return parts
-
-
 class Saves(Protocol):
     """What writes itself into a file, as low-rank factors do."""
 
@@ -60,7 +38,6 @@ class Compiled:
         config: The compile options.
         build: Makes the program for inputs of a new signature (another batch size, say).
         default: The program for the inputs it was compiled with.
-        parts: What the model was made of when it was compiled (`parts_of`).
         example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
         captured: What was captured of it in graphs.
@@ -71,7 +48,6 @@ class Compiled:
     config: CompileConfig
     build: Callable[[Mapping[str, Any]], Program]
     default: Program
-    parts: Mapping[str, Any]
     example: Mapping[str, Any] | None = None
     factors: Saves | None = None
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
@@ -84,26 +60,15 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self, capture: bool = True) -> "Session":
+    def session(self, capture: bool = True, model: nn.Module | None = None) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Args:
             capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
                 them; others launch every kernel.
-
-        Raises:
-            CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
-                was compiled; the graphs would run without them.
+            model: Another model of equal weights that it stands in for.
         """
-        now, nothing = parts_of(self.model), object()
-        names = sorted({*now, *self.parts})
-        changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
-        if changed:
-            raise CompileError(
-                f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
-                f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
-            )
-        return Session(self, capture)
+        return Session(self, capture, model)
 
     def program(self, inputs: Mapping[str, Any]) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from stepgraph.env import get_logger, read_env
@@ -15,6 +16,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 class Session:
     """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
 
-    def __init__(self, executable: "Compiled", capture: bool = True) -> None:
-        self.executable, self.capture = executable, capture
+    def __init__(self, executable: "Compiled", capture: bool = True, model: nn.Module | None = None) -> None:
+        self.executable, self.capture, self.model = executable, capture, model
         self._state = self._fresh_state()
 
     def _fresh_state(self) -> RunState:
@@ -77,6 +79,12 @@ class Session:
         """The memory of the programs that run."""
         return self._state.memory
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that have begun in this run."""
+        programs = {id(branch.program): branch.program for branch in self._state.branches if branch.program is not None}
+        return tuple(programs.values())
+
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
         self._state.memory = dict(memory)
@@ -117,7 +125,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it.
+            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another one
+                than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
@@ -242,5 +251,7 @@ class Session:
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
+        if begun is None and all(program is not branch.program for branch in self._state.branches):
+            begin_run(self.executable, program, self.model)
         self._state.present.program = program
         return program

@@ -1,0 +1,41 @@
+"""Settings of the process that a forward depends on without reading them itself."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_modules
+
+DISPATCHER = "diffusers.models.attention_dispatch"
+
+
+def _dispatcher(name: str) -> Any:
+    """What the registry of diffusers' attention backends has under a name; None where nobody has imported it."""
+    module = sys.modules.get(DISPATCHER)
+    return getattr(getattr(module, "_AttentionBackendRegistry", None), name, None)
+
+
+# Autocast is not among them: a trace switches it off, and every call refuses it.
+SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
+    ("torch.get_default_dtype()", torch.get_default_dtype),
+    ("torch.get_default_device()", torch.get_default_device),
+    ("torch.get_float32_matmul_precision()", torch.get_float32_matmul_precision),
+    ("torch.backends.cuda.matmul.allow_tf32", lambda: torch._C._get_cublas_allow_tf32()),
+    ("torch.backends.cudnn.allow_tf32", lambda: torch._C._get_cudnn_allow_tf32()),
+    ("torch.backends.mkldnn.enabled", lambda: torch._C._get_mkldnn_enabled()),
+    ("torch.are_deterministic_algorithms_enabled()", torch.are_deterministic_algorithms_enabled),
+    ("torch.backends.cuda.flash_sdp_enabled()", torch.backends.cuda.flash_sdp_enabled),
+    ("torch.backends.cuda.mem_efficient_sdp_enabled()", torch.backends.cuda.mem_efficient_sdp_enabled),
+    ("torch.backends.cuda.math_sdp_enabled()", torch.backends.cuda.math_sdp_enabled),
+    ("torch.backends.cuda.cudnn_sdp_enabled()", torch.backends.cuda.cudnn_sdp_enabled),
+    ("the hooks before every module's forward", lambda: tuple(torch_modules._global_forward_pre_hooks.values())),
+    ("the hooks behind every module's forward", lambda: tuple(torch_modules._global_forward_hooks.values())),
+    ("diffusers' active attention backend", lambda: _dispatcher("_active_backend")),
+    ("diffusers' checks of attention inputs", lambda: _dispatcher("_checks_enabled")),
+)
+
+
+def process_state() -> dict[str, Any]:
+    """The settings as they are, by name, without those of what nobody has imported."""
+    return {name: value for name, get in SETTINGS if (value := get()) is not None}
