@@ -2,8 +2,8 @@
 
 While a forward is traced, a float that it reads of one of its modules is a `StrengthValue`, which knows where it was read. Its
 product with a tensor is recorded with a constant that can be written to; whatever else is done with it is done with the plain
-number, and then the graph holds for this number only. What C code does with it is not seen (`math.sqrt`): a second trace has other
-numbers in their place, and where that makes other graphs they are not followed.
+number, and then the graph holds for this number only. What C code does with it is not seen (`math.sqrt`): a second trace has
+other numbers in their place, and where that makes other graphs they are not followed.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # Whose products with a Python number are those with a tensor [] of float64, bit for bit, and whose are made in float32.
@@ -58,7 +59,9 @@ class Strengths:
         if self.denied is None or place in self.denied or not math.isfinite(value):
             return value
         self.places[place] = value
-        return StrengthValue(value * 1.25 + math.copysign(0.125, value) if place in self.other else value, place, self)
+        # Odd numbers: round ones could lead to the same place by chance.
+        other = value * 1.2345678 + math.copysign(0.1376543, value)
+        return StrengthValue(other if place in self.other else value, place, self, value)
 
     def constant(self, strength: "StrengthValue", device: torch.device) -> torch.Tensor:
         """The tensor [] that the graph reads in a strength's place."""
@@ -88,11 +91,12 @@ class StrengthValue(float):
 
     place: Place
     owner: Strengths
+    original: float
 
-    def __new__(cls, value: float, place: Place, owner: Strengths) -> "StrengthValue":
-        """The number, with its place."""
+    def __new__(cls, value: float, place: Place, owner: Strengths, original: float) -> "StrengthValue":
+        """A number, with its place and what stands there."""
         strength = super().__new__(cls, value)
-        strength.place, strength.owner = place, owner
+        strength.place, strength.owner, strength.original = place, owner, original
         return strength
 
     @property
@@ -134,6 +138,25 @@ for _name in ("as_integer_ratio", "is_integer", "hex", "conjugate"):
     setattr(StrengthValue, _name, _decaying(_name))
 
 
+def restored(value: Any) -> Any:
+    """What the forward read as a strength, or as a dict of them, as it stands in the model; anything else as it is."""
+    if isinstance(value, StrengthValue):
+        value.owner.fixed.add(value.place)
+        return value.original
+    if isinstance(value, dict):
+        return {key: restored(entry) for key, entry in value.items()}
+    return value
+
+
+def restore(model: nn.Module) -> None:
+    """Take strengths out of a model that its forward put there, as one does that sets a number for a time."""
+    for module in model.modules():
+        attributes = vars(module)
+        for name in [name for name, value in attributes.items() if isinstance(value, (StrengthValue, StrengthDict))]:
+            value = attributes[name]
+            attributes[name] = value.real if isinstance(value, StrengthDict) else restored(value)
+
+
 class StrengthDict(dict[Any, Any]):
     """A dict whose floats are strengths; what is written to it is written to the real one."""
 
@@ -150,7 +173,7 @@ def _writing(name: str) -> Callable[..., Any]:
     method = getattr(dict, name)
 
     def write(self: StrengthDict, *args: Any, **kwargs: Any) -> Any:
-        method(self.real, *args, **kwargs)
+        method(self.real, *map(restored, args), **{key: restored(value) for key, value in kwargs.items()})
         return method(self, *args, **kwargs)
 
     return write

@@ -30,7 +30,7 @@ from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.refuse_changed_state import refuse_changed_state, state_of
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
-from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths
+from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths, restore
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
@@ -175,6 +175,7 @@ def _run(
         return reads.read(module, name, read(module, name))
 
     with ExitStack() as stack:
+        stack.callback(restore, model)
         # A thread that is just reading an attribute may keep the tracer alive a little longer.
         stack.callback(tracer.attribute_nodes.clear)
         # Under autocast a traced operation would have other dtypes than the graph's run has.

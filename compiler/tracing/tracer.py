@@ -135,7 +135,7 @@ class Tracer(TorchFunctionMode):
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
 
     def scaled(self, tensor: torch.Tensor, strength: StrengthValue) -> Any:
-        """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a Python number."""
+        """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a number."""
         device = tensor.device if tensor.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
         constant = strength.owner.constant(strength, device)
         if id(constant) not in self.attributes:

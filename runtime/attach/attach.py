@@ -132,8 +132,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
     """Replace the forward of `pipe.transformer` by the executable.
 
     Raises:
-        CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of other
-            parts, or has other values that its forward reads, than the model when it was compiled.
+        CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of
+            other parts, or has other values that its forward reads, than the model when it was compiled.
         PlanError: The transformer is another model, or has other weights, than the plan was made for.
     """
     transformer = getattr(pipe, "transformer", None)

@@ -16,19 +16,11 @@ def _dispatcher(name: str) -> Any:
     return getattr(getattr(module, "_AttentionBackendRegistry", None), name, None)
 
 
-# Autocast is not among them: a trace switches it off, and every call refuses it.
+# Not among them are those that operations ask when they run: the precision of matrix products, determinism, which attention
+# kernels may be chosen. Autocast is switched off by a trace, and refused by every call.
 SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
     ("torch.get_default_dtype()", torch.get_default_dtype),
     ("torch.get_default_device()", torch.get_default_device),
-    ("torch.get_float32_matmul_precision()", torch.get_float32_matmul_precision),
-    ("torch.backends.cuda.matmul.allow_tf32", lambda: torch._C._get_cublas_allow_tf32()),
-    ("torch.backends.cudnn.allow_tf32", lambda: torch._C._get_cudnn_allow_tf32()),
-    ("torch.backends.mkldnn.enabled", lambda: torch._C._get_mkldnn_enabled()),
-    ("torch.are_deterministic_algorithms_enabled()", torch.are_deterministic_algorithms_enabled),
-    ("torch.backends.cuda.flash_sdp_enabled()", torch.backends.cuda.flash_sdp_enabled),
-    ("torch.backends.cuda.mem_efficient_sdp_enabled()", torch.backends.cuda.mem_efficient_sdp_enabled),
-    ("torch.backends.cuda.math_sdp_enabled()", torch.backends.cuda.math_sdp_enabled),
-    ("torch.backends.cuda.cudnn_sdp_enabled()", torch.backends.cuda.cudnn_sdp_enabled),
     ("the hooks before every module's forward", lambda: tuple(torch_modules._global_forward_pre_hooks.values())),
     ("the hooks behind every module's forward", lambda: tuple(torch_modules._global_forward_hooks.values())),
     ("diffusers' active attention backend", lambda: _dispatcher("_active_backend")),

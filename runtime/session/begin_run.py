@@ -41,6 +41,6 @@ def _refuse(executable: "Compiled", found: Difference) -> None:
             f"Set it back, or detach, and compile again"
         )
     raise CompileError(
-        f"{name} is made of other parts than when it was compiled, such as {found.path!r} (before {found.old}, now {found.new}; "
-        f"a LoRA, a hook or another change of its modules?); detach, and compile again"
+        f"{name} is made of other parts than when it was compiled, such as {found.path!r} (before {found.old}, now "
+        f"{found.new}; a LoRA, a hook or another change of its modules?); detach, and compile again"
     )

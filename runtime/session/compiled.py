@@ -13,7 +13,6 @@ from torch import nn
 
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
-from stepgraph.errors import CompileError
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.packed_linear import forget_packed

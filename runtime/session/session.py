@@ -125,8 +125,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another one
-                than when it was compiled (`begin_run`).
+            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another
+                one than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
