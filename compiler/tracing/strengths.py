@@ -58,7 +58,10 @@ class Strengths:
         """A strength, unless it may be none."""
         if self.denied is None or place in self.denied or not math.isfinite(value):
             return value
-        self.places[place] = value
+        if self.places.setdefault(place, value) != value:
+            # The forward itself has set it.
+            self.fixed.add(place)
+            return value
         # Odd numbers: round ones could lead to the same place by chance.
         other = value * 1.2345678 + math.copysign(0.1376543, value)
         return StrengthValue(other if place in self.other else value, place, self, value)

@@ -117,13 +117,16 @@ def test_what_is_written_to_a_dict_of_strengths_is_written():
 
 def test_a_number_that_is_set_for_a_time_stays_what_it_was():
     def forward(m, x):
-        before, m.strength = m.strength, 0.5
-        x = x * m.strength
+        before, y = m.strength, x * m.strength
+        m.strength = 0.5
+        y = y + x * m.strength
         m.strength = before
-        return x * m.scaling["two"]
+        return y * m.scaling["two"]
 
-    model = Scaled(forward).eval()
-    trace(model, {"x": torch.randn(4, 6)})
+    model, x = Scaled(forward).eval(), torch.randn(4, 6)
+    graph, _, paths = followed(model, x)
+    assert paths == ["scaling['two']"]
+    assert torch.equal(graph(x)[0], model(x))
     assert (type(model.strength), model.strength) == (float, HALF)
 
 
