@@ -14,6 +14,7 @@ from stepgraph.runtime.export.aoti import write_aoti
 from stepgraph.runtime.export.graphs import write_graphs
 from stepgraph.runtime.export.onnx import write_onnx
 from stepgraph.runtime.export.pt2 import write_programs
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 
 # Writes into an empty folder what its manifest then describes; returns that.
@@ -57,6 +58,8 @@ def export(
     """
     refuse_target(path, format, force)
     program = executable.default if inputs is None else executable.program(inputs)
+    # What is written has the model's numbers as they are now.
+    begin_run(executable, program)
     with whole_folder(Path(path)) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

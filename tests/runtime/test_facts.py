@@ -394,3 +394,16 @@ def test_tables_and_regions_follow_strengths(options):
             wanted = model(**example).sample
         torch.testing.assert_close(executable.session()(**example).sample, wanted, rtol=1e-4, atol=1e-5)
     assert {s.name for s in executable.default.facts.strengths} == {"strength", "scales"}
+
+
+def test_an_export_has_the_strengths_of_its_time(tmp_path):
+    model, example = tiny_dit(), inputs(batch=2)
+    adapter = grow(model)
+    executable = compiled(model, example)
+    adapter.strength = 0.125
+    executable.export(tmp_path / "exported", format="pt2")
+    (constant,) = next(s for s in executable.default.facts.strengths if s.name == "strength").constants
+    assert float(constant) == 0.125
+    adapter.active.clear()
+    with pytest.raises(CompileError, match=r"to_v\.active"):
+        executable.export(tmp_path / "other", format="pt2")
