@@ -23,6 +23,7 @@ from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs
 from stepgraph.node_facts import PROVIDER, output_of
 from stepgraph.plan import CachePlan
@@ -34,6 +35,7 @@ from stepgraph.runtime.memory.layout import kept_dtype, lay_out
 from stepgraph.runtime.memory.slots import assign_slots
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
+from stepgraph.wrapped_models import unwrapped
 
 
 def compile_plan(
@@ -45,6 +47,7 @@ def compile_plan(
     traced: TracedModel | None = None,
 ) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`); `traced` hands on graphs that were made of this very model before."""
+    model = unwrapped(model)
     refuse_other_model(plan.header, model)
     refuse_nan_weights(model)
 
@@ -64,7 +67,7 @@ def build_program(
     traced: TracedModel, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
 ) -> Program:
     """All stages for inputs of one signature."""
-    clock, model, family = _Clock(), traced.model, traced.family
+    clock, model, family = _StageClock(), traced.model, traced.family
     refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
 
@@ -80,7 +83,7 @@ def build_program(
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
     rows = specialize(marked, model, plan, example, groups, config)
-    constants = coefficients_of(plan, factors, next(model.parameters()))
+    constants = coefficients_of(plan, factors, next(model.parameters()).device, model_dtype(model))
     macs = [macs_of(gm.graph.nodes) for gm in rows.graphs]
     clock.stage("specialize")
 
@@ -151,7 +154,7 @@ def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             raise CompileError(f"the model is on {device}, but the input {name} is on {value.device}; move one of them")
 
 
-class _Clock:
+class _StageClock:
     """Seconds per stage."""
 
     def __init__(self) -> None:

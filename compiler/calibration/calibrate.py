@@ -26,6 +26,7 @@ from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, step_arguments
+from stepgraph.wrapped_models import unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
@@ -86,6 +87,7 @@ def calibrate(
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
             another calibration, or NaN in what was measured.
     """
+    model = unwrapped(model)
     rank, world = _place()
     check_samples(samples, world)
     if not allow_stochastic:

@@ -22,6 +22,7 @@ from stepgraph.files.whole_file import writable_folder
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 T = TypeVar("T", CachePlan, CalibrationStats)
 
@@ -74,7 +75,7 @@ def accelerate(
             runs nothing with it, or the model or sampler cannot be calibrated.
         CompileError: The pipeline has no transformer, or it cannot be compiled.
     """
-    transformer = getattr(pipe, "transformer", None)
+    transformer = unwrapped(getattr(pipe, "transformer", None))
     if transformer is None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:

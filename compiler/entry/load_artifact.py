@@ -21,6 +21,7 @@ from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.tolerances import FIRST_STEP, tolerance
+from stepgraph.wrapped_models import unwrapped
 
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
@@ -41,6 +42,7 @@ def compile_artifact(
     verify: bool | None = None,
 ) -> Executable:
     """The rest of `load_artifact`."""
+    model = unwrapped(model)
     path = artifact.path
     if model is None:
         model = build_model(artifact, device or "cpu")

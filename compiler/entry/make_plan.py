@@ -19,6 +19,7 @@ from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 
 def runs_model(policy: str) -> bool:
@@ -66,6 +67,7 @@ def make_plan(
     Raises:
         PlanError: Unknown policy or arguments, or something needed is missing.
     """
+    model = unwrapped(model)
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)

@@ -21,6 +21,7 @@ from stepgraph.metrics import relative_errors
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.scheduler import prepare_scheduler
+from stepgraph.wrapped_models import unwrapped
 
 
 def sweep(
@@ -62,6 +63,7 @@ def sweep(
         PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
         CompileError: The model's family has no example conditioning (FLUX).
     """
+    model = unwrapped(model)
     knobs = (knob,) if isinstance(knob, str) else tuple(knob)
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]

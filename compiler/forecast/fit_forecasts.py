@@ -22,6 +22,7 @@ from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
 from stepgraph.plan.factors import Factors
+from stepgraph.wrapped_models import unwrapped
 
 WHOLE_STEP = ("y1", "y2", "x0", "x1")
 TARGETS = (STATE, FULL, OWN)
@@ -73,6 +74,7 @@ def fit_whole_step(
     Raises:
         PlanError: The plan skips no step, or it, the model and the scheduler do not belong together.
     """
+    model = unwrapped(model)
     if not any(letter in (REUSE, FORECAST) for row in plan.rows for s, letter in zip(plan.sites, row) if s.kind == "output"):
         raise PlanError(
             "the plan skips no step: nowhere is `output` reused or forecast; make one with "
@@ -123,6 +125,7 @@ def fit_forecast(
     Raises:
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
+    model = unwrapped(model)
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     return _fitted_plan(plan, model, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
@@ -164,6 +167,7 @@ def residual_affine(
     Raises:
         PlanError: `stack_residual` is nowhere reused, or plan, model and scheduler do not belong together.
     """
+    model = unwrapped(model)
     if len(plan.header.branches) > 1:
         raise ArgumentError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)

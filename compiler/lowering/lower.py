@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.lowering.cut import Piece, cut
+from stepgraph.compiler.lowering.cut import Piece, cut, opaque_nodes
 from stepgraph.compiler.lowering.lift_region import Region, lift_region, tensor_at
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
@@ -41,11 +41,21 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
     if config.backend == "eager":
         return Lowered([GraphCall(gm.forward, results) for gm in graphs])
     if not config.regions:
+        _refuse_opaque(graphs)
         return Lowered([GraphCall(compile_whole(gm), results) for gm in graphs], len(graphs))
     builder = _Builder(config, results)
     variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
     builder.compile()
     return Lowered([builder.region_calls(gm, uses) for gm, uses in variants], len(builder.regions))
+
+
+def _refuse_opaque(graphs: Sequence[fx.GraphModule]) -> None:
+    """Whole graphs are compiled with everything in them."""
+    opaque = next((node for gm in graphs for node in opaque_nodes(gm)), None)
+    if opaque is not None:
+        raise CompileError(
+            f"{opaque.target} has quantised weights, which run as they are between compiled regions; leave regions=False out"
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ def _is_fake(value: torch.Tensor) -> bool:
 def compile_whole(gm: fx.GraphModule) -> Callable[..., Any]:
     """A whole graph through torch.compile; it is called once here, so that compilation happens now and not in the first run."""
     placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-    compiled = Compiled(gm, [tuple(value.shape) for value in placeholders])
+    compiled = CompiledGraph(gm, [tuple(value.shape) for value in placeholders])
     with torch.no_grad():
         compiled.call(*(torch.zeros(val.shape, dtype=val.dtype, device=val.device) for val in placeholders))
     return compiled
@@ -198,7 +208,7 @@ def no_guards(guards: Sequence[Any]) -> list[bool]:
     return [False] * len(guards)
 
 
-class Compiled:
+class CompiledGraph:
     """A graph compiled by inductor, once. Compiling again in a later call, which takes seconds to minutes, is an error."""
 
     def __init__(self, gm: fx.GraphModule, shapes: list[tuple[int, ...]]) -> None:

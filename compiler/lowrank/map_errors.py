@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from stepgraph.compiler.lowrank.covariances import Covariances
+from stepgraph.compiler.lowrank.decompose import weight_of
 from stepgraph.errors import MismatchError
 from stepgraph.plan.factors import Factors, refuse_model
 
@@ -38,8 +39,7 @@ def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, cov
         cross, square = covariances.cross(path)
         lost = square - 2 * float((product * cross).sum()) + _square(product, covariance)
         return math.sqrt(max(lost, 0.0) / square)
-    weight = model.get_submodule(path).weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(model, path)
     w = weight.detach().double().cpu()
     return math.sqrt(_square(w - product, covariance) / max(_square(w, covariance), 1e-300))
 

@@ -19,6 +19,7 @@ from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.plan import FORMAT, CachePlan
 from stepgraph.plan.json import without_duplicates
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 
 def import_plan(
@@ -45,6 +46,7 @@ def import_plan(
     Raises:
         PlanError: The file is not of a known format or does not fit the model; the message names the file and the key.
     """
+    model = unwrapped(model)
     path = Path(path)
     data = _read(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:

@@ -19,6 +19,7 @@ from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
@@ -62,6 +63,7 @@ def train_router(
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
             is not finite.
     """
+    model = unwrapped(model)
     chosen = settings or RouterSettings()
     prepared = prepare_scheduler(scheduler, steps)
     example = example_inputs(model, chosen.batch)

@@ -13,6 +13,7 @@ from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtyp
 from stepgraph.inputs import flat_inputs
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts
+from stepgraph.wrapped_models import unwrapped
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
     Raises:
         CompileError: No adapter covers the model's class.
     """
+    model = unwrapped(model)
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     return family_of(model).example_inputs(config_of(model), batch, model_dtype(model), device)

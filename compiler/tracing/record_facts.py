@@ -3,8 +3,8 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -35,14 +35,12 @@ class Reads:
         self.globals = Globals()
         self._kinds: set[tuple[type, str]] = set()
         self._seen: set[tuple[int, str]] = set()
-        self._originals: dict[int, nn.Module] = {}
         self._thread = threading.get_ident()
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Take down that an attribute was read; returns what the forward gets for it."""
         if name in OF_EVERY_MODULE or threading.get_ident() != self._thread or name.startswith("__"):
             return value
-        module = self._originals.get(id(module), module)
         attributes = object.__getattribute__(module, "__dict__")
         if not self._again and (id(module), name) not in self._seen:
             self._note(module, name, attributes)
@@ -52,7 +50,6 @@ class Reads:
     def note_absent(self, module: nn.Module, name: str) -> None:
         """Take down that a module was asked for what it does not have."""
         if not self._again and threading.get_ident() == self._thread and not name.startswith("__"):
-            module = self._originals.get(id(module), module)
             self._note(module, name, object.__getattribute__(module, "__dict__"))
 
     def _note(self, module: nn.Module, name: str, attributes: dict[str, Any]) -> None:
@@ -83,18 +80,15 @@ class Reads:
             self.globals.add_code(frame.f_code, frame.f_globals)
             frame = frame.f_back
 
-    @contextmanager
-    def standing_in(self, module: nn.Module, twin: nn.Module) -> Iterator[None]:
-        """Within it, what is read of a module's twin is read of the module."""
-        pairs = [(id(twin), module)]
-        for one, other in zip(_below(twin), _below(module), strict=True):
-            pairs.append((id(one), other))
-        self._originals |= dict(pairs)
-        try:
-            yield
-        finally:
-            for identity, _ in pairs:
-                del self._originals[identity]
+    def note_leaf(self, module: nn.Module) -> None:
+        """Take down what one of torch.nn's own modules reads of itself; its results may be known, and its forward not run."""
+        if self._again:
+            return
+        for part in (module, *_below(module)):
+            attributes = object.__getattribute__(part, "__dict__")
+            for name in names_in_forward(type(part)):
+                if name in attributes and name not in OF_EVERY_MODULE and (id(part), name) not in self._seen:
+                    self._note(part, name, attributes)
 
     def facts(self) -> Facts:
         """All of it; after the forward."""
@@ -117,3 +111,18 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
         if child is not None:
             yield child
             yield from _below(child)
+
+
+@cache
+def names_in_forward(kind: type) -> frozenset[str]:
+    """The names in the code of a class's forward, and of those of its methods that this names."""
+    names, pending = set[str](), ["forward"]
+    while pending:
+        method = getattr(kind, pending.pop(), None)
+        codes = [method.__code__] if isinstance(method, FunctionType) else []
+        while codes:
+            code = codes.pop()
+            pending += [name for name in code.co_names if name not in names and name in dir(kind)]
+            names |= set(code.co_names)
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(names)

@@ -15,33 +15,31 @@ def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
     left = {id(traced) for ref in made if (traced := ref()) is not None}
     if left:
         gc.collect()
+        searched: dict[int, int] = {}
         for memo in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
-            if _holds(memo, left):
+            if _holds(memo, left, searched):
                 memo.cache_clear()
 
 
 def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
-    """Take the traced tensors that the forward left behind out of wherever it put them; they have no data to go on with.
+    """See that the forward left no traced tensors behind; they have no data to go on with.
 
     Raises:
         TraceError: The forward kept one elsewhere than in a functools cache: that is its own past.
     """
     forget_in_memos(made)
-    for ref in made:
-        traced = ref()
-        if traced is None:
-            continue
-        for holder in gc.get_referrers(traced):
-            if isinstance(holder, dict):
-                for key in [key for key, value in holder.items() if value is traced]:
-                    del holder[key]
-        raise TraceError(f"{traced.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
+    left = next((traced for ref in made if (traced := ref()) is not None), None)
+    if left is not None:
+        raise TraceError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
-def _holds(thing: Any, wanted: set[int], depth: int = 5) -> bool:
-    """Whether something refers to one of the objects, within a few steps."""
+def _holds(thing: Any, wanted: set[int], searched: dict[int, int], depth: int = 5) -> bool:
+    """Whether something refers to one of the objects, within a few steps; `searched` has what does not, and within how many."""
     if id(thing) in wanted:
         return True
-    if depth == 0 or isinstance(thing, (type, ModuleType, FunctionType)):
+    if depth <= searched.get(id(thing), 0) or isinstance(thing, (type, ModuleType, FunctionType)):
         return False
-    return any(_holds(part, wanted, depth - 1) for part in gc.get_referents(thing))
+    if any(_holds(part, wanted, searched, depth - 1) for part in gc.get_referents(thing)):
+        return True
+    searched[id(thing)] = depth
+    return False

@@ -27,15 +27,17 @@ from torch.utils import _pytree as pytree
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
 from stepgraph.compiler.tracing.record_facts import Reads
-from stepgraph.compiler.tracing.refuse_changed_state import refuse_changed_state, state_of
+from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
+from stepgraph.compiler.tracing.saved_state import SavedState, drop_traced
 from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths, restore
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
 from stepgraph.runtime.program.facts import Facts
+from stepgraph.wrapped_models import refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
 TRACE_LOCK = threading.RLock()
@@ -70,7 +72,7 @@ class Trace:
         attributes: dict[str, Any] = dict(self.constants)
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr") and node.target not in attributes:
-                attributes[node.target] = operator.attrgetter(node.target)(model)
+                attributes[node.target] = uncompiled(operator.attrgetter(node.target)(model))
         return fx.GraphModule(attributes, graph, class_name=type(model).__name__)
 
 
@@ -95,16 +97,32 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
+    refuse_offload(model)
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
-        recorded = _record_twice(model, inputs, Strengths())
-        if recorded is None:
-            recorded = _record_twice(model, inputs, Strengths(denied=None))
+        before, made = SavedState(model), list[weakref.ref[TracedTensor]]()
+
+        def leave_no_trace() -> None:
+            before.restore()
+            forget_in_memos(made)
+            drop_traced(made)
+
+        try:
+            recorded = _record_twice(model, inputs, made, Strengths())
+            if recorded is None:
+                leave_no_trace()
+                recorded = _record_twice(model, inputs, made, Strengths(denied=None))
+        except BaseException:
+            # The model that was refused is still the user's, to run without us.
+            leave_no_trace()
+            raise
     assert recorded is not None
     return replace(recorded, seconds=time.perf_counter() - started)
 
 
-def _record_twice(model: nn.Module, inputs: Mapping[str, Any], strengths: Strengths) -> Trace | None:
+def _record_twice(
+    model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], strengths: Strengths
+) -> Trace | None:
     """Run the forward twice, the second time with other strengths.
 
     Returns:
@@ -113,10 +131,10 @@ def _record_twice(model: nn.Module, inputs: Mapping[str, Any], strengths: Streng
     Raises:
         TraceError: It did something else although there are no strengths.
     """
-    first = _record(model, inputs, strengths)
+    first = _record(model, inputs, made, strengths)
     followed = frozenset(place for place, _ in strengths.constants) - strengths.fixed
     try:
-        second = _record(model, inputs, Strengths(other=followed, denied=strengths.denied), first)
+        second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
         ordinary = {name: value for name, value in first.constants.items() if not name.startswith(STRENGTH)}
         refuse_other_operations(first.graph, second.graph, ordinary, second.constants)
     except TraceError:
@@ -126,15 +144,16 @@ def _record_twice(model: nn.Module, inputs: Mapping[str, Any], strengths: Streng
     return first
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any], strengths: Strengths, earlier: Trace | None = None) -> Trace:
+def _record(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    made: list["weakref.ref[TracedTensor]"],
+    strengths: Strengths,
+    earlier: Trace | None = None,
+) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
-    traced: list[weakref.ref[TracedTensor]] = []
-    try:
-        recorded = _run(model, inputs, traced, strengths, earlier)
-    except BaseException:
-        forget_in_memos(traced)
-        raise
-    refuse_survivors(traced)
+    recorded = _run(model, inputs, made, strengths, earlier)
+    refuse_survivors(made)
     return recorded
 
 
@@ -154,14 +173,15 @@ def _run(
     reads = Reads(model, strengths, again=earlier is not None)
     tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph, reads=reads)
     tracer.made = made
-    before = state_of(model)
+    before = module_attributes(model)
     call, getattribute, read = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__getattribute__
     # Other threads may run this very model meanwhile; for them nothing changes.
     this_thread = threading.get_ident()
 
     def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mine = threading.get_ident() == this_thread
-        return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
+        # What torch.compile keeps beside a module is not its forward.
+        return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
         try:
@@ -172,7 +192,9 @@ def _run(
         return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
 
     def traced_read(module: nn.Module, name: str) -> Any:
-        return reads.read(module, name, read(module, name))
+        value = read(module, name)
+        strength = reads.read(module, name, value)
+        return value if tracer.inside else strength
 
     with ExitStack() as stack:
         stack.callback(restore, model)
@@ -192,7 +214,7 @@ def _run(
         stack.enter_context(tracer)
         # A model that an executable is attached to is traced as it was before.
         forward = own_forward(model)
-        run = call if forward is None else lambda _, **arguments: forward(**arguments)
+        run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
         try:
             result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
         except TraceError:

@@ -27,6 +27,7 @@ from stepgraph.runtime.artifact.artifact import (
 )
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.scheduler import prepare_scheduler
+from stepgraph.weight_kinds import kind_of, own_kinds
 
 
 def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = False, scheduler: Any = None) -> None:
@@ -113,6 +114,13 @@ def _is_tensor(value: Any) -> bool:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers of a model, the temporary ones too, each once, in plain memory of its own."""
     weights = {}
+    kinds = own_kinds(model)
+    if kinds:
+        name, tensor = next(iter(kinds.items()))
+        raise CompileError(
+            f"{name} is a {kind_of(tensor)}, which a file of plain tensors does not hold; save with with_weights=False, and "
+            f"pass the quantised model to stepgraph.load"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         plain = tensor.detach().cpu().contiguous()
         weights[name] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

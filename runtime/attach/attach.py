@@ -17,6 +17,7 @@ from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.session import Session
+from stepgraph.wrapped_models import forward_signature, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -35,6 +36,7 @@ class Attachment:
     signature: inspect.Signature
     transformer: nn.Module
     replaced: Any = None
+    compiled: Any = None
     session: Session = field(init=False)
     timesteps: RunTimesteps | None = None
     first_latents: torch.Tensor | None = None
@@ -137,15 +139,18 @@ def attach(executable: Compiled, pipe: Any) -> None:
         PlanError: The transformer is another model, or has other weights, than the plan was made for.
     """
     transformer = getattr(pipe, "transformer", None)
+    model = unwrapped(transformer)
     if not isinstance(transformer, nn.Module):
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
-    refuse_other_model(executable.plan.header, transformer)
-    begin_run(executable, executable.default, transformer)
-    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward), transformer)
+    refuse_other_model(executable.plan.header, model)
+    begin_run(executable, executable.default, model)
+    attachment = Attachment(executable, pipe, forward_signature(model), model)
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment
+    # What torch.compile made of the module would be called in place of its forward.
+    attachment.compiled, transformer._compiled_call_impl = transformer._compiled_call_impl, None
     _attached[transformer] = weakref.ref(attachment)
 
 
@@ -165,6 +170,7 @@ def detach(executable: Compiled) -> None:
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:
                 transformer.__dict__["forward"] = attachment.replaced
+            transformer._compiled_call_impl = attachment.compiled
         del _attached[transformer]
 
 

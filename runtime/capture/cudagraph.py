@@ -11,6 +11,7 @@ from torch import nn
 from stepgraph.env import read_env
 from stepgraph.errors import CaptureError
 from stepgraph.tolerances import REPLAY, tolerance
+from stepgraph.weight_kinds import inner_tensors
 
 T = TypeVar("T")
 
@@ -132,13 +133,17 @@ def ordinary_tensors() -> Iterator[None]:
 
 def addresses(model: nn.Module) -> tuple[int, ...]:
     """Where a model's parameters and buffers lie."""
-    return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    return tuple(tensor.data_ptr() for tensor in _tensors_of(model))
 
 
 def versions(model: nn.Module) -> tuple[int, ...]:
     """How often each of a model's parameters and buffers has been written to; -1 where that is not counted."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in _tensors_of(model))
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """What a model's parameters and buffers are made of."""
+    return [part for tensor in (*model.parameters(), *model.buffers()) for part in inner_tensors(tensor).values()]
 
 
 def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:

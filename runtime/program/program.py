@@ -18,6 +18,7 @@ from stepgraph.runtime.program.facts import Facts
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
 from stepgraph.runtime.program.watch import Watch
+from stepgraph.weight_kinds import inner_tensors, is_plain
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,12 @@ def refuse_nan_weights(model: nn.Module) -> None:
         PlanError: See `refuse_nan`.
     """
     if read_env().check:
-        refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
+        weights = {
+            ".".join(filter(None, (name, part))): tensor
+            for name, weight in model.named_parameters()
+            for part, tensor in inner_tensors(weight).items()
+        }
+        refuse_nan(weights, f"weights of {type(model).__name__}")
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
@@ -164,7 +170,8 @@ def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         PlanError: The message names the tensor and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        floating = isinstance(tensor, torch.Tensor) and is_plain(tensor) and tensor.is_floating_point()
+        if floating and tensor.element_size() > 1:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise PlanError(

@@ -38,6 +38,7 @@ class Hoisted:
         tables: In the order of these values, prompt level first.
         kept: Values of these that would exceed the limit and stay in the loop, by name, with their bytes.
         scale: What the model takes the scheduler's timestep times.
+        rowwise: Whether each step is computed by itself: it calls modules that know of no batch of steps.
     """
 
     inputs: tuple[str, ...]
@@ -46,6 +47,7 @@ class Hoisted:
     tables: tuple[Table, ...]
     kept: Mapping[str, int]
     scale: float
+    rowwise: bool = False
 
     @property
     def bytes(self) -> int:
@@ -189,15 +191,21 @@ def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.T
         every: The timesteps of all steps [T, ...].
         fixed: The inputs, then the values at prompt level.
     """
+    if hoisted.rowwise:
+        return _one_by_one(hoisted, every, fixed)
     try:
         stacked = torch.vmap(hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
-        rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
-        return tuple(torch.stack(values) for values in zip(*rows, strict=True))
+        return _one_by_one(hoisted, every, fixed)
     return tuple(_alone(value) for value in stacked)
+
+
+def _one_by_one(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
+    return tuple(torch.stack(values) for values in zip(*rows, strict=True))
 
 
 def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:

@@ -13,8 +13,11 @@ from torch import nn
 from stepgraph.runtime.program.facts import HOOKS, TENSORS, Changed, Difference, Facts
 from stepgraph.runtime.program.freeze import Containers, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
+from stepgraph.wrapped_models import refuse_offload
 
 Space = Mapping[str, Any]
+# Where libraries keep what moves or casts a module's weights while it runs.
+OFFLOADS = ("_hf_hook", "_diffusers_hook")
 # Of how many models that take each other's place it is known how they were.
 MOST_MODELS = 4
 
@@ -33,6 +36,9 @@ class Watch:
 
         Args:
             model: The traced one, or another whose place its graph takes.
+
+        Raises:
+            CompileError: Hooks move or cast its weights while it runs.
         """
         snapshot = self._snapshots.get(id(model))
         if snapshot is not None and snapshot.holds():
@@ -40,6 +46,7 @@ class Watch:
         with self._lock:
             # Taken first: what changes meanwhile is noticed the next time.
             snapshot = _Snapshot(model, self.facts)
+            refuse_offload(model)
             differences = list(self.facts.differences(model))
             if all(found.kind is Changed.WEIGHTS for found in differences):
                 self._follow(model)
@@ -82,7 +89,7 @@ class _Snapshot:
         def watch(space: Space, names: Iterable[str]) -> None:
             present = tuple(name for name in names if name in space)
             for name in present:
-                if name not in HOOKS:
+                if name not in (*HOOKS, *OFFLOADS):
                     freeze(space[name], containers)
             if present:
                 # A single name is not looked up as a tuple.
@@ -95,7 +102,7 @@ class _Snapshot:
             attributes, outermost = vars(module), path == ""
             for kind in (*TENSORS, "_modules", *(() if outermost else HOOKS)):
                 (filled if attributes[kind] else self._empty).append(attributes[kind])
-            watch(attributes, [*facts.parts[path].values, *(() if outermost else (*HOOKS, "forward"))])
+            watch(attributes, [*facts.parts[path].values, *OFFLOADS, *(() if outermost else (*HOOKS, "forward"))])
         for names in facts.names:
             watch(names.space, names.values)
 

@@ -18,6 +18,7 @@ from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.packed_linear import forget_packed
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
 from stepgraph.runtime.session.session import Session
+from stepgraph.weight_kinds import weight_bytes
 
 
 class Saves(Protocol):
@@ -103,7 +104,7 @@ class Compiled:
     def memory(self) -> Memory:
         """Bytes of stored values and weights of a run, known before it runs."""
         slots, layout, branches = self.default.slots, self.default.layout, len(self.plan.header.branches)
-        weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
+        weights = sum(map(weight_bytes, self.model.parameters())) + self.default.factor_bytes
         tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
         return Memory(
             layout.peak_bytes, slots.count * branches, slots.stored * branches, weights, tables, layout.nbytes,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stepgraph as sg
-from helpers.captures import REUSED, STEPS, planned, with_calls
+from helpers.captures import EACH_UPDATE, REUSED, SCHEDULERS, STEPS, planned, two_prompts, with_calls
 from helpers.corrections import factors_of, maps_of
 from helpers.oracle import Oracle, run_loop
 from helpers.tape import HostReadError, Tape
@@ -16,25 +16,12 @@ from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
 from stepgraph.runtime.capture import cudagraph
 from stepgraph.runtime.capture.captured import Attempt, Captured
 
-SCHEDULERS = {
-    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
-    "euler": diffusers.EulerDiscreteScheduler,
-    "flow": diffusers.FlowMatchEulerDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-}
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
 
 
 def compiled(dit, scheduler, actions=REUSED, guidance="none", **options) -> sg.Executable:
     rows = 4 if guidance == "batched" else 2
     return sg.compile(dit, planned(dit, scheduler, actions, guidance), inputs(rows), **({"backend": "eager"} | options))
-
-
-def two_prompts(exe, scheduler, scale=1.0, **options) -> list[torch.Tensor]:
-    """Two noises under two prompts, one after the other, and the first again."""
-    null = NULL if scale > 1 else {}
-    asked = [(0, labels(1, 2)), (1, labels(3, 4)), (0, labels(1, 2))]
-    return [sg.sample(exe, scheduler, noise(2, seed), scale, **given, **null, **options) for seed, given in asked]
 
 
 def assert_same(exe, scheduler, scale=1.0):
@@ -45,13 +32,7 @@ def assert_same(exe, scheduler, scale=1.0):
     assert not torch.equal(got[0], got[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "guidance", "scale"),
-    [
-        ("ddim", "none", 1.0), ("ddim", "batched", 3.0), ("euler", "separate", 3.0), ("flow", "batched", 3.0),
-        ("dpm++", "none", 1.0), ("dpm++", "separate", 3.0),
-    ],
-)  # fmt: skip
+@EACH_UPDATE
 def test_a_captured_run_is_the_loop(dit, tape, name, guidance, scale):
     scheduler = SCHEDULERS[name]()
     assert_same(compiled(dit, scheduler, guidance=guidance), scheduler, scale)
@@ -139,6 +120,32 @@ def test_tables_follow_the_weights_they_are_made_of(tape):
     assert len(tape[0].recorded) == 2
     assert not torch.equal(written, before)
     assert torch.equal(written, sg.sample(exe, scheduler, noise(2), **given))
+
+
+def test_a_captured_run_follows_strengths(tape):
+    model, scheduler, given = tiny_dit(), SCHEDULERS["ddim"](), labels(1, 2)
+    norm, attention = model.transformer_blocks[0].norm1, model.transformer_blocks[1].attn1
+    # One is read by tables alone, one in the loop.
+    norm.linear, attention.to_v = Scaled(norm.linear).eval(), Scaled(attention.to_v).eval()
+    exe = compiled(model, scheduler)
+    results = [sg.sample(exe, scheduler, noise(2), capture=True, **given)]
+    for part in (norm.linear, attention.to_v):
+        part.strength = 0.25
+        results.append(sg.sample(exe, scheduler, noise(2), capture=True, **given))
+        assert torch.equal(results[-1], sg.sample(exe, scheduler, noise(2), **given))
+        assert not torch.equal(*results[-2:])
+    assert len(tape[0].recorded) == 2
+
+
+class Scaled(torch.nn.Module):
+    """A layer times a number."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.strength = layer, 1.5
+
+    def forward(self, x):
+        return self.layer(x) * self.strength
 
 
 def test_off_loading_is_declined(dit):
