@@ -37,7 +37,6 @@ from stepgraph.runtime.memory.slots import assign_slots
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
-from stepgraph.runtime.session.compiled import parts_of
 from stepgraph.wrapped_models import unwrapped
 
 
@@ -73,7 +72,7 @@ def compile_plan(
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
-    return Executable(model, plan, config, build, program, parts_of(model), weights, described(inputs), factors, programs)
+    return Executable(model, plan, config, build, program, weights, described(inputs), factors, programs)
 
 
 def build_program(
@@ -136,6 +135,7 @@ def build_program(
         seconds=clock.seconds,
         hoisted=rows.hoisted,
         regions=lowered.regions,
+        facts=marked.trace.facts,
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 

@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stepgraph.compiler.tracing.known_results import KnownResults, leaf_operation
 from stepgraph.compiler.tracing.model_location import model_frame, model_location
+from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.run_opaque import opaque_modules, run_opaque
+from stepgraph.compiler.tracing.strengths import STRENGTH, WHOLES, StrengthValue, factors
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
 from stepgraph.weight_kinds import is_plain, kind_of, own_kinds
@@ -77,12 +79,14 @@ class Tracer(TorchFunctionMode):
     Attributes:
         earlier: An earlier trace of the same forward, to see whether this one does the same: as long as it does, its values are
             taken from there, and only what is new runs.
+        reads: Takes down what the forward reads.
     """
 
     model: nn.Module
     mode: FakeTensorMode
     device: torch.device
     earlier: fx.Graph | None = None
+    reads: Reads | None = None
     graph: fx.Graph = field(default_factory=fx.Graph)
     calls: dict[tuple[str, int], ModuleCall] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -124,6 +128,11 @@ class Tracer(TorchFunctionMode):
             raise TraceError(
                 f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
             )
+        if any(type(leaf) is StrengthValue for leaf in (*args, *kwargs.values())):
+            product = factors(func, args, kwargs)
+            if product is not None:
+                return self.scaled(*product)
+            args, kwargs = _mapped(plain, tuple(args), kwargs)
         if self.kinds:
             asked = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.kinds]
             if asked:
@@ -136,6 +145,19 @@ class Tracer(TorchFunctionMode):
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
+
+    def scaled(self, tensor: torch.Tensor, strength: StrengthValue) -> Any:
+        """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a number."""
+        device = tensor.device if tensor.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+        constant = strength.owner.constant(strength, device)
+        if id(constant) not in self.attributes:
+            name = self.attributes[id(constant)] = f"{STRENGTH}{len(strength.owner.constants) - 1}"
+            self.constants[name] = constant
+        factor = self.get_attribute(constant)
+        if tensor.dtype in WHOLES:
+            return self.call_torch(torch.Tensor.mul, (tensor, factor), {})
+        product = self.call_torch(torch.Tensor.mul, (self.call_torch(torch.Tensor.float, (tensor,), {}), factor), {})
+        return self.call_torch(torch.Tensor.to, (product, tensor.dtype), {})
 
     def known(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node | None:
         """The node of the earlier trace at this place, where it did the same on the same values."""
@@ -209,6 +231,8 @@ class Tracer(TorchFunctionMode):
         """As `run`, of one of torch.nn's own modules, on fake parameters."""
         twin = self.twin(module)
         before = {**vars(twin)}
+        if self.reads is not None:
+            self.reads.note_leaf(module)
         weights = [*twin._parameters.items(), *twin._buffers.items()]
         result = self.run(twin, args, kwargs, self.results.key(leaf_operation(module), weights, {}))
         changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
@@ -325,6 +349,8 @@ class Tracer(TorchFunctionMode):
         node = self.graph.create_node(op, target, tuple(args), kwargs)
         node.meta |= {"nn_module_stack": dict(self.stack), MUTATES: mutates, MACS: macs}
         place = model_frame() if op.startswith("call") else None
+        if self.reads is not None and place is not None:
+            self.reads.note_frames()
         if place is not None:
             # In the form that fx reads to print the model's source line over the nodes that come from it.
             node.stack_trace = f'  File "{place[0]}", line {place[1]}, in {place[2]}\n    {place[3]}'
@@ -334,6 +360,8 @@ class Tracer(TorchFunctionMode):
         """What stands for a value among a node's arguments."""
         if isinstance(leaf, torch.Tensor):
             return self.node_of(leaf)
+        if isinstance(leaf, StrengthValue):
+            return leaf.decay()
         # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
         if isinstance(leaf, np.generic):
             return leaf.item()
@@ -416,6 +444,11 @@ FAKE_ERRORS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
+
+
+def plain(leaf: Any) -> Any:
+    """A strength as the number that it is, which the graph then holds for; anything else as it is."""
+    return leaf.decay() if isinstance(leaf, StrengthValue) else leaf
 
 
 def _without_grad(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,10 @@ from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule, refuse_other_structure
 from stepgraph.runtime.attach.run_timesteps import RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.program.tables import waits
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
-from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.session import Session
-from stepgraph.wrapped_models import forward_signature, refuse_offload, unwrapped
+from stepgraph.wrapped_models import forward_signature, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -152,7 +152,7 @@ def attach(executable: Compiled, pipe: Any) -> None:
 
     Raises:
         CompileError: The pipeline has no transformer, or already has an executable attached; or the transformer is made of
-            other parts than the model that was compiled.
+            other parts, or has other values that its forward reads, than the model when it was compiled.
         PlanError: The transformer is another model, or has other weights, which the plan does not follow.
     """
     transformer = getattr(pipe, "transformer", None)
@@ -162,9 +162,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
     if transformer in _attached:
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
     refuse_other_structure(executable.plan.header, model)
-    refuse_offload(model)
     runs = executable.on(model)
-    follow_weights(runs)
+    begin_run(runs, runs.default)
     attachment = Attachment(runs, executable, pipe, forward_signature(model))
     attachment.replaced = transformer.__dict__.get("forward")
     transformer.forward = attachment

@@ -7,8 +7,9 @@ as peft's and EMA's, move no version, and tensors made in inference mode have no
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,10 @@ class BoundWeights:
             for path, module in model.named_modules()
             for kind in (module._parameters, module._buffers)
             for name in kind
+        ]
+        modules = list(model.named_modules())
+        self._children = [
+            (path, module._modules, list(module._modules.values())) for path, module in modules if module._modules
         ]
         self._counts = [(kind, len(kind)) for module in model.modules() for kind in (module._parameters, module._buffers)]
         self._absent = [place for place in self._places if place[0][place[1]] is None]
@@ -146,6 +151,9 @@ class BoundWeights:
 
     def _present(self) -> list[Tensor]:
         """The tensors that stand in the model's places now, each once."""
+        for path, children, before in self._children:
+            if len(children) != len(before) or not all(map(is_, children.values(), before)):
+                self._refuse_other_modules(path, children, before)
         grown = any(len(kind) != count for kind, count in self._counts)
         if grown or any(kind.get(name) is not None for kind, name, _ in self._absent):
             raise CompileError(
@@ -159,6 +167,14 @@ class BoundWeights:
                 names = f"{self._places[place][2]} and {self._places[self._same[place]][2]}"
                 raise CompileError(f"{names} were one tensor and are two now; tie them again, or compile the model again")
         return [held[place] for place in self._first]
+
+    @staticmethod
+    def _refuse_other_modules(path: str, children: Mapping[str, nn.Module | None], before: Sequence[nn.Module | None]) -> None:
+        name = next((name for name, child in children.items() if all(child is not one for one in before)), "")
+        raise CompileError(
+            f"the model is made of other parts than when it was compiled, such as {'.'.join(filter(None, (path, name)))!r} "
+            f"(modules that were exchanged, or left out?); put them back, or detach, and compile again"
+        )
 
     def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]

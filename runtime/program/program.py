@@ -14,8 +14,10 @@ from stepgraph.inputs import flat_inputs, holds_tensors
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
+from stepgraph.runtime.program.facts import Facts
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.runtime.program.watch import Watch
 from stepgraph.weight_kinds import inner_tensors, is_plain
 
 
@@ -61,6 +63,8 @@ class Program:
         regions: How many distinct regions were compiled.
         factor_bytes: Size of the low-rank factors.
         folded: Sites whose stored values are part of another's: a sum takes their place.
+        facts: What its graphs depend on beside inputs and the contents of weights.
+        watch: Compares that with a model.
     """
 
     plan: CachePlan
@@ -79,6 +83,11 @@ class Program:
     regions: int = 0
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
+    facts: Facts = field(default_factory=lambda: Facts({}))
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "watch", Watch(self.facts))
 
     @property
     def begin(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.graph_module import _assign_attr
 
+from stepgraph.runtime.program.facts import Strength
 from stepgraph.runtime.program.program import Program, Variant
 from stepgraph.runtime.program.region_calls import GraphCall, RegionCalls, Run
 from stepgraph.runtime.program.tables import Hoisted
@@ -36,12 +37,28 @@ def rebound(program: Program, news: Mapping[int, Any]) -> Program:
         program: Stays as it is.
         news: By the id of a module or tensor of its model, the one of the same name in the other.
     """
+    # Each model has strengths of its own.
+    strengths = tuple(
+        replace(strength, constants=tuple(constant.clone() for constant in strength.constants))
+        for strength in program.facts.strengths
+    )
+    news = {**news, **_constants(program.facts.strengths, strengths)}
     copies = {id(gm): _on_others(gm, news) for gm in _graphs(program)}
     return replace(
         program,
+        facts=replace(program.facts, strengths=strengths),
         variants=tuple(_variant(variant, copies[id(variant.graph)], news) for variant in program.variants),
         hoisted=None if program.hoisted is None else _hoisted(program.hoisted, copies),
     )
+
+
+def _constants(before: Sequence[Strength], now: Sequence[Strength]) -> dict[int, Tensor]:
+    """By the id of what a graph reads in a strength's place, what it reads of the other model's."""
+    return {
+        id(then): constant
+        for strength, other in zip(before, now, strict=True)
+        for then, constant in zip(strength.constants, other.constants, strict=True)
+    }
 
 
 def can_rebind(program: Program) -> bool:

@@ -12,6 +12,7 @@ from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
+from stepgraph.runtime.session.begin_run import follow_facts
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import finish_run
 from stepgraph.runtime.session.session import Session
@@ -47,7 +48,7 @@ class CapturedRun:
             CaptureError: The run cannot be captured, or a replay's result is another.
         """
         self._executable, self._loop, self._recorder = executable, loop, recorder
-        self._seen: tuple[list[tuple[Tensor, int]], int] | None = None
+        self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
         self._moves = executable.weights.moves
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
@@ -55,6 +56,7 @@ class CapturedRun:
             session = loop_session(executable, loop, checked=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
+            self._programs = session.programs
             self._tables = self._fixed_tables(session.tables)
             # They hold coefficients that the graph reads.
             self._updates = [new_update(), new_update()]
@@ -114,9 +116,10 @@ class CapturedRun:
         Returns:
             Latents [B, C, ...] of their own.
         """
-        # A model that has changed is refused as by every run.
-        self._executable.session()
-        weights, tensors = self._executable.weights, [value for value in given.values() if isinstance(value, Tensor)]
+        # A model that has changed is followed or refused as by every run.
+        for program in self._programs:
+            follow_facts(self._executable, program)
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
         with self._recorder.turn(), torch.no_grad():
             self._noise.copy_(noise)
             if not self._untouched(tensors):
@@ -125,13 +128,13 @@ class CapturedRun:
                 self._replay_tables()
                 # What has no version may be written to unseen.
                 tracked = not any(value.is_inference() for value in tensors)
-                self._seen = ([(value, value._version) for value in tensors], weights.changes) if tracked else None
+                self._seen = ([(value, value._version) for value in tensors], self._changes()) if tracked else None
             self._replay()
             if finish_run(self._executable, look).written:
                 # The tables were those of the weights as they had been.
                 self._replay_tables()
                 self._replay()
-                self._seen = None if self._seen is None else (self._seen[0], weights.changes)
+                self._seen = None if self._seen is None else (self._seen[0], self._changes())
             return self._result.clone()
 
     def _untouched(self, tensors: Sequence[Tensor]) -> bool:
@@ -142,7 +145,15 @@ class CapturedRun:
             return False
         marks, changes = self._seen
         same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
-        return all(same) and changes == self._executable.weights.changes
+        return all(same) and changes == self._changes()
+
+    def _changes(self) -> tuple[int, ...]:
+        """How often weights and strengths have changed."""
+        strengths = (strength for program in self._programs for strength in program.facts.strengths)
+        return (
+            self._executable.weights.changes,
+            *(constant._version for strength in strengths for constant in strength.constants),
+        )
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
         for buffers, call in zip(self._calls, calls, strict=True):

@@ -13,7 +13,6 @@ from torch import nn
 
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
-from stepgraph.errors import CompileError
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
@@ -23,31 +22,9 @@ from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
 from stepgraph.weight_kinds import weight_bytes
-from stepgraph.wrapped_models import refuse_offload
 
 # Of how many beginnings above 0 programs are kept.
 TAILS = 8
-
-
-def parts_of(model: nn.Module) -> dict[str, Any]:
-    """What a model is made of: modules, hooks, processors and replaced forwards of its parts, by name.
-
-    Parameters and buffers are looked at when a run begins (`follow_weights`). Hooks and the forward of the model itself are no
-    part of it: they run around an executable as they run around the model.
-    """
-    parts: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if module is model:
-            continue
-        parts[path] = module
-        for index, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
-            parts[f"{path} (forward hook {index})"] = hook
-        if "processor" in vars(module):
-            parts[f"{path}.processor"] = module.processor
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-            parts[f"{path}.forward"] = forward
-    return parts
 
 
 class Saves(Protocol):
@@ -67,7 +44,6 @@ class Compiled:
         config: The compile options.
         build: Makes the program of a model and a plan (this one, or the rest of it) for inputs of a signature.
         default: The program for the inputs it was compiled with.
-        parts: What the model was made of when it was compiled (`parts_of`).
         example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
         weights: The model's parameters and buffers, and what has become of them since.
@@ -79,7 +55,6 @@ class Compiled:
     config: CompileConfig
     build: Callable[[nn.Module, Mapping[str, Any], CachePlan], Program]
     default: Program
-    parts: Mapping[str, Any]
     weights: BoundWeights
     example: Mapping[str, Any] | None = None
     factors: Saves | None = None
@@ -99,27 +74,14 @@ class Compiled:
         Args:
             capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
                 them; others launch every kernel.
-            begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is computed.
+            begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is
+                computed.
             timesteps: The scheduler's, of every step of the run, where they are not the plan's.
 
         Raises:
             PlanError: The plan has no such step, or a forecast reads what the run does not have.
-            CompileError: Modules, hooks or attention processors of the model are other ones than when it was compiled; the
-                graphs would run without them. Or hooks move or cast its weights while it runs.
         """
-        refuse_offload(self.model)
-        self._refuse_other_parts()
         return Session(self, capture, begin, timesteps)
-
-    def _refuse_other_parts(self) -> None:
-        now, nothing = parts_of(self.model), object()
-        names = sorted({*now, *self.parts})
-        changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
-        if changed:
-            raise CompileError(
-                f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
-                f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
-            )
 
     @property
     def programs(self) -> list[Program]:
@@ -135,8 +97,7 @@ class Compiled:
         """
         if model is self.model:
             return self
-        self._refuse_other_parts()
-        return put_on_model(self, model, parts_of(model))
+        return put_on_model(self, model)
 
     def verify(self) -> tuple[str, ...]:
         """Read every weight in full, and follow what no run has noticed: single values that were written through `.data`.

@@ -1,7 +1,6 @@
 """Put an executable on another model of the same make, such as a copy of its own: nothing is traced or compiled."""
 
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +18,24 @@ if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def put_on_model(executable: "Compiled", model: nn.Module, parts: Mapping[str, Any]) -> "Compiled":
+def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
     """The executable's plan and programs on another model (`Compiled.on`).
 
     Args:
         executable: Goes on as it is.
         model: The other model.
-        parts: What it is made of.
     """
     follow_weights(executable)
-    _refuse_other_make(executable, model, parts)
+    _refuse_other_make(executable, model)
     weights = BoundWeights(model, executable.weights.compiled)
     executable.weights.refuse_other(weights)
     forget_packed(weights.tensors)
-    news: dict[int, Any] = {
-        id(module): parts[name] for name, module in executable.parts.items() if isinstance(module, nn.Module)
-    }
+    modules = dict(model.named_modules())
+    news: dict[int, Any] = {id(module): modules[path] for path, module in executable.model.named_modules()}
     news |= {id(then): now for then, now in zip(executable.weights.tensors, weights.tensors, strict=True)}
     programs = {id(program): rebound(program, news) for program in executable.programs}
     moved = replace(
-        executable, model=model, parts=parts, weights=weights, default=programs[id(executable.default)],
+        executable, model=model, weights=weights, default=programs[id(executable.default)],
         _programs={key: programs[id(program)] for key, program in executable._programs.items()},
         _lock=threading.Lock(), captured=Captured(),
     )  # fmt: skip
@@ -46,18 +43,17 @@ def put_on_model(executable: "Compiled", model: nn.Module, parts: Mapping[str, A
     return moved
 
 
-def _refuse_other_make(executable: "Compiled", model: nn.Module, parts: Mapping[str, Any]) -> None:
-    """See that two models differ in nothing but the tensors that they hold."""
+def _refuse_other_make(executable: "Compiled", model: nn.Module) -> None:
+    """See that two models differ in nothing but the tensors that they hold, and in strengths."""
     mine, name = executable.model, type(model).__name__
     if type(model) is not type(mine):
         raise CompileError(f"compiled for a {type(mine).__name__}; this model is a {name}: compile a plan for it")
     if hash_config(config_of(model)) != hash_config(config_of(mine)):
         raise CompileError(f"this {name} has another configuration than the one that was compiled; compile a plan for it")
-    for part in {**executable.parts, **parts}:
-        then, now = executable.parts.get(part), parts.get(part)
-        if type(then) is not type(now):
+    for program in executable.programs:
+        for difference in program.facts.differences(model):
             raise CompileError(
-                f"in this {name}, {part!r} is {type(now).__name__}, in the one that was compiled {type(then).__name__}; "
+                f"in this {name}, {difference.path!r} is {difference.new}, in the one that was compiled {difference.old}; "
                 f"compile the plan for it"
             )
     if not all(map(can_rebind, executable.programs)):

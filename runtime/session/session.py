@@ -15,7 +15,8 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
-from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
+from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.session.follow_weights import finish_run
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -93,6 +94,12 @@ class Session:
         """The memory of the programs that run."""
         return self._state.memory
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that have begun in this run."""
+        programs = {id(branch.program): branch.program for branch in self._state.branches if branch.program is not None}
+        return tuple(programs.values())
+
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
         self._state.memory = dict(memory)
@@ -133,7 +140,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it.
+            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another
+                one than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
@@ -147,8 +155,6 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
-        if self.checked and self.step == self.branch == 0:
-            self._state.look = follow_weights(self.executable)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
@@ -261,5 +267,8 @@ class Session:
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
+        if self.checked and all(program is not branch.program for branch in self._state.branches):
+            look = begin_run(self.executable, program)
+            self._state.look = look if self.step == self.branch == 0 else self._state.look
         self._state.present.program = program
         return program

@@ -148,7 +148,7 @@ def test_hooks_that_change_what_runs_are_refused_by_name(name: str):
     model = tiny_dit()
     exe = exact(model) if name in ("model offload", "layerwise casting") else None
     if exe is not None:
-        exe.session()
+        exe.session()(**inputs(2))
     hook(model)
     with pytest.raises(CompileError, match=said):
         refuse_offload(model)
@@ -156,7 +156,7 @@ def test_hooks_that_change_what_runs_are_refused_by_name(name: str):
         sg.make_plan("full", model=model, scheduler=diffusers.DDIMScheduler(), steps=STEPS)
     if exe is not None:
         with pytest.raises(CompileError, match=said):
-            exe.session()
+            exe.session()(**inputs(2))
 
 
 def test_group_offload_is_refused_when_attaching(pipe):  # noqa: F811

@@ -72,7 +72,7 @@ def test_replaced_modules_are_refused_and_named(model: DiTTransformer2DModel):
     executable = compiled(model)
     model.transformer_blocks[0].ff = torch.nn.Sequential(model.transformer_blocks[0].ff, torch.nn.Linear(32, 32))
     with pytest.raises(CompileError, match=r"other parts than when it was compiled.*transformer_blocks\.0\.ff"):
-        executable.session()
+        executable.session()(**sg.example_inputs(model, 2))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_other_parts_are_refused_and_named(model: DiTTransformer2DModel, change,
     executable = compiled(model)
     change(model)
     with pytest.raises(CompileError, match=named):
-        executable.session()
+        executable.session()(**sg.example_inputs(model, 2))
 
 
 def test_autocast_is_refused(model: DiTTransformer2DModel):
