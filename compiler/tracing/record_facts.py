@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -114,7 +114,7 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @cache
-def names_in_forward(kind: type) -> frozenset[str]:
+def names_in_forward(kind: Callable[..., nn.Module]) -> frozenset[str]:
     """The names in the code of a class's forward, and of those of its methods that this names."""
     names, pending = set[str](), ["forward"]
     while pending:
