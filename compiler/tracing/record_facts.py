@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -86,7 +86,8 @@ class Reads:
             return
         for part in (module, *_below(module)):
             attributes = object.__getattribute__(part, "__dict__")
-            for name in names_in_forward(type(part)):
+            kind: type = type(part)
+            for name in names_in_forward(kind):
                 if name in attributes and name not in OF_EVERY_MODULE and (id(part), name) not in self._seen:
                     self._note(part, name, attributes)
 
@@ -114,7 +115,7 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @cache
-def names_in_forward(kind: Callable[..., nn.Module]) -> frozenset[str]:
+def names_in_forward(kind: type) -> frozenset[str]:
     """The names in the code of a class's forward, and of those of its methods that this names."""
     names, pending = set[str](), ["forward"]
     while pending:
