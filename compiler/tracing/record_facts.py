@@ -86,7 +86,8 @@ class Reads:
             return
         for part in (module, *_below(module)):
             attributes = object.__getattribute__(part, "__dict__")
-            for name in names_in_forward(type(part)):
+            kind: type = type(part)
+            for name in names_in_forward(kind):
                 if name in attributes and name not in OF_EVERY_MODULE and (id(part), name) not in self._seen:
                     self._note(part, name, attributes)
 

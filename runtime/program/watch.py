@@ -16,7 +16,8 @@ from stepgraph.runtime.program.process_state import process_state
 from stepgraph.wrapped_models import refuse_offload
 
 Space = Mapping[str, Any]
-# Where libraries keep what moves or casts a module's weights while it runs.
+# Where libraries keep what moves or casts a module's weights while it runs; they replace its forward as well, but for the
+# model's own that is not looked at.
 OFFLOADS = ("_hf_hook", "_diffusers_hook")
 
 
@@ -100,7 +101,7 @@ class _Snapshot:
             # What became of parameters and buffers is seen where their values are (`BoundWeights`).
             for kind in ("_modules", *(() if outermost else HOOKS)):
                 (filled if attributes[kind] else self._empty).append(attributes[kind])
-            watch(attributes, [*facts.parts[path].values, *OFFLOADS, *(() if outermost else (*HOOKS, "forward"))])
+            watch(attributes, [*facts.parts[path].values, *(OFFLOADS if outermost else (*HOOKS, "forward"))])
         for names in facts.names:
             watch(names.space, names.values)
 
