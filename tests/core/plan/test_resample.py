@@ -162,7 +162,10 @@ def test_with_the_scheduler_the_plan_runs_and_without_it_is_refused(dit):
         for p in (found, direct)
     ]
     assert results[0].equal(results[1])
-    exe = sg.compile(dit, guessed, inputs(1), backend="eager", exact=True)
+    # A plan that rests on no measurement takes over the scheduler's timesteps; any other is for those that it was made for.
+    followed = sg.compile(dit, guessed, inputs(1), backend="eager", exact=True)
+    assert sg.sample(followed, scheduler, noise(), **labels(3)).equal(results[0])
+    exe = sg.compile(dit, guessed.with_header(measured="choice"), inputs(1), backend="eager", exact=True)
     with pytest.raises(PlanError, match="compiled for timestep"):
         sg.sample(exe, scheduler, noise(), **labels(3))
     assert scheduler.num_inference_steps is None
