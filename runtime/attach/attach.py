@@ -3,17 +3,16 @@
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from stepgraph.errors import CompileError, PlanError
-from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
-from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
-from stepgraph.runtime.program.tables import waits
+from stepgraph.errors import CompileError
+from stepgraph.plan.refuse_other import refuse_other_model
+from stepgraph.runtime.attach.call import Call
+from stepgraph.runtime.attach.runs import Runs
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.session import Session
 
@@ -21,122 +20,86 @@ from stepgraph.runtime.session.session import Session
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
 
 
-@dataclass(eq=False)
 class Attachment:
-    """Stands in for the forward of a pipeline's transformer.
+    """Stands in for the forward of a transformer that pipelines share.
 
-    A run begins with the first call after the last run's end, or with a call at the plan's first timestep; whatever an
-    aborted run left is dropped then.
+    Attributes:
+        executable: What answers.
+        runs: Who calls, and where each of them is.
+        replaced: The forward that the transformer had of its own; None where it had its class's.
+        session: Of the last call's run.
     """
 
-    executable: Compiled
-    pipe: Any
-    signature: inspect.Signature
-    replaced: Any = None
-    session: Session = field(init=False)
-    timesteps: RunTimesteps | None = None
-    first_latents: torch.Tensor | None = None
+    def __init__(self, executable: Compiled, transformer: nn.Module) -> None:
+        self.executable = executable
+        self.replaced = transformer.__dict__.get("forward")
+        self.runs = Runs(executable, self._new_session)
+        self.session = self._new_session()
+        self._model = weakref.ref(transformer)
+        self._signature = inspect.signature(transformer.forward)
+        parameters = self._signature.parameters.values()
+        self._latents = next(iter(self._signature.parameters))
+        self._extra = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
-    def __post_init__(self) -> None:
-        self.session = self.executable.session()
+    def _new_session(self) -> Session:
+        return self.executable.session()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: the copy's forward would run the original's weights."""
-        raise CompileError("an executable is attached to this model; detach it before copying the model")
+        raise CompileError(
+            "an executable is attached to this model; detach it before copying, pickling or saving the model whole"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformer's forward, answered by the executable."""
-        inputs = dict(self.signature.bind(*args, **kwargs).arguments)
-        for extra in [p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
+        """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
+        inputs = dict(self._signature.bind(*args, **kwargs).arguments)
+        for extra in self._extra:
             inputs |= inputs.pop(extra, {})
+        call = Call.of(inputs, self._latents)
+        run = self.runs.find(call)
         try:
-            self._find_step(inputs)
+            if not run.take(call):
+                outcome = self._own_forward()(*args, **kwargs)
+            else:
+                self.session = run.session
+                outcome = run.session(**inputs)
+            if run.finished:
+                run.finish()
         except BaseException:
-            self.session.reset()
+            self.runs.drop(run)
             raise
-        result = self.session(**inputs)
-        if self.session.finished and self.timesteps is not None:
-            self.timesteps.finish()
-        return result
+        return outcome
 
-    def _find_step(self, inputs: dict[str, Any]) -> None:
-        """Make sure that the session's next step is the one the pipeline asks for.
-
-        Raises:
-            PlanError: The pipeline's scheduler or timestep is not the plan's; the message says both sides.
-        """
-        header, step = self.executable.plan.header, self.session.step
-        begun = step > 0 or self.session.branch > 0
-        asked = self._asked(inputs.get("timestep"), going_on=begun and not self.session.finished)
-        if asked is None:
-            return
-        expected = None if self.session.finished else header.timesteps[step]
-        at_start = abs(asked - header.timesteps[0]) <= NEAR
-        if begun and expected is not None and abs(asked - expected) <= NEAR and not (at_start and self._begins_again(inputs)):
-            return
-        if begun and expected is not None and not at_start:
-            calls = f"{len(header.branches)} calls ({', '.join(header.branches)})" if len(header.branches) > 1 else "one call"
-            raise PlanError(
-                f"step {step} of the plan is at timestep {expected:g}, but the pipeline asks for timestep {asked:g}; "
-                f"the plan's timesteps must be visited in order, with {calls} of the transformer each"
-            )
-        self.session = self.executable.session()
-        refuse_other_schedule(header, self.pipe.scheduler, "the pipeline's scheduler")
-        if not at_start:
-            raise PlanError(
-                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for "
-                f"{asked:g}; run the schedule from its beginning"
-            )
-        self.timesteps = RunTimesteps(self.pipe.scheduler.timesteps)
-        if needs_waiting(inputs["timestep"]):
-            # The copy of all timesteps is made here, not at a later step, which would wait for it.
-            self.timesteps.note_difference(inputs["timestep"], 0)
-        self.first_latents = inputs[next(iter(self.signature.parameters))]
-
-    def _asked(self, given: Any, going_on: bool) -> float | None:
-        """The timestep that a call asks for; None for the next one, to be compared on its device.
-
-        At a run's beginning it is read in any case.
-        """
-        same_run = going_on and self.timesteps is not None and self.pipe.scheduler.timesteps is self.timesteps.timesteps
-        if not needs_waiting(given) or not same_run or self.timesteps is None:
-            return read_timestep(given)
-        value = self.timesteps.value(given)
-        if value is None:
-            self.timesteps.note_difference(given, self.session.step)
-        return value
-
-    def _begins_again(self, inputs: dict[str, Any]) -> bool:
-        """Whether the call for a later branch of step 0 is really the first call of a new run.
-
-        A pipeline sets its scheduler's timesteps anew for every run, and the branches of a step see the same latents, which
-        are not waited for.
-        """
-        if self.timesteps is None or self.pipe.scheduler.timesteps is not self.timesteps.timesteps:
-            return True
-        latents = inputs[next(iter(self.signature.parameters))]
-        return self.session.step == 0 and not waits(latents.device) and not _equal(latents, self.first_latents)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    def _own_forward(self) -> Callable[..., Any]:
+        model = self._model()
+        assert model is not None
+        forward: Callable[..., Any] = self.replaced or MethodType(type(model).forward, model)
+        return forward
 
 
 def attach(executable: Compiled, pipe: Any) -> None:
-    """Replace the forward of `pipe.transformer` by the executable.
+    """Replace the forward of `pipe.transformer` by the executable, and watch the pipeline's scheduler.
+
+    Pipelines that share a transformer share what is attached to it: each of them is attached.
 
     Raises:
-        CompileError: The pipeline has no transformer, or already has an executable attached.
+        CompileError: The pipeline has no transformer or no scheduler, or already has an executable attached.
         PlanError: The transformer is another model, or has other weights, than the plan was made for.
     """
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
-    if transformer in _attached:
+    present = _attached[transformer]() if transformer in _attached else None
+    if present is not None and (present.executable is not executable or present.runs.has_user(pipe)):
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
+    if present is not None:
+        present.runs.add_user(pipe)
+        return
     refuse_other_model(executable.plan.header, transformer)
-    attachment = Attachment(executable, pipe, inspect.signature(transformer.forward))
-    attachment.replaced = transformer.__dict__.get("forward")
+    attachment = Attachment(executable, transformer)
+    attachment.runs.add_user(pipe)
     transformer.forward = attachment
     _attached[transformer] = weakref.ref(attachment)
 
@@ -152,8 +115,11 @@ def detach(executable: Compiled) -> None:
                 f"the forward of {type(transformer).__name__} was replaced by {forward!r} after the executable was "
                 f"attached; undo that first, then detach"
             )
+        if attachment is not None:
+            attachment.runs.refuse_covered()
     for transformer, attachment in mine:
         if attachment is not None:
+            attachment.runs.remove_users()
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:
                 transformer.__dict__["forward"] = attachment.replaced
@@ -163,7 +129,4 @@ def detach(executable: Compiled) -> None:
 def own_forward(model: nn.Module) -> Callable[..., Any] | None:
     """The forward that an attached model had before; None where nothing is attached."""
     attachment = model.__dict__.get("forward")
-    if not isinstance(attachment, Attachment):
-        return None
-    replaced: Callable[..., Any] = attachment.replaced or MethodType(type(model).forward, model)
-    return replaced
+    return attachment._own_forward() if isinstance(attachment, Attachment) else None

@@ -37,6 +37,10 @@ class Session:
         self._release()
         self._state = self._fresh_state()
 
+    def skip_to(self, step: int) -> None:
+        """Begin at a later step, before which nothing is stored (`SlotPlan.empty_before`)."""
+        self._state.step = step
+
     @property
     def step(self) -> int:
         """Which step is next."""

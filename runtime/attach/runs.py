@@ -1,0 +1,220 @@
+"""The runs of everybody who calls one attached transformer, apart by thread and scheduler."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stepgraph.errors import CompileError, MismatchError, PlanError
+from stepgraph.plan.refuse_other import refuse_other_schedule
+from stepgraph.runtime.attach.call import Call
+from stepgraph.runtime.attach.run import Run
+from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, is_entry, read_timestep
+from stepgraph.runtime.attach.watch_scheduler import Beginning, Watch
+from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.session import Session
+
+# So many runs of schedulers that nobody watches, whose ends cannot be seen, are kept in a thread.
+UNWATCHED = 4
+
+
+class Runs:
+    """Finds the run of a call.
+
+    A call whose timestep is an entry of a scheduler's own tensor belongs to that scheduler's run. Where the pipeline computes
+    its timesteps, they do not say whose they are: then a thread has one such run at a time, that of the last `set_timesteps`,
+    and a scheduler of the one before must not go on.
+    """
+
+    def __init__(self, executable: Compiled, new_session: Callable[[], Session]) -> None:
+        self.executable, self._new_session = executable, new_session
+        # Of every pipeline, itself and the watch of its scheduler.
+        self.users: list[tuple[Any, Watch]] = []
+        self._runs: list[Run] = []
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    def add_user(self, pipe: Any) -> None:
+        """Watch a pipeline's scheduler (`Watch.of`)."""
+        self.users.append((pipe, Watch.of(getattr(pipe, "scheduler", None))))
+
+    def has_user(self, pipe: Any) -> bool:
+        """Whether a pipeline is attached."""
+        return any(pipe is one for one, _ in self.users)
+
+    def refuse_covered(self) -> None:
+        """See whether `remove_users` can undo `add_user`.
+
+        Raises:
+            CompileError: A method of a scheduler was replaced since.
+        """
+        for _, watch in self.users:
+            name = watch.covered_by()
+            if name is not None:
+                raise CompileError(
+                    f"{name} of {type(watch.scheduler).__name__} was replaced after the executable was attached; undo that "
+                    f"first, then detach"
+                )
+
+    def remove_users(self) -> None:
+        """Leave the schedulers as they were."""
+        while self.users:
+            self.users.pop()[1].release()
+
+    def notice_schedulers(self) -> None:
+        """Watch the schedulers that pipelines have now, in place of those that they had."""
+        for place, (pipe, watch) in enumerate(self.users):
+            if pipe.scheduler is not watch.scheduler:
+                with self._lock:
+                    self.users[place] = (pipe, Watch.of(pipe.scheduler))
+                    watch.release()
+
+    def drop(self, run: Run) -> None:
+        """Forget a run that failed."""
+        run.session.reset()
+        with self._lock:
+            self._runs = [one for one in self._runs if one is not run]
+
+    def find(self, call: Call) -> Run:
+        """The run that a call belongs to, which begins with it or goes on.
+
+        Raises:
+            PlanError: It begins none, and belongs to none of those under way.
+            MismatchError: The schedule is not the plan's.
+        """
+        self.notice_schedulers()
+        thread = threading.get_ident()
+        known = [run for run in self._runs if run.known and is_entry(call.timestep, run.timesteps.timesteps)]
+        current = [run for run in known if not run.beginning.over]
+        if current:
+            return self._go_on(call, min(current, key=lambda run: run.thread != thread))
+        for _, watch in self.users:
+            if is_entry(call.timestep, watch.scheduler.timesteps):
+                return self._begin(call, watch, watch.present(), watch.scheduler.timesteps, known=True)
+        if known:
+            self.drop(known[0])
+            raise PlanError(
+                "the call belongs to a run that was given up when its scheduler's set_timesteps was called again; pipelines "
+                "that run in turns need schedulers of their own"
+            )
+        schedule = self._schedule_of(call.timestep)
+        if schedule is not None:
+            return self._begin(call, None, None, schedule, known=True)
+        return self._find_by_value(call, [run for run in self._runs if run.thread == thread])
+
+    def _go_on(self, call: Call, run: Run) -> Run:
+        """The next call of a run whose timesteps say that it is its; a run that is over begins again."""
+        if not run.finished or run.is_further(call):
+            return run
+        watch = next((watch for _, watch in self.users if watch.holds(run.beginning)), None)
+        return self._begin(call, watch, run.beginning, run.timesteps.timesteps, known=True)
+
+    def _find_by_value(self, call: Call, here: list[Run]) -> Run:
+        """The run of a call whose timestep is computed, or a number."""
+        current = next((run for run in here if not run.known and not run.beginning.over), None)
+        if current is not None and current.finished and not current.is_further(call):
+            current = None
+        taken = {id(run.beginning) for run in self._runs}
+        begun = [(watch.here(), watch) for _, watch in self.users]
+        pending = [(beginning, watch) for beginning, watch in begun if beginning is not None and id(beginning) not in taken]
+        if pending and (current is None or not current.fits(call) or self._is_first(call)):
+            beginning, watch = max(pending, key=lambda one: one[0].number)
+            run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
+            self._set_aside(current)
+            return run
+        if current is not None:
+            return current
+        under_way = [run for run in here if not run.finished and not run.beginning.over]
+        for run in under_way:
+            if run.step >= 0 and run.is_further(call):
+                return run
+        if under_way:
+            raise PlanError(
+                f"a call at timestep {read_timestep(call.timestep):g}, which is no entry of the timesteps that the run under "
+                f"way in this thread (at step {under_way[0].step}) takes its own from: another pipeline calls the same "
+                f"transformer. Attach that one as well, or let the first run end, or begin it anew with its scheduler's "
+                "set_timesteps"
+            )
+        return self._begin_anywhere(call)
+
+    def _begin_anywhere(self, call: Call) -> Run:
+        """A run of a loop that has not called `set_timesteps` in this thread, or not for this run."""
+        watch = self._watch_of_plan()
+        beginning = watch.present()
+        live = [run for run in self._runs if run.beginning is beginning and not run.finished]
+        return self._begin(call, watch, Beginning() if live else beginning, watch.scheduler.timesteps, known=False)
+
+    def _watch_of_plan(self) -> Watch:
+        """The first scheduler that is set to the plan's timesteps.
+
+        Raises:
+            MismatchError: None is.
+        """
+        refused: MismatchError | None = None
+        for _, watch in self.users:
+            try:
+                refuse_other_schedule(self.executable.plan.header, watch.scheduler, "the pipeline's scheduler")
+            except MismatchError as error:
+                refused = refused or error
+            else:
+                return watch
+        assert refused is not None
+        raise refused
+
+    def _is_first(self, call: Call) -> bool:
+        return abs(read_timestep(call.timestep) - self.executable.plan.header.timesteps[0]) <= NEAR
+
+    def _set_aside(self, run: Run | None) -> None:
+        """A run whose timesteps do not tell it from one that begins: if its scheduler goes on, the two run in turns."""
+        if run is not None:
+            self.drop(run)
+            run.beginning.refusal = (
+                f"the run that this scheduler was in, at step {run.step}, was given up when another one of the same "
+                f"transformer began in this thread, and both compute their timesteps, so that nothing tells their calls apart; "
+                f"run one after the other, or each in a thread, and begin anew with set_timesteps"
+            )
+
+    def _schedule_of(self, timestep: Any) -> torch.Tensor | None:
+        """The tensor of a scheduler that nobody watches, if a timestep is an entry of one which holds the plan's."""
+        base = timestep._base if isinstance(timestep, torch.Tensor) else None
+        planned = self.executable.plan.header.timesteps
+        if base is None or base.dim() != 1 or len(base) != len(planned) or not is_entry(timestep, base):
+            return None
+        return base if all(abs(one - other) <= NEAR for one, other in zip(base.tolist(), planned)) else None
+
+    def _begin(self, call: Call, watch: Watch | None, beginning: Beginning | None, timesteps: torch.Tensor, known: bool) -> Run:
+        """A run that begins with this call."""
+        header, asked = self.executable.plan.header, read_timestep(call.timestep)
+        if watch is None:
+            self._watch_of_plan()
+        else:
+            refuse_other_schedule(header, watch.scheduler, "the pipeline's scheduler")
+        if not self._is_first(call):
+            raise PlanError(
+                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for {asked:g}; run "
+                f"the schedule from its beginning"
+            )
+        # Known to `threading` from now on, also where another library made the thread.
+        thread = threading.current_thread().ident or 0
+        self._forget(beginning, thread, unwatched=watch is None)
+        if beginning is None:
+            # A scheduler that was set before it was watched counts its steps from now on.
+            beginning = watch.note_set() if watch is not None else Beginning()
+        run = Run(self.executable, self._new_session, beginning, RunTimesteps(timesteps), known, thread, self._said)
+        with self._lock:
+            self._runs.append(run)
+        return run
+
+    def _forget(self, beginning: Beginning | None, thread: int, unwatched: bool) -> None:
+        """Drop what is over: runs of schedulers that were set anew, runs that ended, those of threads that are no more."""
+        alive = {one.ident for one in threading.enumerate()}
+        for run in list(self._runs):
+            ended = run.finished and run.thread == thread
+            if run.beginning.over or run.beginning is beginning or ended or run.thread not in alive:
+                self.drop(run)
+        if unwatched:
+            mine = [run for run in self._runs if run.thread == thread]
+            others = [run for run in mine if not any(watch.holds(run.beginning) for _, watch in self.users)]
+            for run in others[: max(0, len(others) - UNWATCHED + 1)]:
+                self.drop(run)
