@@ -36,9 +36,10 @@ class Attachment:
         self.runs = Runs(executable, self._new_session)
         self.session = self._new_session()
         self._model = weakref.ref(transformer)
-        self._signature = inspect.signature(transformer.forward)
-        parameters = self._signature.parameters.values()
-        self._latents = next(iter(self._signature.parameters))
+        # Pipelines ask which arguments there are.
+        self.__signature__ = inspect.signature(transformer.forward)
+        parameters = self.__signature__.parameters.values()
+        self._latents = next(iter(self.__signature__.parameters))
         self._extra = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
     def _new_session(self) -> Session:
@@ -50,11 +51,18 @@ class Attachment:
             "an executable is attached to this model; detach it before copying, pickling or saving the model whole"
         )
 
+    @property
+    def __code__(self) -> Any:
+        """Refused: `torch.export` and `torch.jit.script` would read the source of what stands in for the model."""
+        raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
+
+    __globals__ = __code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
-        inputs = dict(self._signature.bind(*args, **kwargs).arguments)
+        inputs = dict(self.__signature__.bind(*args, **kwargs).arguments)
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)

@@ -33,6 +33,7 @@ class Run:
         known: Whether its calls' timesteps are entries of the scheduler's own tensor, which tells them from other runs'.
         thread: Whose it is.
         said: What has been logged about runs of this model.
+        rivals: Numbers of other beginnings that its first call may have belonged to.
         step: The step that is being evaluated; -1 before the first.
     """
 
@@ -43,6 +44,7 @@ class Run:
     known: bool
     thread: int
     said: set[str]
+    rivals: frozenset[int] = frozenset()
     session: Session = field(init=False)
     step: int = -1
     _signatures: list[tuple[Any, ...]] = field(default_factory=list)
@@ -210,14 +212,17 @@ class Run:
         own = same_values(call.conditioning, self._conditioning[branch])
         if own is True or len(self._conditioning) == 1:
             return False
-        others = [same_values(call.conditioning, one) for index, one in enumerate(self._conditioning) if index != branch]
-        if not any(other is not False for other in others):
-            return False
-        device = call.inputs[call.latents].device
-        differs = ~torch.as_tensor(own, device=device) & torch.stack([torch.as_tensor(o, device=device) for o in others]).any()
-        if not waits(device):
+        other: torch.Tensor | bool = False
+        for index, conditioning in enumerate(self._conditioning):
+            if index != branch and other is not True:
+                same = same_values(call.conditioning, conditioning)
+                other = same if isinstance(same, bool) and (same or other is False) else other | same
+        if isinstance(own, bool) and isinstance(other, bool):
+            return other
+        differs = other if own is False else ~own if other is True else ~own & other
+        if not waits(call.inputs[call.latents].device):
             return bool(differs)
-        self._late = differs if self._late is None else self._late | differs
+        self._note_late(differs)
         return False
 
     def _note_difference(self, same: torch.Tensor | bool) -> None:
@@ -225,13 +230,16 @@ class Run:
         if same is True:
             return
         if isinstance(same, torch.Tensor) and waits(same.device):
-            self._late = ~same if self._late is None else self._late | ~same
+            self._note_late(~same)
         elif not same:
             raise PlanError(
                 f"a call at step {self.step} has other latents than the call before it, but {self._calls()} of the "
                 f"transformer make a step and differ in their conditioning only; a run begins with the scheduler's "
                 "set_timesteps"
             )
+
+    def _note_late(self, differs: torch.Tensor) -> None:
+        self._late = differs if self._late is None else self._late | differs
 
     def _rejoin(self, call: Call) -> bool:
         """Let a new session go on where nothing that is stored is needed; False where something is."""

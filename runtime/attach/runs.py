@@ -117,11 +117,12 @@ class Runs:
             current = None
         taken = {id(run.beginning) for run in self._runs}
         begun = [(watch.here(), watch) for _, watch in self.users]
-        pending = [(beginning, watch) for beginning, watch in begun if beginning is not None and id(beginning) not in taken]
+        pending = [(one, watch) for one, watch in begun if one is not None and id(one) not in taken and not one.refusal]
         if pending and (current is None or not current.fits(call) or self._is_first(call)):
             beginning, watch = max(pending, key=lambda one: one[0].number)
+            self._set_aside(current, beginning)
             run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
-            self._set_aside(current)
+            run.rivals = frozenset(other.number for other, _ in pending if other is not beginning)
             return run
         if current is not None:
             return current
@@ -165,15 +166,24 @@ class Runs:
     def _is_first(self, call: Call) -> bool:
         return abs(read_timestep(call.timestep) - self.executable.plan.header.timesteps[0]) <= NEAR
 
-    def _set_aside(self, run: Run | None) -> None:
-        """A run whose timesteps do not tell it from one that begins: if its scheduler goes on, the two run in turns."""
-        if run is not None:
-            self.drop(run)
-            run.beginning.refusal = (
-                f"the run that this scheduler was in, at step {run.step}, was given up when another one of the same "
-                f"transformer began in this thread, and both compute their timesteps, so that nothing tells their calls apart; "
-                f"run one after the other, or each in a thread, and begin anew with set_timesteps"
-            )
+    def _set_aside(self, run: Run | None, beginning: Beginning) -> None:
+        """Give up a run whose timesteps do not tell it from one that begins: if its scheduler goes on, they run in turns.
+
+        Raises:
+            PlanError: They do already.
+        """
+        if run is None:
+            return
+        self.drop(run)
+        run.beginning.refusal = (
+            f"two runs of the transformer are under way in this thread, and both compute their timesteps, so that nothing "
+            f"tells their calls apart; this one, at step {run.step}, was given up. Run one after the other, or each in a "
+            f"thread, and begin anew with set_timesteps"
+        )
+        if beginning.number in run.rivals:
+            # The first call may have been either's.
+            beginning.refusal = run.beginning.refusal
+            raise PlanError(beginning.refusal)
 
     def _schedule_of(self, timestep: Any) -> torch.Tensor | None:
         """The tensor of a scheduler that nobody watches, if a timestep is an entry of one which holds the plan's."""
