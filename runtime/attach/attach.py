@@ -68,12 +68,13 @@ class Attachment:
         call = Call.of(inputs, self._latents)
         run = self.runs.find(call)
         try:
-            if not run.take(call):
-                outcome = self._own_forward()(*args, **kwargs)
-            else:
+            answered = run.take(call)
+            if answered:
                 self.session = run.session
                 outcome = run.session(**inputs)
-            if run.finished:
+            else:
+                outcome = self._own_forward()(*args, **kwargs)
+            if run.finished or (not answered and run.step == self.executable.plan.steps - 1):
                 run.finish()
         except BaseException:
             self.runs.drop(run)
