@@ -65,7 +65,7 @@ def build_program(
     traced: TracedModel, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
 ) -> Program:
     """All stages for inputs of one signature."""
-    clock, model, family = _Clock(), traced.model, traced.family
+    clock, model, family = _StageClock(), traced.model, traced.family
     refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
 
@@ -151,7 +151,7 @@ def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             raise CompileError(f"the model is on {device}, but the input {name} is on {value.device}; move one of them")
 
 
-class _Clock:
+class _StageClock:
     """Seconds per stage."""
 
     def __init__(self) -> None:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from stepgraph.bench.deploy.export import drawn
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_facts
 from stepgraph.compiler.entry.load_artifact import load_artifact
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
@@ -52,10 +51,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         results = measure(arguments, Path(folder))
-    table = Table("what", "value", title=f"artifacts of {arguments.model}, {arguments.dtype}")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    show_facts(f"artifacts of {arguments.model}, {arguments.dtype}", results)
     write_record(arguments.out / f"artifacts-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_facts
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
@@ -95,10 +94,7 @@ def main() -> None:
         results |= measure(exe, scheduler, Path(folder), arguments.checked, arguments.format)
     if results["relative_l2"] > TOLERANCES[arguments.dtype]:
         raise SystemExit(f"the export differs by {results['relative_l2']:.2g}: no figure is worth printing")
-    table = Table("what", "value", title=f"{arguments.format} export of {arguments.model}, {arguments.dtype}")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    show_facts(f"{arguments.format} export of {arguments.model}, {arguments.dtype}", results)
     kind = (f"-{arguments.format}" if arguments.format != "pt2" else "") + ("-corrected" if arguments.corrected else "")
     write_record(arguments.out / f"export{kind}-{arguments.model.partition(':')[0]}-cpu.json", "cpu", results)
 

@@ -27,7 +27,7 @@ from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampling.sample import sample
 
@@ -115,8 +115,7 @@ def plot(readings: Sequence[Reading], latent: int, path: Path) -> None:
     lower.set_ylabel("live tensors")
     lower.set_xlabel("generations")
     lower.set_ylim(bottom=0)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def main() -> None:

@@ -15,11 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
 from stepgraph.bench.ops.shapes import SHAPES
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 
 # A median of short calls on a shared machine is good to about this.
 NOISE = 0.9
@@ -65,14 +64,9 @@ def main() -> int:
 
 def show(cases: list[dict[str, Any]]) -> None:
     """A table on the terminal."""
-    columns = ("versus_torch", "versus_compile", "versus_full", "share_of_floor")
-    table = Table("operation", "case", "dtype", "by", "us", *(column.replace("_", " ") for column in columns))
-    for case in cases:
-        figures = [f"{case[column]:.2f}" if case[column] is not None else "" for column in columns]
-        table.add_row(
-            case["op"], case["case"], case["dtype"], case["chosen"], f"{case['microseconds'][case['chosen']]:.0f}", *figures
-        )
-    Console(width=140).print(table)
+    columns = ("op", "case", "dtype", "chosen", "us", "versus_torch", "versus_compile", "versus_full", "share_of_floor")
+    rows = [{**case, "us": round(case["microseconds"][case["chosen"]])} for case in cases]
+    show_rows("operations", rows, columns, ".2f")
 
 
 if __name__ == "__main__":

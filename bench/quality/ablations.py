@@ -7,18 +7,18 @@ Every plan is tuned to about half the MACs, so that choices are compared at equa
 (step, site) pairs in which a plan equals the one from the largest calibration of the same draw.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from stepgraph.bench.quality.paired import Host
-from stepgraph.bench.quality.quality import Knob, corrected, invardiff, show, tuned
+from stepgraph.bench.quality.paired import Host, host_options
+from stepgraph.bench.quality.quality import Knob, corrected, invardiff, tuned
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import CachePlan
 
 TARGET = 2.0
@@ -106,33 +106,23 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[2].set_xlabel("calibration samples")
     axes[2].set_title("modules: mean and range of three draws", loc="left", fontsize=10)
     axes[2].legend(frameon=False, fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def main() -> None:
     """Measure and write `ablations-<scheduler>-<steps>.json` and `.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128, help="images, in four groups of one seed each")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser = host_options(__doc__)
     parser.add_argument("--calibration", type=int, default=16, help="samples where their number is not what is varied")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
-    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
+    host = Host.of(arguments)
     with Progress() as progress:
         stats = calibrate(
             host.model, host.scheduler, steps=host.steps, samples=arguments.calibration, seed=DRAWS[0], channels=False
         )
         tables = {"choices": choices(host, stats, progress), "sizes": sizes(host, progress)}
-    show("choices", tables["choices"], ("fewer_macs", "relative_l2", "standard_error", "seed_spread"))
-    show("sizes", tables["sizes"], ("size", "draw", "fewer_macs", "relative_l2", "agreement"))
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
-        "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration, **tables,
-    }  # fmt: skip
+    show_rows("choices", tables["choices"], ("name", "fewer_macs", "relative_l2", "standard_error", "seed_spread"))
+    show_rows("sizes", tables["sizes"], ("name", "size", "draw", "fewer_macs", "relative_l2", "agreement"))
+    results = {**host.facts, "calibration_samples": arguments.calibration, **tables}
     path = arguments.out / f"ablations-{arguments.scheduler}-{arguments.steps}.json"
     write_record(path, arguments.device, results)
     plot(results, path.with_suffix(".png"))

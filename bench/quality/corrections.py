@@ -8,7 +8,6 @@ calibration runs with a seed of their own. `versus_fewer_steps` is the error ove
 equal MACs; below 1 the plan beats them.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,9 +18,10 @@ from typing import Any
 from rich.progress import Progress
 
 from stepgraph.bench.quality.corrections_plot import plot_corrections
-from stepgraph.bench.quality.paired import Host
-from stepgraph.bench.quality.quality import against_fewer_steps, fewer_steps, front, show
+from stepgraph.bench.quality.paired import Host, host_options
+from stepgraph.bench.quality.quality import against_fewer_steps, fewer_steps, front
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
@@ -29,8 +29,6 @@ from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
-from stepgraph.compiler.routers.router_settings import settings_of
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 
@@ -113,12 +111,7 @@ class Workshop:
 
     def routed(self, folder: Path, progress: Progress) -> CachePlan:
         """A plan of Learning-to-Cache, in pairs."""
-        settings = settings_of("quick", {})
-        bar = progress.add_task("training a router", total=settings.iterations)
-        router = train_router(
-            self.host.model, self.host.scheduler, steps=self.host.steps, settings=settings,
-            on_step=lambda done, _: progress.update(bar, completed=done),
-        )  # fmt: skip
+        router = self.host.trained_router(progress, "training a router")
         router.save(folder / "router.safetensors")
         return make_plan(
             "l2c", model=self.host.model, scheduler=self.host.scheduler, steps=self.host.steps,
@@ -214,10 +207,7 @@ def _routed(shop: Workshop, plan: CachePlan, rank: int) -> Made:
 
 def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dict[str, Any]]:
     """All rows of a part."""
-    shop, rows = Workshop(host), []
-    for count in fewer_steps(host.steps):
-        compared = host.compare(host.images(host.model, count))
-        rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
+    shop, rows = Workshop(host), [host.fewer_steps(count) for count in fewer_steps(host.steps)]
     makers: dict[str, Callable[[], Iterator[Row]]] = {
         "increments": lambda: increments(shop, (2, 3), RANKS),
         "forecasts": lambda: forecasts(shop),
@@ -238,26 +228,18 @@ def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dic
 
 def main() -> None:
     """Measure and write `corrections-<part>-<scheduler>-<steps>.json` and `.png` for every part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128, help="images, in four groups of one seed each")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser = host_options(__doc__)
     parser.add_argument("--parts", nargs="*", default=["increments", "forecasts", "further", "refined"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
-    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
-    columns = ("setting", "fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "versus_fewer_steps")
+    host = Host.of(arguments)
+    columns = ("name", "setting", "fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "versus_fewer_steps")
     for part in arguments.parts:
         with Progress() as progress, TemporaryDirectory() as folder:
             rows = measure(host, progress, part, Path(folder))
         results = {
-            "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
-            "seeds": list(host.seeds), "guidance_scale": host.guidance, "calibration_samples": SAMPLES, "part": part,
-            "rows": rows,
+            **host.facts, "seeds": list(host.seeds), "calibration_samples": SAMPLES, "part": part, "rows": rows,
         }  # fmt: skip
-        show(f"glyph-dit, {results['scheduler']} {host.steps}, N = {host.count}", rows, columns)
+        show_rows(f"glyph-dit, {results['scheduler']} {host.steps}, N = {host.count}", rows, columns)
         path = arguments.out / f"corrections-{part}-{arguments.scheduler}-{arguments.steps}.json"
         write_record(path, arguments.device, results)
         plot_corrections(results, front(rows), path.with_suffix(".png"))

@@ -7,7 +7,6 @@ is its error over that of TaylorSeer of order 1 on every module at the same peri
 converted (`bench.glyphs.flow_glyphs`).
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,13 @@ from rich.progress import Progress
 from torch import nn
 
 from stepgraph.bench.glyphs.flow_glyphs import flow_model
-from stepgraph.bench.quality.paired import BATCH, Host
-from stepgraph.bench.quality.quality import show
+from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
-from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
-from stepgraph.config import CompileConfig
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast
 from stepgraph.plan.factors import Factors
@@ -78,8 +74,7 @@ class Bench:
     def measured(self, made: Made, **facts: Any) -> dict[str, Any]:
         """A row."""
         plan, factors = made if isinstance(made, tuple) else (made, None)
-        inputs = example_inputs(self.host.model, 2 * min(BATCH, self.host.per_seed))
-        exe = compile_plan(self.host.model, plan, inputs, CompileConfig("eager"), factors)
+        exe = self.host.compiled(plan, factors)
         held = exe.memory().peak_slot_bytes / exe.default.batch
         figures = {"fewer_macs": plan.summary().ideal_speedup, "slot_bytes": held, **self.host.compare(self.host.images(exe))}
         return {**facts, **figures}
@@ -216,25 +211,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
     title = f"glyph-dit, {results['scheduler']} {results['steps']}, guidance {results['guidance_scale']:g}"
     axis.set_title(title, loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=7, ncols=2)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def main() -> None:
     """Measure and write `forecasts-<scheduler>-<steps>.json` and `.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
+    parser = host_options(__doc__, out="out/forecasts")
     parser.add_argument("--periods", type=int, nargs="+", default=[2, 3, 5])
-    parser.add_argument("--samples", type=int, default=128, help="images, in four groups of one seed each")
-    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--calibration", type=int, default=16, help="samples that fits are made on")
     parser.add_argument("--settings", type=int, default=3, help="period at which the rule's settings are varied; 0 for none")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/forecasts"))
     arguments = parser.parse_args()
     kind = FlowHost if arguments.scheduler.startswith("flow") else Host
-    host = kind(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
+    host = kind.of(arguments)
     bench = Bench(host, arguments.calibration)
     columns = ("fewer_macs", "relative_l2", "standard_error", "seed_spread")
     with Progress() as progress:
@@ -242,13 +230,10 @@ def main() -> None:
         if arguments.settings:
             tables["with_modules"] = with_modules(bench, progress)
             tables["settings"] = settings(bench, arguments.settings, progress)
-    show("methods", tables["methods"], ("every", *columns, "versus_taylor"))
+    show_rows("methods", tables["methods"], ("name", "every", *columns, "versus_taylor"))
     for name in set(tables) - {"methods"}:
-        show(name, tables[name], columns)
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": host.steps, "samples": host.count,
-        "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration, "calibration_seed": SEED, **tables,
-    }  # fmt: skip
+        show_rows(name, tables[name], ("name", *columns))
+    results = {**host.facts, "calibration_samples": arguments.calibration, "calibration_seed": SEED, **tables}
     path = arguments.out / f"forecasts-{arguments.scheduler}-{arguments.steps}.json"
     write_record(path, arguments.device, results)
     plot(results, path.with_suffix(".png"))

@@ -1,17 +1,23 @@
 """Paired quality on glyph-dit: the same noise under full compute and under whatever is measured."""
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
 from stepgraph.bench.glyphs.glyph_data import render
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
+from stepgraph.compiler.routers.router import Router
+from stepgraph.compiler.routers.router_settings import settings_of
+from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.metrics import frechet_distance, psnr, relative_errors
@@ -22,6 +28,24 @@ from stepgraph.runtime.sampling.sample import sample
 
 # Images sampled together: more make the activations fall out of a CPU's cache.
 BATCH = 64
+
+
+def host_options(description: str | None, samples: int = 128, out: str = "out/quality") -> argparse.ArgumentParser:
+    """A command line with the options that say on what is measured, and where the results go.
+
+    Args:
+        description: The benchmark's docstring, for its help.
+        samples: Images, unless asked for otherwise.
+        out: Folder of the results, unless asked for otherwise.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheduler", default="ddim")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=samples, help="images, in equal groups of one seed each")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
 
 
 @dataclass
@@ -56,6 +80,12 @@ class Host:
         self.reference = self.images(self.model)
         self.features = self._features(self.reference)
 
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, seeds: Sequence[int] = range(4)) -> "Host":
+        """The host that a command line asks for (`host_options`), its images in equal groups of one seed each."""
+        per_seed = arguments.samples // len(seeds)
+        return cls(arguments.scheduler, arguments.steps, arguments.guidance, seeds, per_seed, arguments.device)
+
     def loaded(self) -> nn.Module:
         """The model that is sampled."""
         return load_model("glyph-dit", self.device)
@@ -64,6 +94,14 @@ class Host:
     def count(self) -> int:
         """Images in all."""
         return len(self.seeds) * self.per_seed
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the runs."""
+        return {
+            "model": "glyph-dit", "scheduler": type(self.scheduler).__name__, "steps": self.steps, "samples": self.count,
+            "guidance_scale": self.guidance,
+        }  # fmt: skip
 
     def images(self, runner: Any, steps: int | None = None, on_batch: Callable[[], None] = lambda: None) -> torch.Tensor:
         """What a model or executable samples from the host's noise, [count, 3, 24, 24], on the CPU."""
@@ -81,6 +119,15 @@ class Host:
         """A plan's executable for the host's batch."""
         rows = 2 * min(BATCH, self.per_seed)
         return compile_plan(self.model, plan, example_inputs(self.model, rows), CompileConfig("eager"), factors)
+
+    def trained_router(self, progress: Progress, what: str, checkpoint: Path | None = None, **changes: Any) -> Router:
+        """Routers of Learning-to-Cache: the preset "quick" with some settings changed; `what` stands beside the bar."""
+        settings = settings_of("quick", changes)
+        bar = progress.add_task(what, total=settings.iterations)
+        return train_router(
+            self.model, self.scheduler, steps=self.steps, settings=settings, checkpoint=checkpoint,
+            on_step=lambda done, _: progress.update(bar, completed=done),
+        )  # fmt: skip
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:
         """Relative L2 distance of each image from that of the full run, [count] float64."""
@@ -103,6 +150,11 @@ class Host:
             "feature_distance": float((self._features(images) - self.features).norm(dim=1).mean()),
             "accuracy": accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
         }
+
+    def fewer_steps(self, count: int) -> dict[str, Any]:
+        """The row of full compute in fewer steps."""
+        compared = self.compare(self.images(self.model, count))
+        return {"name": "fewer steps", "fewer_macs": self.steps / count, "knob": count, **compared}
 
     def frechet(self, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
         """Fréchet distances of the classifier's features: to real images' features, and to the full runs'."""

@@ -23,18 +23,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from stepgraph.bench.quality.paired import BATCH, Host
+from stepgraph.bench.quality.paired import BATCH, Host, host_options
 from stepgraph.bench.quality.quality_plot import plot_quality
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.routers.router_settings import settings_of
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.errors import PlanError
 from stepgraph.metrics import error_at_equal_macs
 from stepgraph.plan import CachePlan
@@ -119,11 +116,7 @@ KNOBS: dict[str, Knob] = {
 
 def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
     """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
-    bar = progress.add_task(f"training routers, runs of {run}", total=settings_of("quick", {}).iterations)
-    settings = settings_of("quick", {"run": run})
-    router = train_router(
-        host.model, host.scheduler, steps=host.steps, settings=settings, on_step=lambda d, _: progress.update(bar, completed=d)
-    )
+    router = host.trained_router(progress, f"training routers, runs of {run}", run=run)
     path = folder / f"router-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
     router.save(path)
     return Knob(lambda s, x: make_plan("l2c", s, theta=x, router=str(path)), 0, 1)
@@ -187,8 +180,7 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
     progress.advance(bar)
     for count in counts:
         progress.update(bar, description=f"{count} steps", advance=1)
-        compared = host.compare(host.images(host.model, count))
-        rows.append({"name": "fewer steps", "fewer_macs": host.steps / count, "knob": count, **compared})
+        rows.append(host.fewer_steps(count))
     for target in TARGETS:
         for name, knob in knobs.items():
             progress.update(bar, description=f"{name} {target:g}x", advance=1)
@@ -246,42 +238,22 @@ def table_in(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rows": []}
 
 
-def show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """A table on the terminal."""
-    table = Table(title=title)
-    for column in ("", *columns):
-        table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    for row in rows:
-        cells = ("" if row.get(c) is None else row[c] if isinstance(row[c], str) else f"{row[c]:.4g}" for c in columns)
-        table.add_row(row["name"], *cells)
-    Console(width=140).print(table)
-
-
 def main() -> None:
     """Measure and write `quality-<scheduler>-<steps>.json` and `.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=256, help="images, in four groups of one seed each")
+    parser = host_options(__doc__, samples=256)
     parser.add_argument("--finalists", type=int, default=0)
     parser.add_argument("--best", type=int, default=3, help="how many plans are finalists")
-    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=list(KNOBS), help="names of policies, in this file")
     parser.add_argument("--routers", nargs="*", type=int, default=[1, 2, 3], help="L2C: routed steps after each full one")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
-    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, range(4), arguments.samples // 4, arguments.device)
+    host = Host.of(arguments)
     stats = calibrate(
         host.model, host.scheduler, steps=arguments.steps, samples=arguments.calibration, seed=1000, channels=False
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"quality-{arguments.scheduler}-{arguments.steps}.json"
-    results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": arguments.steps, "samples": host.count,
-        "seeds": list(host.seeds), "guidance_scale": arguments.guidance, "calibration_samples": arguments.calibration,
-    }  # fmt: skip
+    results = {**host.facts, "seeds": list(host.seeds), "calibration_samples": arguments.calibration}
     with Progress() as progress, TemporaryDirectory() as folder:
         # The finalists take as long again: the table is kept before them, and a second call goes on from it.
         results |= table_in(path, results)
@@ -297,10 +269,10 @@ def main() -> None:
             write_record(path, arguments.device, results)
     name = f"{results['scheduler']} {arguments.steps}, guidance {arguments.guidance:g}, N = {host.count}"
     columns = ("fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "feature_distance", "versus_fewer_steps")
-    show(f"glyph-dit, {name}", results["rows"], (*columns, "knob"))
+    show_rows(f"glyph-dit, {name}", results["rows"], ("name", *columns, "knob"))
     if arguments.finalists:
         final = results["finalists"]
-        show(f"N = {final['images']}", final["rows"], (*columns[:2], "accuracy", "frechet_real", "frechet_full"))
+        show_rows(f"N = {final['images']}", final["rows"], ("name", *columns[:2], "accuracy", "frechet_real", "frechet_full"))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from stepgraph.bench.quality.paired import Host
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast
 from stepgraph.compiler.pipeline import compile_plan
@@ -63,10 +62,7 @@ def main() -> None:
     host = Host("ddim", arguments.steps, 1.5, (0, 1, 2, 3), arguments.samples // 4, arguments.device)
     rows = measure(host)
     columns = ("plan", "slot_dtype", "peak_slot_bytes", "versus_wide", "relative_l2")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(f"{row[c]:.5f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    Console().print(table)
+    show_rows(f"glyph-dit, {arguments.steps} steps, N = {arguments.samples}", rows, columns)
     facts = {"model": "glyph-dit", "scheduler": "ddim", "steps": arguments.steps, "samples": arguments.samples}
     write_record(arguments.out / "slot-dtypes.json", arguments.device, facts | {"rows": rows})
 

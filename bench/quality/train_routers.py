@@ -8,26 +8,22 @@ steps: drawn `freely` among all of them, or with each step's number kept (`per s
 folder; a second call goes on from them.
 """
 
-import argparse
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from stepgraph.bench.quality.paired import Host
+from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
-from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.router_states import Trajectories
-from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 
 if TYPE_CHECKING:
@@ -61,11 +57,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Train, measure and write `l2c-<scheduler>-<steps>.json` and `.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser = host_options(__doc__, out="out/l2c")
     parser.add_argument("--lambdas", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 3], help="routed steps after each full one")
     parser.add_argument("--iterations", type=int, default=300)
@@ -73,11 +65,9 @@ def main() -> None:
     parser.add_argument("--run-lambdas", type=float, nargs="+", default=[1e-4], help="lambdas of the runs longer than pairs")
     parser.add_argument("--random", type=int, default=20, help="random plans for each trained one of pairs, drawn freely")
     parser.add_argument("--per-step", type=int, default=5, help="the same with each step's number of reuses kept")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/l2c"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    host = Host(arguments.scheduler, arguments.steps, arguments.guidance, [0], arguments.samples, arguments.device)
+    host = Host.of(arguments, [0])
     base = make_plan("full", model=host.model, scheduler=host.scheduler, steps=arguments.steps)
     rows, routers = [], {}
     with Progress() as progress:
@@ -95,25 +85,19 @@ def main() -> None:
             ranking = loss_against_image(few, base, pairs, progress) if pairs is not None else None
     name = f"l2c-{arguments.scheduler}-{arguments.steps}"
     results = {
-        "model": "glyph-dit", "scheduler": type(host.scheduler).__name__, "steps": arguments.steps,
-        "samples": arguments.samples, "guidance_scale": arguments.guidance, "theta": arguments.theta,
-        "settings": asdict(next(iter(routers.values())).settings), "rows": rows, "references": references,
-        "loss_against_image": ranking,
+        **host.facts, "theta": arguments.theta, "settings": asdict(next(iter(routers.values())).settings), "rows": rows,
+        "references": references, "loss_against_image": ranking,
     }  # fmt: skip
     write_record(arguments.out / f"{name}.json", arguments.device, results)
-    picture(rows, references, routers).savefig(arguments.out / f"{name}.png", dpi=120)
+    save_figure(arguments.out / f"{name}.png", picture(rows, references, routers))
     print_table(rows, references)
 
 
 def trained(host: Host, arguments: Any, run: int, lam: float, progress: Progress) -> Router:
     """Routers of one lambda and run length; a finished checkpoint is only read."""
-    settings = settings_of("quick", {"lam": lam, "run": run, "iterations": arguments.iterations})
     path = arguments.out / f"{arguments.scheduler}-{arguments.steps}-run{run}-lambda{lam:g}.checkpoint.safetensors"
-    bar = progress.add_task(f"run {run}, lambda {lam:g}: training", total=settings.iterations)
-    return train_router(
-        host.model, host.scheduler, steps=arguments.steps, settings=settings, checkpoint=path,
-        on_step=lambda done, _: progress.update(bar, completed=done),
-    )  # fmt: skip
+    what, changes = f"run {run}, lambda {lam:g}: training", {"lam": lam, "run": run, "iterations": arguments.iterations}
+    return host.trained_router(progress, what, path, **changes)
 
 
 def measured(host: Host, base: CachePlan, router: Router, arguments: Any, progress: Progress) -> dict[str, Any]:
@@ -227,22 +211,21 @@ def picture(rows: list[dict[str, Any]], references: list[dict[str, Any]], router
 
 def print_table(rows: list[dict[str, Any]], references: list[dict[str, Any]]) -> None:
     """The rows on the terminal."""
-    table = Table(title="Learning-to-Cache on glyph-dit")
-    for column in ("", "fewer MACs", "reused", "relative L2", "random (median)", "ratio", "per step (median)", "ratio"):
-        table.add_column(column, justify="right" if column else "left")
+    lines: list[dict[str, Any]] = []
     for row in rows:
-        cells = [f"{row['fewer_macs']:.3f}", f"{row['reused_share_of_routed']:.1%}", f"{row['relative_l2']:.4f}"]
+        line = {"name": f"run {row['run']}, lambda {row['lambda']:g}", "reused": row["reused_share_of_routed"]}
+        line |= {name: row[name] for name in ("fewer_macs", "relative_l2")}
         for name in ("random_free", "random_per_step"):
-            cells += [f"{row[name]['median']:.4f}", f"{row[name]['ratio']:.3f}"] if name in row else ["", ""]
-        table.add_row(f"run {row['run']}, lambda {row['lambda']:g}", *cells)
+            if name in row:
+                line |= {name: row[name]["median"], f"over_{name}": row[name]["ratio"]}
+        lines.append(line)
     for entry in references:
-        table.add_row(
-            f"FORA, every {entry['fora_every']}", f"{entry['fora_fewer_macs']:.3f}", "", f"{entry['fora_relative_l2']:.4f}"
-        )
-        table.add_row(
-            f"{entry['fewer_steps']} steps", f"{entry['fora_every']:.3f}", "", f"{entry['fewer_steps_relative_l2']:.4f}"
-        )
-    Console(width=130).print(table)
+        fewer, error = entry["fora_fewer_macs"], entry["fora_relative_l2"]
+        lines.append({"name": f"FORA, every {entry['fora_every']}", "fewer_macs": fewer, "relative_l2": error})
+        fewer, error = entry["fora_every"], entry["fewer_steps_relative_l2"]
+        lines.append({"name": f"{entry['fewer_steps']} steps", "fewer_macs": fewer, "relative_l2": error})
+    columns = ("random_free", "over_random_free", "random_per_step", "over_random_per_step")
+    show_rows("Learning-to-Cache on glyph-dit", lines, ("name", "fewer_macs", "reused", "relative_l2", *columns))
 
 
 if __name__ == "__main__":

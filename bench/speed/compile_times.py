@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
-from rich.console import Console
-from rich.table import Table
 
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_facts
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.models.dit import DIT
@@ -86,10 +85,7 @@ def main() -> None:
     results["variants"] = len(executable.default.variants)
     results["nodes_per_variant"] = [len(v.graph.graph.nodes) for v in executable.default.variants]
     results["ideal_speedup"] = executable.macs().ideal_speedup
-    table = Table("what", "value", title="DiT-XL/2-256, random weights, 2 rows")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    show_facts("DiT-XL/2-256, random weights, 2 rows", results, ".3f")
     write_record(arguments.out / f"compile_times-{device.split(':')[0]}.json", device, results)
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from stepgraph.bench.record import write_record
+from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
@@ -98,11 +97,8 @@ def main() -> None:
         "model": arguments.model, "dtype": arguments.dtype, "backend": arguments.backend, "batch": arguments.batch,
         "rounds": arguments.rounds, "rows": rows,
     }  # fmt: skip
-    table = Table("rank", "row", "ms", "GMACs", "speed-up", "ideal", "share", title=f"{arguments.model}, {arguments.dtype}")
-    for row in rows:
-        figures = [f"{row[name]:.2f}" for name in ("ms", "gmacs", "speedup", "ideal", "share_of_ideal")]
-        table.add_row(str(row["rank"]), str(row["row"]), *figures)
-    Console().print(table)
+    columns = ("rank", "row", "ms", "gmacs", "speedup", "ideal", "share_of_ideal")
+    show_rows(f"{arguments.model}, {arguments.dtype}", rows, columns, ".2f")
     write_record(arguments.out / f"lowrank_steps-{arguments.device.split(':')[0]}.json", arguments.device, results)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 
 INK, ACCENT, PALE = "#1b3a5c", "#f2b134", "#c9d3dd"
 
@@ -35,7 +35,7 @@ def plot_table(results: dict[str, Any], path: Path) -> None:
         loc="left", fontsize=10,
     )  # fmt: skip
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def plot_scaling(results: dict[str, Any], path: Path) -> None:
@@ -58,9 +58,4 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
         # From tens of microseconds to tenths of a second.
         axes[1][column].set_yscale("log")
     axes[1][0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(path, figure)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import MODULE_KINDS
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def plot_stats(stats: CalibrationStats, path: str | Path | None = None) -> "Figu
     title = f"{header.model}, {header.scheduler} {header.steps} steps{guided}, {header.samples} samples"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     if path is not None:
-        with whole_file(path) as partial:
-            figure.savefig(partial, dpi=110)
+        save_figure(path, figure, 110)
     return figure
 
 

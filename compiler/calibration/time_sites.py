@@ -28,16 +28,16 @@ def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch
     best: dict[fx.Node, float] = {}
     with torch.no_grad():
         for run in range(repeats + 1):
-            clock = _Clock(gm, ordered[0].device)
-            clock.run(*ordered)
+            timer = _NodeTimer(gm, ordered[0].device)
+            timer.run(*ordered)
             if run:
-                best = {node: min(taken, best.get(node, taken)) for node, taken in clock.seconds.items()}
+                best = {node: min(taken, best.get(node, taken)) for node, taken in timer.seconds.items()}
     nodes = [marker for _, marker in markers(marked.graph)]
     seconds = savings(nodes, marked.sites, lambda saved: sum(best.get(node, 0.0) for node in saved))
     return 1e3 * torch.tensor(seconds, dtype=torch.float64)
 
 
-class _Clock(fx.Interpreter):
+class _NodeTimer(fx.Interpreter):
     """Times every node of one run."""
 
     def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:

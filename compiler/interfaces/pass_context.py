@@ -1,7 +1,7 @@
 """What a pass may see."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,13 @@ def find_input(graph: fx.Graph, name: str) -> fx.Node:
     """The graph input of a name."""
     placeholder: fx.Node = next(node for node in graph.nodes if node.op == "placeholder" and node.target == name)
     return placeholder
+
+
+def erase_unread(nodes: Iterable[fx.Node]) -> None:
+    """Take those nodes out of their graph that nothing reads any more, one after the other."""
+    for node in dict.fromkeys(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def is_call(node: object, name: str) -> bool:

@@ -183,7 +183,7 @@ def _is_fake(value: torch.Tensor) -> bool:
 def compile_whole(gm: fx.GraphModule) -> Callable[..., Any]:
     """A whole graph through torch.compile; it is called once here, so that compilation happens now and not in the first run."""
     placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-    compiled = Compiled(gm, [tuple(value.shape) for value in placeholders])
+    compiled = CompiledGraph(gm, [tuple(value.shape) for value in placeholders])
     with torch.no_grad():
         compiled.call(*(torch.zeros(val.shape, dtype=val.dtype, device=val.device) for val in placeholders))
     return compiled
@@ -198,7 +198,7 @@ def no_guards(guards: Sequence[Any]) -> list[bool]:
     return [False] * len(guards)
 
 
-class Compiled:
+class CompiledGraph:
     """A graph compiled by inductor, once. Compiling again in a later call, which takes seconds to minutes, is an error."""
 
     def __init__(self, gm: fx.GraphModule, shapes: list[tuple[int, ...]]) -> None:

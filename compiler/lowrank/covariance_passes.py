@@ -53,7 +53,7 @@ def bytes_of(target: Target, sketch: int | None, held: int = 1) -> int:
 
 
 @dataclass
-class Measured:
+class PassResults:
     """What the finished passes found; beside a single pass it lies on disk."""
 
     groups: Sequence[Sequence[Target]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepgraph.checks import check_number, check_whole, is_whole
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, digest
 from stepgraph.compiler.lowrank.check_moments import check_moments
-from stepgraph.compiler.lowrank.covariance_passes import Measured, new_sum, plan_passes
+from stepgraph.compiler.lowrank.covariance_passes import PassResults, new_sum, plan_passes
 from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled_rows
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
 from stepgraph.compiler.tracing.describe import example_inputs, make_header
@@ -215,7 +215,7 @@ def measure_covariances(
     if not targets:
         raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
-    measured = Measured(groups, samples * evaluations, on_step)
+    measured = PassResults(groups, samples * evaluations, on_step)
     latents = next(iter(example.values()))
     for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}

@@ -19,7 +19,7 @@ from stepgraph.compiler.lowrank.decompose import (
     shrunk,
     weighted_svd,
 )
-from stepgraph.compiler.lowrank.increments import find_maps, find_sites
+from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites
 from stepgraph.compiler.lowrank.map_errors import error_on
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import marked_graph
@@ -176,7 +176,7 @@ def find_paths(
     Of covariances of a plan's own runs, what the plan corrects alone.
     """
     if method == "whole":
-        calls = {path: [marked.trace.calls[path, 0].inputs[0]] for path in find_sites(marked, kinds)}
+        calls = {path: [marked.trace.calls[path, 0].inputs[0]] for path in find_single_map_sites(marked, kinds)}
     else:
         maps = find_maps(model, marked, kinds)
         calls = {path: [node.all_input_nodes[0] for node in nodes] for path, nodes in maps.items()}

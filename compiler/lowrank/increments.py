@@ -76,7 +76,7 @@ def _maps(model: nn.Module, marked: MarkedGraph, kinds: Sequence[str]) -> dict[s
     return calls_by_path
 
 
-def find_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[str]:
+def find_single_map_sites(marked: MarkedGraph, kinds: Sequence[str] | None = None) -> list[str]:
     """Paths of the module sites that one map could stand for: one call, one output with as many tokens as the input.
 
     Raises:
@@ -137,7 +137,7 @@ def find_targets(
         add(path, [call.all_input_nodes[0] for call in calls], calls, [owners[call] for call in calls])
     outputs: dict[str, fx.Node] = {}
     if whole:
-        for path in find_sites(marked, kinds):
+        for path in find_single_map_sites(marked, kinds):
             call = marked.trace.calls[path, 0]
             add(path, [nodes[call.inputs[0].name]], [nodes[call.before.name].next], [indices[path]])
             outputs[path] = nodes[call.outputs[0].name]

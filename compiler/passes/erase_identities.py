@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread
 from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.node_facts import output_of
 
@@ -35,9 +35,7 @@ def erase_identities(gm: fx.GraphModule, ctx: PassContext) -> int:
             parts = [part for part in node.all_input_nodes if part is not source]
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
-            for part in parts:
-                if not part.users:
-                    gm.graph.erase_node(part)
+            erase_unread(parts)
             count += 1
     return count
 

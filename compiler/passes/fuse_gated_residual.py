@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of
+from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread, factors_of
 from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.node_facts import MACS, SLOT
 from stepgraph.ops import gated_residual
@@ -46,9 +46,7 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
             fused = gm.graph.call_function(gated_residual, arguments)
         fused.meta |= {key: entry for key, entry in node.meta.items() if key != MACS}
         node.replace_all_uses_with(fused)
-        for gone in dict.fromkeys((node, gated, x)):
-            if not gone.users:
-                gm.graph.erase_node(gone)
+        erase_unread((node, gated, x))
         count += 1
     return count
 

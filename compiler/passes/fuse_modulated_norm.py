@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
-from stepgraph.compiler.interfaces.pass_context import PassContext, factors_of, is_call
+from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread, factors_of, is_call
 from stepgraph.compiler.tracing.graphs import storages_of
 from stepgraph.node_facts import MACS, MUTATES
 from stepgraph.ops import modulated_norm
@@ -34,9 +34,7 @@ def fuse_modulated_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
             fused = gm.graph.call_function(modulated_norm, (x, scale, shift, eps))
         fused.meta |= {key: value for key, value in node.meta.items() if key != MACS}
         node.replace_all_uses_with(fused)
-        for gone in (node, *inner):
-            if not gone.users:
-                gm.graph.erase_node(gone)
+        erase_unread((node, *inner))
         count += 1
     return count
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from stepgraph.compiler.interfaces.pass_context import erase_unread
 from stepgraph.compiler.interfaces.program_context import ModelContext
 from stepgraph.compiler.tracing.mark_sites import site_value
 from stepgraph.node_facts import MACS, MARKER
@@ -76,9 +77,7 @@ def _split(gm: fx.GraphModule, projection: object, moved: frozenset[int]) -> boo
             total = part if total is None else _sum(graph, projection, total, part)
     assert total is not None
     projection.replace_all_uses_with(total)
-    for gone in (projection, joined, *values):
-        if not gone.users:
-            graph.erase_node(gone)
+    erase_unread((projection, joined, *values))
     return True
 
 

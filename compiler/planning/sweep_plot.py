@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +38,7 @@ def plot_sweep(sweep: "Sweep", path: str | Path | None = None) -> "Figure":
     axis.axvline(sweep.macs_full / 1e9, color=FEWER, linewidth=0.9, linestyle=":")
     _dress(axis, sweep)
     if path is not None:
-        with whole_file(path) as partial:
-            figure.savefig(partial, dpi=120)
+        save_figure(path, figure)
     return figure
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SamplingCost:
     """What one way of sampling costs.
 
     Attributes:
@@ -29,7 +29,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class SweepPoint(Measured):
+class SweepPoint(SamplingCost):
     """One value of the knob, and the plan it makes."""
 
     value: Any
@@ -37,7 +37,7 @@ class SweepPoint(Measured):
 
 
 @dataclass(frozen=True)
-class FewerSteps(Measured):
+class FewerSteps(SamplingCost):
     """The same sampler at full compute in fewer steps: what a cache has to beat."""
 
     steps: int

@@ -47,7 +47,7 @@ class States(Protocol):
         ...
 
 
-class _Recorder(nn.Module):
+class _RecordedModel(nn.Module):
     """Runs a model and keeps the latents that went in and what came out of every evaluation."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,7 +74,7 @@ class Trajectories:
         self.names = input_names(model)
         parts = []
         for noise, chosen in runs(model, self.conditioning, size, batch, generator):
-            recorder = _Recorder(model)
+            recorder = _RecordedModel(model)
             sample(recorder, scheduler, noise, steps=steps, **chosen)
             parts.append((torch.stack(recorder.latents), torch.stack(recorder.outputs)))
         self.latents, self.outputs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))

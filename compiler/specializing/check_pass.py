@@ -159,7 +159,7 @@ class _Reference:
     nodes: dict[str, torch.Tensor]
 
 
-class _Recorder(fx.Interpreter):
+class _ValueRecorder(fx.Interpreter):
     """Runs a marked graph and keeps the value of every site, and of the nodes `names`."""
 
     def __init__(self, gm: fx.GraphModule, names: frozenset[str]) -> None:
@@ -181,7 +181,7 @@ class _Recorder(fx.Interpreter):
 
 def _run_marked(gm: fx.GraphModule, context: PassContext, example: Mapping[str, Any]) -> _Reference:
     groups = [group for site in context.groups.values() for group in site]
-    recorder = _Recorder(gm, frozenset(name for group in groups for name in (group.input, *group.maps)))
+    recorder = _ValueRecorder(gm, frozenset(name for group in groups for name in (group.input, *group.maps)))
     with torch.no_grad():
         results = recorder.run(*(value for value in example.values() if isinstance(value, torch.Tensor)))
     return _Reference(tuple(results), recorder.values, recorder.nodes)

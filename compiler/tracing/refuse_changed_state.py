@@ -10,7 +10,7 @@ from stepgraph.compiler.tracing.tracer import NO_PAST
 from stepgraph.errors import TraceError
 
 
-def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
+def module_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Every attribute of every module, to see afterwards whether the forward changed one."""
     state: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
@@ -26,7 +26,7 @@ def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 def refuse_changed_state(model: nn.Module, before: Mapping[tuple[str, str], Any]) -> None:
     """A forward that writes to its module computes with a past that a graph would not have."""
-    for (path, name), value in state_of(model).items():
+    for (path, name), value in module_attributes(model).items():
         if value == before.get((path, name)):
             continue
         module = model.get_submodule(path)

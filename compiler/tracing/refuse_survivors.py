@@ -15,8 +15,9 @@ def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
     left = {id(traced) for ref in made if (traced := ref()) is not None}
     if left:
         gc.collect()
+        searched: dict[int, int] = {}
         for memo in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
-            if _holds(memo, left):
+            if _holds(memo, left, searched):
                 memo.cache_clear()
 
 
@@ -38,10 +39,13 @@ def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
         raise TraceError(f"{traced.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
-def _holds(thing: Any, wanted: set[int], depth: int = 5) -> bool:
-    """Whether something refers to one of the objects, within a few steps."""
+def _holds(thing: Any, wanted: set[int], searched: dict[int, int], depth: int = 5) -> bool:
+    """Whether something refers to one of the objects, within a few steps; `searched` has what does not, and within how many."""
     if id(thing) in wanted:
         return True
-    if depth == 0 or isinstance(thing, (type, ModuleType, FunctionType)):
+    if depth <= searched.get(id(thing), 0) or isinstance(thing, (type, ModuleType, FunctionType)):
         return False
-    return any(_holds(part, wanted, depth - 1) for part in gc.get_referents(thing))
+    if any(_holds(part, wanted, searched, depth - 1) for part in gc.get_referents(thing)):
+        return True
+    searched[id(thing)] = depth
+    return False

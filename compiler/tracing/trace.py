@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
-from stepgraph.compiler.tracing.refuse_changed_state import refuse_changed_state, state_of
+from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
@@ -119,7 +119,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
     tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph)
     tracer.made = made
-    before = state_of(model)
+    before = module_attributes(model)
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     # Other threads may run this very model meanwhile; for them nothing changes.
     this_thread = threading.get_ident()

@@ -4,7 +4,7 @@ import enum
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from stepgraph.compiler.tracing.known_results import KnownResults, leaf_operation
 from stepgraph.compiler.tracing.model_location import model_frame, model_location
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
@@ -100,6 +101,7 @@ class Tracer(TorchFunctionMode):
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
         self.call_counts: Counter[str] = Counter()
+        self.results = KnownResults(self.hollow)
         # A tensor that is written to in place can change its shape too, so that its value is not yet what it is at the end.
         nodes = list(self.earlier.nodes) if self.earlier is not None else []
         self.expected = nodes if not any(node.meta.get(MUTATES) for node in nodes) else []
@@ -120,7 +122,7 @@ class Tracer(TorchFunctionMode):
         known = self.known(op, target, arguments, kwargs)
         if known is not None:
             return self.record(op, target, arguments, kwargs, *earlier_of(known))
-        value, mutates, macs = self.run(func, args, kwargs)
+        value, mutates, macs = self.run(func, args, kwargs, func)
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
@@ -168,7 +170,8 @@ class Tracer(TorchFunctionMode):
         """As `run`, of one of torch.nn's own modules, on fake parameters."""
         twin = self.twin(module)
         before = {**vars(twin)}
-        result = self.run(twin, args, kwargs)
+        weights = [*twin._parameters.items(), *twin._buffers.items()]
+        result = self.run(twin, args, kwargs, self.results.key(leaf_operation(module), weights, {}))
         changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
         if changed:
             raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
@@ -203,8 +206,13 @@ class Tracer(TorchFunctionMode):
 
     # -- recording ---------------------------------------------------------------------------------------------------
 
-    def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
-        """The operation's result on fake values, the storages it wrote to, and its multiply-accumulates."""
+    def run(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, operation: Hashable | None = None
+    ) -> tuple[Any, frozenset[int], int]:
+        """The operation's result on fake values, the storages it wrote to, and its multiply-accumulates.
+
+        What is called `operation`, if anything, is run once for arguments of the same kinds.
+        """
         tensors: list[FakeTensor] = []
 
         def faked(leaf: Any) -> Any:
@@ -214,6 +222,11 @@ class Tracer(TorchFunctionMode):
             return tensors[-1]
 
         args, kwargs = _mapped(faked, args, kwargs)
+        key = self.results.key(operation, args, kwargs)
+        with self.pass_through():
+            known = self.results.find(key)
+        if known is not None:
+            return known
         versions, flops = [t._version for t in tensors], self.total_flops
         try:
             with self.pass_through():
@@ -232,7 +245,9 @@ class Tracer(TorchFunctionMode):
             written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
         for tensor in written:
             self.refuse_parameter_write(tensor)
-        return value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
+        result = value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
+        self.results.keep(key, result, tensors)
+        return result
 
     @property
     def total_flops(self) -> int:

@@ -35,7 +35,7 @@ from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
-from stepgraph.files.whole_file import whole_file, writable_folder
+from stepgraph.files.whole_file import save_figure, writable_folder
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampling.sample import sample
@@ -238,8 +238,7 @@ def _draw_panels(path: Path, panels: Mapping[str, Any]) -> Path:
         axis.imshow(picture)
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=130)
+    save_figure(path, figure, 130)
     return path
 
 

@@ -1,7 +1,6 @@
 """Files that travel together: a folder or one .zip, read without trusting a byte and written whole or not at all."""
 
 import os
-import secrets
 import shutil
 import stat
 import zipfile
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import whole_file, whole_folder
 
 # Of one file; beyond it nobody has written an artifact.
 LARGEST_FILE = 2**37
@@ -133,8 +132,7 @@ def plain_name(name: str) -> bool:
 def write_container(path: str | Path, files: Mapping[str, Path]) -> None:
     """Write files as a zip (where `path` ends in .zip) or as a folder; it appears whole or not at all.
 
-    An artifact that stands at `path` is replaced. The folder of the old one is renamed before the new one is; killed between
-    the two, both lie beside `path` under names that end in .old and .partial.
+    An artifact that stands at `path` is replaced.
 
     Raises:
         PlanError: Something else than an artifact stands there.
@@ -150,29 +148,9 @@ def write_container(path: str | Path, files: Mapping[str, Path]) -> None:
         return
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file()):
         raise ArgumentError(f"{path} is there and is no artifact; choose another place, or remove it")
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-    work.mkdir()
-    try:
+    with whole_folder(target) as folder:
         for name, source in files.items():
-            shutil.copyfile(source, work / name)
-        _replace_folder(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace_folder(work: Path, target: Path) -> None:
-    old = work.with_suffix(".old")
-    if target.exists():
-        target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            shutil.copyfile(source, folder / name)
 
 
 def _write_zip(path: Path, files: Mapping[str, Path]) -> None:

@@ -1,15 +1,21 @@
-"""Writing files so that they appear whole or not at all."""
+"""Writing files and folders so that they appear whole or not at all."""
 
 import errno
 import os
+import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -40,6 +46,40 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it replaces `path` if the block succeeds and is removed if it fails.
+
+    What stands at `path` is renamed before the new folder is; killed between the two, both lie beside `path` under names that
+    end in .old and .partial.
+
+    Raises:
+        OSError: The place cannot be written; what stood at `path` is untouched.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        _replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    old = partial.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; it appears whole or not at all.
 
@@ -57,6 +97,16 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
             partial.chmod(mode)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+
+
+def save_figure(path: str | Path, figure: "Figure", dpi: int = 120) -> None:
+    """Write a picture in the format that the path's ending says; it appears whole or not at all.
+
+    Raises:
+        OSError: The folder is missing, read-only or full.
+    """
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=dpi)
 
 
 def writable_folder(path: Path) -> Path:

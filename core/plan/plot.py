@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.files.whole_file import whole_file
+from stepgraph.files.whole_file import save_figure
 from stepgraph.plan.plan import CachePlan
 from stepgraph.plan.report import summarize
 from stepgraph.plan.site import COMPUTE, DEAD, KINDS, STREAM_KINDS, Action
@@ -169,6 +169,5 @@ def _patches(colours: Mapping[str, str]) -> list[Any]:
 def _written(figure: "Figure", path: str | Path | None) -> "Figure":
     """The figure, written to `path` where there is one."""
     if path is not None:
-        with whole_file(path) as partial:
-            figure.savefig(partial, dpi=120)
+        save_figure(path, figure)
     return figure

@@ -1,15 +1,12 @@
 """Exports: an executable as files that need no stepgraph to run, or to be read."""
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import CompileError
+from stepgraph.files.whole_file import whole_folder
 from stepgraph.runtime.export.aoti import write_aoti
 from stepgraph.runtime.export.graphs import write_graphs
 from stepgraph.runtime.export.onnx import write_onnx
@@ -57,38 +54,10 @@ def export(
     """
     refuse_target(path, format, force)
     program = executable.default if inputs is None else executable.program(inputs)
-    with whole_folder(Path(path)) as folder:
+    with whole_folder(path) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return Path(path)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it takes that place if the block succeeds and is removed if it fails."""
-    target = path.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    partial, old = target.with_name(f".{mark}.partial.{target.name}"), target.with_name(f".{mark}.old.{target.name}")
-    partial.mkdir()
-    try:
-        yield partial
-        _swap(partial, target, old)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _swap(partial: Path, target: Path, old: Path) -> None:
-    """Put a folder in the place of another, which comes back if that fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
 
 
 def refuse_target(path: str | Path, format: str, force: bool) -> None:

@@ -1,5 +1,8 @@
 """Linear maps on CPUs with weights in oneDNN's own layout, one packed copy for all regions (docs/design.md, decision 8)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,15 +93,21 @@ def _fake_merged(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tens
     return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
-LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation='') -> Tensor")
-LIBRARY.impl("packed_linear", run_packed_linear, "CPU")
-torch.library.register_fake("stepgraph::packed_linear", _fake, lib=LIBRARY)
-packed_linear = torch.ops.stepgraph.packed_linear.default
-LIBRARY.define("packed_columns(Tensor x, Tensor weight, Tensor? bias, int start, int stop) -> Tensor")
-LIBRARY.impl("packed_columns", run_packed_columns, "CPU")
-torch.library.register_fake("stepgraph::packed_columns", _fake_columns, lib=LIBRARY)
-packed_columns = torch.ops.stepgraph.packed_columns.default
-LIBRARY.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
-LIBRARY.impl("merged_linear", run_merged_linear, "CPU")
-torch.library.register_fake("stepgraph::merged_linear", _fake_merged, lib=LIBRARY)
-merged_linear = torch.ops.stepgraph.merged_linear.default
+def _registered(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """An operation that graphs call, as torch has it."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CPU")
+    torch.library.register_fake(f"stepgraph::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.stepgraph, name).default
+
+
+packed_linear = _registered(
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation='') -> Tensor", run_packed_linear, _fake
+)
+packed_columns = _registered(
+    "packed_columns(Tensor x, Tensor weight, Tensor? bias, int start, int stop) -> Tensor", run_packed_columns, _fake_columns
+)
+merged_linear = _registered(
+    "merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", run_merged_linear, _fake_merged
+)

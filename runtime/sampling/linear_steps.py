@@ -64,7 +64,7 @@ def linear_steps(scheduler: Any, arguments: Mapping[str, float]) -> LinearSteps 
         scheduler: Before its first step; not changed. What is found is kept by its class, settings and tables.
         arguments: Of its step, beside output, timestep, latents and `return_dict`.
     """
-    key = (state_of(scheduler), tuple(sorted(arguments.items())))
+    key = (scheduler_state(scheduler), tuple(sorted(arguments.items())))
     if key not in _found:
         # The oldest makes room.
         for old in list(_found)[: max(0, len(_found) + 1 - KEPT)]:
@@ -73,7 +73,7 @@ def linear_steps(scheduler: Any, arguments: Mapping[str, float]) -> LinearSteps 
     return _found[key]
 
 
-def state_of(scheduler: Any) -> tuple[Any, ...]:
+def scheduler_state(scheduler: Any) -> tuple[Any, ...]:
     """Class and attributes by value, so that a table or a shift that was set by hand counts."""
 
     def by_value(value: Any) -> Any:

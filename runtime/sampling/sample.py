@@ -16,7 +16,7 @@ from stepgraph.runtime.capture.cudagraph import why_not
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.sampling.captured_run import CapturedRun
-from stepgraph.runtime.sampling.linear_steps import state_of
+from stepgraph.runtime.sampling.linear_steps import scheduler_state
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
@@ -92,7 +92,7 @@ def sample(
     if capture or (capture is None and waits(noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         if not attempt.refusal and isinstance(runner, Compiled):
-            key = (signature({"noise": noise, **conditioning}), guidance_scale, state_of(prepared))
+            key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared))
             attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
         if attempt.capture is not None:
             return attempt.capture(noise, conditioning, calls)

@@ -90,22 +90,6 @@ def test_pixart_reuses_every_kind_by_itself(pixart, kind):
     assert (kind == "output") == (not oracle.executed[1])
 
 
-def test_pixart_computing_everything_is_the_eager_model(pixart):
-    plan = planned(pixart, pixart_inputs(), {})
-    exe = sg.compile(pixart, plan, pixart_inputs(2), backend="eager", exact=True)
-    eager, got = (run(model, scheduler_of(pixart), STEPS, pixart_inputs(2)) for model in (pixart, exe.session()))
-    assert len(got) == STEPS + 1
-    assert all(map(torch.equal, eager, got))
-
-
-@settings(max_examples=6)
-@given(data=st.data())
-def test_pixart_runs_random_plans(pixart, data):
-    full = planned(pixart, pixart_inputs(), {}, steps=5)
-    plan = CachePlan(full.header, full.sites, data.draw(random_rows(full.sites, 5)))
-    checked(pixart, PixArtOracle, pixart_inputs(data.draw(st.sampled_from([1, 3]))), plan, unread=None)
-
-
 @pytest.mark.parametrize("exact", [True, False])
 def test_pixart_corrects_the_cross_attention(pixart, exact):
     """Queries are corrected for the tokens' drift, and keys and values for the text's, which has none."""
@@ -216,12 +200,6 @@ def test_example_inputs_of_a_pixart_for_large_images(sized_pixart):
     assert "added_cond_kwargs" not in published({**large, "sample_size": 64}, 1, torch.float32, torch.device("cpu"))
 
 
-def test_pixart_cannot_be_sampled_by_name(pixart):
-    model = pixart
-    with pytest.raises(CompileError, match="conditioned on text embeddings"):
-        family_of(model).conditioning(PIXART, 1, torch.device("cpu"))
-
-
 # -- SD3 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -276,24 +254,37 @@ def test_the_last_attention_of_sd3_is_reused_by_itself(sd3):
     checked(sd3, SD3Oracle, sd3_inputs(2), plan)
 
 
-def test_sd3_computing_everything_is_the_eager_model(sd3):
-    exe = sg.compile(sd3, planned(sd3, sd3_inputs(), {}), sd3_inputs(2), backend="eager", exact=True)
-    eager, got = (run(model, scheduler_of(sd3), STEPS, sd3_inputs(2)) for model in (sd3, exe.session()))
+# -- both ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pixart", "sd3"])
+def family(request):
+    """The model, its oracle, what makes its inputs, and its configuration."""
+    described = {"pixart": (PixArtOracle, pixart_inputs, PIXART), "sd3": (SD3Oracle, sd3_inputs, SD3)}
+    return request.getfixturevalue(request.param), *described[request.param]
+
+
+def test_computing_everything_is_the_eager_model(family):
+    model, _, inputs, _ = family
+    exe = sg.compile(model, planned(model, inputs(), {}), inputs(2), backend="eager", exact=True)
+    eager, got = (run(predict, scheduler_of(model), STEPS, inputs(2)) for predict in (model, exe.session()))
     assert len(got) == STEPS + 1
     assert all(map(torch.equal, eager, got))
 
 
 @settings(max_examples=6)
 @given(data=st.data())
-def test_sd3_runs_random_plans(sd3, data):
-    full = planned(sd3, sd3_inputs(), {}, steps=5)
+def test_random_plans_run(family, data):
+    model, oracle, inputs, _ = family
+    full = planned(model, inputs(), {}, steps=5)
     plan = CachePlan(full.header, full.sites, data.draw(random_rows(full.sites, 5)))
-    checked(sd3, SD3Oracle, sd3_inputs(data.draw(st.sampled_from([1, 3]))), plan, unread=None)
+    checked(model, oracle, inputs(data.draw(st.sampled_from([1, 3]))), plan, unread=None)
 
 
-def test_sd3_is_not_sampled_by_name(sd3):
+def test_neither_is_sampled_by_name(family):
+    model, _, _, config = family
     with pytest.raises(CompileError, match="conditioned on text embeddings"):
-        family_of(sd3).conditioning(SD3, 1, torch.device("cpu"))
+        family_of(model).conditioning(config, 1, torch.device("cpu"))
 
 
 # -- fused ---------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import stepgraph.csrc.lowrank as lowrank_module
+from helpers.op_checks import assert_near_reference, random
 from stepgraph.csrc.library import at_level, levels, native
 from stepgraph.csrc.packed import PACKED, pack
 from stepgraph.errors import OpError
 from stepgraph.ops import OPS, gated_residual, linear_combination, load_providers, lowrank_delta, lowrank_input, modulated_norm
 from stepgraph.packed_weights import PackedWeights
-from stepgraph.tolerances import OP, tolerance
 
 NEEDS_AVX2 = pytest.mark.skipif(native().level in ("none", "baseline"), reason="the providers need AVX2")
 
@@ -62,23 +62,11 @@ def declined_for_size_alone(op, *args) -> bool:
     )
 
 
-def wide(value):
-    if isinstance(value, Tensor):
-        return value.double()
-    return [wide(item) for item in value] if isinstance(value, list) else value
-
-
 def check(op, *args, dtype: torch.dtype):
     """Run it, and compare with the reference in float64."""
-    found, expected = run(op, *args), op.reference(*map(wide, args))
-    for one, other in zip(*((found, expected) if isinstance(found, list) else ([found], [expected])), strict=True):
-        error = ((one.double() - other).square().sum() / other.square().sum()).sqrt()
-        assert error <= tolerance(OP, dtype), float(error)
-    return found
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(dtype)
+    results = run(op, *args)
+    assert_near_reference(op, results, dtype, *args)
+    return results
 
 
 @pytest.fixture(autouse=True)

@@ -3,27 +3,20 @@
 from contextlib import contextmanager
 from dataclasses import replace
 
-import diffusers
 import pytest
 import torch
 
 import stepgraph as sg
+from helpers.captures import EACH_UPDATE, SCHEDULERS, STEPS, planned, two_prompts, with_calls
 from helpers.corrections import factors_of, maps_of
-from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
+from helpers.pipes import tiny_pipe
+from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.fingerprint import model_dtype
 from stepgraph.runtime.capture.captured_steps import CapturedSteps
 from stepgraph.runtime.sampling.captured_run import CapturedRun
 from stepgraph.tolerances import REPLAY, tolerance
 
 pytestmark = pytest.mark.gpu
-STEPS = 6
-REUSED = {"attn": "CRCRCR", "ff": "CRRRCC", "hidden": "CCCCCR"}
-SCHEDULERS = {
-    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
-    "euler": diffusers.EulerDiscreteScheduler,
-    "flow": diffusers.FlowMatchEulerDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-}
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +30,11 @@ def on_cuda(given: dict[str, torch.Tensor], dtype: torch.dtype | None = None) ->
     return {name: value.to("cuda", dtype if value.is_floating_point() else None) for name, value in given.items()}
 
 
-def planned(dit, scheduler, actions=REUSED, guidance="none") -> sg.CachePlan:
-    return sg.make_plan("manual", model=dit, scheduler=scheduler, steps=STEPS, actions=actions, guidance=guidance)
-
-
 def compiled(dit, scheduler, guidance="none", **options) -> sg.Executable:
     rows = on_cuda(inputs(4 if guidance == "batched" else 2), next(dit.parameters()).dtype)
     return sg.compile(
         dit, planned(dit, scheduler, guidance=guidance), rows, **({"backend": "eager", "cuda_graphs": None} | options)
     )
-
-
-def two_prompts(exe, scheduler, scale=1.0, **options) -> list[torch.Tensor]:
-    """Two noises under two prompts, one after the other, and the first again."""
-    null = on_cuda({"negative_class_labels": torch.tensor([NULL_CLASS] * 2)}) if scale > 1 else {}
-    dtype = next(exe.model.parameters()).dtype
-    return [
-        sg.sample(exe, scheduler, noise(2, seed).to("cuda", dtype), scale, **on_cuda(labels(*classes)), **null, **options)
-        for seed, classes in [(0, (1, 2)), (1, (3, 4)), (0, (1, 2))]
-    ]
 
 
 def assert_same(exe, scheduler, scale=1.0):
@@ -72,13 +51,7 @@ def assert_same(exe, scheduler, scale=1.0):
     assert not torch.equal(wanted[0], wanted[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "guidance", "scale"),
-    [
-        ("ddim", "none", 1.0), ("ddim", "batched", 3.0), ("euler", "separate", 3.0), ("flow", "batched", 3.0),
-        ("dpm++", "none", 1.0), ("dpm++", "separate", 3.0),
-    ],
-)  # fmt: skip
+@EACH_UPDATE
 def test_captured_runs_and_steps_are_the_loop(dit, name, guidance, scale):
     scheduler = SCHEDULERS[name]()
     assert_same(compiled(dit, scheduler, guidance), scheduler, scale)
@@ -173,13 +146,7 @@ def test_the_loop_waits_at_its_ends_only(dit, graphs):
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_an_attached_transformer_waits_at_a_runs_ends_only(dit, graphs):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-    ).eval().cuda()  # fmt: skip
-    pipe = diffusers.DiTPipeline(dit, vae, diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny_pipe(dit)
 
     def images() -> torch.Tensor:
         generator = torch.Generator("cuda").manual_seed(0)
@@ -214,10 +181,7 @@ def test_a_host_read_is_declined_and_the_device_stays_usable(dit):
     def reading(call):
         return lambda *given: call(*given) if given[0][0].sum().item() < 1e9 else ()
 
-    program = exe.default
-    variants = tuple(replace(variant, run=reading(variant.run)) for variant in program.variants)
-    changed = replace(program, variants=variants)
-    other = replace(exe, default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=type(exe.captured)())
+    other = with_calls(exe, reading)
     with pytest.raises(sg.CompileError, match="capture=True, but the run cannot be captured"):
         two_prompts(other, scheduler, capture=True)
     for _ in range(2):

@@ -6,6 +6,7 @@ import torch
 
 import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
+from helpers.pipes import tiny_pipe
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.runtime.sampling.linear_steps import linear_steps
 from stepgraph.runtime.sampling.update import FusedUpdate
@@ -119,13 +120,7 @@ def test_bf16_is_finite_and_close(cuda_dit, backend):
 
 
 def test_attached_to_a_pipeline(cuda_dit):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-    ).eval().cuda()  # fmt: skip
-    pipe = diffusers.DiTPipeline(cuda_dit, vae, tiny_scheduler("ddim"))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny_pipe(cuda_dit)
 
     def images(batch: int) -> torch.Tensor:
         generator = torch.Generator("cuda").manual_seed(0)

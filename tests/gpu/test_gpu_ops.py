@@ -1,14 +1,17 @@
 """The fused operations on a CUDA device: every Triton kernel against float64. Deselected by default; run with `-m gpu`."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from helpers import op_checks
+from helpers.op_checks import check_triton
 from stepgraph.ops import OPS
-from stepgraph.tolerances import OP, tolerance
+from stepgraph.tolerances import OP
 from stepgraph.triton_kernels import declines
 
 pytestmark = pytest.mark.gpu
-# Relative root mean square error.
 DTYPES = list(OP)
 
 
@@ -19,45 +22,8 @@ def _only_triton(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
 
 
-def random(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
-
-
-def wide(value):
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    return [wide(item) for item in value] if isinstance(value, list) else value
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
-
-
-def check(name: str, dtype: torch.dtype, *args, **kwargs):
-    op = OPS[name]
-    assert op.choose(*args, **kwargs).name == "triton"
-    found = op(*args, **kwargs)
-    wanted = op.reference(*wide(list(args)), **{key: wide(value) for key, value in kwargs.items()})
-    for one, other in zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]:
-        assert error(one, other) < tolerance(OP, dtype)
-    return found
-
-
-def case(shape, ranks, columns, dtype, modulated=False, gated=False):
-    """Arguments of lowrank_delta with a changed input, the unchanged input, and the named arguments."""
-    batch, tokens, channels = shape
-    x = random(*shape, dtype=dtype)
-    b = random(sum(ranks), channels, dtype=dtype, scale=channels**-0.5)
-    a = [random(out, rank, dtype=dtype, scale=rank**-0.5) for out, rank in zip(columns, ranks)]
-    y = [random(batch, tokens, out, dtype=dtype) for out in columns]
-    named, seen = {}, x
-    if modulated:
-        named = {"scale": random(batch, channels, dtype=dtype, scale=0.3), "shift": random(1, 1, channels, dtype=dtype)}
-        seen = OPS["modulated_norm"](x, *named.values())
-    if gated:
-        named |= {"gate": random(batch, columns[0], dtype=dtype), "residual": random(batch, tokens, columns[0], dtype=dtype)}
-    p = OPS["lowrank_input"](seen, b)
-    return (x + random(*shape, dtype=dtype, scale=0.3), y, p, a, b), x, named
+random = partial(op_checks.random, device="cuda")
+lowrank_case = partial(op_checks.lowrank_case, device="cuda")
 
 
 # Few rows (two kernels), many (one), split outputs, ragged sizes, maps of different ranks, a rank too high for one kernel.
@@ -80,8 +46,8 @@ CASES = [
 @pytest.mark.parametrize(("shape", "ranks", "columns"), CASES)
 def test_lowrank_delta(dtype, shape, ranks, columns, modulated, gated):
     gated = gated and len(ranks) == 1
-    args, unchanged, named = case(shape, ranks, columns, dtype, modulated, gated)
-    check("lowrank_delta", dtype, *args, **named)
+    args, unchanged, named = lowrank_case(shape, ranks, columns, dtype, modulated, gated)
+    check_triton("lowrank_delta", dtype, *args, **named)
     (_, y, *rest) = args
     found = OPS["lowrank_delta"](unchanged, y, *rest, **named)
     # Nothing changed: the stored outputs to the last bit, whichever configs were chosen.
@@ -100,7 +66,7 @@ def test_every_config_cancels(monkeypatch, dtype, rows, rank):
         for file in (lowrank_delta, projection):
             monkeypatch.setattr(file, "fastest", lambda key, candidates, run: candidates[index % len(candidates)])
 
-    (_, y, p, a, b), x, _ = case((1, rows, 1152), (rank,), (1152,), dtype)
+    (_, y, p, a, b), x, _ = lowrank_case((1, rows, 1152), (rank,), (1152,), dtype)
     # More than there are configs in any table.
     for index in range(8):
         take(index)
@@ -112,8 +78,8 @@ def test_every_config_cancels(monkeypatch, dtype, rows, rank):
 @pytest.mark.parametrize("shape", [(2, 4096, 1152), (1, 4608, 3072), (2, 77, 1000), (3, 5, 33), (1, 16, 12288)])
 def test_modulated_norm(dtype, shape):
     x, table = random(*shape, dtype=dtype), random(shape[0], 6 * shape[2], dtype=dtype)
-    check("modulated_norm", dtype, x, *table.chunk(6, dim=-1)[2:4])
-    check("modulated_norm", dtype, x[:, ::2], random(*shape[::2], dtype=dtype)[:, None], table[:1, None, : shape[2]])
+    check_triton("modulated_norm", dtype, x, *table.chunk(6, dim=-1)[2:4])
+    check_triton("modulated_norm", dtype, x[:, ::2], random(*shape[::2], dtype=dtype)[:, None], table[:1, None, : shape[2]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,7 +88,7 @@ def test_modulated_norm(dtype, shape):
 def test_gated_residual(dtype, count, shape):
     values = [random(*shape, dtype=dtype) for _ in range(count)]
     gates = [random(shape[0], shape[2], dtype=dtype) for _ in range(count)]
-    check("gated_residual", dtype, random(*shape, dtype=dtype), gates, values)
+    check_triton("gated_residual", dtype, random(*shape, dtype=dtype), gates, values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +97,7 @@ def test_linear_combination(dtype, count):
     for shape in [(2, 4096, 1152), (2, 4, 64, 64), (2, 77, 1000)]:
         values = [random(*shape, dtype=dtype) for _ in range(count)]
         for coefficients in (random(count), random(count + 1), random(count, shape[-1]), random(count + 1, shape[-1])):
-            check("linear_combination", dtype, values, coefficients)
+            check_triton("linear_combination", dtype, values, coefficients)
 
 
 def test_addresses_beyond_32_bits():
@@ -149,7 +115,7 @@ def test_what_was_fastest_is_kept(monkeypatch):
     from stepgraph.triton_kernels import launch
 
     monkeypatch.setattr(launch, "_fastest", {})
-    args, _, _ = case((2, 4096, 1152), (128,), (1152,), torch.bfloat16)
+    args, _, _ = lowrank_case((2, 4096, 1152), (128,), (1152,), torch.bfloat16)
     OPS["lowrank_delta"](*args)
     kept = {key[0]: config for key, config in launch._fastest.items()}
     assert {"project", "delta"} >= set(kept) >= {"delta"}
@@ -160,7 +126,7 @@ def test_what_was_fastest_is_kept(monkeypatch):
 
 
 def test_captured_in_a_graph():
-    args, _, named = case((2, 256, 1152), (128,), (1152,), torch.bfloat16, True, True)
+    args, _, named = lowrank_case((2, 256, 1152), (128,), (1152,), torch.bfloat16, True, True)
     wanted = OPS["lowrank_delta"](*args, **named)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -174,7 +140,7 @@ def test_captured_in_a_graph():
 
 
 def test_compiles_in_one_graph():
-    (x, y, p, a, b), _, named = case((2, 512, 384), (48, 16), (384, 128), torch.bfloat16, True)
+    (x, y, p, a, b), _, named = lowrank_case((2, 512, 384), (48, 16), (384, 128), torch.bfloat16, True)
     delta = OPS["lowrank_delta"].choose(x, y, p, a, b, **named).run
     norm = OPS["modulated_norm"].choose(x, *named.values()).run
 

@@ -15,12 +15,17 @@ STEPS = 4
 
 @pytest.fixture
 def pipe():
+    return tiny_pipe(tiny_dit())
+
+
+def tiny_pipe(transformer) -> diffusers.DiTPipeline:
+    """The pipeline, where its transformer is."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
     ).eval()  # fmt: skip
-    made = diffusers.DiTPipeline(tiny_dit(), vae, tiny_scheduler("ddim"))
+    made = diffusers.DiTPipeline(transformer, vae.to(transformer.device), tiny_scheduler("ddim"))
     made.set_progress_bar_config(disable=True)
     return made
 

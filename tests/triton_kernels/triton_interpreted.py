@@ -13,14 +13,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
+from helpers.op_checks import check_triton, lowrank_case, random
 from stepgraph.ops import OPS
-from stepgraph.tolerances import OP, tolerance
+from stepgraph.tolerances import OP
 from stepgraph.triton_kernels import declines, projection
 from stepgraph.triton_kernels import lowrank_delta as delta_file
 from stepgraph.triton_kernels.launch import Machine
 from stepgraph.triton_kernels.lowrank_tiles import takes_single
 
-# Relative root mean square error. The interpreter truncates where it casts to bfloat16.
+# The interpreter truncates where it casts to bfloat16.
 DTYPES = list(OP)
 FORMS = {"single": Machine(processors=1), "two": Machine(processors=132)}
 
@@ -74,30 +75,6 @@ def form(request, monkeypatch) -> str:
     return request.param
 
 
-def random(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(shape) * scale).to(dtype)
-
-
-def wide(value):
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    return [wide(item) for item in value] if isinstance(value, list) else value
-
-
-def check(name: str, dtype: torch.dtype, *args, **kwargs):
-    """Run an operation with the Triton provider; its results are those of the reference in float64."""
-    op = OPS[name]
-    assert op.choose(*args, **kwargs).name == "triton"
-    found = op(*args, **kwargs)
-    wanted = op.reference(*wide(list(args)), **{key: wide(value) for key, value in kwargs.items()})
-    for one, other in zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]:
-        assert one.shape == other.shape
-        assert one.is_contiguous()
-        # Nothing that was left unwritten, which is NaN here, passes this.
-        assert ((one.double() - other).norm() / other.norm()).item() < tolerance(OP, dtype)
-    return found
-
-
 def padded(x: torch.Tensor) -> torch.Tensor:
     """The same values with rows that do not follow each other."""
     held = torch.full((*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 5), float("nan"), dtype=x.dtype)
@@ -112,48 +89,30 @@ MODULATIONS = [(2, 70), (2, 1, 70), (1, 1, 70), (70,), (1, 37, 70), (2, 37, 1)]
 @pytest.mark.parametrize("shape", MODULATIONS)
 def test_modulated_norm(dtype, shape):
     x, scale, shift = random(2, 37, 70, dtype=dtype), random(*shape, dtype=dtype), random(2, 70, dtype=dtype)
-    check("modulated_norm", dtype, x, scale, shift)
+    check_triton("modulated_norm", dtype, x, scale, shift)
     # Columns of one table of six, as adaLN makes them.
     table = random(2, 6 * 70, dtype=dtype)
-    check("modulated_norm", dtype, padded(x), *table.chunk(6, dim=-1)[2:4], 1e-5)
+    check_triton("modulated_norm", dtype, padded(x), *table.chunk(6, dim=-1)[2:4], 1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 33, 1152, 4100])
 def test_modulated_norm_widths(channels):
     shifted = random(3, 5, channels) + 3
     # One channel is normalised to zero: the shift is all there is.
-    check("modulated_norm", torch.float32, shifted, random(3, channels), random(3, channels), eps=1e-6)
+    check_triton("modulated_norm", torch.float32, shifted, random(3, channels), random(3, channels), eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "rank"), [((2, 33, 65), 20), ((40, 130), 1), ((1, 70, 256), 130), ((2, 3, 5, 96), 48)])
 def test_lowrank_input(dtype, shape, rank, form):
     x, b = random(*shape, dtype=dtype), random(rank, shape[-1], dtype=dtype)
-    p = check("lowrank_input", dtype, x, b)
+    p = check_triton("lowrank_input", dtype, x, b)
     assert p.dtype == torch.float32
     # Accumulated and kept in float32, whatever the inputs are.
     exact = x.double() @ b.double().T
     assert ((p.double() - exact).norm() / exact.norm()).item() < 1e-6
     if len(shape) < 4:
         assert torch.equal(OPS["lowrank_input"](padded(x), b), p)
-
-
-def case(shape, ranks, columns, dtype, modulated=False, gated=False):
-    """Arguments of lowrank_delta with a changed input, the unchanged input, and the named arguments."""
-    batch, tokens, channels = shape
-    x = random(*shape, dtype=dtype)
-    b = random(sum(ranks), channels, dtype=dtype, scale=channels**-0.5)
-    a = [random(out, rank, dtype=dtype, scale=rank**-0.5) for out, rank in zip(columns, ranks)]
-    y = [random(batch, tokens, out, dtype=dtype) for out in columns]
-    named, seen = {}, x
-    if modulated:
-        named = {"scale": random(batch, channels, dtype=dtype, scale=0.3), "shift": random(1, 1, channels, dtype=dtype)}
-        seen = OPS["modulated_norm"](x, *named.values())
-    if gated:
-        named |= {"gate": random(batch, columns[0], dtype=dtype), "residual": random(batch, tokens, columns[0], dtype=dtype)}
-    p = OPS["lowrank_input"](seen, b)
-    changed = x + random(*shape, dtype=dtype, scale=0.3)
-    return (changed, y, p, a, b), x, named
 
 
 CASES = [
@@ -170,11 +129,11 @@ CASES = [
 @pytest.mark.parametrize(("shape", "ranks", "columns"), CASES)
 def test_lowrank_delta(dtype, form, shape, ranks, columns, modulated, gated):
     gated = gated and len(ranks) == 1
-    args, unchanged, named = case(shape, ranks, columns, dtype, modulated, gated)
+    args, unchanged, named = lowrank_case(shape, ranks, columns, dtype, modulated, gated)
     assert takes_single(shape[0] * shape[1], ranks, dtype, FORMS[form]) == (
         form == "single" and (dtype != torch.float32 or max(ranks) <= 64)
     )
-    check("lowrank_delta", dtype, *args, **named)
+    check_triton("lowrank_delta", dtype, *args, **named)
     (_, y, *rest) = args
     found = OPS["lowrank_delta"](unchanged, y, *rest, **named)
     # Nothing changed: the stored outputs to the last bit, or what the gate makes of them.
@@ -184,10 +143,10 @@ def test_lowrank_delta(dtype, form, shape, ranks, columns, modulated, gated):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lowrank_delta_of_rows_apart(dtype, form):
-    (x, y, *rest), _, named = case((2, 33, 65), (20,), (70,), dtype, True, True)
+    (x, y, *rest), _, named = lowrank_case((2, 33, 65), (20,), (70,), dtype, True, True)
     wanted = OPS["lowrank_delta"](x, y, *rest, **named)
     named["residual"] = padded(named["residual"])
-    found = check("lowrank_delta", dtype, padded(x), [padded(y[0])], *rest, **named)
+    found = check_triton("lowrank_delta", dtype, padded(x), [padded(y[0])], *rest, **named)
     assert torch.equal(found[0], wanted[0])
     # Stored as [B, H, N, C] and read as [B, N, H, C] is no view that the kernels can walk.
     other = random(1, 8, 4, 65, dtype=dtype).transpose(1, 2)
@@ -204,13 +163,13 @@ def test_outputs_can_be_split(monkeypatch):
     machine = Machine(processors=8)
     for file in (delta_file, projection):
         monkeypatch.setattr(file, "machine", lambda device: machine)
-    args, _, _ = case((2, 70, 64), (16, 20), (300, 70), torch.float16)
+    args, _, _ = lowrank_case((2, 70, 64), (16, 20), (300, 70), torch.float16)
     seen, launch = [], delta_file.launch
     monkeypatch.setattr(delta_file, "launch", lambda *given, **named: (seen.append(given[3].block), launch(*given, **named)))
-    check("lowrank_delta", torch.float16, *args)
+    check_triton("lowrank_delta", torch.float16, *args)
     assert [block["SPLITS"] for block in seen] == [1]
     monkeypatch.setattr(delta_file, "machine", lambda device: Machine(processors=12))
-    check("lowrank_delta", torch.float16, *args)
+    check_triton("lowrank_delta", torch.float16, *args)
     assert [block["SPLITS"] for block in seen] == [1, 2]
 
 
@@ -220,16 +179,16 @@ def test_gated_residual(dtype, count):
     values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
     gates = [random(*MODULATIONS[i % len(MODULATIONS)], dtype=dtype) for i in range(count)]
     x = random(2, 37, 70, dtype=dtype)
-    found = check("gated_residual", dtype, x, gates, values)
+    found = check_triton("gated_residual", dtype, x, gates, values)
     if count <= 8:
         assert torch.equal(OPS["gated_residual"](padded(x), gates, [padded(value) for value in values]), found)
 
 
 @pytest.mark.parametrize("channels", [5, 128, 1152, 3000])
 def test_gated_residual_widths(channels):
-    check("gated_residual", torch.float32, random(3, 7, channels), [random(3, channels)], [random(3, 7, channels)])
+    check_triton("gated_residual", torch.float32, random(3, 7, channels), [random(3, channels)], [random(3, 7, channels)])
     rows = random(7, channels)
-    check("gated_residual", torch.float32, rows, [random(channels), random(7, channels)], [rows + 1, rows - 1])
+    check_triton("gated_residual", torch.float32, rows, [random(channels), random(7, channels)], [rows + 1, rows - 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,15 +198,15 @@ def test_gated_residual_widths(channels):
 def test_linear_combination(dtype, count, constant, per_channel):
     values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
     coefficients = random(count + constant, *([70] if per_channel else []))
-    found = check("linear_combination", dtype, values, coefficients)
+    found = check_triton("linear_combination", dtype, values, coefficients)
     assert torch.equal(OPS["linear_combination"]([padded(value) for value in values], coefficients), found)
 
 
 def test_linear_combination_of_latents():
     values = [random(2, 4, 9, 9) for _ in range(3)]
-    check("linear_combination", torch.float32, values, random(4))
-    check("linear_combination", torch.float32, values, random(3, 9))
-    check("linear_combination", torch.float32, [random(5), random(5)], random(2))
+    check_triton("linear_combination", torch.float32, values, random(4))
+    check_triton("linear_combination", torch.float32, values, random(3, 9))
+    check_triton("linear_combination", torch.float32, [random(5), random(5)], random(2))
 
 
 def test_nothing_in_nothing_out():
@@ -260,7 +219,7 @@ def test_nothing_in_nothing_out():
 
 
 def test_compiles_in_one_graph():
-    (x, y, p, a, b), _, named = case((2, 33, 65), (20, 16), (70, 65), torch.float32, True)
+    (x, y, p, a, b), _, named = lowrank_case((2, 33, 65), (20, 16), (70, 65), torch.float32, True)
     delta = OPS["lowrank_delta"].choose(x, y, p, a, b, **named).run
     norm = OPS["modulated_norm"].choose(x, *named.values()).run
 
@@ -274,7 +233,7 @@ def test_compiles_in_one_graph():
 
 
 def test_operators_agree_with_their_schemas():
-    args, _, named = case((2, 9, 33), (4, 5), (6, 7), torch.float32, True)
+    args, _, named = lowrank_case((2, 9, 33), (4, 5), (6, 7), torch.float32, True)
     for name, given, keywords in [
         ("lowrank_delta", args, named),
         ("lowrank_input", (args[0], args[4]), {}),

@@ -13,7 +13,7 @@ from stepgraph.compiler.lowrank.covariance_passes import SpilledTensors, bytes_o
 from stepgraph.compiler.lowrank.covariance_sums import SketchSum
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
-from stepgraph.compiler.lowrank.increments import find_maps, find_sites, find_targets
+from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites, find_targets
 from stepgraph.compiler.lowrank.map_errors import measured_errors
 from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import PlanError
@@ -303,12 +303,12 @@ def test_joint_attention_has_maps_but_no_whole_map():
     joint = {f"transformer_blocks.0.attn.{name}" for name in ("to_q", "add_q_proj", "to_out.0", "to_add_out")}
     assert joint | {"single_transformer_blocks.0.attn.to_q"} <= maps
     assert "single_transformer_blocks.0.proj_out" in find_maps(model, marked)
-    assert set(find_sites(marked)) == {
+    assert set(find_single_map_sites(marked)) == {
         "transformer_blocks.0.ff", "transformer_blocks.0.ff_context", "single_transformer_blocks.0.attn",
         "single_transformer_blocks.0.act_mlp", "single_transformer_blocks.0.proj_out",
     }  # fmt: skip
     with pytest.raises(PlanError, match=r"transformer_blocks\.0\.attn has several calls or outputs.*leave out attn"):
-        find_sites(marked, ["attn"])
+        find_single_map_sites(marked, ["attn"])
     # Projected before the module that is the site.
     assert set(find_maps(model, marked, ["mlp"])) == {"single_transformer_blocks.0.proj_mlp"}
     with pytest.raises(PlanError, match="sites of kind context_attn hold no linear map; those of attn"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stepgraph as sg
-from helpers.captures import REUSED, STEPS, planned, with_calls
+from helpers.captures import EACH_UPDATE, REUSED, SCHEDULERS, STEPS, planned, two_prompts, with_calls
 from helpers.corrections import factors_of, maps_of
 from helpers.oracle import Oracle, run_loop
 from helpers.tape import HostReadError, Tape
@@ -16,25 +16,12 @@ from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
 from stepgraph.runtime.capture import cudagraph
 from stepgraph.runtime.capture.captured import Attempt, Captured
 
-SCHEDULERS = {
-    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
-    "euler": diffusers.EulerDiscreteScheduler,
-    "flow": diffusers.FlowMatchEulerDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-}
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
 
 
 def compiled(dit, scheduler, actions=REUSED, guidance="none", **options) -> sg.Executable:
     rows = 4 if guidance == "batched" else 2
     return sg.compile(dit, planned(dit, scheduler, actions, guidance), inputs(rows), **({"backend": "eager"} | options))
-
-
-def two_prompts(exe, scheduler, scale=1.0, **options) -> list[torch.Tensor]:
-    """Two noises under two prompts, one after the other, and the first again."""
-    null = NULL if scale > 1 else {}
-    asked = [(0, labels(1, 2)), (1, labels(3, 4)), (0, labels(1, 2))]
-    return [sg.sample(exe, scheduler, noise(2, seed), scale, **given, **null, **options) for seed, given in asked]
 
 
 def assert_same(exe, scheduler, scale=1.0):
@@ -45,13 +32,7 @@ def assert_same(exe, scheduler, scale=1.0):
     assert not torch.equal(got[0], got[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "guidance", "scale"),
-    [
-        ("ddim", "none", 1.0), ("ddim", "batched", 3.0), ("euler", "separate", 3.0), ("flow", "batched", 3.0),
-        ("dpm++", "none", 1.0), ("dpm++", "separate", 3.0),
-    ],
-)  # fmt: skip
+@EACH_UPDATE
 def test_a_captured_run_is_the_loop(dit, tape, name, guidance, scale):
     scheduler = SCHEDULERS[name]()
     assert_same(compiled(dit, scheduler, guidance=guidance), scheduler, scale)
