@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.errors import CompileError
+from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_model
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.runs import Runs
@@ -69,11 +69,16 @@ class Attachment:
         run = self.runs.find(call)
         try:
             answered = run.take(call)
+        except PlanError as error:
+            self.runs.give_up(run, str(error))
+            raise
+        try:
             if answered:
                 self.session = run.session
                 outcome = run.session(**inputs)
             else:
                 outcome = self._own_forward()(*args, **kwargs)
+            run.trace(call, outcome)
             if run.finished or (not answered and run.step == self.executable.plan.steps - 1):
                 run.finish()
         except BaseException:

@@ -1,5 +1,6 @@
 """One run of a pipeline through its sampling loop, call by call."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ class Run:
         thread: Whose it is.
         said: What has been logged about runs of this model.
         rivals: Numbers of other beginnings that its first call may have belonged to.
+        aside: Runs that were given up for this one, and whose loops could go on unseen.
         step: The step that is being evaluated; -1 before the first.
     """
 
@@ -45,6 +47,7 @@ class Run:
     thread: int
     said: set[str]
     rivals: frozenset[int] = frozenset()
+    aside: list["Run"] = field(default_factory=list)
     session: Session = field(init=False)
     step: int = -1
     _signatures: list[tuple[Any, ...]] = field(default_factory=list)
@@ -52,6 +55,7 @@ class Run:
     _latents: dict[str, torch.Tensor] = field(default_factory=dict)
     _late: torch.Tensor | None = None
     _alone: bool = False
+    _traces: list["weakref.ref[torch.Tensor]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.session = self.new_session()
@@ -61,6 +65,24 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step has had its calls."""
         return self.step == self.executable.plan.steps - 1 and (self._alone or self._stepped or self.session.step != self.step)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the loop of a run that was given up could go on without a `step` that is seen, and is still there.
+
+        A loop holds what it gave to the model last, or what it got.
+        """
+        return self._never_stepped and any(trace() is not None for trace in self._traces)
+
+    def trace(self, call: Call, outcome: Any) -> None:
+        """Remember, without holding them, the latents and the output of a call."""
+        tensors = [value for value in (call.inputs[call.latents], outcome[0]) if isinstance(value, torch.Tensor)]
+        self._traces = [weakref.ref(tensor) for tensor in tensors]
+
+    def give_up(self) -> None:
+        """Let go of everything."""
+        self.session.reset()
+        self._latents, self._conditioning = {}, []
 
     @property
     def _stepped(self) -> bool:
@@ -94,6 +116,8 @@ class Run:
         Raises:
             PlanError: The call has no place in the run.
         """
+        if self.beginning.broken:
+            raise PlanError(self.beginning.refusal)
         asked = self._asked(call)
         if self._is_next(call, asked):
             return self._take_next(call, asked)
@@ -153,7 +177,13 @@ class Run:
     def _take_next(self, call: Call, asked: float | None) -> bool:
         if 0 <= self.step == self.session.step and self.session.branch:
             self._leave_to_model(f"step {self.step} has had {self.session.branch} of {self._calls()}")
+        if self.step >= 0 and not self._stepped and not self.known:
+            self.beginning.refusal = (
+                f"the scheduler steps in the middle of a run that had come to step {self.step} without it: two loops share "
+                f"this scheduler; give each its own, and begin anew with set_timesteps"
+            )
         self.step += 1
+        self._refuse_doubt()
         self._steps_seen, self._latents = self.beginning.steps, {call.latents: call.inputs[call.latents]}
         if asked is None or (self.step == 0 and needs_waiting(call.timestep)):
             # The copy of all timesteps is made at the first step, not at a later one, which would wait for it.
@@ -163,6 +193,22 @@ class Run:
         if self.session.step < self.step:
             return self._rejoin(call)
         return self._take_branch(call)
+
+    def _refuse_doubt(self) -> None:
+        """Refuse a step that may be that of a run which was given up, once.
+
+        Raises:
+            PlanError: It may.
+        """
+        doubted = [run for run in self.aside if run.step + 1 == self.step and run.unseen]
+        for run in doubted:
+            run._traces = []
+        if doubted:
+            raise PlanError(
+                f"a call at step {self.step} may belong to this run, or to one that was given up there when this one began: "
+                f"the pipelines compute their timesteps, and that one's scheduler is not seen to step. Attach every pipeline "
+                f"that calls the transformer, and run again"
+            )
 
     def _take_again(self, call: Call, asked: float | None) -> bool:
         """A call within a step: of its next branch, or a further one."""

@@ -1,6 +1,7 @@
 """The runs of everybody who calls one attached transformer, apart by thread and scheduler."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ class Runs:
         self._runs: list[Run] = []
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._aside: list[Run] = []
+        self._ended: weakref.WeakSet[Beginning] = weakref.WeakSet()
 
     def add_user(self, pipe: Any) -> None:
         """Watch a pipeline's scheduler (`Watch.of`)."""
@@ -72,9 +75,19 @@ class Runs:
 
     def drop(self, run: Run) -> None:
         """Forget a run that failed."""
-        run.session.reset()
+        run.give_up()
         with self._lock:
             self._runs = [one for one in self._runs if one is not run]
+
+    def give_up(self, run: Run, reason: str) -> None:
+        """Forget a run whose loop may go on: its scheduler must not step, and its calls are not taken for another's."""
+        self.drop(run)
+        if not run.known:
+            run.beginning.refusal = reason
+            self._lay_aside(run)
+
+    def _lay_aside(self, run: Run) -> None:
+        self._aside = [*[one for one in self._aside if one.unseen], run][-UNWATCHED:]
 
     def find(self, call: Call) -> Run:
         """The run that a call belongs to, which begins with it or goes on.
@@ -115,13 +128,14 @@ class Runs:
         current = next((run for run in here if not run.known and not run.beginning.over), None)
         if current is not None and current.finished and not current.is_further(call):
             current = None
-        taken = {id(run.beginning) for run in self._runs}
+        taken = {*self._ended, *(run.beginning for run in self._runs)}
         begun = [(watch.here(), watch) for _, watch in self.users]
-        pending = [(one, watch) for one, watch in begun if one is not None and id(one) not in taken and not one.refusal]
+        pending = [(one, watch) for one, watch in begun if one is not None and one not in taken and not one.refusal]
         if pending and (current is None or not current.fits(call) or self._is_first(call)):
             beginning, watch = max(pending, key=lambda one: one[0].number)
             self._set_aside(current, beginning)
             run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
+            run.aside = [one for one in self._aside if one.thread == run.thread]
             run.rivals = frozenset(other.number for other, _ in pending if other is not beginning)
             return run
         if current is not None:
@@ -143,8 +157,10 @@ class Runs:
         """A run of a loop that has not called `set_timesteps` in this thread, or not for this run."""
         watch = self._watch_of_plan()
         beginning = watch.present()
-        live = [run for run in self._runs if run.beginning is beginning and not run.finished]
-        return self._begin(call, watch, Beginning() if live else beginning, watch.scheduler.timesteps, known=False)
+        # Whose the last run was is known; whose this one is, is not.
+        taken = {*self._ended, *(run.beginning for run in self._runs)}
+        unseen = Beginning() if beginning is not None and (beginning in taken or beginning.refusal) else beginning
+        return self._begin(call, watch, unseen, watch.scheduler.timesteps, known=False)
 
     def _watch_of_plan(self) -> Watch:
         """The first scheduler that is set to the plan's timesteps.
@@ -174,16 +190,16 @@ class Runs:
         """
         if run is None:
             return
-        self.drop(run)
-        run.beginning.refusal = (
+        reason = (
             f"two runs of the transformer are under way in this thread, and both compute their timesteps, so that nothing "
             f"tells their calls apart; this one, at step {run.step}, was given up. Run one after the other, or each in a "
             f"thread, and begin anew with set_timesteps"
         )
+        self.give_up(run, reason)
         if beginning.number in run.rivals:
             # The first call may have been either's.
-            beginning.refusal = run.beginning.refusal
-            raise PlanError(beginning.refusal)
+            beginning.refusal = reason
+            raise PlanError(reason)
 
     def _schedule_of(self, timestep: Any) -> torch.Tensor | None:
         """The tensor of a scheduler that nobody watches, if a timestep is an entry of one which holds the plan's."""
@@ -223,6 +239,10 @@ class Runs:
             ended = run.finished and run.thread == thread
             if run.beginning.over or run.beginning is beginning or ended or run.thread not in alive:
                 self.drop(run)
+                if run.finished:
+                    self._ended.add(run.beginning)
+                elif not run.known:
+                    self._lay_aside(run)
         if unwatched:
             mine = [run for run in self._runs if run.thread == thread]
             others = [run for run in mine if not any(watch.holds(run.beginning) for _, watch in self.users)]

@@ -18,12 +18,13 @@ class Beginning:
     Attributes:
         steps: How often the scheduler's `step` has been called since.
         over: Whether the scheduler was set anew in the same thread, so that a run begun here is given up.
-        refusal: Why the run must not go on; empty where it may.
+        refusal: Why the scheduler must not step; empty where it may.
+        broken: Whether it tried to.
         number: Later ones have higher ones.
     """
 
     def __init__(self) -> None:
-        self.steps, self.over, self.refusal = 0, False, ""
+        self.steps, self.over, self.refusal, self.broken = 0, False, "", False
         self.number = next(_numbers)
 
 
@@ -136,6 +137,7 @@ class _Covered:
             return outcome
         beginning = self.watch.present()
         if beginning is not None and beginning.refusal:
+            beginning.broken = True
             raise PlanError(beginning.refusal)
         outcome = self.method(*args, **kwargs)
         if beginning is not None:
