@@ -41,7 +41,7 @@ lint: wheel ## Check format, lint rules, import direction and types
 # mypy and the API reference cannot follow the editable install's mapped folders, so they read the package as users get it: the
 # wheel, which needs no native library for that.
 wheel: $(STAMP)
-	@rm -rf $(LINT) build/lib build/bdist.*
+	@rm -rf $(LINT) build/lib build/lib.* build/bdist.*
 	CC=/bin/false CXX=/bin/false $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --no-index -w $(LINT)/wheel .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index --target $(LINT)/site $(LINT)/wheel/*.whl
 

@@ -23,18 +23,21 @@ from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs
 from stepgraph.node_facts import PROVIDER, output_of
+from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 from stepgraph.plan.liveness import MAPS
-from stepgraph.plan.refuse_other import refuse_other_model
+from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.memory.layout import kept_dtype, lay_out
 from stepgraph.runtime.memory.slots import assign_slots
+from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
-from stepgraph.runtime.session.compiled import parts_of
+from stepgraph.wrapped_models import unwrapped
 
 
 def compile_plan(
@@ -46,19 +49,30 @@ def compile_plan(
     traced: TracedModel | None = None,
 ) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`); `traced` hands on graphs that were made of this very model before."""
-    refuse_other_model(plan.header, model)
+    model = unwrapped(model)
+    warning = follow_model(plan, model, config.strict)
+    if warning:
+        get_logger("weights").warning("%s", warning)
     refuse_nan_weights(model)
+    # What another executable has packed of this model may be older than the last write through `.data`.
+    weights = BoundWeights(model)
+    forget_packed(weights.tensors)
+    weights.warned = bool(warning)
+    # For the rest of a plan (image to image) the graph at hand is specialised anew.
+    graphs = TracedModel.of(model, traced)
+    if plan.header.timestep is None:
+        plan = plan.with_header(timestep=graphs.family.timestep)
 
-    def build(inputs: Mapping[str, Any], traced: TracedModel | None = None) -> Program:
+    def build(model: nn.Module, inputs: Mapping[str, Any], plan: CachePlan) -> Program:
         with pause_garbage_collector():
-            return build_program(TracedModel.of(model, traced), plan, inputs, config, factors)
+            return build_program(TracedModel.of(model, graphs), plan, inputs, config, factors)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
-    program = build(inputs, traced)
+    program = build(model, inputs, plan)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
-    return Executable(model, plan, config, build, program, parts_of(model), described(inputs), factors, programs)
+    return Executable(model, plan, config, build, program, weights, described(inputs), factors, programs)
 
 
 def build_program(
@@ -81,7 +95,7 @@ def build_program(
 
     # One rewritten graph per distinct row: reused values come from slots, and what nothing reads is gone.
     rows = specialize(marked, model, plan, example, groups, config)
-    constants = coefficients_of(plan, factors, next(model.parameters()))
+    constants = coefficients_of(plan, factors, next(model.parameters()).device, model_dtype(model))
     macs = [macs_of(gm.graph.nodes) for gm in rows.graphs]
     clock.stage("specialize")
 
@@ -89,7 +103,7 @@ def build_program(
     results = marked.trace.output_spec.num_leaves
     limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
     steps = 1 if config.exact else plan.steps
-    context = ProgramContext(tuple(marked.trace.inputs), results, steps, family.timestep, limit, packs)
+    context = ProgramContext(tuple(marked.trace.inputs), results, steps, plan.header.timestep or family.timestep, limit, packs)
     rewrite_program(rows, plan, context, config, example, constants)
     slots = assign_slots(plan, rows.folded)
     clock.stage("hoist")
@@ -121,6 +135,7 @@ def build_program(
         seconds=clock.seconds,
         hoisted=rows.hoisted,
         regions=lowered.regions,
+        facts=marked.trace.facts,
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 

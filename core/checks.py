@@ -27,6 +27,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def check_flag(name: str, value: Any, *, tail: str = "", error: type[Exception] = ArgumentError) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise error(f"{name} is {value!r}; expected True or False{tail}")
+
+
 def check_whole(
     name: str,
     value: Any,

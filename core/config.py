@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from stepgraph.checks import check_number
+from stepgraph.checks import check_flag, check_number
 from stepgraph.errors import CompileError as CompileError
 
 BACKENDS = ("eager", "inductor")
@@ -31,6 +31,8 @@ class CompileConfig:
         cuda_graphs: On CUDA, replay runs of `sample`, and each distinct call of a variant in other runs, as CUDA graphs,
             compared with the work itself when they are captured. None: from the second use on, where that goes and `exact`
             does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
+        strict: Refuse weights that hold other values than those by which the plan's actions were chosen; else they are
+            followed, with a warning.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -45,14 +47,14 @@ class CompileConfig:
     offload: bool = False
     cuda_graphs: bool | None = False
     max_autotune: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type in ("bool", bool) and not isinstance(value, bool):
-                raise ValueError(f"{option.name} is {value!r}; expected True or False")
-        if self.cuda_graphs not in (None, True, False):
-            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}; expected True, False, or None for where it goes")
+            if option.type in ("bool", bool):
+                check_flag(option.name, getattr(self, option.name), error=ValueError)
+        if self.cuda_graphs is not None:
+            check_flag("cuda_graphs", self.cuda_graphs, tail=", or None for where it goes", error=ValueError)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":

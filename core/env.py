@@ -12,7 +12,7 @@ VARIABLES = {
     "STEPGRAPH_CACHE": "folder for statistics, plans and compiled regions that are kept; ~/.cache/stepgraph unless given",
     "STEPGRAPH_REGIONS": "most megabytes of compiled regions that are kept there; 512 unless given, 0 for none",
     "STEPGRAPH_PROVIDERS": "comma-separated providers of fused operations, first choice first: triton, cpu, reference",
-    "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, and look for NaN in weights and latents",
+    "STEPGRAPH_CHECK": "1: re-check graphs after each pass on real data, look for NaN, and read all weights at every run",
 }
 PROVIDERS = ("triton", "cpu", "reference")
 

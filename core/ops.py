@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepgraph import op_shapes
+import stepgraph.op_shapes as op_shapes
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CompileError as CompileError
 from stepgraph.errors import OpError

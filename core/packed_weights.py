@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepgraph.contents import plain_tensors
+
 # A child that was forked while another thread was at work would wait for that thread's lock for ever.
 _every: "weakref.WeakSet[PackedWeights]" = weakref.WeakSet()
 
@@ -18,7 +20,8 @@ class PackedWeights:
     """Packed forms of weights, by storage, place, layout and version.
 
     A weight that is written to in place has another version and is packed again; one whose storage is gone takes its packed
-    form along. Tensors made under `torch.inference_mode` have no version: they are packed in every call. Threads share it.
+    form along. Writes that move no version are told by `forget_packed`. Tensors made under `torch.inference_mode` have no
+    version: they are packed in every call. Threads share it.
 
     Args:
         pack: Makes the packed form of a weight [columns, length], as nn.Linear keeps it.
@@ -42,6 +45,13 @@ class PackedWeights:
         """Drop everything: what is used again is packed again."""
         with self._lock:
             for key in list(self._kept):
+                self._drop(key)
+
+    def forget(self, weights: Sequence[Tensor]) -> None:
+        """Drop what was packed of some weights, or of parts of them."""
+        storages = {id(weight.untyped_storage()) for weight in weights}
+        with self._lock:
+            for key in [key for key in self._kept if any(part[0] in storages for part in key)]:
                 self._drop(key)
 
     def get(self, *weights: Tensor) -> Tensor:
@@ -111,6 +121,18 @@ class PackedWeights:
     def _drop(self, key: tuple[Any, ...]) -> None:
         entry = self._kept.pop(key, None)
         self.bytes -= entry[2] if entry else 0
+
+
+def forget_packed(weights: Sequence[Tensor]) -> None:
+    """Drop what was packed anywhere of some weights, whose values have changed in a way that their versions do not tell."""
+    plain = [part for weight in weights for part in plain_tensors(weight) if has_storage(part)]
+    for packed in list(_every):
+        packed.forget(plain)
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory that it can be told by."""
+    return tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
 def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:

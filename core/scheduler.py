@@ -7,6 +7,7 @@ from here; only the runner of an export, which must run without stepgraph, state
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,23 +16,87 @@ from torch import Tensor, nn
 from stepgraph.checks import check_number, check_whole
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, hash_config
+from stepgraph.schedule import Schedule, image_shift, image_tokens
 
 
-def prepare_scheduler(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Any:
-    """A copy of a scheduler, set to `steps`; the given one keeps its state.
+def prepare_scheduler(
+    scheduler: Any, steps: int, device: torch.device | str | None = None, schedule: Schedule | None = None
+) -> Any:
+    """A copy of a scheduler, set to `steps` as pipelines set it; the given one keeps its state.
+
+    `timesteps` are those of the whole schedule, also where the run begins later (`run_timesteps`).
 
     Raises:
-        PlanError: `steps` is not a whole number that the scheduler takes.
+        PlanError: `steps` is not a whole number that the scheduler takes; it does not take what the schedule has; it shifts by
+            the size of the image, and the schedule has no mu; or nothing is left behind the schedule's beginning.
     """
     check_whole("steps", steps, least=1)
-    prepared = copy.deepcopy(scheduler)
-    prepared.set_timesteps(steps, device=device)
+    schedule, prepared, name = schedule or Schedule(), copy.deepcopy(scheduler), type(scheduler).__name__
+    arguments = _set_arguments(prepared, schedule)
+    if config_of(scheduler).get("use_dynamic_shifting") and "mu" not in arguments:
+        raise PlanError(
+            f"{name} shifts its timesteps by the size of the image (use_dynamic_shifting); pass schedule={{'mu': ...}}, which "
+            f"pipelines compute from the number of image tokens"
+        )
+    listed = arguments.keys() & {"sigmas", "timesteps"}
+    try:
+        prepared.set_timesteps(*([] if listed else [steps]), device=device, **arguments)
+    except (TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise PlanError(f"{name} cannot be set to {steps} steps with {schedule} ({type(error).__name__}: {error})") from error
+    if schedule.begin >= len(prepared.timesteps):
+        raise PlanError(f"the run begins at evaluation {schedule.begin}, but {name} has {len(prepared.timesteps)}")
+    if schedule.begin and hasattr(prepared, "set_begin_index"):
+        prepared.set_begin_index(schedule.begin)
     return prepared
 
 
-def first_latents(scheduler: Any, noise: Tensor) -> Tensor:
-    """Where sampling begins, [B, C, ...], from standard normal noise; flow-matching schedulers scale it by nothing."""
-    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+def _set_arguments(scheduler: Any, schedule: Schedule) -> dict[str, Any]:
+    """What `set_timesteps` is given beside steps and device.
+
+    Raises:
+        ArgumentError: The scheduler does not take it.
+    """
+    arguments: dict[str, Any] = {name: list(values) for name in ("sigmas", "timesteps") if (values := getattr(schedule, name))}
+    if "timesteps" in arguments:
+        arguments["timesteps"] = [int(t) if t == int(t) else t for t in arguments["timesteps"]]
+    if schedule.mu is not None:
+        arguments["mu"] = schedule.mu
+    parameters = inspect.signature(scheduler.set_timesteps).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not takes_any:
+            raise ArgumentError(f"{type(scheduler).__name__} takes no {name} in set_timesteps; leave it out of the schedule")
+    return arguments
+
+
+def shifted(schedule: Schedule, scheduler: Any, latents: Sequence[int], model: nn.Module) -> Schedule:
+    """The schedule with the shift mu that pipelines compute for latents of this size, where the scheduler needs one.
+
+    Args:
+        schedule: As it is asked for.
+        scheduler: Of any state.
+        latents: Their shape without the batch.
+        model: Whose they are.
+    """
+    config = config_of(scheduler)
+    tokens = image_tokens(latents, config_of(model))
+    if schedule.mu is not None or not config.get("use_dynamic_shifting") or tokens is None:
+        return schedule
+    return replace(schedule, mu=image_shift(tokens, config))
+
+
+def run_timesteps(scheduler: Any, begin: int = 0) -> Tensor:
+    """The timesteps [T] of a run that begins at an evaluation of a scheduler's schedule."""
+    timesteps: Tensor = scheduler.timesteps[begin:]
+    return timesteps
+
+
+def first_latents(scheduler: Any, noise: Tensor, begin: int = 0) -> Tensor:
+    """Where sampling begins, [B, C, ...], from standard normal noise; flow-matching schedulers scale it by nothing.
+
+    A run that begins later (image to image) is given its latents as they are there.
+    """
+    return noise if begin else noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def scaled_input(scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -61,7 +126,7 @@ def guided(outputs: Sequence[Tensor], guidance_scale: float) -> Tensor:
     return base + guidance_scale * (wanted - base) if len(outputs) == 2 else wanted
 
 
-def refuse_stochastic(scheduler: Any, steps: int) -> None:
+def refuse_stochastic(scheduler: Any, steps: int, schedule: Schedule | None = None) -> None:
     """See whether a scheduler adds noise: its first steps are made twice, with different seeds.
 
     Raises:
@@ -73,12 +138,12 @@ def refuse_stochastic(scheduler: Any, steps: int) -> None:
     start, output = torch.randn(1, 4, 4, 4, generator=generator), torch.randn(1, 8 if learned else 4, 4, 4, generator=generator)
     ends = []
     for seed in (0, 1):
-        prepared, latents = prepare_scheduler(scheduler, steps), start
+        prepared, latents = prepare_scheduler(scheduler, steps, schedule=schedule), start
         stochastic = step_arguments(prepared)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                for t in prepared.timesteps[:3]:
+                for t in run_timesteps(prepared, schedule.begin if schedule else 0)[:3]:
                     latents = stepped(prepared, output, t, latents, stochastic)
             except (TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
                 raise PlanError(
@@ -107,12 +172,12 @@ def step_arguments(scheduler: Any, eta: float = 0.0) -> dict[str, float]:
     return {"eta": float(eta)} if takes else {}
 
 
-def scheduler_facts(scheduler: Any) -> dict[str, Any]:
-    """The header fields of a scheduler that has been set to its steps."""
+def scheduler_facts(scheduler: Any, begin: int = 0) -> dict[str, Any]:
+    """The header fields of a scheduler that has been set to its steps, for a run that begins at one of them."""
     return {
         "scheduler": type(scheduler).__name__,
         "scheduler_hash": hash_config(config_of(scheduler)),
-        "timesteps": tuple(map(float, scheduler.timesteps.tolist())),
+        "timesteps": tuple(map(float, run_timesteps(scheduler, begin).tolist())),
         "prediction": _prediction(scheduler),
     }
 

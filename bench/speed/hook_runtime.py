@@ -7,8 +7,7 @@ runtime; from a plan it takes letters and the names of sites.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,19 +130,3 @@ def _refuse_unknown(plan: CachePlan) -> None:
                     f"step {step}: the hook runtime cannot run {letter} at {site.name}; it takes {COMPUTED} and {REUSED} "
                     f"at sites of the kinds {', '.join(KINDS)}"
                 )
-
-
-@contextmanager
-def counted_linears(model: nn.Module) -> Iterator["Counter[str]"]:
-    """Within it, every call of a linear map is counted, by path."""
-    counts: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_pre_hook(lambda _, __, path=path: counts.update([path]))
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()

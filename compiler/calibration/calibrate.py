@@ -16,8 +16,7 @@ from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.calibration.time_sites import time_sites
-from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.describe import example_inputs, make_header
+from stepgraph.compiler.tracing.describe import complete_conditioning, example_inputs, latents_shape, make_header, own_inputs
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
@@ -25,7 +24,9 @@ from stepgraph.files.tensor_record import read_tensor_record, write_tensor_recor
 from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
-from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, step_arguments
+from stepgraph.schedule import Schedule, counted_steps, image_tokens
+from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
+from stepgraph.wrapped_models import unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
@@ -35,7 +36,7 @@ def calibrate(
     model: nn.Module,
     scheduler: Any,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
@@ -49,7 +50,7 @@ def calibrate(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
 ) -> CalibrationStats:
     """Run the sampler and average over the samples how each site changes from step to step.
 
@@ -59,14 +60,15 @@ def calibrate(
     Args:
         model: On any device.
         scheduler: A diffusers scheduler; it is copied and not changed.
-        steps: Number of inference steps.
+        steps: Number of inference steps; 50, or as many as the schedule has sigmas or timesteps, unless given.
         samples: Number of sampling runs, one sample each.
         seed: Of the noise.
         guidance_scale: Above 1, classifier-free guidance in one batch, and tables for the branches "cond" and "uncond"; 1 is
             conditional sampling, as InvarDiff calibrates.
         conditioning: As for `stepgraph.sample`, `samples` rows each, `negative_<name>` too with guidance. The example
             conditioning of the model's family unless given (classes in turn for DiT).
-        inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
+        inputs: The forward's arguments, where the shapes of the conditioning, or the model's usual ones, are not meant; two
+            rows with guidance, else one.
         provisional: [T, sites] bool, a plan's reuses: the rates are then measured as InvarDiff's second phase does, and no site
             is timed (`ms` is NaN).
         metrics: Rates to measure beside those of `stepgraph.compiler.calibration.rates`, by name.
@@ -77,7 +79,7 @@ def calibrate(
         checkpoint: A file that the sums go to after every sample, and from which an interrupted call takes them up; with
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
-        traced: Graphs that were made of this very model before, so that it is not traced again.
+        schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with.
 
     Memory holds the sites' values of `lags` + 2 steps, whatever the number of steps and samples, and of the current run's other
     steps at most 2048 elements of each value, for the similarities of any two steps.
@@ -86,22 +88,39 @@ def calibrate(
         PlanError: Too few samples, a stochastic sampler, `provisional` or conditioning of another shape, a checkpoint of
             another calibration, or NaN in what was measured.
     """
+    return calibrate_traced(
+        TracedModel(unwrapped(model)), scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
+        conditioning=conditioning, inputs=inputs, provisional=provisional, metrics=metrics, channels=channels, lags=lags,
+        eta=eta, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step, schedule=schedule,
+    )  # fmt: skip
+
+
+def calibrate_traced(
+    traced: TracedModel, scheduler: Any, *, steps: int | None, samples: int, seed: int, guidance_scale: float,
+    conditioning: Mapping[str, torch.Tensor] | None = None, inputs: Mapping[str, torch.Tensor] | None = None,
+    provisional: torch.Tensor | None = None, metrics: Mapping[str, Metric] | None = None, channels: bool = True, lags: int = 3,
+    eta: float = 0.0, allow_stochastic: bool = False, checkpoint: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None, schedule: Schedule | Mapping[str, Any] | None = None,
+) -> CalibrationStats:  # fmt: skip
+    """`calibrate`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     rank, world = _place()
     check_samples(samples, world)
+    schedule, steps = counted_steps(schedule, steps, scheduler, 50)
+    guided = check_guidance(guidance_scale)
+    inputs = dict(inputs or example_inputs(model, 2 if guided else 1, conditioning))
+    schedule = shifted(schedule, scheduler, latents_shape(inputs), model)
     if not allow_stochastic:
         if eta:
             raise ArgumentError(
                 f"eta is {eta}: the sampler adds noise at every step, which a cache cannot keep; use eta=0, or pass "
                 f"allow_stochastic=True (--allow-stochastic) if that is what you want"
             )
-        refuse_stochastic(scheduler, steps)
-    step_arguments(prepare_scheduler(scheduler, steps), eta)
-    guided = check_guidance(guidance_scale)
+        refuse_stochastic(scheduler, steps, schedule)
+    step_arguments(prepare_scheduler(scheduler, steps, schedule=schedule), eta)
     check_whole("lags", lags, 1)
-    inputs = dict(inputs or example_inputs(model, 2 if guided else 1))
-    traced = TracedModel.of(model, traced)
     marked, family = traced.marked(inputs), traced.family
-    header = make_header(model, scheduler, steps, marked, guidance="batched" if guided else "none")
+    header = make_header(model, scheduler, steps, marked, "batched" if guided else "none", schedule)
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if provisional is not None and tuple(provisional.shape) != (evaluations, len(marked.sites)):
@@ -109,10 +128,12 @@ def calibrate(
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
-        timestep=family.timestep, lags=lags,
+        lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
-    conditions = conditioning_of(model, conditioning, samples, guided, latents.device)
+    tokens = image_tokens(latents_shape(inputs), config_of(model))
+    conditions = conditioning_of(traced, conditioning, samples, guided, latents.device, tokens)
+    _refuse_other_names(inputs, conditions)
     used = digest(conditioning)
     identity = {
         "header": asdict(header), "guidance_scale": guidance_scale, "conditioning": used, "eta": eta, "channels": channels,
@@ -128,7 +149,7 @@ def calibrate(
         if sample_index not in own_samples or own_samples.index(sample_index) < done:
             continue
         chosen: dict[str, Any] = {
-            name: value if name in family.unbatched else value[sample_index : sample_index + 1]
+            name: value if name.removeprefix("negative_") in family.unbatched else value[sample_index : sample_index + 1]
             for name, value in conditions.items()
         }
         report = None if on_step is None else _shifted(on_step, done * evaluations, len(own_samples) * evaluations)
@@ -136,7 +157,9 @@ def calibrate(
         # Noise that the sampler itself adds comes from torch's own generators.
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1 + sample_index)
-            sample(observer, scheduler, noise, guidance_scale, steps=steps, eta=eta, on_step=report, **chosen)
+            sample(
+                observer, scheduler, noise, guidance_scale, steps=steps, schedule=schedule, eta=eta, on_step=report, **chosen
+            )
         observer.finish()
         done += 1
         progress.save(observer, done)
@@ -205,19 +228,36 @@ def check_guidance(scale: Any) -> bool:
 
 
 def conditioning_of(
-    model: nn.Module, given: Mapping[str, torch.Tensor] | None, samples: int, guided: bool, device: torch.device
+    traced: TracedModel,
+    given: Mapping[str, torch.Tensor] | None,
+    samples: int,
+    guided: bool,
+    device: torch.device,
+    tokens: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the sampling loop gets, `samples` rows each."""
-    family = family_of(model)
+    """What the sampling loop gets, `samples` rows each; `tokens` are those of the image, where they are not as usual."""
+    model, family = traced.model, traced.family
     if given is None:
         cond, uncond = family.conditioning(config_of(model), samples, device)
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
-    for name, value in given.items():
+    completed = complete_conditioning(model, given, tokens)
+    completed |= {name: value for name, value in given.items() if name.startswith("negative_") and value is not None}
+    for name, value in completed.items():
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
-        if rows is None or (rows != samples and name not in family.unbatched):
+        if rows is None or (rows != samples and name.removeprefix("negative_") not in family.unbatched):
             got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
             raise ArgumentError(f"conditioning {name} is {got}; expected {samples} rows, one per sample")
-    return {name: value.to(device) for name, value in given.items()}
+    return {name: value.to(device) for name, value in completed.items()}
+
+
+def _refuse_other_names(inputs: Mapping[str, Any], conditions: Mapping[str, Any]) -> None:
+    """The graph is of the inputs: what it lacks would be left out of the runs, what it has more would be missing in them."""
+    expected = {name for name in inputs if name not in own_inputs(inputs)}
+    other = sorted(expected ^ {name for name in conditions if not name.startswith("negative_")})
+    if other:
+        raise ArgumentError(
+            f"{other[0]} is among {'inputs' if other[0] in expected else 'conditioning'} only; the runs need the same in both"
+        )
 
 
 def digest(values: Mapping[str, Any] | None) -> str:

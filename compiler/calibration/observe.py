@@ -25,8 +25,7 @@ CHANNEL_NAMES = tuple(
 class Observer(nn.Module):
     """Runs the traced model and hands every site's value, and where asked every linear map's, to the running sums.
 
-    Called like the model, but with the scheduler's own timesteps, which are scaled by `timestep`; `observed` is the model, for
-    whoever needs its signature.
+    Called like the model; `observed` is the model, for whoever needs its signature.
     """
 
     def __init__(
@@ -39,11 +38,10 @@ class Observer(nn.Module):
         provisional: torch.Tensor | None = None,
         channels: bool = False,
         embedding: str | None = None,
-        timestep: float = 1.0,
         lags: int = 3,
     ) -> None:
         super().__init__()
-        self.observed, self.timestep = model, timestep
+        self.observed = model
         self.names = tuple(marked.trace.inputs)
         self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional, lags)
         linears = list(maps_of_sites(marked, model)) if channels else []
@@ -76,8 +74,6 @@ class Observer(nn.Module):
 
     def forward(self, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One evaluation; the sums grow by this step's values."""
-        if self.timestep != 1:
-            inputs["timestep"] = inputs["timestep"] * self.timestep
         outputs = self.graph(*(inputs[name] for name in self.names))
         count = self.sites.count
         results, values, rest = outputs[: self.results], outputs[self.results :][:count], outputs[self.results + count :]

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.models import family_of
 from stepgraph.errors import PlanError
 from stepgraph.plan import PlanHeader
+from stepgraph.schedule import timestep_of
 from stepgraph.scheduler import (
     first_latents,
     guided,
     latents_name,
     model_calls,
     prepare_scheduler,
+    run_timesteps,
     scaled_input,
     split_conditioning,
     step_arguments,
@@ -40,20 +41,21 @@ class Trajectory:
         guidance_scale: float,
         conditioning: Mapping[str, Any],
     ) -> None:
-        self._scheduler = prepare_scheduler(scheduler, header.steps, noise.device)
+        self._scheduler = prepare_scheduler(scheduler, header.steps, noise.device, header.schedule)
         self._arguments = step_arguments(self._scheduler)
         self._cond, self._uncond = split_conditioning(dict(conditioning), guidance_scale)
         self._scale, self._separate = guidance_scale, header.guidance == "separate"
         self._name = latents_name(model)
-        self._unit = family_of(model).timestep
+        self._convert = header.timestep or timestep_of(model)
+        self._timesteps = run_timesteps(self._scheduler, header.schedule.begin)
         self._number = 0
         self._dtype = noise.dtype
         wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        self.latents = first_latents(self._scheduler, wide)
+        self.latents = first_latents(self._scheduler, wide, header.schedule.begin)
 
     @property
     def _time(self) -> torch.Tensor:
-        now: torch.Tensor = self._scheduler.timesteps[self._number]
+        now: torch.Tensor = self._timesteps[self._number]
         return now
 
     def inputs(self) -> list[dict[str, Any]]:
@@ -66,7 +68,7 @@ class Trajectory:
         return [self._call(batch, conditioning) for conditioning in model_calls(self._cond, self._uncond, self._separate)]
 
     def _call(self, batch: torch.Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        timestep = self._time.to(batch.device).reshape(1).expand(batch.shape[0]) * self._unit
+        timestep = self._convert(self._time.to(batch.device).reshape(1).expand(batch.shape[0]), self._dtype)
         return {self._name: batch.to(self._dtype), "timestep": timestep, **conditioning}
 
     def noisy(self, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgraph.compiler.calibration.calibrate import calibrate, digest
+from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.entry.make_plan import make_plan, runs_model
+from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
+from stepgraph.compiler.interfaces.family import Family
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.list_policies import describe_policy
 from stepgraph.compiler.policies import POLICIES
@@ -19,16 +20,19 @@ from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.files.whole_file import writable_folder
+from stepgraph.fingerprint import config_of
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
+from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 T = TypeVar("T", CachePlan, CalibrationStats)
 
 
 def accelerate(
     pipe: Any,
-    steps: int = 50,
+    steps: int | None = None,
     policy: str = "interval",
     arguments: Mapping[str, Any] | None = None,
     *,
@@ -42,6 +46,7 @@ def accelerate(
     exact: bool = False,
     cache: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Executable:
     """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
@@ -50,13 +55,14 @@ def accelerate(
 
     Args:
         pipe: A diffusers pipeline with a transformer.
-        steps: The `num_inference_steps` it will be called with.
+        steps: The `num_inference_steps` it will be called with; 50, or as many as the schedule has sigmas or timesteps, unless
+            given.
         policy: Name of a policy; the model is calibrated where the policy needs it.
         arguments: The policy's own.
         samples: Sampling runs of the calibration, or of a policy's own fit; 16 unless given.
         seed: Of their noise, or of a policy's own training; 0 unless given.
         guidance_scale: Of these runs; 1 for none, which is the default.
-        conditioning: What they are conditioned on, as for `stepgraph.calibrate`.
+        conditioning: What they are conditioned on, as for `stepgraph.calibrate`; the plan is for its sizes.
         allow_stochastic: Go on although the sampler adds noise.
         batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
             sizes compile when they are first met.
@@ -64,6 +70,8 @@ def accelerate(
         exact: As in `stepgraph.compile`.
         cache: The folder; that of STEPGRAPH_CACHE unless given.
         on_step: Called with (evaluations done, evaluations in all) of what is measured.
+        schedule: What the pipeline sets its scheduler with, as for `stepgraph.calibrate`. diffusers' own pipelines need none
+            for text to image: their sigmas, and the shift of the image's size, are known.
         **more: The policy's arguments too, where they are not called like one of the above.
 
     Returns:
@@ -74,38 +82,40 @@ def accelerate(
             runs nothing with it, or the model or sampler cannot be calibrated.
         CompileError: The pipeline has no transformer, or it cannot be compiled.
     """
-    transformer = getattr(pipe, "transformer", None)
+    transformer = unwrapped(getattr(pipe, "transformer", None))
     if transformer is None:
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
     policy_arguments, settings = _divided(policy, _policy_arguments(arguments, more), asked)
-    if not allow_stochastic:
-        refuse_stochastic(pipe.scheduler, steps)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
     runs = {**settings, "conditioning": digest(conditioning)}
     # One graph of each signature serves the header, the calibration and the compiler.
-    traced, inputs = TracedModel(transformer), example_inputs(transformer, batch)
-    circumstances = asdict(make_header(transformer, pipe.scheduler, steps, traced.marked(inputs)))
+    traced, inputs = TracedModel(transformer), example_inputs(transformer, batch, conditioning)
+    chosen, count = counted_steps(schedule, steps, pipe.scheduler, 50)
+    chosen = _of_pipeline(chosen, count, pipe, traced.family)
+    header = make_header(transformer, pipe.scheduler, count, traced.marked(inputs), schedule=chosen)
+    if not allow_stochastic:
+        refuse_stochastic(pipe.scheduler, count, header.schedule)
+    circumstances = asdict(header)
     measured = POLICIES[policy].wants_stats(policy_arguments)
 
     def unfinished(file: Path) -> Path:
         return file.with_suffix(".unfinished")
 
     def measure() -> CalibrationStats:
-        return calibrate(
-            transformer, pipe.scheduler, steps=steps, conditioning=conditioning, allow_stochastic=allow_stochastic,
-            checkpoint=unfinished(stats_file), on_step=on_step, traced=traced, **settings,
+        return calibrate_traced(
+            traced, pipe.scheduler, steps=count, conditioning=conditioning, allow_stochastic=allow_stochastic,
+            checkpoint=unfinished(stats_file), on_step=on_step, schedule=chosen, **settings,
         )  # fmt: skip
 
     def decide() -> CachePlan:
         stats = _kept(stats_file, CalibrationStats.load, measure) if measured else None
         unfinished(stats_file).unlink(missing_ok=True)
-        return make_plan(
-            policy, stats, model=transformer, scheduler=pipe.scheduler, steps=steps, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, traced=traced,
-            **policy_arguments,
+        return plan_traced(
+            policy, stats, traced, pipe.scheduler, policy_arguments, steps=count, conditioning=conditioning,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, schedule=chosen,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
@@ -121,6 +131,16 @@ def accelerate(
     unfinished(plan_file).unlink(missing_ok=True)
     executable = compile_plan(transformer, plan, inputs, CompileConfig(backend, exact), traced=traced)
     return executable.attach(pipe)
+
+
+def _of_pipeline(schedule: Schedule, steps: int, pipe: Any, family: Family) -> Schedule:
+    """The schedule with the sigmas that diffusers' own pipelines of a family set, where nothing else is said."""
+    own = family.sigmas is not None and type(pipe).__module__.startswith("diffusers.")
+    if family.sigmas is None or not own or schedule.sigmas or schedule.timesteps:
+        return schedule
+    if config_of(pipe.scheduler).get("use_flow_sigmas"):
+        return schedule
+    return replace(schedule, sigmas=family.sigmas(steps))
 
 
 def _policy_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
-from stepgraph.compiler.models import FAMILIES, family_of
+from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.errors import ArgumentError, CompileError, FileFormatError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
@@ -17,10 +17,13 @@ from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
+from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
+from stepgraph.wrapped_models import unwrapped
 
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
@@ -41,15 +44,18 @@ def compile_artifact(
     verify: bool | None = None,
 ) -> Executable:
     """The rest of `load_artifact`."""
+    model = unwrapped(model)
     path = artifact.path
+    # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
+    values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
     if model is None:
         model = build_model(artifact, device or "cpu")
     place = next(model.parameters()).device
     if device is not None and torch.device(device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
-    # The plan alone would fit other weights where it was made without any.
-    whose = f"{path}: the artifact is"
-    refuse_model(whose, (artifact.model["class"], artifact.model["fingerprint"], artifact.model["dtype"]), model)
+    structure = artifact.model["fingerprint"].split("/")[0]
+    refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
+    follow_model(artifact.plan, model, artifact.options.strict)
     factors = None if artifact.factors is None else Factors.parse(artifact.factors, f"{path}: factors.safetensors")
     inputs = zero_inputs(artifact.inputs, place)
     try:
@@ -103,8 +109,9 @@ def verify_first_step(executable: Executable) -> None:
     }
     inputs = like_flat(inputs, random)
     if isinstance(inputs.get("timestep"), torch.Tensor):
-        inputs["timestep"] = inputs["timestep"] + header.timesteps[0] * family_of(model).timestep
-        inputs["timestep"] = inputs["timestep"].to(zero_inputs(executable.example, device)["timestep"].dtype)
+        example = inputs["timestep"]
+        first = torch.full(example.shape, header.timesteps[0], device=device)
+        inputs["timestep"] = (header.timestep or timestep_of(model))(first, model_dtype(model)).to(example.dtype)
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
     result = executable.session()(**inputs, return_dict=False)[0]

@@ -14,11 +14,14 @@ from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
 from stepgraph.compiler.policies import POLICIES
 from stepgraph.compiler.tracing.describe import branches_of, make_header
+from stepgraph.compiler.tracing.describe import example_inputs as inputs_like
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.schedule import Schedule, counted_steps, schedule_of
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 
 def runs_model(policy: str) -> bool:
@@ -40,7 +43,7 @@ def make_plan(
     allow_stochastic: bool = False,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -52,25 +55,42 @@ def make_plan(
         model: The model the plan is for.
         scheduler: A diffusers scheduler; it is copied and not changed.
         steps: Number of inference steps.
-        example_inputs: The forward's arguments, where the model's usual shapes are not meant.
+        example_inputs: The forward's arguments, where the shapes of the conditioning, or the model's usual ones, are not meant.
         guidance: "batched" (cond and uncond in one call), "separate" (two calls a step) or "none".
-        conditioning: What the calibration was given, where the policy measures once more (InvarDiff's phase 2).
+        conditioning: What the model will be conditioned on, whose shapes the plan is for; with statistics what the calibration
+            was given, where the policy measures once more (InvarDiff's phase 2).
         metrics: Rates of one's own that the calibration was given, likewise.
         allow_stochastic: Make a plan although the sampler adds noise.
         checkpoint: A file from which what runs the model (InvarDiff's phase 2, L2C's training) goes on after an interruption;
             delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
-        traced: Graphs that were made of this very model before, so that it is not traced again.
+        schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with. Statistics bring theirs.
         **arguments: The policy's own.
 
     Raises:
         PlanError: Unknown policy or arguments, or something needed is missing.
     """
+    traced = None if model is None else TracedModel(unwrapped(model))
+    return plan_traced(
+        policy, stats, traced, scheduler, arguments, steps=steps, example_inputs=example_inputs, guidance=guidance,
+        conditioning=conditioning, metrics=metrics, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step,
+        schedule=schedule,
+    )  # fmt: skip
+
+
+def plan_traced(
+    policy: str, stats: CalibrationStats | None, traced: TracedModel | None, scheduler: Any, arguments: Mapping[str, Any], *,
+    steps: int | None, example_inputs: Mapping[str, Any] | None = None, guidance: str = "batched",
+    conditioning: Mapping[str, Any] | None = None, metrics: Mapping[str, Metric] | None = None, allow_stochastic: bool = False,
+    checkpoint: str | Path | None = None, on_step: Callable[[int, int], None] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
+) -> CachePlan:  # fmt: skip
+    """`make_plan`, on the graphs of a traced model, so that it is traced for no signature twice."""
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     _refuse_other_arguments(policy, arguments)
     if stats is not None:
-        _refuse_other_circumstances(stats, model, scheduler, steps)
+        _refuse_other_circumstances(stats, traced, scheduler, steps, schedule)
         header = replace(stats.header, guidance=guidance, branches=branches_of(guidance))
         sites = stats.sites
     elif POLICIES[policy].wants_stats(arguments):
@@ -78,38 +98,49 @@ def make_plan(
         raise ArgumentError(
             f"the policy {policy!r} needs calibration; pass stats=stepgraph.calibrate(...) (--stats FILE){instead}"
         )
-    elif model is None or scheduler is None or steps is None:
-        missing = [n for n, v in (("model", model), ("scheduler", scheduler), ("steps", steps)) if v is None]
+    elif traced is None or scheduler is None or (steps is None and schedule is None):
+        missing = [n for n, v in (("model", traced), ("scheduler", scheduler), ("steps", steps)) if v is None]
         raise ArgumentError(f"the policy {policy!r} needs {', '.join(missing)} (or stats, which bring them)")
     else:
-        if not allow_stochastic:
-            refuse_stochastic(scheduler, steps)
-        traced = TracedModel.of(model, traced)
+        chosen, count = counted_steps(schedule, steps, scheduler)
+        if example_inputs is None and conditioning is not None:
+            example_inputs = inputs_like(traced.model, 1, conditioning)
         marked = traced.marked(example_inputs)
-        header, sites = make_header(model, scheduler, steps, marked, guidance), marked.sites
+        header, sites = make_header(traced.model, scheduler, count, marked, guidance, chosen), marked.sites
+        if not allow_stochastic:
+            refuse_stochastic(scheduler, count, header.schedule)
     services = ModelServices(
-        header, stats, model, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step, traced
+        header, stats, traced, scheduler, conditioning, example_inputs, metrics, allow_stochastic, checkpoint, on_step
     )
     offered = {name: getattr(services, name) for name in MODEL_SERVICES if name in _parameters_of(policy)}
     actions = POLICIES[policy].decide(sites, len(header.timesteps), stats, **arguments, **offered)
     defaults = {name: p.default for name, p in _arguments_of(policy).items() if p.default is not p.empty}
     # As JSON keeps them, so that a plan read back is equal.
-    recorded = json.loads(json.dumps(defaults | arguments, default=str))
+    recorded = json.loads(json.dumps({**defaults, **arguments}, default=str))
+    measured = POLICIES[policy].measured(arguments)
     if isinstance(actions, CachePlan):
-        return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments})
-    return CachePlan.build(replace(header, policy=policy, arguments=recorded), sites, actions)
+        return actions.with_header(policy=policy, arguments={**recorded, **actions.header.arguments}, measured=measured)
+    return CachePlan.build(replace(header, policy=policy, arguments=recorded, measured=measured), sites, actions)
 
 
-def _refuse_other_circumstances(stats: CalibrationStats, model: nn.Module | None, scheduler: Any, steps: int | None) -> None:
+def _refuse_other_circumstances(
+    stats: CalibrationStats,
+    traced: TracedModel | None,
+    scheduler: Any,
+    steps: int | None,
+    wish: Schedule | Mapping[str, Any] | None,
+) -> None:
     """What is given beside statistics must be what they were measured on."""
-    if model is not None:
-        refuse_other_model(stats.header, model)
+    if traced is not None:
+        refuse_other_model(stats.header, traced.model)
     if steps is not None and steps != stats.header.steps:
         raise MismatchError(
             f"the statistics are of {stats.header.steps} steps, asked for are {steps}; calibrate for that number"
         )
     if scheduler is not None:
-        refuse_other_schedule(stats.header, prepare_scheduler(scheduler, stats.header.steps), "the given scheduler")
+        schedule = schedule_of(wish, stats.header.steps, getattr(scheduler, "order", 1))[0].over(stats.header.schedule)
+        prepared = prepare_scheduler(scheduler, stats.header.steps, schedule=schedule)
+        refuse_other_schedule(stats.header, prepared, "the given scheduler")
 
 
 def _parameters_of(policy: str) -> dict[str, inspect.Parameter]:

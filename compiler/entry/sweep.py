@@ -7,20 +7,22 @@ import torch
 from torch import nn
 
 from stepgraph.checks import check_whole
+from stepgraph.compiler.calibration.calibrate import conditioning_of
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.entry.make_plan import plan_traced
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
 from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
-from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.fingerprint import model_dtype
 from stepgraph.metrics import relative_errors
-from stepgraph.plan import CachePlan
+from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.runtime.sampling.sample import sample
+from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler
+from stepgraph.wrapped_models import unwrapped
 
 
 def sweep(
@@ -38,6 +40,8 @@ def sweep(
     batch: int = 32,
     arguments: Mapping[str, Any] | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
 ) -> Sweep:
     """Make a plan for every value of a knob, sample with each from the same noise, and compare with full compute.
 
@@ -46,7 +50,7 @@ def sweep(
     Args:
         policy: Name of a policy.
         stats: Calibration, where the policy needs it; it brings the number of steps.
-        model: The model, on any device; the example conditioning of its family is used (classes in turn for DiT).
+        model: The model, on any device.
         scheduler: A deterministic diffusers scheduler; it is copied and not changed.
         knob: The argument that takes the values; several take the same value together.
         values: What to try, at least one; repeated values are tried once.
@@ -57,26 +61,36 @@ def sweep(
         batch: Most samples that are run at once.
         arguments: The policy's other arguments.
         on_step: Called with (what is running, steps done, steps in all).
+        conditioning: As for `stepgraph.calibrate`; the example conditioning of the model's family unless given (classes in turn
+            for DiT).
+        schedule: As for `stepgraph.calibrate`; statistics bring theirs. Fewer steps are spaced as it spaces them.
 
     Raises:
         PlanError: Nothing to sweep, a knob that is an argument too, or what `make_plan` refuses.
-        CompileError: The model's family has no example conditioning (FLUX).
+        CompileError: No conditioning is given, and the model's family has no example of it (FLUX).
     """
+    model = unwrapped(model)
     knobs = (knob,) if isinstance(knob, str) else tuple(knob)
     fixed = dict(arguments or {})
     values = [value for i, value in enumerate(values) if value not in values[:i]]
     _refuse_nothing_to_sweep(knobs, values, fixed, {"samples": samples, "batch": batch})
-    # A model that cannot be sampled by name is refused before any work.
-    runs = _Runs(model, scheduler, samples, guidance_scale, seed, batch)
-    guidance = "batched" if guidance_scale > 1 else "none"
     traced = TracedModel(model)
-    base = {
-        "model": model,
-        "scheduler": scheduler,
-        "traced": traced,
-        "steps": stats.header.steps if steps is None and stats else steps,
-    }
-    plans = [make_plan(policy, stats, **base, guidance=guidance, **fixed, **dict.fromkeys(knobs, value)) for value in values]
+    # A model that cannot be sampled by name is refused before any work.
+    runs = _Runs(traced, scheduler, samples, guidance_scale, seed, batch, conditioning)
+    guidance = "batched" if guidance_scale > 1 else "none"
+    steps = stats.header.steps if steps is None and stats else steps
+    plans = [
+        plan_traced(
+            policy, stats, traced, scheduler, {**fixed, **dict.fromkeys(knobs, value)}, steps=steps, guidance=guidance,
+            conditioning=conditioning, schedule=schedule,
+        )
+        for value in values
+    ]  # fmt: skip
+    runs.schedule = plans[0].header.schedule
+    if runs.schedule.begin:
+        raise ArgumentError(
+            "a sweep starts from noise, at the schedule's beginning; leave strength and begin out of the schedule"
+        )
     shorter = _neighbours(plans, scheduler)
     # Values that make the same plan are run once, under the first one's name.
     distinct = sorted({plan.rows: i for i, plan in reversed(list(enumerate(plans)))}.values())
@@ -85,7 +99,7 @@ def sweep(
     branches = 2 if guidance == "batched" else 1
     baseline = tuple(
         FewerSteps(
-            branches * header.macs * len(prepare_scheduler(scheduler, count).timesteps),
+            branches * header.macs * _evaluations(header, scheduler, count),
             *runs.error(f"fewer steps: {count}", model, count),
             count,
         )
@@ -93,7 +107,8 @@ def sweep(
     )
     errors = {}
     for i in distinct:
-        executable = compile_plan(model, plans[i], example_inputs(model, runs.rows), CompileConfig("eager"), traced=traced)
+        inputs = example_inputs(model, runs.rows, conditioning)
+        executable = compile_plan(model, plans[i], inputs, CompileConfig("eager"), traced=traced)
         errors[plans[i].rows] = runs.error(f"{', '.join(knobs)} = {values[i]}", executable, header.steps)
     points = tuple(
         SweepPoint(branches * plan.summary().macs, *errors[plan.rows], value, plan)
@@ -120,7 +135,7 @@ def _refuse_nothing_to_sweep(
 def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
     """The numbers of steps, most first, whose MACs lie just below and just above those of the plans."""
     steps = plans[0].header.steps
-    evaluations = {n: len(prepare_scheduler(scheduler, n).timesteps) for n in range(1, steps)}
+    evaluations = {n: _evaluations(plans[0].header, scheduler, n) for n in range(1, steps)}
     counts = set()
     for plan in plans:
         summary = plan.summary()
@@ -132,16 +147,38 @@ def _neighbours(plans: Sequence[CachePlan], scheduler: Any) -> list[int]:
     return sorted(counts, reverse=True)
 
 
+def _evaluations(header: PlanHeader, scheduler: Any, steps: int) -> int:
+    """How often the model is evaluated in a smaller number of steps."""
+    return len(prepare_scheduler(scheduler, steps, schedule=header.schedule.shorter(steps)).timesteps)
+
+
 class _Runs:
     """Sampling from one fixed noise and conditioning, compared with full compute; `rows` of the model's input at once."""
 
-    def __init__(self, model: nn.Module, scheduler: Any, samples: int, guidance_scale: float, seed: int, batch: int) -> None:
-        latents = next(iter(example_inputs(model).values()))
+    schedule = Schedule()
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        scheduler: Any,
+        samples: int,
+        guidance_scale: float,
+        seed: int,
+        batch: int,
+        conditioning: Mapping[str, Any] | None,
+    ) -> None:
+        model = traced.model
+        latents = next(iter(example_inputs(model, 1, conditioning).values()))
         noise = torch.randn(samples, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-        cond, uncond = family_of(model).conditioning(config_of(model), samples, latents.device)
-        guided = {f"negative_{name}": value for name, value in uncond.items()} if guidance_scale > 1 else {}
+        given = conditioning_of(traced, conditioning, samples, guidance_scale > 1, latents.device)
+        if guidance_scale <= 1:
+            given = {name: value for name, value in given.items() if not name.startswith("negative_")}
+        unbatched = traced.family.unbatched
         self.noise = noise.to(latents.device, model_dtype(model)).split(batch)
-        self.conditioning = {name: value.split(batch) for name, value in (cond | guided).items()}
+        self.conditioning = {
+            name: [value] * len(self.noise) if name.removeprefix("negative_") in unbatched else value.split(batch)
+            for name, value in given.items()
+        }
         self.model, self.scheduler, self.guidance_scale = model, scheduler, guidance_scale
         self.rows = len(self.noise[0]) * (2 if guidance_scale > 1 else 1)
 
@@ -160,14 +197,17 @@ class _Runs:
         """Final latents [samples, ...] on the CPU."""
         results = []
         for index, noise in enumerate(self.noise):
-            chosen = {key: parts[index] for key, parts in self.conditioning.items()}
+            chosen: dict[str, Any] = {key: parts[index] for key, parts in self.conditioning.items()}
 
             def advance(step: int, all_steps: int, part: int = index) -> None:
                 share = (part + step / all_steps) / len(self.noise)
                 if self.on_step is not None:
                     self.on_step(name, self.done + round(share * steps), self.total)
 
-            result = sample(runner, self.scheduler, noise, self.guidance_scale, steps=steps, on_step=advance, **chosen)
+            schedule = self.schedule.shorter(steps)
+            result = sample(
+                runner, self.scheduler, noise, self.guidance_scale, steps=steps, schedule=schedule, on_step=advance, **chosen
+            )
             results.append(result.cpu())
         self.done += steps
         return torch.cat(results)

@@ -22,6 +22,7 @@ from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
 from stepgraph.plan.factors import Factors
+from stepgraph.wrapped_models import unwrapped
 
 WHOLE_STEP = ("y1", "y2", "x0", "x1")
 TARGETS = (STATE, FULL, OWN)
@@ -42,7 +43,6 @@ def fit_whole_step(
     ridge: float = 1e-10,
     factors: Factors | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
 ) -> CachePlan:
     """The fitted whole-step rule: four scalars a skipped step, in place of the model.
 
@@ -68,18 +68,29 @@ def fit_whole_step(
         ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
-        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: The plan skips no step, or it, the model and the scheduler do not belong together.
     """
+    runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
+    return fit_traced(plan, TracedModel(unwrapped(model)), scheduler, runs, terms, factors)
+
+
+def fit_traced(
+    plan: CachePlan,
+    traced: TracedModel,
+    scheduler: Any,
+    runs: Runs,
+    terms: Sequence[str] = WHOLE_STEP,
+    factors: Factors | None = None,
+) -> CachePlan:
+    """`fit_whole_step`, on the graphs of a traced model, so that it is traced for no signature twice."""
     if not any(letter in (REUSE, FORECAST) for row in plan.rows for s, letter in zip(plan.sites, row) if s.kind == "output"):
         raise PlanError(
             "the plan skips no step: nowhere is `output` reused or forecast; make one with "
             "make_plan('interval', kinds=['output'], every=2, ...)"
         )
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
-    return _fitted_plan(plan, model, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step", traced)
+    return _fitted_plan(plan, traced, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
 
 
 def fit_forecast(
@@ -123,8 +134,9 @@ def fit_forecast(
     Raises:
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
+    traced = TracedModel(unwrapped(model))
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
-    return _fitted_plan(plan, model, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
+    return _fitted_plan(plan, traced, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
 def residual_affine(
@@ -169,7 +181,7 @@ def residual_affine(
     runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     _refuse_other_target(plan, cells, runs)
-    fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, per_channel=True)
+    fitted = fit_in_closed_loop(plan, TracedModel(unwrapped(model)), scheduler, cells, runs, factors, per_channel=True)
     affine = {
         f"{plan.sites[i].name}/{step}": branches[0].float() for (step, i), branches in sorted(fitted.coefficients.items())
     }
@@ -182,7 +194,7 @@ def residual_affine(
 
 def _fitted_plan(
     plan: CachePlan,
-    model: nn.Module,
+    traced: TracedModel,
     scheduler: Any,
     terms: Sequence[str],
     kinds: Sequence[str] | None,
@@ -190,12 +202,11 @@ def _fitted_plan(
     runs: Runs,
     factors: Factors | None,
     by: str,
-    traced: TracedModel | None = None,
 ) -> CachePlan:
     """The plan with fitted scalars."""
     cells = _open_cells(plan, terms, kinds, sites)
     _refuse_other_target(plan, cells, runs)
-    fitted = fit_in_closed_loop(plan, model, scheduler, cells, runs, factors, traced=traced)
+    fitted = fit_in_closed_loop(plan, traced, scheduler, cells, runs, factors)
     forecasts = {
         cell: Forecast(tuple(cells[cell]), tuple(tuple(row.tolist()) for row in rows))
         for cell, rows in fitted.coefficients.items()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from stepgraph.checks import check_number
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, conditioning_of
@@ -93,13 +92,12 @@ class Fitted:
 
 def fit_in_closed_loop(
     plan: CachePlan,
-    model: nn.Module,
+    traced: TracedModel,
     scheduler: Any,
     cells: Cells,
     runs: Runs,
     factors: Factors | None = None,
     per_channel: bool = False,
-    traced: TracedModel | None = None,
 ) -> Fitted:
     """Fit the coefficients of some FORECASTs of a plan, step after step.
 
@@ -108,20 +106,21 @@ def fit_in_closed_loop(
 
     Args:
         plan: The plan; its other FORECASTs have coefficients.
-        model: The plan's model.
+        traced: The plan's model.
         scheduler: The plan's scheduler.
         cells: (step, site index) -> terms to fit.
         runs: What is sampled.
         factors: Where the plan has LOWRANK sites.
         per_channel: Whether every channel gets coefficients of its own.
-        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: Another model or scheduler than the plan's, a stochastic one, or settings that do not go with the plan.
     """
+    model = traced.model
     refuse_other_model(plan.header, model)
-    refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
-    refuse_stochastic(scheduler, plan.header.steps)
+    prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+    refuse_other_schedule(plan.header, prepared, "the given scheduler")
+    refuse_stochastic(scheduler, plan.header.steps, plan.header.schedule)
     guided, weight = runs.guidance_scale > 1, next(model.parameters())
     if plan.header.guidance == "separate" and not guided:
         raise PlanError("the plan has one branch each for cond and uncond; pass a guidance_scale above 1")
@@ -130,9 +129,9 @@ def fit_in_closed_loop(
     generator, shape = torch.Generator().manual_seed(runs.seed), next(iter(plan.header.shapes.values()))
     noise = torch.cat([torch.randn((1, *shape), generator=generator) for _ in range(runs.samples)])
     noise = noise.to(weight.device, model_dtype(model))
-    conditioning = conditioning_of(model, runs.conditioning, runs.samples, guided, weight.device)
+    conditioning = conditioning_of(traced, runs.conditioning, runs.samples, guided, weight.device)
     own_run, full_run = (Trajectory(plan.header, model, scheduler, noise, runs.guidance_scale, conditioning) for _ in range(2))
-    loop = ClosedLoop(plan, model, cells, own_run.inputs()[0], runs, factors, per_channel, traced)
+    loop = ClosedLoop(plan, traced, cells, own_run.inputs()[0], runs, factors, per_channel)
     with torch.no_grad():
         for step in range(plan.steps):
             loop.step(own_run, full_run)
@@ -151,19 +150,17 @@ class ClosedLoop:
     def __init__(
         self,
         plan: CachePlan,
-        model: nn.Module,
+        traced: TracedModel,
         cells: Cells,
         inputs: Mapping[str, torch.Tensor],
         runs: Runs,
         factors: Factors | None,
         per_channel: bool,
-        traced: TracedModel | None = None,
     ) -> None:
         self.plan, self.cells, self.runs, self.per_channel = plan, dict(cells), runs, per_channel
         self.fitted = Fitted()
         sites = () if runs.target == STATE else sorted({i for _, i in cells})
-        traced = TracedModel.of(model, traced)
-        self.whole = SiteValues(traced.marked(inputs), model, sites)
+        self.whole = SiteValues(traced.marked(inputs), traced.model, sites)
         self.session = self._compiled(traced, inputs, factors)
 
     def _compiled(self, traced: TracedModel, inputs: Mapping[str, torch.Tensor], factors: Factors | None) -> Session:

@@ -2,7 +2,7 @@
 
 `step_cache_book` [T], `msa_cache_book` and `mlp_cache_book` [T][blocks]; true means reuse. A reused step takes the tokens after
 the last block from the cache and runs the output head on them with the current timestep: the site `hidden`. Other keys (the
-later versions of the format describe the calibration in some) are not read.
+later versions of the format describe the calibration in some) are not read. What a book has no table of is computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,22 @@ from stepgraph.compiler.interfaces.importer import (
 )
 from stepgraph.plan import REUSE, CachePlan, Site
 
+STEPS = "step_cache_book"
 TABLES = {"msa_cache_book": "attn", "mlp_cache_book": "ff"}
 
 
 def recognizes(data: Any) -> bool:
-    """An object with a step table and one table per module kind."""
-    return isinstance(data, dict) and {"step_cache_book", *TABLES} <= set(data)
+    """An object with a table per module kind, or of steps alone."""
+    return isinstance(data, dict) and bool(set(data) & set(TABLES) or set(data) == {STEPS})
 
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The book's reuses by site."""
     refuse_other_kinds("an InvarDiff cache book for DiT", sites, set(TABLES.values()))
-    reused = {"hidden": letters(check_table("step_cache_book", data["step_cache_book"], steps))}
+    reused = {"hidden": letters(check_table(STEPS, data[STEPS], steps))} if STEPS in data else {}
     for key, kind in TABLES.items():
+        if key not in data:
+            continue
         sites_of_kind = sites_of(sites, kind)
         table = check_table(key, data[key], steps, len(sites_of_kind))
         reused |= {site.name: letters([row[i] for row in table]) for i, site in enumerate(sites_of_kind)}

@@ -4,7 +4,7 @@
 with one table [T][single blocks] per module; true means reuse. A reused step takes the image tokens before the output head from
 the cache: the site `hidden`. The first step is computed as a whole, whatever the book says of it. A double block's attention is
 skipped only where `attn` and `context_attn` both say so; `ip_attn` repeats `attn` and belongs to image prompt adapters. A
-single block's `proj_out` is always run.
+single block's `proj_out` is always run. What a book has no table of is computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from stepgraph.compiler.interfaces.importer import (
 from stepgraph.errors import MismatchError
 from stepgraph.plan import COMPUTE, REUSE, CachePlan, Site
 
+STEPS = "step_cache_book"
 DOUBLE = ("attn", "context_attn", "ff", "context_ff")
 SINGLE = ("attn", "mlp")
 KINDS = {*DOUBLE, *SINGLE}
@@ -28,22 +29,25 @@ BOOKS = {"transformer_cache_book": DOUBLE, "single_transformer_cache_book": SING
 
 
 def recognizes(data: Any) -> bool:
-    """An object with a step table and one object of tables for each make of block."""
-    return isinstance(data, dict) and {"step_cache_book", *BOOKS} <= set(data)
+    """An object with an object of tables for a make of block."""
+    return isinstance(data, dict) and bool(set(data) & set(BOOKS))
 
 
 def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int) -> Mapping[str, str]:
     """The book's reuses by site."""
     refuse_other_kinds("an InvarDiff cache book for FLUX", sites, KINDS)
-    reused = {"hidden": _columns([[flag] for flag in check_table("step_cache_book", data["step_cache_book"], steps)])[0]}
-    for book, kinds in BOOKS.items():
+    reused = {}
+    if STEPS in data:
+        reused["hidden"] = _columns([[flag] for flag in check_table(STEPS, data[STEPS], steps)])[0]
+    for book in [book for book in BOOKS if book in data]:
         by_kind = _sites(sites, book)
-        tables = _tables(data, book, kinds, by_kind, steps)
+        tables = _tables(data, book, by_kind, steps)
         if book == "transformer_cache_book":
-            pairs = zip(tables["attn"], tables["context_attn"], strict=True)
+            pairs = zip(tables.pop("attn", ()), tables.pop("context_attn", ()), strict=False)
             joint = [[image and text for image, text in zip(*pair, strict=True)] for pair in pairs]
-            tables |= {"attn": joint, "context_attn": joint}
-        for kind in kinds:
+            if joint:
+                tables |= {"attn": joint, "context_attn": joint}
+        for kind in tables:
             reused |= dict(zip((site.name for site in by_kind[kind]), _columns(tables[kind]), strict=True))
     return reused
 
@@ -58,18 +62,18 @@ def _sites(sites: Sequence[Site], book: str) -> dict[str, list[Site]]:
     }
 
 
-def _tables(
-    data: Mapping[str, Any], book: str, kinds: Sequence[str], own: Mapping[str, Sequence[Site]], steps: int
-) -> dict[str, list[Any]]:
+def _tables(data: Mapping[str, Any], book: str, by_kind: Mapping[str, Sequence[Site]], steps: int) -> dict[str, list[Any]]:
+    """A book's tables by kind, as far as it has them."""
     tables = data[book]
-    known = {*kinds, "ip_attn"} if book == "transformer_cache_book" else {*kinds}
+    known = {*by_kind, "ip_attn"} if book == "transformer_cache_book" else {*by_kind}
     keys = set(tables) if isinstance(tables, dict) else {type(tables).__name__}
-    if not isinstance(tables, dict) or not set(kinds) <= keys <= known:
+    if not isinstance(tables, dict) or not keys <= known:
         raise MismatchError(
-            f"{book} has the keys {', '.join(sorted(map(str, keys)))}; expected {', '.join(sorted(known))} "
-            f"with one table [{steps}][{len(own[kinds[0]])}] each"
+            f"{book} has the keys {', '.join(sorted(map(str, keys)))}; expected some of {', '.join(sorted(known))} "
+            f"with one table [{steps}][{len(next(iter(by_kind.values())))}] each"
         )
-    return {kind: check_table(f"{book}.{kind}", tables[kind], steps, len(own[kind])) for kind in kinds}
+    present = [kind for kind in by_kind if kind in tables]
+    return {kind: check_table(f"{book}.{kind}", tables[kind], steps, len(by_kind[kind])) for kind in present}
 
 
 def _columns(table: Sequence[Sequence[Any]]) -> list[str]:

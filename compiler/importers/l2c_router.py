@@ -14,11 +14,12 @@ from stepgraph.compiler.interfaces.importer import (
     Importer,
     keys_in_order,
     refuse_other_kinds,
+    refuse_other_length,
     router_letters,
     sites_of,
     skipped,
 )
-from stepgraph.errors import FileFormatError, MismatchError
+from stepgraph.errors import FileFormatError
 from stepgraph.plan import Site
 
 
@@ -34,8 +35,7 @@ def actions(data: Mapping[str, Any], sites: Sequence[Site], steps: int, *, theta
     if not isinstance(routers, (Mapping, Sequence)):
         raise FileFormatError(f"routers is {type(routers).__name__}; expected one vector of logits per step")
     routers = [routers[key] for key in keys_in_order(routers)] if isinstance(routers, Mapping) else list(routers)
-    if len(routers) != steps:
-        raise MismatchError(f"routers holds {len(routers)} vectors; expected {steps}, one per step")
+    refuse_other_length("routers", len(routers), steps, "vectors")
     width, reused = len(sites_of(sites, "attn")) + len(sites_of(sites, "ff")), []
     for index in reversed(range(steps)):
         hits = skipped(f"routers[{index}]", routers[index], width, theta)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from stepgraph.schedule import TimestepInput
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -40,12 +42,16 @@ class Family:
         example_inputs: (configuration, batch, dtype, device) -> keyword arguments of the forward, of the right shapes.
         conditioning: (configuration, batch, device) -> (conditional, unconditional) example inputs, for sampling by name.
         embedding: Path of a module whose output is an embedding of the timestep alone, [B, D].
-        timestep: What the forward takes the scheduler's timestep times.
+        timestep: What pipelines make of the scheduler's timestep for the forward.
         random: Name -> configuration of published full-size models, built with random weights.
         tokens: Which output of the last block are the (image) tokens that the output head takes; -1 for its last.
         unbatched: Names of the inputs whose first dimension is not the batch.
         module: Where the classes are imported from.
         scheduler: Class name and configuration of the scheduler that models with random weights come with.
+        optional: Names of inputs that callers may leave out, whereupon the forward runs without them.
+        completed: (conditioning by name, number of image tokens or None for the usual one) -> the conditioning with what
+            pipelines make themselves, such as positions; where it is None, all is to be given.
+        sigmas: Number of steps -> the noise levels that its pipelines set; None where they leave them to the scheduler.
     """
 
     classes: tuple[str, ...]
@@ -53,12 +59,15 @@ class Family:
     example_inputs: Callable[[Mapping[str, Any], int, torch.dtype, torch.device], dict[str, torch.Tensor]]
     conditioning: Callable[[Mapping[str, Any], int, torch.device], tuple[dict[str, Any], dict[str, Any]]]
     embedding: str | None = None
-    timestep: float = 1.0
+    timestep: TimestepInput = field(default_factory=TimestepInput)
     random: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens: int = 0
     unbatched: frozenset[str] = frozenset()
     module: str = "diffusers"
     scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))
+    optional: frozenset[str] = frozenset()
+    completed: Callable[[dict[str, Any], int | None], dict[str, Any]] | None = None
+    sigmas: Callable[[int], tuple[float, ...]] | None = None
 
     def holds_block(self, path: str) -> bool:
         """Whether a module path is that of a transformer block."""

@@ -39,9 +39,9 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
         PlanError: The message names the key and the shape that was expected.
     """
     expected = f"[{rows}]" if columns is None else f"[{rows}][{columns}]"
-    if not isinstance(table, list) or len(table) != rows:
-        got = f"a list of {len(table)}" if isinstance(table, list) else type(table).__name__
-        raise MismatchError(f"{name} is {got}; expected {expected} for this model and number of steps")
+    if not isinstance(table, list):
+        raise MismatchError(f"{name} is {type(table).__name__}; expected {expected} for this model and number of steps")
+    refuse_other_length(name, len(table), rows)
     for position, entry in enumerate(table):
         if columns is not None and (not isinstance(entry, list) or len(entry) != columns):
             got = f"a list of {len(entry)}" if isinstance(entry, list) else repr(entry)
@@ -51,6 +51,19 @@ def check_table(name: str, table: Any, rows: int, columns: int | None = None) ->
         if bad:
             raise FileFormatError(f"{name}[{position}] holds {bad[0]!r}; expected true/false or 0/1")
     return table
+
+
+def refuse_other_length(name: str, length: int, steps: int, entries: str = "entries") -> None:
+    """A file's list has one entry per model evaluation.
+
+    Raises:
+        PlanError: It has more or fewer; the message says how to come to a plan of the steps that are wanted.
+    """
+    if length != steps:
+        raise MismatchError(
+            f"{name} holds {length} {entries}; expected {steps}, one per step; import it for the steps that it was made for, "
+            f"and stretch that plan with plan.resample({steps}, scheduler) (stepgraph plan resample)"
+        )
 
 
 def letters(reused: Sequence[Any]) -> str:

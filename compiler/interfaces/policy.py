@@ -6,6 +6,7 @@ from typing import Any
 
 from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS, CachePlan, Site
+from stepgraph.plan.header import CHOICE, NOTHING
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,22 @@ class Policy:
         source: Where the method comes from.
         needs_stats: Whether it needs calibration.
         unless: The argument that stands in for calibration, where there is one.
+        measures: Whether it measures on the model itself, without a calibration.
     """
 
     decide: Callable[..., Mapping[str, str] | CachePlan]
     source: str
     needs_stats: bool = False
     unless: str | None = None
+    measures: bool = False
 
     def wants_stats(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it needs calibration, given these arguments."""
         return self.needs_stats and (self.unless is None or arguments.get(self.unless) is None)
+
+    def measured(self, arguments: Mapping[str, Any]) -> str:
+        """What it measures on the weights, given these arguments: a plan that measured nothing follows any others."""
+        return CHOICE if self.measures or self.wants_stats(arguments) else NOTHING
 
 
 def present_kinds(sites: Sequence[Site]) -> list[str]:

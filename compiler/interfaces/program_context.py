@@ -9,6 +9,7 @@ from torch import fx
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.schedule import TimestepInput
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ProgramContext:
         inputs: Names of the model's tensor inputs; the latents come first.
         results: How many of a graph's outputs are the model's.
         steps: How many values a table at timestep level has: T, or 1 where each step computes its own.
-        timestep_scale: What the model takes the scheduler's timestep times.
+        timestep: What pipelines make of the scheduler's timestep for the model.
         limit_bytes: Most bytes of all tables; None for no limit.
         packs: Whether a linear map of (x, weight) runs with packed weights.
     """
@@ -58,6 +59,6 @@ class ProgramContext:
     inputs: tuple[str, ...]
     results: int
     steps: int = 1
-    timestep_scale: float = 1.0
+    timestep: TimestepInput = field(default_factory=TimestepInput)
     limit_bytes: float | None = None
     packs: Callable[[torch.Tensor, torch.Tensor], bool] = lambda x, weight: False

@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.errors import CompileError
 from stepgraph.node_facts import op_of
 from stepgraph.ops import gated_residual
+from stepgraph.weight_kinds import own_kinds
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class Piece:
         nodes: In order.
         inputs: Nodes of the variant whose values it reads; weights are none.
         results: Nodes of its own whose values are read outside.
-        kernel: Whether it is a single operation, which needs no compiling.
+        kernel: Whether it is a single operation, which needs no compiling, or a module that is called as it is.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -35,19 +37,37 @@ class Piece:
 
 
 def cut(gm: fx.GraphModule, is_block: Callable[[str], bool]) -> list[Piece]:
-    """The pieces of a variant, in order; a graph that writes in place is one piece."""
+    """The pieces of a variant, in order.
+
+    A graph that writes in place is one piece; a module whose weights are no plain tensors is one of its own.
+
+    Raises:
+        CompileError: The graph has both.
+    """
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    opaque = opaque_nodes(gm)
     in_one = bool(written_storages(gm.graph))
-    places = {node: "" if in_one else _place(node, is_block) for node in nodes}
-    return [_piece(run) for run in _runs(nodes, places)]
+    if in_one and opaque:
+        raise CompileError(
+            f"the forward writes to its values in place, and {opaque[0].target} has quantised weights, so that the graph "
+            f"cannot be cut around it; pass backend='eager'"
+        )
+    places = {node: "" if in_one else _place(node, is_block) for node in nodes} | {node: f"run {node.name}" for node in opaque}
+    return [_piece(run, run[0] in opaque) for run in _runs(nodes, places)]
 
 
-def _piece(run: Sequence[fx.Node]) -> Piece:
+def opaque_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of modules whose weights are no plain tensors, which nothing may take apart."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+    return [node for node in calls if own_kinds(gm.get_submodule(str(node.target)))]
+
+
+def _piece(run: Sequence[fx.Node], opaque: bool) -> Piece:
     inside = set(run)
     read = dict.fromkeys(source for node in run for source in node.all_input_nodes if source not in inside)
     inputs = tuple(node for node in read if node.op != "get_attr")
     results = tuple(node for node in run if any(user not in inside for user in node.users))
-    return Piece(tuple(run), inputs, results, kernel=_is_kernel(run))
+    return Piece(tuple(run), inputs, results, kernel=opaque or _is_kernel(run))
 
 
 def _place(node: fx.Node, is_block: Callable[[str], bool]) -> str:

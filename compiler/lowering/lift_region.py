@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from stepgraph.compiler.lowering.cut import Piece
 from stepgraph.ops import INTO
 from stepgraph.runtime.program.packed_linear import packed_columns, packed_linear, packs
+from stepgraph.weight_kinds import own_kinds
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,30 @@ class LiftedModule:
     def __call__(self, *tensors: Any) -> Any:
         """The module's result with these weights."""
         return functional_call(self.module, dict(zip(self.names, tensors[self.inputs :], strict=True)), tensors[: self.inputs])
+
+
+@dataclass(frozen=True)
+class OpaqueModule:
+    """A module with its weights, which are no plain tensors: it is called as it is.
+
+    Attributes:
+        module: The model's own.
+    """
+
+    module: nn.Module
+
+    @property
+    def __name__(self) -> str:
+        """What torch.fx writes into a graph's source."""
+        return type(self.module).__name__
+
+    def __repr__(self) -> str:
+        """No other module is the same."""
+        return f"{type(self.module).__qualname__} {id(self.module)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result."""
+        return self.module(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +215,11 @@ class _UnfinishedRegion:
         if node.op != "call_module":
             return self.graph.node_copy(node, lambda n: self._copies[n]), f"{node.op} {_target(node)} {named!r}"
         module = self._gm.get_submodule(str(node.target))
+        if own_kinds(module):
+            opaque = OpaqueModule(module)
+            call = self.graph.call_function(opaque, *fx.node.map_arg((node.args, node.kwargs), lambda n: self._copies[n]))
+            call.meta |= node.meta
+            return call, f"call_module {opaque!r} {named!r}"
         if isinstance(module, nn.Linear):
             return self._linear(node, module, named)
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.lowering.cut import Piece, cut
+from stepgraph.compiler.lowering.cut import Piece, cut, opaque_nodes
 from stepgraph.compiler.lowering.lift_region import Region, lift_region, tensor_at
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
@@ -41,11 +41,21 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
     if config.backend == "eager":
         return Lowered([GraphCall(gm.forward, results) for gm in graphs])
     if not config.regions:
+        _refuse_opaque(graphs)
         return Lowered([GraphCall(compile_whole(gm), results) for gm in graphs], len(graphs))
     builder = _Builder(config, results)
     variants = [(gm, [builder.add(gm, piece) for piece in cut(gm, is_block)]) for gm in graphs]
     builder.compile()
     return Lowered([builder.region_calls(gm, uses) for gm, uses in variants], len(builder.regions))
+
+
+def _refuse_opaque(graphs: Sequence[fx.GraphModule]) -> None:
+    """Whole graphs are compiled with everything in them."""
+    opaque = next((node for gm in graphs for node in opaque_nodes(gm)), None)
+    if opaque is not None:
+        raise CompileError(
+            f"{opaque.target} has quantised weights, which run as they are between compiled regions; leave regions=False out"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class _Builder:
                 for use, nodes in zip(uses, written, strict=True)
             ),
             shapes=tuple(node.meta["val"].shape for node in arguments),
-            weights=tuple(weights.values()),
+            weights=list(weights.values()),
             work=work,
             work_bytes=work_bytes,
             made=tuple((node.meta["val"].shape, node.meta["val"].dtype, node.meta["val"].device) for node in written_results),

@@ -23,7 +23,9 @@ from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.factors import Factors
 from stepgraph.plan.json import parse_record
 from stepgraph.runtime.sampling.sample import sample
+from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 FORMAT = "stepgraph-covariances"
 VERSION = 1
@@ -161,6 +163,7 @@ def measure_covariances(
     memory_gb: float | None = None,
     sketch: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
 ) -> Covariances:
     """Run the sampler and average dx dx^T of what every linear map inside module sites reads.
 
@@ -181,7 +184,8 @@ def measure_covariances(
         plan: A plan with LOWRANK sites, on whose own runs to measure; these sites alone are measured.
         factors: Its factors.
         conditioning: As for `stepgraph.calibrate`.
-        inputs: The forward's arguments, where the model's usual shapes are not meant; two rows with guidance, else one.
+        inputs: The forward's arguments, where the shapes of the conditioning, or the model's usual ones, are not meant; two
+            rows with guidance, else one.
         kinds: Of the sites whose maps are measured; all module sites unless given.
         whole: Measure the sites' own inputs and outputs too, for factors of the method "whole".
         memory_gb: Most gigabytes (10^9 bytes) that the sums, and the values of two steps they are made from, may take. Where
@@ -189,28 +193,34 @@ def measure_covariances(
             in a temporary folder and is read from there.
         sketch: Keep this many directions per map instead of whole covariances; at least twice the rank that is wanted.
         on_step: Called with (evaluations done, evaluations in all passes).
+        schedule: As for `stepgraph.calibrate`; a plan brings its own.
 
     Raises:
         PlanError: An argument is out of range, the sampler adds noise, one map alone exceeds the memory, whole modules are to
             be sketched, or the plan has no LOWRANK sites or is for something else.
     """
+    model = unwrapped(model)
     check_samples(samples, 1)
     guided = check_guidance(guidance_scale)
-    steps, periods = _steps_and_periods(steps, period, plan, factors)
+    wish = plan.header.schedule if plan is not None and schedule is None else schedule
+    periods = _periods_of(steps, period, plan, factors)
+    chosen, steps = counted_steps(wish, steps, scheduler, 50 if plan is None else plan.header.steps)
+    if plan is not None and chosen != plan.header.schedule:
+        raise ArgumentError(f"the plan's schedule has {plan.header.schedule}, asked for is {chosen}; leave out schedule")
     _check_limits(memory_gb, sketch, whole)
-    refuse_stochastic(scheduler, steps)
     guidance = plan.header.guidance if plan is not None else "batched" if guided else "none"
-    example = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1))
+    example = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1, conditioning))
     traced = TracedModel(model)
     marked = traced.marked(example)
-    header = make_header(model, scheduler, steps, marked, guidance=guidance)
+    header = make_header(model, scheduler, steps, marked, guidance, chosen)
+    refuse_stochastic(scheduler, steps, header.schedule)
     header = replace(header, seed=seed, samples=samples)
     evaluations = len(header.timesteps)
     if evaluations <= 1:
         raise ArgumentError(
             f"{steps} steps are {evaluations} evaluation of the model, in which nothing changes; take more steps"
         )
-    runs = PlanRuns(plan, factors, model, scheduler, example, guidance_scale, traced) if plan is not None else None
+    runs = PlanRuns(plan, factors, traced, scheduler, example, guidance_scale) if plan is not None else None
     targets = find_targets(model, marked, kinds, whole, runs.corrected if runs is not None else None)
     if not targets:
         raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
@@ -221,14 +231,14 @@ def measure_covariances(
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)
         generator = torch.Generator().manual_seed(seed)
-        for run, rows in enumerate(sampled_rows(model, conditioning, samples, guided, latents.device)):
+        for run, rows in enumerate(sampled_rows(traced, conditioning, samples, guided, latents.device)):
             noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents.device, model_dtype(model))
             report = measured.reporter(pass_index, run, evaluations)
             watcher.begin()
             if isinstance(watcher, PlanWatcher):
                 watcher.run(noise, rows, report)
                 continue
-            sample(watcher, scheduler, noise, guidance_scale, steps=steps, on_step=report, **rows)
+            sample(watcher, scheduler, noise, guidance_scale, steps=steps, schedule=header.schedule, on_step=report, **rows)
         measured.keep(pass_index, sums)
     return Covariances(
         header,
@@ -243,19 +253,19 @@ def measure_covariances(
     )
 
 
-def _steps_and_periods(
+def _periods_of(
     steps: int | None, period: int | Sequence[int] | None, plan: CachePlan | None, factors: Factors | None
-) -> tuple[int, tuple[int, ...]]:
-    """What is run, with defaults; a plan has its own steps and no period."""
+) -> tuple[int, ...]:
+    """The periods of a calibration, with defaults; a plan has its own steps and no period."""
     if plan is None:
         if factors is not None:
             raise ArgumentError("factors are given without the plan that they correct; pass plan= too")
-        return 50 if steps is None else steps, _periods(2 if period is None else period)
+        return _periods(2 if period is None else period)
     if period is not None:
         raise ArgumentError(f"period is {period!r}, but a plan is given, which says itself what it computes; leave out period")
     if steps is not None and steps != plan.header.steps:
         raise ArgumentError(f"the plan is of {plan.header.steps} steps, asked for are {steps}; leave out steps")
-    return plan.header.steps, ()
+    return ()
 
 
 def _periods(period: int | Sequence[int]) -> tuple[int, ...]:

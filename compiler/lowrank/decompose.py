@@ -6,12 +6,13 @@ Each is a sum of rank-one terms L[:, j] R[j, :] in order of falling weight: the 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepgraph.checks import check_number
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
+from stepgraph.weight_kinds import is_plain, kind_of
 
 SCALES = ("in", "out", "both")
 # Methods that take an option of their own.
@@ -40,6 +41,22 @@ class Decomposition:
         lengths, others = left.norm(dim=0), right.norm(dim=1)
         balance = torch.where((lengths > 0) & (others > 0), (others / lengths.clamp_min(1e-300)).sqrt(), 1.0)
         return (left * balance).float().contiguous(), (right / balance[:, None]).float().contiguous()
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """The weight W [C_out, C_in] of a linear map.
+
+    Raises:
+        PlanError: It is quantised, or another class of its own.
+    """
+    weight = model.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    if not is_plain(weight):
+        raise ArgumentError(
+            f"the weight of {path} is a {kind_of(weight)}; factors are made of plain weights, so use REUSE or FORECAST at its "
+            f"site, or correct the model before it is quantised"
+        )
+    return weight
 
 
 def plain_svd(weight: Tensor) -> Decomposition:

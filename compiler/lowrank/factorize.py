@@ -17,6 +17,7 @@ from stepgraph.compiler.lowrank.decompose import (
     reduced_rank_regression,
     scaled_svd,
     shrunk,
+    weight_of,
     weighted_svd,
 )
 from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites
@@ -26,6 +27,7 @@ from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.plan.factors import METHODS, Factors, as_json, refuse_model
+from stepgraph.wrapped_models import unwrapped
 
 Source = CalibrationStats | Covariances | None
 # What each method is made from.
@@ -78,6 +80,7 @@ def factorize(
         PlanError: Unknown method, an option that the method does not take, a source of another kind or model, a rank that a map
             cannot have, a degenerate covariance, or kinds without a linear map.
     """
+    model = unwrapped(model)
     check_arguments(model, source, method, rank, budget, scale, shrinkage)
     marked = marked_graph(model, inputs)
     rows = find_paths(model, marked, method, kinds, source)
@@ -141,8 +144,7 @@ def decompositions(
         if isinstance(source, Covariances):
             yield path, _fitted(model, source, path, method, shrinkage)
             continue
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(model, path)
         if isinstance(source, CalibrationStats):
             yield path, scaled_svd(weight, *channel_scales(source, path, method, scale or "both"))
         else:
@@ -156,8 +158,7 @@ def _fitted(model: nn.Module, source: Covariances, path: str, method: str, shrin
     try:
         if cross is not None:
             return reduced_rank_regression(cross, covariance)
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(model, path)
         return weighted_svd(weight, covariance)
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from stepgraph.compiler.calibration.calibrate import conditioning_of
-from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.compiler.tracing.watched_graph import Watched, watched_graph
 from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS
@@ -170,12 +170,12 @@ def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
 class Watcher(nn.Module):
     """Runs the traced model and hands the increments of some targets to their sums.
 
-    Called like the model, but with the scheduler's own timesteps; `observed` is the model, for whoever needs its signature.
+    Called like the model; `observed` is the model, for whoever needs its signature.
     """
 
     def __init__(self, model: nn.Module, marked: MarkedGraph, sums: Mapping[Target, Any], periods: Sequence[int]) -> None:
         super().__init__()
-        self.observed, self.timestep = model, family_of(model).timestep
+        self.observed = model
         self.names, self.results = tuple(marked.trace.inputs), marked.trace.output_spec.num_leaves
         self.sums, self.periods = dict(sums), tuple(periods)
         self.graph = watched_graph(marked, model, values=_watched(list(self.sums)))
@@ -187,8 +187,6 @@ class Watcher(nn.Module):
 
     def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor, ...]:
         """One evaluation; the sums grow by this step's increments."""
-        if self.timestep != 1:
-            inputs["timestep"] = inputs["timestep"] * self.timestep
         results, values = self.evaluate(inputs)
         for period in self.periods:
             if self.step % period == 0:
@@ -220,10 +218,12 @@ def _watched(targets: Sequence[Target]) -> list[Watched]:
 
 
 def sampled_rows(
-    model: nn.Module, conditioning: Mapping[str, Tensor] | None, samples: int, guided: bool, device: torch.device
+    traced: TracedModel, conditioning: Mapping[str, Tensor] | None, samples: int, guided: bool, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """The conditioning of every sampling run, one row each."""
-    unbatched = family_of(model).unbatched
-    all_rows = conditioning_of(model, conditioning, samples, guided, device)
+    unbatched = traced.family.unbatched
+    all_rows = conditioning_of(traced, conditioning, samples, guided, device)
     for n in range(samples):
-        yield {name: value if name in unbatched else value[n : n + 1] for name, value in all_rows.items()}
+        yield {
+            name: value if name.removeprefix("negative_") in unbatched else value[n : n + 1] for name, value in all_rows.items()
+        }

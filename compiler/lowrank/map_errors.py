@@ -6,19 +6,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from stepgraph.compiler.lowrank.covariances import Covariances
+from stepgraph.compiler.lowrank.decompose import weight_of
 from stepgraph.errors import MismatchError
-from stepgraph.plan.factors import Factors, refuse_model
-
-
-def measured_errors(model: nn.Module, factors: Factors, covariances: Covariances) -> dict[str, float]:
-    """Relative weighted error of every map on measured increments: sqrt(E||(W - A B) dx||^2 / E||W dx||^2).
-
-    Raises:
-        PlanError: The factors or covariances are of another model, or a map was not measured.
-    """
-    factors.refuse_other(model)
-    refuse_model("the covariances are", made_for(covariances), model)
-    return {path: error_on(model, path, a, b, factors.method, covariances) for path, (a, b) in factors.maps.items()}
 
 
 def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, covariances: Covariances) -> float:
@@ -38,8 +27,7 @@ def error_on(model: nn.Module, path: str, a: Tensor, b: Tensor, method: str, cov
         cross, square = covariances.cross(path)
         lost = square - 2 * float((product * cross).sum()) + _square(product, covariance)
         return math.sqrt(max(lost, 0.0) / square)
-    weight = model.get_submodule(path).weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(model, path)
     w = weight.detach().double().cpu()
     return math.sqrt(_square(w - product, covariance) / max(_square(w, covariance), 1e-300))
 

@@ -36,14 +36,14 @@ class PlanRuns:
         self,
         plan: CachePlan,
         factors: Factors | None,
-        model: nn.Module,
+        traced: TracedModel,
         scheduler: Any,
         inputs: Mapping[str, Tensor],
         guidance_scale: float,
-        traced: TracedModel | None = None,
     ) -> None:
-        refuse_other_model(plan.header, model)
-        refuse_other_schedule(plan.header, prepare_scheduler(scheduler, plan.header.steps), "the given scheduler")
+        refuse_other_model(plan.header, traced.model)
+        prepared = prepare_scheduler(scheduler, plan.header.steps, schedule=plan.header.schedule)
+        refuse_other_schedule(plan.header, prepared, "the given scheduler")
         if (plan.header.guidance == "separate" and guidance_scale <= 1) or (
             plan.header.guidance == "none" and guidance_scale > 1
         ):
@@ -58,7 +58,7 @@ class PlanRuns:
             )
         around = [plan_forecast for (step, i), plan_forecast in plan.forecasts.items() if plan.rows[step][i] == LOWRANK]
         self.ages = max((age for forecast in around for age in forecast.ages), default=1)
-        self.executable = compile_plan(model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
+        self.executable = compile_plan(traced.model, plan, inputs, CompileConfig("eager", exact=True), factors, traced)
         self.plan, self.scheduler, self.scale = self.executable.plan, scheduler, guidance_scale
 
     @property

@@ -63,5 +63,6 @@ PIXART = Family(
     conditioning=conditioning,
     embedding="adaln_single.emb.timestep_embedder",
     random={"pixart-alpha": ALPHA},
+    optional=frozenset(("encoder_attention_mask",)),
     scheduler=("DPMSolverMultistepScheduler", {}),
 )

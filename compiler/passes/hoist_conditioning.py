@@ -13,6 +13,7 @@ from stepgraph.compiler.tracing.graphs import live_nodes, storages_of, written_s
 from stepgraph.env import get_logger
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table
+from stepgraph.weight_kinds import own_kinds
 
 RANDOM = frozenset({"bernoulli", "dropout", "multinomial", "normal", "rand", "rand_like", "randint", "randn", "randn_like"})
 
@@ -83,7 +84,8 @@ def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
         _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(program.graphs, borders, strict=True)
     )
     # Bound methods: vmap would write the whole module out to have a name for it.
-    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep_scale)
+    rowwise = bool(own_kinds(timestep))
+    program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep, rowwise)
     return len(tables)
 
 

@@ -17,8 +17,11 @@ from stepgraph.compiler.tracing.describe import make_header
 from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.plan import FORMAT, CachePlan
+from stepgraph.plan.header import NOTHING
 from stepgraph.plan.json import without_duplicates
+from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 
 def import_plan(
@@ -26,9 +29,10 @@ def import_plan(
     model: nn.Module,
     scheduler: Any,
     *,
-    steps: int,
+    steps: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     allow_stochastic: bool = False,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> CachePlan:
     """Read a plan file of any known format, for a model and its schedule.
@@ -37,14 +41,16 @@ def import_plan(
         path: A JSON file, or a .pt / .pth checkpoint (only tensors, containers and argparse.Namespace are unpickled).
         model: The model it is for; shapes and sites are checked against it.
         scheduler: A diffusers scheduler.
-        steps: Number of inference steps.
+        steps: Number of inference steps; may be left out where the schedule has sigmas or timesteps.
         example_inputs: The forward's arguments, where the model's usual shapes are not meant.
         allow_stochastic: Take the plan although the sampler adds noise.
+        schedule: As for `stepgraph.sample`.
         **options: The format's own, such as `theta` of an L2C router.
 
     Raises:
         PlanError: The file is not of a known format or does not fit the model; the message names the file and the key.
     """
+    model = unwrapped(model)
     path = Path(path)
     data = _read(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:
@@ -58,14 +64,17 @@ def import_plan(
     unknown = sorted(set(options) - set(takes))
     if unknown:
         raise ArgumentError(f"{path}: the format {name!r} has no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
-    if not allow_stochastic:
-        refuse_stochastic(scheduler, steps)
+    chosen, count = counted_steps(schedule, steps, scheduler)
     marked = marked_graph(model, example_inputs)
-    header = make_header(model, scheduler, steps, marked)
+    header = make_header(model, scheduler, count, marked, schedule=chosen)
+    if not allow_stochastic:
+        refuse_stochastic(scheduler, count, header.schedule)
     try:
         actions = IMPORTERS[name].actions(data, marked.sites, len(header.timesteps), **options)
         arguments = {"file": path.name, **options}
-        return CachePlan.build(replace(header, policy=f"import:{name}", arguments=arguments), marked.sites, actions)
+        return CachePlan.build(
+            replace(header, policy=f"import:{name}", arguments=arguments, measured=NOTHING), marked.sites, actions
+        )
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error
 

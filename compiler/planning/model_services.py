@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from stepgraph.compiler.calibration.calibrate import calibrate, digest
+from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
-from stepgraph.compiler.forecast.fit_forecasts import fit_whole_step
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.forecast.fit_forecasts import fit_traced
+from stepgraph.compiler.forecast.fit_in_closed_loop import STATE, Runs
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
-from stepgraph.compiler.routers.train_router import train_router
+from stepgraph.compiler.routers.train_router import train_traced
 from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
 from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
+from stepgraph.schedule import Schedule
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
 MODEL_SERVICES = ("again", "fit", "train")
@@ -32,20 +32,19 @@ class ModelServices:
     Attributes:
         header: What the plan is for.
         stats: Its calibration, where there is one.
-        model: Where it was given.
-        scheduler: Likewise.
+        traced: The model, where it was given, with the graphs that were made of it.
+        scheduler: Where it was given.
         conditioning: What the calibration was given; so are the next three.
         inputs: The forward's arguments, where the model's usual shapes are not meant.
         metrics: Rates of one's own.
         allow_stochastic: Whether the sampler may add noise.
         checkpoint: Where unfinished runs are kept.
         on_step: Called with (done, in all).
-        traced: Graphs that were made of the model before.
     """
 
     header: PlanHeader
     stats: CalibrationStats | None
-    model: nn.Module | None
+    traced: TracedModel | None
     scheduler: Any
     conditioning: Mapping[str, torch.Tensor] | None = None
     inputs: Mapping[str, torch.Tensor] | None = None
@@ -53,7 +52,6 @@ class ModelServices:
     allow_stochastic: bool = False
     checkpoint: str | Path | None = None
     on_step: Callable[[int, int], None] | None = None
-    traced: TracedModel | None = None
 
     def again(self, reused: torch.Tensor) -> CalibrationStats:
         """The calibration once more, its rates measured under provisional reuses [T, sites] (InvarDiff's phase 2).
@@ -61,21 +59,23 @@ class ModelServices:
         Raises:
             PlanError: The model or scheduler is missing, or the conditioning is not that of the calibration.
         """
-        if self.stats is None or self.model is None or self.scheduler is None:
+        if self.stats is None or self.traced is None or self.scheduler is None:
             raise ArgumentError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         if digest(self.conditioning) != self.stats.conditioning:
             raise MismatchError("the statistics were measured with other conditioning; pass the same to make_plan")
-        shapes = input_shapes(self.inputs or example_inputs(self.model), family_of(self.model).unbatched)
+        inputs = self.inputs or example_inputs(self.traced.model, 1, self.conditioning)
+        shapes = input_shapes(inputs, self.traced.family.unbatched)
         if shapes != self.header.shapes:
             raise MismatchError(
                 f"the statistics are of inputs {dict(self.header.shapes)}, phase 2 would measure {shapes}; pass example_inputs "
                 f"of these shapes to make_plan"
             )
-        return calibrate(
-            self.model, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
+        return calibrate_traced(
+            self.traced, self.scheduler, steps=self.header.steps, samples=self.header.samples or 1,
             seed=self.header.seed or 0, guidance_scale=self.stats.guidance_scale, conditioning=self.conditioning,
             inputs=self.inputs, provisional=reused, eta=self.stats.eta, metrics=self.metrics, channels=False,
-            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step, traced=self.traced,
+            allow_stochastic=self.allow_stochastic, checkpoint=self.checkpoint, on_step=self.on_step,
+            schedule=self.header.schedule,
         )  # fmt: skip
 
     def fit(self, sites: Sequence[Site], actions: Mapping[str, str], **settings: Any) -> CachePlan:
@@ -84,18 +84,11 @@ class ModelServices:
         Raises:
             PlanError: The model or scheduler is missing.
         """
-        if self.model is None or self.scheduler is None:
+        if self.traced is None or self.scheduler is None:
             raise ArgumentError("the whole-step rule is fitted on the model: pass model= and scheduler=")
         plan = CachePlan.build(self.header, sites, actions)
-        return fit_whole_step(
-            plan,
-            self.model,
-            self.scheduler,
-            conditioning=self.conditioning,
-            on_step=self.on_step,
-            traced=self.traced,
-            **settings,
-        )
+        runs = Runs(conditioning=self.conditioning, target=STATE, on_step=self.on_step, **settings)
+        return fit_traced(plan, self.traced, self.scheduler, runs)
 
     def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:
         """Routers from a file, or trained on the model (Learning-to-Cache).
@@ -109,12 +102,16 @@ class ModelServices:
             router = Router.load(file)
             router.refuse_other(self.header, str(file))
             return router
-        if self.model is None or self.scheduler is None:
+        if self.traced is None or self.scheduler is None:
             raise ArgumentError(
                 "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
             )
+        if self.header.schedule != Schedule():
+            raise ArgumentError(
+                f"routers are trained on the scheduler's own timesteps, not with {self.header.schedule}; leave schedule out"
+            )
         settings = settings_of(preset, changes)
-        return train_router(
-            self.model, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
-            on_step=self.on_step, traced=self.traced,
+        return train_traced(
+            self.traced, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
+            on_step=self.on_step,
         )  # fmt: skip

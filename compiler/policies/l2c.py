@@ -76,4 +76,4 @@ def l2c(
     return {name: "".join(REUSE if hit else COMPUTE for hit in reused[:, i].tolist()) for i, name in enumerate(routed)}
 
 
-L2C = Policy(l2c, source="Learning-to-Cache, arXiv 2406.01733")
+L2C = Policy(l2c, source="Learning-to-Cache, arXiv 2406.01733", measures=True)

@@ -51,7 +51,11 @@ def magcache(
     for i, step in enumerate(exclude):
         check_whole(f"exclude[{i}]", step, 0, steps - 1)
     if len(ratios) != steps:
-        raise ArgumentError(f"ratios holds {len(ratios)} numbers; expected {steps}, one per step")
+        raise ArgumentError(
+            f"ratios holds {len(ratios)} numbers; expected {steps}, one per step; make the plan for {len(ratios)} steps and "
+            f"stretch it with plan.resample({steps}, scheduler), or take the nearest ratios: "
+            f"[ratios[round(i * {len(ratios) - 1} / {max(steps - 1, 1)})] for i in range({steps})]"
+        )
     letters = []
     product, deviation, skipped = 1.0, 0.0, 0
     for step, ratio in enumerate(ratios):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.checks import check_number
+from stepgraph.checks import check_flag, check_number
 from stepgraph.compiler.interfaces.policy import Policy, per_kind, present_kinds
 from stepgraph.errors import ArgumentError
 from stepgraph.plan import COMPUTE, MODULE_KINDS, REUSE, Site
@@ -33,8 +33,7 @@ def smoothcache(
     unknown = sorted(set(alpha) - set(present)) if isinstance(alpha, Mapping) else []
     if unknown:
         raise ArgumentError(f"alpha is given for {unknown[0]!r}; this model has the module kinds {', '.join(present)}")
-    if not isinstance(per_layer, bool):
-        raise ArgumentError(f"per_layer is {per_layer!r}; expected true or false")
+    check_flag("per_layer", per_layer)
     actions: dict[str, str] = {}
     for kind in present:
         threshold = per_kind(alpha, kind, 0.0)

@@ -49,4 +49,4 @@ def whole_step(
     return fit(sites, {"output": letters}, samples=samples, seed=seed, guidance_scale=guidance_scale)
 
 
-WHOLE_STEP = Policy(whole_step, source="stepgraph's own")
+WHOLE_STEP = Policy(whole_step, source="stepgraph's own", measures=True)

@@ -19,6 +19,7 @@ from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.wrapped_models import unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
@@ -35,7 +36,6 @@ def train_router(
     checkpoint: str | Path | None = None,
     every: int = 100,
     on_step: Callable[[int, int], None] | None = None,
-    traced: TracedModel | None = None,
 ) -> Router:
     """Train one logit per routed step and module site; the model's own weights stay as they are.
 
@@ -56,19 +56,31 @@ def train_router(
             A resumed training equals an uninterrupted one bit for bit.
         every: Iterations between checkpoints.
         on_step: Called with (iterations done, iterations in all).
-        traced: Graphs that were made of this very model before, so that it is not traced again.
 
     Raises:
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
             is not finite.
     """
+    return train_traced(
+        TracedModel(unwrapped(model)), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
+        checkpoint=checkpoint, every=every, on_step=on_step,
+    )  # fmt: skip
+
+
+def train_traced(
+    traced: TracedModel, scheduler: Any, *, steps: int, settings: RouterSettings | None = None,
+    data: torch.Tensor | None = None, conditioning: Mapping[str, torch.Tensor] | None = None,
+    checkpoint: str | Path | None = None, every: int = 100, on_step: Callable[[int, int], None] | None = None,
+) -> Router:  # fmt: skip
+    """`train_router`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     chosen = settings or RouterSettings()
     prepared = prepare_scheduler(scheduler, steps)
     example = example_inputs(model, chosen.batch)
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
     example["timestep"] = prepared.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
-    marked = TracedModel.of(model, traced).marked(example)
+    marked = traced.marked(example)
     header = make_header(model, scheduler, steps, marked, guidance="none")
     with torch.no_grad():
         states = _states(model, scheduler, steps, chosen, data, conditioning)

@@ -12,6 +12,7 @@ from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.env import get_logger
 from stepgraph.errors import PlanError
+from stepgraph.fingerprint import model_dtype
 from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import LOWRANK, CachePlan
 from stepgraph.plan.corrections import Increment
@@ -34,7 +35,7 @@ def _groups(
     marked: MarkedGraph, model: nn.Module, index: int, maps: Sequence[fx.Node], factors: Factors
 ) -> tuple[MapGroup, ...]:
     site = marked.sites[index]
-    weight = next(model.parameters())
+    device, dtype = next(model.parameters()).device, model_dtype(model)
     groups: dict[str, list[tuple[fx.Node, str]]] = {}
     if site.path in factors.maps and not isinstance(model.get_submodule(site.path), nn.Linear):
         marker = next(node for node in marked.graph.nodes if node.meta.get(MARKER) == index)
@@ -61,7 +62,7 @@ def _groups(
         missing = [path for _, path in members if path not in factors.maps]
         if missing:
             raise PlanError(f"site {site.name}: the factors have none for {missing[0]}; they have {_some(factors.maps)}")
-        pairs = [tuple(t.to(weight.device, weight.dtype) for t in factors.maps[path]) for _, path in members]
+        pairs = [tuple(t.to(device, dtype) for t in factors.maps[path]) for _, path in members]
         stacked = torch.cat([b for _, b in pairs])
         bound.append(MapGroup(source, tuple(node.name for node, _ in members), tuple(a for a, _ in pairs), stacked))
     return tuple(bound)

@@ -26,10 +26,10 @@ def numbered_forecasts(plan: CachePlan, step: int) -> dict[int, tuple[Forecast, 
 
 
 def coefficients_of(
-    plan: CachePlan, factors: Factors | None, weight: torch.Tensor
+    plan: CachePlan, factors: Factors | None, device: torch.device, weight_dtype: torch.dtype
 ) -> tuple[tuple[tuple[torch.Tensor, ...], ...], ...]:
     """Per step and branch, the tensors of the forecasts' coefficients, on the weights' device."""
-    dtype, steps = coefficient_dtype(weight.dtype), []
+    dtype, steps = coefficient_dtype(weight_dtype), []
     affine: Mapping[str, torch.Tensor] = factors.affine if factors is not None else {}
     for step in range(plan.steps):
         used = sorted((constant, i, forecast) for i, (forecast, constant) in numbered_forecasts(plan, step).items())
@@ -39,7 +39,7 @@ def coefficients_of(
             tensors = []
             for i, forecast in numbered.values():
                 rows = affine[f"{plan.sites[i].name}/{step}"] if forecast.per_channel else forecast.coefficients[branch]
-                tensors.append(torch.as_tensor(rows, dtype=dtype, device=weight.device))
+                tensors.append(torch.as_tensor(rows, dtype=dtype, device=device))
             branches.append(tuple(tensors))
         steps.append(tuple(branches))
     return tuple(steps)

@@ -1,6 +1,7 @@
 """What a plan's header says of a model, and whether a plan fits a model."""
 
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,22 +9,109 @@ from torch import nn
 
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
-from stepgraph.errors import PlanError
+from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
-from stepgraph.inputs import flat_inputs
+from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
-from stepgraph.scheduler import prepare_scheduler, scheduler_facts
+from stepgraph.plan.measured import rests_on_measurement
+from stepgraph.schedule import Schedule
+from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
+from stepgraph.wrapped_models import unwrapped
 
 
-def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, Any]:
-    """Keyword arguments of the right shapes for a model's forward, on its device and in its dtype; all zeros.
+def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments of the right shapes for a model's forward, on its device and in its dtype.
+
+    Args:
+        model: The model.
+        batch: Rows of every input.
+        conditioning: What the model will be conditioned on, as for `stepgraph.sample`: the inputs have its shapes and dtypes
+            (text tokens, masks, positions). The family's usual sizes unless given.
 
     Raises:
         CompileError: No adapter covers the model's class.
+        ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
+    model = unwrapped(model)
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-    return family_of(model).example_inputs(config_of(model), batch, model_dtype(model), device)
+    family = family_of(model)
+    usual = family.example_inputs(config_of(model), batch, model_dtype(model), device)
+    if conditioning is None:
+        return usual
+    cond = complete_conditioning(model, conditioning)
+    inputs = {name: value for name, value in usual.items() if name in own_inputs(usual) or name in cond}
+    for name, value in cond.items():
+        inputs[name] = _like(value, batch, name not in family.unbatched, device, name)
+    if "img_ids" in inputs and inputs["img_ids"].shape[0] != next(iter(inputs.values())).shape[1]:
+        latents, *_ = inputs
+        inputs[latents] = inputs[latents].new_zeros(batch, inputs["img_ids"].shape[0], inputs[latents].shape[2])
+    return inputs
+
+
+def planned_inputs(model: nn.Module, header: PlanHeader, batch: int = 1) -> dict[str, Any]:
+    """The same, in the sizes of a plan's header: zeros, and masks that leave nothing out."""
+    usual, family = example_inputs(model, batch), family_of(model)
+    flat = {name: value for name, value in flat_inputs(usual).items() if isinstance(value, torch.Tensor)}
+    other: dict[str, Any] = {}
+    for name in set(flat) & set(header.shapes):
+        shape = (*(() if name in family.unbatched else (batch,)), *header.shapes[name])
+        if shape != tuple(flat[name].shape):
+            other[name] = flat[name].new_full(shape, int("mask" in name))
+    inputs = like_flat(usual, other)
+    return {name: value for name, value in inputs.items() if name not in flat or name in header.shapes}
+
+
+def own_inputs(inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The inputs that the sampler makes: the latents, which come first, and the timestep."""
+    return next(iter(inputs)), "timestep"
+
+
+def complete_conditioning(model: nn.Module, conditioning: Mapping[str, Any], tokens: int | None = None) -> dict[str, Any]:
+    """The conditional inputs by name, with what pipelines of the model's family make themselves.
+
+    Args:
+        model: The model.
+        conditioning: As a caller has it.
+        tokens: How many the image has; as usual unless given.
+
+    Raises:
+        ArgumentError: An input of the model is missing, or is none of its inputs.
+    """
+    family = family_of(model)
+    cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_") and value is not None}
+    if family.completed is not None:
+        cond = family.completed(cond, tokens)
+    meta = torch.device("meta")
+    usual = family.example_inputs(config_of(model), 1, model_dtype(model), meta)
+    takes = {*usual, *inspect.signature(type(model).forward).parameters} - {"self", "return_dict"}
+    expected = [name for name in usual if name not in own_inputs(usual)]
+    for name in cond:
+        if name not in takes or name in own_inputs(usual):
+            raise ArgumentError(
+                f"conditioning has {name}, which {type(model).__name__} is not conditioned on; {_takes(expected)}"
+            )
+    for name in expected:
+        if name not in cond and name not in family.optional:
+            raise ArgumentError(f"conditioning lacks {name}, which {type(model).__name__} needs; {_takes(expected)}")
+    return cond
+
+
+def _takes(expected: Sequence[str]) -> str:
+    return f"expected are {', '.join(expected) or 'none'}"
+
+
+def _like(value: Any, batch: int, batched: bool, device: torch.device, name: str) -> Any:
+    """Conditioning as an example of another batch size; masks and positions keep their values as far as rows go."""
+    if isinstance(value, Mapping):
+        return {key: _like(entry, batch, batched, device, f"{name}.{key}") for key, entry in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not batched:
+        return value.to(device)
+    if not value.ndim or not value.shape[0]:
+        raise ArgumentError(f"conditioning {name} is {list(value.shape)}; expected one row per sample")
+    return value[:1].to(device).expand(batch, *value.shape[1:]).contiguous()
 
 
 def input_shapes(inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
@@ -37,23 +125,45 @@ def branches_of(guidance: str) -> tuple[str, ...]:
     return ("cond", "uncond") if guidance == "separate" else ("all",)
 
 
-def make_header(model: nn.Module, scheduler: Any, steps: int, marked: MarkedGraph, guidance: str = "batched") -> PlanHeader:
-    """The header of a plan for this model under this scheduler."""
+def make_header(
+    model: nn.Module,
+    scheduler: Any,
+    steps: int,
+    marked: MarkedGraph,
+    guidance: str = "batched",
+    schedule: Schedule | None = None,
+) -> PlanHeader:
+    """The header of a plan for this model under this scheduler.
+
+    Raises:
+        PlanError: The scheduler cannot be set so.
+    """
+    shapes = input_shapes(marked.trace.inputs, marked.family.unbatched)
+    schedule = shifted(schedule or Schedule(), scheduler, latents_shape(marked.trace.inputs), model)
     return PlanHeader(
         model=type(model).__name__,
         fingerprint=fingerprint(model),
         steps=steps,
-        **scheduler_facts(prepare_scheduler(scheduler, steps)),
-        shapes=input_shapes(marked.trace.inputs, marked.family.unbatched),
+        **scheduler_facts(prepare_scheduler(scheduler, steps, schedule=schedule), schedule.begin),
+        shapes=shapes,
         dtype=dtype_name(model_dtype(model)),
         macs=marked.macs,
         guidance=guidance,
         branches=branches_of(guidance),
+        schedule=schedule,
+        timestep=marked.family.timestep,
     )
 
 
+def latents_shape(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the latents, the first of a model's inputs, without their batch."""
+    return tuple(next(iter(inputs.values())).shape[1:])
+
+
 def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> None:
-    """Compare inputs with those a plan was made for; only the batch may differ.
+    """Compare inputs with those a plan was made for.
+
+    Only the batch may differ; a plan that rests on no measurement follows inputs of other sizes too.
 
     Args:
         plan: The plan.
@@ -67,14 +177,16 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
     planned, shapes = plan.header.shapes, input_shapes(flat, unbatched)
     if set(planned) != set(shapes):
         raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes)}")
-    for name, shape in shapes.items():
-        if shape != planned[name]:
-            sizes = [", ".join([*([] if name in unbatched else ["batch"]), *map(str, s)]) for s in (planned[name], shape)]
-            raise PlanError(
-                f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this resolution"
-            )
     batched = {name: flat[name] for name in shapes if name not in unbatched}
     latents = next(iter(batched))
+    for name, shape in shapes.items():
+        what = _what_differs(name, name in (latents, "img_ids"), planned[name], shape)
+        if what == "shape" or (what and rests_on_measurement(plan)):
+            sizes = [", ".join([*([] if name in unbatched else ["batch"]), *map(str, s)]) for s in (planned[name], shape)]
+            more = ", measured with conditioning= of these shapes" if what == "number of tokens" else ""
+            raise PlanError(
+                f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this {what}{more}"
+            )
     if dtype_name(batched[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")
     empty = [name for name, value in batched.items() if not value.ndim or not value.shape[0]]
@@ -84,6 +196,20 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
         )
     if len({value.shape[0] for value in batched.values()}) != 1:
         raise PlanError(f"the inputs disagree on the batch size: { {name: v.shape[0] for name, v in batched.items()} }")
+
+
+def _what_differs(name: str, image: bool, planned: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What of an input is of another size than planned: the resolution or the number of tokens, which models take in any size,
+    or else its shape; empty where nothing is.
+    """
+    if planned == shape:
+        return ""
+    # Latents [C, H, W] keep their first size; tokens [N, C], positions [N, 3] and text [N, D] their last; masks [N] have one.
+    fixed = [s[0] if image and len(s) == 3 else s[-1] if len(s) == 2 else None for s in (planned, shape)]
+    free = (image or name.startswith(("encoder_", "txt_"))) and len(planned) == len(shape) and len(shape) > 0
+    if not free or fixed[0] != fixed[1]:
+        return "shape"
+    return "resolution" if image else "number of tokens"
 
 
 def refuse_other_sites(plan: CachePlan, marked: MarkedGraph) -> None:

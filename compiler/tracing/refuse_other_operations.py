@@ -14,7 +14,7 @@ def refuse_other_operations(
 ) -> None:
     """Two traces of one forward do the same on the same constants, unless it depends on something outside itself."""
     for name, value in constants.items():
-        if name in again and not torch.equal(value, again[name]):
+        if name in again and value is not again[name] and not torch.equal(value, again[name]):
             raise TraceError(f"traced twice, the forward came with other values of a {list(value.shape)} constant; {NO_PAST}")
     for one, other in zip(first.nodes, second.nodes, strict=False):
         if _spelled(one) != _spelled(other):

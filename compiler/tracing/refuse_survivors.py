@@ -22,21 +22,15 @@ def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
 
 
 def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
-    """Take the traced tensors that the forward left behind out of wherever it put them; they have no data to go on with.
+    """See that the forward left no traced tensors behind; they have no data to go on with.
 
     Raises:
         TraceError: The forward kept one elsewhere than in a functools cache: that is its own past.
     """
     forget_in_memos(made)
-    for ref in made:
-        traced = ref()
-        if traced is None:
-            continue
-        for holder in gc.get_referrers(traced):
-            if isinstance(holder, dict):
-                for key in [key for key, value in holder.items() if value is traced]:
-                    del holder[key]
-        raise TraceError(f"{traced.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
+    left = next((traced for ref in made if (traced := ref()) is not None), None)
+    if left is not None:
+        raise TraceError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
 def _holds(thing: Any, wanted: set[int], searched: dict[int, int], depth: int = 5) -> bool:

@@ -26,13 +26,18 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
+from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
+from stepgraph.compiler.tracing.saved_state import SavedState, drop_traced
+from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths, restore
 from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
+from stepgraph.runtime.program.facts import Facts
+from stepgraph.wrapped_models import refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
 TRACE_LOCK = threading.RLock()
@@ -49,6 +54,7 @@ class Trace:
         constants: Tensors that the forward holds outside parameters and buffers, by attribute name in the graph.
         output_spec: Rebuilds what the forward returned from the flat outputs.
         inputs: The example inputs' fake values by name.
+        facts: What the graph depends on beside them and the contents of weights.
         seconds: How long tracing took.
     """
 
@@ -57,6 +63,7 @@ class Trace:
     constants: dict[str, torch.Tensor]
     output_spec: pytree.TreeSpec
     inputs: dict[str, FakeTensor]
+    facts: Facts
     seconds: float = 0.0
 
     def bind(self, model: nn.Module, graph: fx.Graph | None = None) -> fx.GraphModule:
@@ -65,7 +72,7 @@ class Trace:
         attributes: dict[str, Any] = dict(self.constants)
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr") and node.target not in attributes:
-                attributes[node.target] = operator.attrgetter(node.target)(model)
+                attributes[node.target] = uncompiled(operator.attrgetter(node.target)(model))
         return fx.GraphModule(attributes, graph, class_name=type(model).__name__)
 
 
@@ -90,49 +97,107 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
+    refuse_offload(model)
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
-        first = _record(model, inputs)
-        second = _record(model, inputs, first)
-    refuse_other_operations(first.graph, second.graph, first.constants, second.constants)
-    return replace(first, seconds=time.perf_counter() - started)
+        before, made = SavedState(model), list[weakref.ref[TracedTensor]]()
+
+        def leave_no_trace() -> None:
+            before.restore()
+            forget_in_memos(made)
+            drop_traced(made)
+
+        try:
+            recorded = _record_twice(model, inputs, made, Strengths())
+            if recorded is None:
+                leave_no_trace()
+                recorded = _record_twice(model, inputs, made, Strengths(denied=None))
+        except BaseException:
+            # The model that was refused is still the user's, to run without us.
+            leave_no_trace()
+            raise
+    assert recorded is not None
+    return replace(recorded, seconds=time.perf_counter() - started)
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any], earlier: Trace | None = None) -> Trace:
-    """Run the forward once on traced tensors, and see to it that none of them stays behind."""
-    traced: list[weakref.ref[TracedTensor]] = []
+def _record_twice(
+    model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], strengths: Strengths
+) -> Trace | None:
+    """Run the forward twice, the second time with other strengths.
+
+    Returns:
+        None where it did something else then.
+
+    Raises:
+        TraceError: It did something else although there are no strengths.
+    """
+    first = _record(model, inputs, made, strengths)
+    followed = frozenset(place for place, _ in strengths.constants) - strengths.fixed
     try:
-        recorded = _run(model, inputs, traced, earlier)
-    except BaseException:
-        forget_in_memos(traced)
-        raise
-    refuse_survivors(traced)
+        second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
+        ordinary = {name: value for name, value in first.constants.items() if not name.startswith(STRENGTH)}
+        refuse_other_operations(first.graph, second.graph, ordinary, second.constants)
+    except TraceError:
+        if not followed:
+            raise
+        return None
+    return first
+
+
+def _record(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    made: list["weakref.ref[TracedTensor]"],
+    strengths: Strengths,
+    earlier: Trace | None = None,
+) -> Trace:
+    """Run the forward once on traced tensors, and see to it that none of them stays behind."""
+    recorded = _run(model, inputs, made, strengths, earlier)
+    refuse_survivors(made)
     return recorded
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], earlier: Trace | None) -> Trace:
+def _run(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    made: list["weakref.ref[TracedTensor]"],
+    strengths: Strengths,
+    earlier: Trace | None,
+) -> Trace:
     """Run the forward once on traced tensors."""
     examples = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
     tensors = [*model.parameters(), *model.buffers(), *examples.values()]
     fake = [*(earlier.inputs.values() if earlier is not None else ()), *tensors]
     mode = next((t.fake_mode for t in fake if isinstance(t, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
-    tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph)
+    reads = Reads(model, strengths, again=earlier is not None)
+    tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph, reads=reads)
     tracer.made = made
     before = module_attributes(model)
-    call, getattribute = nn.Module.__call__, nn.Module.__getattr__
+    call, getattribute, read = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__getattribute__
     # Other threads may run this very model meanwhile; for them nothing changes.
     this_thread = threading.get_ident()
 
     def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mine = threading.get_ident() == this_thread
-        return tracer.call_module(call, module, args, kwargs) if mine else call(module, *args, **kwargs)
+        # What torch.compile keeps beside a module is not its forward.
+        return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
-        value = getattribute(module, name)
+        try:
+            value = getattribute(module, name)
+        except AttributeError:
+            reads.note_absent(module, name)
+            raise
         return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
 
+    def traced_read(module: nn.Module, name: str) -> Any:
+        value = read(module, name)
+        strength = reads.read(module, name, value)
+        return value if tracer.inside else strength
+
     with ExitStack() as stack:
+        stack.callback(restore, model)
         # A thread that is just reading an attribute may keep the tracer alive a little longer.
         stack.callback(tracer.attribute_nodes.clear)
         # Under autocast a traced operation would have other dtypes than the graph's run has.
@@ -145,10 +210,11 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
         }
         stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
+        stack.enter_context(mock.patch.object(nn.Module, "__getattribute__", traced_read))
         stack.enter_context(tracer)
         # A model that an executable is attached to is traced as it was before.
         forward = own_forward(model)
-        run = call if forward is None else lambda _, **arguments: forward(**arguments)
+        run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
         try:
             result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
         except TraceError:
@@ -163,7 +229,9 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[Tr
         raise TraceError(f"{type(model).__name__} returns {kinds} beside tensors; only tensors can be outputs of a graph")
     tracer.graph.output(tuple(leaf.node for leaf in leaves))
     fakes = {name: traced.value for name, traced in placeholders.items()}
-    return Trace(tracer.graph, tracer.calls, tracer.constants, spec, fakes)
+    return Trace(
+        tracer.graph, tracer.calls, tracer.constants, spec, fakes, earlier.facts if earlier is not None else reads.facts()
+    )
 
 
 __all__ = ["Trace", "TraceError", "trace"]

@@ -1,10 +1,12 @@
 """A model with the graphs that were made of it: each is traced once, for whoever in a chain of calls needs it."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from stepgraph.compiler.interfaces.family import Family
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, mark_sites
@@ -20,12 +22,20 @@ class TracedModel:
 
     Attributes:
         model: As it is traced.
-        family: Its adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.family = model, family_of(model)
+        self.model = model
         self._graphs: dict[tuple[Any, ...], MarkedGraph] = {}
+
+    @cached_property
+    def family(self) -> Family:
+        """The model's adapter.
+
+        Raises:
+            CompileError: None covers the model's class.
+        """
+        return family_of(self.model)
 
     @classmethod
     def of(cls, model: nn.Module, traced: "TracedModel | None") -> "TracedModel":

@@ -15,12 +15,17 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stepgraph.compiler.tracing.known_results import KnownResults, leaf_operation
 from stepgraph.compiler.tracing.model_location import model_frame, model_location
+from stepgraph.compiler.tracing.record_facts import Reads
+from stepgraph.compiler.tracing.run_opaque import opaque_modules, run_opaque
+from stepgraph.compiler.tracing.strengths import STRENGTH, WHOLES, StrengthValue, factors
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
+from stepgraph.weight_kinds import is_plain, kind_of, own_kinds
 
 DATA = vars(torch._C.TensorBase)["data"]
 NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
@@ -74,12 +79,14 @@ class Tracer(TorchFunctionMode):
     Attributes:
         earlier: An earlier trace of the same forward, to see whether this one does the same: as long as it does, its values are
             taken from there, and only what is new runs.
+        reads: Takes down what the forward reads.
     """
 
     model: nn.Module
     mode: FakeTensorMode
     device: torch.device
     earlier: fx.Graph | None = None
+    reads: Reads | None = None
     graph: fx.Graph = field(default_factory=fx.Graph)
     calls: dict[tuple[str, int], ModuleCall] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,6 +96,9 @@ class Tracer(TorchFunctionMode):
         self.paths = {id(module): path for path, module in self.model.named_modules()}
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         self.attributes = {id(tensor): name for name, tensor in tensors}
+        self.opaque = opaque_modules(self.model, is_leaf)
+        # Weights that are no plain tensors; the forward sees them as they are, and can ask for shapes and dtypes.
+        self.kinds = {id(tensor): name for name, tensor in own_kinds(self.model).items()}
         self.attribute_nodes: dict[str, TracedTensor] = {}
         self.fakes: dict[int, FakeTensor] = {}
         self.kept_alive: list[torch.Tensor] = []
@@ -118,6 +128,15 @@ class Tracer(TorchFunctionMode):
             raise TraceError(
                 f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
             )
+        if any(type(leaf) is StrengthValue for leaf in (*args, *kwargs.values())):
+            product = factors(func, args, kwargs)
+            if product is not None:
+                return self.scaled(*product)
+            args, kwargs = _mapped(plain, tuple(args), kwargs)
+        if self.kinds:
+            asked = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.kinds]
+            if asked:
+                return self.ask(func, args, kwargs, asked[0])
         op, target, arguments = _spelling(func, args)
         known = self.known(op, target, arguments, kwargs)
         if known is not None:
@@ -126,6 +145,19 @@ class Tracer(TorchFunctionMode):
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
+
+    def scaled(self, tensor: torch.Tensor, strength: StrengthValue) -> Any:
+        """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a number."""
+        device = tensor.device if tensor.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+        constant = strength.owner.constant(strength, device)
+        if id(constant) not in self.attributes:
+            name = self.attributes[id(constant)] = f"{STRENGTH}{len(strength.owner.constants) - 1}"
+            self.constants[name] = constant
+        factor = self.get_attribute(constant)
+        if tensor.dtype in WHOLES:
+            return self.call_torch(torch.Tensor.mul, (tensor, factor), {})
+        product = self.call_torch(torch.Tensor.mul, (self.call_torch(torch.Tensor.float, (tensor,), {}), factor), {})
+        return self.call_torch(torch.Tensor.to, (product, tensor.dtype), {})
 
     def known(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node | None:
         """The node of the earlier trace at this place, where it did the same on the same values."""
@@ -155,9 +187,11 @@ class Tracer(TorchFunctionMode):
         key = f"{path}@{call_index}" if call_index else path
         self.stack[key] = (path, type(module))
         try:
-            if is_leaf(module):
+            opaque = id(module) in self.opaque
+            if opaque or is_leaf(module):
                 known = self.known("call_module", path, args, kwargs)
-                value, mutates, macs = self.run_leaf(module, path, args, kwargs) if known is None else earlier_of(known)
+                run = self.run_opaque if opaque else self.run_leaf
+                value, mutates, macs = run(module, path, args, kwargs) if known is None else earlier_of(known)
                 result = self.record("call_module", path, args, kwargs, value, mutates, macs)
             else:
                 result = original(module, *args, **kwargs)
@@ -166,10 +200,39 @@ class Tracer(TorchFunctionMode):
         self.calls[path, call_index] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
         return result
 
+    def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, weight: torch.Tensor) -> Any:
+        """What the forward asks of a weight that is no plain tensor, such as its dtype; its numbers are its module's affair."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, TracedTensor) for leaf in leaves):
+            with self.pass_through(), _disable_current_modes():
+                answer = func(*args, **kwargs)
+            if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(answer)):
+                return answer
+        raise TraceError(
+            f"{model_location()}: the forward computes with {self.kinds[id(weight)]!r} itself, a {kind_of(weight)}; only a "
+            f"module without children that holds such a weight can be called with it; call that, or leave the weight plain"
+        )
+
+    def run_opaque(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
+        """As `run`, of a module whose weights mean what their own classes make of them: it is called once as it is."""
+
+        def like(leaf: Any) -> Any:
+            if not isinstance(leaf, TracedTensor):
+                return leaf
+            return torch.zeros(leaf.value.shape, dtype=leaf.value.dtype, device=leaf.value.device)
+
+        with self.pass_through(), _disable_current_modes():
+            args, kwargs = _mapped(like, args, kwargs)
+            result, macs = run_opaque(module, path, args, kwargs)
+        with self.pass_through():
+            return pytree.tree_map_only(torch.Tensor, self.mode.from_tensor, result), frozenset(), macs
+
     def run_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
         """As `run`, of one of torch.nn's own modules, on fake parameters."""
         twin = self.twin(module)
         before = {**vars(twin)}
+        if self.reads is not None:
+            self.reads.note_leaf(module)
         weights = [*twin._parameters.items(), *twin._buffers.items()]
         result = self.run(twin, args, kwargs, self.results.key(leaf_operation(module), weights, {}))
         changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
@@ -196,7 +259,7 @@ class Tracer(TorchFunctionMode):
     def get_attribute(self, value: Any) -> Any:
         """What an attribute read of a module gives during the trace: parameters and buffers become graph nodes."""
         name = self.attributes.get(id(value)) if not self.inside and isinstance(value, torch.Tensor) else None
-        if name is None:
+        if name is None or id(value) in self.kinds:
             return value
         if name not in self.attribute_nodes:
             known = self.known("get_attr", name, (), {})
@@ -286,6 +349,8 @@ class Tracer(TorchFunctionMode):
         node = self.graph.create_node(op, target, tuple(args), kwargs)
         node.meta |= {"nn_module_stack": dict(self.stack), MUTATES: mutates, MACS: macs}
         place = model_frame() if op.startswith("call") else None
+        if self.reads is not None and place is not None:
+            self.reads.note_frames()
         if place is not None:
             # In the form that fx reads to print the model's source line over the nodes that come from it.
             node.stack_trace = f'  File "{place[0]}", line {place[1]}, in {place[2]}\n    {place[3]}'
@@ -295,6 +360,8 @@ class Tracer(TorchFunctionMode):
         """What stands for a value among a node's arguments."""
         if isinstance(leaf, torch.Tensor):
             return self.node_of(leaf)
+        if isinstance(leaf, StrengthValue):
+            return leaf.decay()
         # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
         if isinstance(leaf, np.generic):
             return leaf.item()
@@ -320,14 +387,19 @@ class Tracer(TorchFunctionMode):
         """The fake value of any tensor that turns up during the trace."""
         if isinstance(tensor, TracedTensor):
             return tensor.value
-        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode and not tensor.requires_grad:
             return tensor
         if id(tensor) not in self.fakes:
             self.kept_alive.append(tensor)
+            if not is_plain(tensor):
+                raise TraceError(
+                    f"{model_location()}: a {kind_of(tensor)} is used here, which is neither a plain tensor nor a weight of "
+                    f"the model; convert it with .as_subclass(torch.Tensor), or register it in the module that uses it"
+                )
             with self.pass_through():
                 # Meta tensors stand for ones on the device; inference tensors have no version counter, their fakes need one.
                 hollow = tensor.device.type == "meta" or tensor.is_inference()
-                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(tensor)
+                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(_without_grad(tensor))
         return self.fakes[id(tensor)]
 
     def hollow(self, tensor: torch.Tensor) -> FakeTensor:
@@ -351,7 +423,7 @@ class Tracer(TorchFunctionMode):
             return tensor.node
         name = self.attributes.get(id(tensor))
         if name is None:
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, FakeTensor) or tensor.is_meta:
                 raise TraceError(
                     f"{model_location()}: a tensor without data that is neither a parameter nor a registered buffer "
                     f"is used here; trace the model with its weights, or register the tensor as a buffer"
@@ -372,6 +444,19 @@ FAKE_ERRORS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
+
+
+def plain(leaf: Any) -> Any:
+    """A strength as the number that it is, which the graph then holds for; anything else as it is."""
+    return leaf.decay() if isinstance(leaf, StrengthValue) else leaf
+
+
+def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory; views that a forward takes of parameters would ask for a gradient function."""
+    if not tensor.requires_grad:
+        return tensor
+    with _disable_current_modes():
+        return tensor.detach()
 
 
 PLAIN = (torch.Tensor, fx.Node, int, float, complex, str, type(None), type(...), torch.dtype, torch.device)

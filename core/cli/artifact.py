@@ -38,7 +38,7 @@ def scheduler_for(executable: Executable, model: str) -> Any:
     """The scheduler beside a model where it is the plan's, or None."""
     header, scheduler = executable.plan.header, load_scheduler(model)
     try:
-        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the model")
+        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps, schedule=header.schedule), "the model")
     except PlanError:
         return None
     return scheduler

@@ -11,9 +11,11 @@ from stepgraph.cli.options import (
     Dtype,
     Json,
     Model,
+    ScheduleOption,
     SchedulerName,
     Seed,
-    Steps,
+    StepsOrSchedule,
+    parse_arguments,
     parse_device,
     parse_dtype,
     process_group,
@@ -29,11 +31,12 @@ from stepgraph.files.whole_file import writable_folder
 @reports_errors
 def calibrate_command(
     model: Model,
-    steps: Steps = 50,
+    steps: StepsOrSchedule = None,
     samples: Annotated[int, typer.Option(min=1, help="sampling runs to average over, one sample each")] = 16,
     seed: Seed = 0,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale of the runs; 1 for none")] = 1.0,
     scheduler: SchedulerName = None,
+    schedule: ScheduleOption = None,
     eta: Annotated[float, typer.Option(help="DDIM's share of noise put back, 0..1; above 0 needs --allow-stochastic")] = 0.0,
     allow_stochastic: AllowStochastic = False,
     channels: Annotated[bool, typer.Option(help="keep per-channel means of all linear maps, for low-rank corrections")] = True,
@@ -57,6 +60,7 @@ def calibrate_command(
             stats = calibrate(
                 loaded, chosen, steps=steps, samples=samples, seed=seed, guidance_scale=guidance, channels=channels, eta=eta,
                 allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=lambda d, t: report("calibrating", d, t),
+                schedule=parse_arguments(schedule),
             )  # fmt: skip
         if not first:
             return

@@ -25,7 +25,7 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import whole_file, writable_folder
@@ -62,11 +62,12 @@ def compile_command(
         report("loading", 0, 3)
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         report("compiling", 1, 3)
-        inputs = example_inputs(loaded, batch)
+        cache_plan = CachePlan.load(plan)
+        inputs = planned_inputs(loaded, cache_plan.header, batch)
         config = CompileConfig(
             backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, merge=merge, slot_dtype=slot_dtype, offload=offload
         )
-        executable = compile_plan(loaded, CachePlan.load(plan), inputs, config, load_factors(plan, factors))
+        executable = compile_plan(loaded, cache_plan, inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)
         started = time.perf_counter()
         executable.session()(**inputs)

@@ -24,10 +24,12 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import CompileConfig
+from stepgraph.fingerprint import model_dtype
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.export.export import FORMATS, refuse_target
+from stepgraph.schedule import timestep_of
 from stepgraph.scheduler import prepare_scheduler
 
 
@@ -55,10 +57,12 @@ def export_command(
         report("loading", 0, 3)
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         chosen = load_scheduler(model, scheduler)
-        inputs = example_inputs(loaded, batch)
+        inputs = planned_inputs(loaded, cache_plan.header, batch)
         # Samplers pass their timesteps in a dtype of their own.
-        prepared = prepare_scheduler(chosen, cache_plan.header.steps, torch.device(device))
-        inputs["timestep"] = inputs["timestep"].to(prepared.timesteps.dtype)
+        header = cache_plan.header
+        prepared = prepare_scheduler(chosen, header.steps, torch.device(device), header.schedule)
+        timesteps = (header.timestep or timestep_of(loaded))(prepared.timesteps, model_dtype(loaded))
+        inputs["timestep"] = inputs["timestep"].to(timesteps.dtype)
         report("compiling", 1, 3)
         executable = compile_plan(loaded, cache_plan, inputs, CompileConfig("eager"), load_factors(plan, factors))
         report("exporting", 2, 3)

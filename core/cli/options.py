@@ -34,6 +34,9 @@ SchedulerName = Annotated[
     str | None, typer.Option("--scheduler", help=f"{', '.join(SCHEDULERS)}; by default the one beside the model, else ddim")
 ]
 Steps = Annotated[int, typer.Option(help="number of inference steps")]
+StepsOrSchedule = Annotated[
+    int | None, typer.Option(help="number of inference steps; 50, or as many as --schedule has sigmas or timesteps")
+]
 Batch = Annotated[int, typer.Option(min=1, help="rows of the model's input: images, twice that with guidance")]
 Seed = Annotated[int, typer.Option(help="of the noise")]
 AllowStochastic = Annotated[bool, typer.Option("--allow-stochastic", help="take a sampler that adds noise at every step")]
@@ -43,6 +46,14 @@ FactorsFile = Annotated[
 Out = Annotated[Path, typer.Option(help="folder for what is written")]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", "-a", help="an argument of the policy as name=value, the value as JSON: -a every=3")
+]
+ScheduleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--schedule",
+        help="what the pipeline sets its scheduler with, as name=value: sigmas=[1.0,0.5], timesteps=[999,500], mu=1.15, "
+        "strength=0.6",
+    ),
 ]
 
 EXPECTED = (StepgraphError, OSError, ValueError)

@@ -17,8 +17,9 @@ from stepgraph.cli.options import (
     Dtype,
     Json,
     PlanFile,
+    ScheduleOption,
     SchedulerName,
-    Steps,
+    StepsOrSchedule,
     parse_arguments,
     parse_device,
     parse_dtype,
@@ -41,6 +42,7 @@ from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import CachePlan
 from stepgraph.plan.plot import plot_diff
 from stepgraph.plan.report import diff_plans
+from stepgraph.schedule import counted_steps
 
 plan_app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +67,7 @@ def plan_make(
     guidance: Annotated[str, typer.Option(help="batched, separate or none")] = "batched",
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    schedule: ScheduleOption = None,
     allow_stochastic: AllowStochastic = False,
     arg: Arguments = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
@@ -77,11 +80,13 @@ def plan_make(
         kind = parse_dtype(dtype)
         loaded = load_model(model, parse_device(device), kind) if runs_model(policy) else load_to_plan(model, kind)
         chosen = load_scheduler(model, scheduler)
-        steps = 50 if steps is None and measured is None else steps
+        wish = parse_arguments(schedule)
+        if measured is None:
+            steps = counted_steps(wish, steps, chosen, 50)[1]
         cache_plan = make_plan(
             policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,
             allow_stochastic=allow_stochastic, checkpoint=checkpoint,
-            on_step=lambda d, t: report("running the model", d, t), **arguments,
+            on_step=lambda d, t: report("running the model", d, t), schedule=wish, **arguments,
         )  # fmt: skip
     cache_plan.save(out)
     checkpoint.unlink(missing_ok=True)
@@ -105,8 +110,9 @@ def plan_policies(as_json: Json = False) -> None:
 def plan_import(
     file: Annotated[Path, typer.Argument(help="; ".join(importer.source for importer in IMPORTERS.values()))],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    steps: Steps = 50,
+    steps: StepsOrSchedule = None,
     scheduler: SchedulerName = None,
+    schedule: ScheduleOption = None,
     dtype: Dtype = "float32",
     allow_stochastic: AllowStochastic = False,
     arg: Arguments = None,
@@ -116,7 +122,9 @@ def plan_import(
     """Turn a published plan file, recognised by its content, into a plan for a model."""
     loaded = load_to_plan(model, parse_dtype(dtype))
     chosen = load_scheduler(model, scheduler)
-    cache_plan = import_plan(file, loaded, chosen, steps=steps, allow_stochastic=allow_stochastic, **parse_arguments(arg))
+    wish, options = parse_arguments(schedule), parse_arguments(arg)
+    count = counted_steps(wish, steps, chosen, 50)[1]
+    cache_plan = import_plan(file, loaded, chosen, steps=count, schedule=wish, allow_stochastic=allow_stochastic, **options)
     cache_plan.save(out)
     show_plan(cache_plan, as_json, f"wrote {out}")
 

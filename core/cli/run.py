@@ -29,7 +29,7 @@ from stepgraph.cli.options import (
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
+from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_tensors, whole_file, writable_folder
@@ -73,7 +73,8 @@ def run_command(
         else:
             raise ArgumentError("say what to run: either a model with --plan, or --artifact")
     guided = guidance > 1
-    inputs = example_inputs(loaded, images * (2 if guided and cache_plan.header.guidance != "separate" else 1))
+    header = cache_plan.header
+    inputs = planned_inputs(loaded, header, images * (2 if guided and header.guidance != "separate" else 1))
     cond, uncond = family_of(loaded).conditioning(config_of(loaded), images, torch.device(device))
     conditioning = cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
     shape = next(iter(inputs.values())).shape[1:]
@@ -84,10 +85,10 @@ def run_command(
 
         def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
             started = time.perf_counter()
-            steps = cache_plan.header.steps
             result = sample(
-                runner, chosen, noise, guidance, steps=steps, on_step=lambda d, t: report(name, d, t), **conditioning
-            )
+                runner, chosen, noise, guidance, steps=header.steps, schedule=header.schedule,
+                on_step=lambda d, t: report(name, d, t), **conditioning,
+            )  # fmt: skip
             if result.is_cuda:
                 torch.cuda.synchronize()
             return result, time.perf_counter() - started

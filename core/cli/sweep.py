@@ -16,6 +16,7 @@ from stepgraph.cli.options import (
     Device,
     Dtype,
     Json,
+    ScheduleOption,
     SchedulerName,
     Seed,
     parse_arguments,
@@ -30,6 +31,7 @@ from stepgraph.compiler.entry.sweep import sweep
 from stepgraph.compiler.planning.list_policies import policies
 from stepgraph.compiler.planning.sweep_result import Sweep
 from stepgraph.errors import ArgumentError
+from stepgraph.schedule import counted_steps
 
 
 @reports_errors
@@ -45,6 +47,7 @@ def plan_sweep(
     stats: Annotated[Path | None, typer.Option(help="statistics of `stepgraph calibrate`; they bring the steps")] = None,
     steps: Annotated[int | None, typer.Option(help="number of inference steps; 50, or what the statistics have")] = None,
     scheduler: SchedulerName = None,
+    schedule: ScheduleOption = None,
     samples: Annotated[int, typer.Option(min=1, help="samples behind every error")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="most samples that are run at once")] = 32,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 for none")] = 2.0,
@@ -62,10 +65,11 @@ def plan_sweep(
     measured = CalibrationStats.load(stats) if stats is not None else None
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
+        chosen, wish = load_scheduler(model, scheduler), parse_arguments(schedule)
         result = sweep(
-            policy, measured, model=loaded, scheduler=load_scheduler(model, scheduler), knob=knobs, values=tried,
-            steps=50 if steps is None and measured is None else steps, samples=samples, guidance_scale=guidance, seed=seed,
-            batch=batch, arguments=parse_arguments(arg), on_step=report,
+            policy, measured, model=loaded, scheduler=chosen, knob=knobs, values=tried, schedule=wish,
+            steps=counted_steps(wish, steps, chosen, 50)[1] if measured is None else steps, samples=samples,
+            guidance_scale=guidance, seed=seed, batch=batch, arguments=parse_arguments(arg), on_step=report,
         )  # fmt: skip
     result.plot(plot)
     if not as_json:

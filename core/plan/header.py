@@ -7,8 +7,12 @@ from typing import Any
 
 from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
+from stepgraph.plan.json import parse_record
+from stepgraph.schedule import Schedule, TimestepInput
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+# A policy measured nothing on the weights, or chose its actions by that.
+NOTHING, CHOICE = MEASURED = ("nothing", "choice")
 BRANCHES = {"batched": ("all",), "separate": ("cond", "uncond"), "none": ("all",)}
 
 
@@ -35,6 +39,11 @@ class PlanHeader:
         prediction: What the scheduler takes the model's output for: "epsilon", "sample", "v_prediction", "flow", or another
             name of its own; empty where it is not known.
         factors: Digest of the low-rank factors that the plan is bound to; empty for none.
+        measured: What the policy measured on the weights, one of `MEASURED`; empty in files that do not say it
+            (`stepgraph.plan.measured`).
+        schedule: What the scheduler's `set_timesteps` is given beside the steps, and at which evaluation the run begins.
+        timestep: What pipelines make of the scheduler's timestep for the model; None where the plan does not say, and the
+            model's family does.
     """
 
     model: str
@@ -54,6 +63,9 @@ class PlanHeader:
     samples: int | None = None
     prediction: str = ""
     factors: str = ""
+    measured: str = ""
+    schedule: Schedule = field(default_factory=Schedule)
+    timestep: TimestepInput | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -62,6 +74,9 @@ class PlanHeader:
             raise PlanError(f"the timesteps must be finite numbers; {error}") from error
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "branches", tuple(self.branches))
+        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
         if not self.timesteps:
             raise PlanError("a plan needs at least one timestep; its header has none")
         if not all(map(math.isfinite, self.timesteps)):
@@ -75,6 +90,8 @@ class PlanHeader:
                 raise PlanError(f"the header's {name} is empty")
         if self.dtype not in DTYPES:
             raise PlanError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.measured not in ("", *MEASURED):
+            raise PlanError(f"measured is {self.measured!r}; expected one of {', '.join(MEASURED)}, or nothing")
         if self.guidance not in BRANCHES:
             raise PlanError(f"guidance is {self.guidance!r}; expected one of {', '.join(BRANCHES)}")
         if self.branches != BRANCHES[self.guidance]:

@@ -48,6 +48,8 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "steps": WHOLE, "macs": WHOLE, "call": WHOLE, "output": WHOLE, "bytes": WHOLE,
     "seed": ((int, type(None)), object), "samples": ((int, type(None)), object),
     "timesteps": (list, (int, float)), "branches": (list, str), "shapes": (dict, list), "arguments": (dict, object),
+    "sigmas": (list, (int, float)), "mu": ((int, float, type(None)), object), "begin": WHOLE,
+    "schedule": (dict, object), "timestep": ((dict, type(None)), object), "operations": (list, str),
     "terms": (list, str), "coefficients": (list, list), "ranks": (dict, int), "saved": WHOLE, "projection": WHOLE,
 }  # fmt: skip
 

@@ -222,6 +222,16 @@ class CachePlan:
 
         return resample_plan(self, steps, scheduler)
 
+    def tail(self, begin: int) -> "CachePlan":
+        """The plan of a run that begins at a later step: what it would read that is not stored then is computed.
+
+        Raises:
+            PlanError: `begin` is no step of the plan, or a forecast's coefficients are for values that the run does not have.
+        """
+        from stepgraph.plan.tail import tail_plan
+
+        return tail_plan(self, begin)
+
     def to_json(self) -> str:
         """The plan as JSON, one line per header field and per site, so that plans can be compared by eye or by diff."""
         header = {"format": FORMAT, "version": VERSION, **asdict(self.header)}

@@ -1,20 +1,26 @@
 """The refusal of models and schedulers other than those that a plan was made for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from stepgraph.errors import MismatchError
-from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype
-from stepgraph.plan.header import PlanHeader
+from stepgraph.fingerprint import contents_hash, dtype_name, model_dtype, structure_hash
+from stepgraph.plan.header import NOTHING, PlanHeader
+from stepgraph.plan.measured import measured, refuse_other_values
+from stepgraph.plan.plan import CachePlan
 from stepgraph.scheduler import scheduler_facts
 
+# How far timesteps may differ, in the scheduler's unit.
+NEAR = 1e-3
 
-def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
-    """Compare a model with the one a plan was made for.
+
+def refuse_other_structure(header: PlanHeader, model: nn.Module) -> None:
+    """Compare a model, whatever the values of its weights, with the one a plan was made for.
 
     Raises:
-        MismatchError: Class, dtype, structure or weights differ; the message says both sides.
+        MismatchError: Class, dtype or structure differ; the message says both sides.
     """
     if type(model).__name__ != header.model:
         raise MismatchError(f"the plan is for {header.model}; this model is {type(model).__name__}")
@@ -23,26 +29,64 @@ def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
         raise MismatchError(
             f"the plan is for a {header.dtype} model; this one is {model_dtype_name}; convert the model or make a plan for it"
         )
-    planned, actual = header.fingerprint.split("/"), fingerprint(model).split("/")
-    if planned[0] != actual[0]:
+    planned, actual = header.fingerprint.split("/")[0], structure_hash(model)
+    if planned != actual:
         raise MismatchError(
             f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
-            f"{planned[0]}, this model's {actual[0]}"
-        )
-    if planned[-1] != actual[-1] and "-" not in (planned[-1], actual[-1]):
-        raise MismatchError(
-            f"the plan is for other weights of {header.model} (hash {planned[-1]}, this model's {actual[-1]}); make a "
-            f"plan for these weights"
+            f"{planned}, this model's {actual}"
         )
 
 
-def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None:
+def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
+    """Compare a model with the one that something was measured on.
+
+    Raises:
+        MismatchError: Class, dtype, structure or weights differ; the message says both sides.
+    """
+    refuse_other_structure(header, model)
+    difference = other_values(header, model)
+    if difference:
+        raise MismatchError(f"{difference}; make a plan for these weights")
+
+
+def follow_model(plan: CachePlan, model: nn.Module, strict: bool = False) -> str:
+    """Compare a model with the one a plan was made for, whose weights' values matter as far as the plan measured them.
+
+    Returns:
+        What the user should be told of other values, once (`stepgraph.plan.measured.refuse_other_values`).
+
+    Raises:
+        MismatchError: Class, dtype or structure differ, or the values, of which the plan measured something.
+    """
+    refuse_other_structure(plan.header, model)
+    if measured(plan) == NOTHING:
+        return ""
+    difference = other_values(plan.header, model)
+    return refuse_other_values(plan, difference, strict) if difference else ""
+
+
+def other_values(header: PlanHeader, model: nn.Module) -> str:
+    """What differs where a model's weights hold other values than a plan's; empty where nothing does, or none are known."""
+    planned = header.fingerprint.split("/")[-1]
+    actual = contents_hash(model) if planned != "-" else "-"
+    if planned == actual or "-" in (planned, actual):
+        return ""
+    return f"the plan is for other weights of {header.model} (hash {planned}, this model's {actual})"
+
+
+def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow: bool = False) -> None:
     """Compare a scheduler that is set to its steps with the one a plan was compiled for.
+
+    Args:
+        header: The plan's.
+        scheduler: Set to the steps of its whole schedule, of which the plan's run may be the rest.
+        what: The scheduler in words.
+        follow: Whether the plan holds for any timesteps, as one that rests on no measurement does.
 
     Raises:
         MismatchError: Class, number of steps, configuration or timesteps differ; the message says both sides.
     """
-    facts = scheduler_facts(scheduler)
+    facts = scheduler_facts(scheduler, header.schedule.begin)
     if facts["scheduler"] != header.scheduler:
         raise MismatchError(f"compiled for {header.scheduler}, but {what} has {facts['scheduler']}; compile a plan for it")
     evaluations = len(facts["timesteps"])
@@ -57,5 +101,15 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str) -> None
             f"{facts['scheduler_hash']}); compile a plan for this configuration"
         )
     for step, (planned, actual) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
-        if abs(planned - actual) > 1e-3:
-            raise MismatchError(f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there")
+        if abs(planned - actual) > NEAR and not follow:
+            raise MismatchError(
+                f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there; measure the plan with "
+                f"what the sampler sets, schedule={{'sigmas': ..., 'mu': ..., 'timesteps': ...}} (now {header.schedule}; "
+                f"the plan's timesteps are {_listed(header.timesteps)}, those of {what} {_listed(facts['timesteps'])})"
+            )
+
+
+def _listed(timesteps: Sequence[float]) -> str:
+    """Timesteps in words, those in the middle of many left out."""
+    values = [f"{t:g}" for t in timesteps]
+    return ", ".join(values if len(values) <= 8 else [*values[:4], "...", *values[-2:]])

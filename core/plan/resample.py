@@ -1,6 +1,5 @@
 """Resampling a plan to another number of steps (`CachePlan.resample`)."""
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.plan.header import PlanHeader
 from stepgraph.plan.plan import CachePlan
 from stepgraph.plan.site import COMPUTE, DEAD, Site, canonical
+from stepgraph.scheduler import prepare_scheduler
 
 
 def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePlan:
@@ -66,9 +66,17 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
 def _resampled_header(header: PlanHeader, steps: int, scheduler: Any) -> PlanHeader:
     """The header for `steps` inference steps."""
     check_whole("steps", steps, 1)
+    schedule = header.schedule
+    if schedule.begin or (scheduler is not None and (schedule.sigmas or schedule.timesteps)):
+        raise ArgumentError(
+            f"the plan's schedule has {schedule}, which says nothing of {steps} steps; resample a plan of the scheduler's own "
+            f"schedule, or make one with schedule= of that length"
+        )
     timesteps = _interpolated(header, steps) if scheduler is None else _set_timesteps(header, steps, scheduler)
     origin = {"resampled_from": header.arguments.get("resampled_from", len(header.timesteps))}
-    return replace(header, steps=steps, timesteps=timesteps, arguments={**header.arguments, **origin})
+    shift_alone = replace(schedule, sigmas=(), timesteps=())
+    arguments = {**header.arguments, **origin}
+    return replace(header, steps=steps, timesteps=timesteps, arguments=arguments, schedule=shift_alone)
 
 
 def _set_timesteps(header: PlanHeader, steps: int, scheduler: Any) -> tuple[float, ...]:
@@ -79,9 +87,7 @@ def _set_timesteps(header: PlanHeader, steps: int, scheduler: Any) -> tuple[floa
             f"the plan is for {wanted[0]} (configuration {wanted[1]}), the given scheduler is {actual[0]} ({actual[1]}); "
             f"resampling changes the number of steps only: pass the plan's own scheduler, or make a plan for the other one"
         )
-    copied = copy.deepcopy(scheduler)
-    copied.set_timesteps(steps)
-    return tuple(float(t) for t in copied.timesteps)
+    return tuple(float(t) for t in prepare_scheduler(scheduler, steps, schedule=header.schedule).timesteps)
 
 
 def _interpolated(header: PlanHeader, steps: int) -> tuple[float, ...]:

@@ -169,7 +169,7 @@ class Session {
     if (runner_.has("prompt")) made.prompt = runner_.call("prompt", fixed);
     if (!runner_.schedule["tables"]["batched"].boolean()) return made;
     std::vector<double> numbers;
-    for (const Json& step : runner_.schedule["steps"].array()) numbers.push_back(step["timestep"].number());
+    for (const Json& step : runner_.schedule["steps"].array()) numbers.push_back(step["model_timestep"].number());
     std::vector<int64_t> column(static_cast<size_t>(timestep.dim()) + 1, 1), whole = timestep.sizes().vec();
     column.front() = static_cast<int64_t>(numbers.size());
     whole.insert(whole.begin(), column.front());
@@ -227,7 +227,7 @@ inline at::Tensor Runner::sample(const at::Tensor& noise, double guidance, const
   for (const Json& terms : sampler["terms"].array())
     for (const Json& term : terms.array()) oldest = std::max(oldest, static_cast<size_t>(term[0].integer()));
   for (size_t step = 0; step < schedule["steps"].array().size(); ++step) {
-    const double timestep = schedule["steps"][step]["timestep"].number(), scale = sampler["scales"][step].number();
+    const double timestep = schedule["steps"][step]["model_timestep"].number(), scale = sampler["scales"][step].number();
     const at::Tensor scaled = scale != 1 ? latents * scale : latents;
     Values outputs;
     if (!guided) outputs = {session(scaled, timestep, cond)};

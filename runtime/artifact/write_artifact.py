@@ -14,7 +14,7 @@ from stepgraph.errors import CompileError
 from stepgraph.files.container import write_container
 from stepgraph.files.whole_file import save_tensors
 from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
-from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
+from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.artifact.artifact import (
     FACTORS,
     FORMAT,
@@ -26,18 +26,22 @@ from stepgraph.runtime.artifact.artifact import (
     manifest_bytes,
 )
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import prepare_scheduler
+from stepgraph.weight_kinds import kind_of, own_kinds
 
 
 def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = False, scheduler: Any = None) -> None:
     """Write an executable (`Executable.save`)."""
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
-    # Weights may have been written to since; what is saved would be refused when it is loaded.
-    refuse_other_model(executable.plan.header, executable.model)
+    # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
+    follow_weights(executable, everything=True)
     if scheduler is not None:
         header = executable.plan.header
-        refuse_other_schedule(header, prepare_scheduler(scheduler, header.steps), "the scheduler to save")
+        refuse_other_schedule(
+            header, prepare_scheduler(scheduler, header.steps, schedule=header.schedule), "the scheduler to save"
+        )
     with TemporaryDirectory(prefix="stepgraph-artifact-") as place:
         work = Path(place)
         files = _write_parts(executable, work, with_weights)
@@ -113,6 +117,13 @@ def _is_tensor(value: Any) -> bool:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers of a model, the temporary ones too, each once, in plain memory of its own."""
     weights = {}
+    kinds = own_kinds(model)
+    if kinds:
+        name, tensor = next(iter(kinds.items()))
+        raise CompileError(
+            f"{name} is a {kind_of(tensor)}, which a file of plain tensors does not hold; save with with_weights=False, and "
+            f"pass the quantised model to stepgraph.load"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         plain = tensor.detach().cpu().contiguous()
         weights[name] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

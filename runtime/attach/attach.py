@@ -1,6 +1,5 @@
 """Running an executable inside a diffusers pipeline."""
 
-import inspect
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -10,11 +9,12 @@ import torch
 from torch import nn
 
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.plan.refuse_other import refuse_other_model
+from stepgraph.plan.refuse_other import refuse_other_structure
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.runs import Runs
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
-from stepgraph.runtime.session.session import Session
+from stepgraph.wrapped_models import forward_signature, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
@@ -24,39 +24,34 @@ class Attachment:
     """Stands in for the forward of a transformer that pipelines share.
 
     Attributes:
-        executable: What answers.
+        executable: What answers: the one that was attached, put on the pipeline's own model where that is another.
+        owner: The one that was attached.
         runs: Who calls, and where each of them is.
         replaced: The forward that the transformer had of its own; None where it had its class's.
+        compiled: What torch.compile had made of the module.
         session: Of the last call's run.
     """
 
-    def __init__(self, executable: Compiled, transformer: nn.Module) -> None:
-        self.executable = executable
-        self.replaced = transformer.__dict__.get("forward")
-        self.runs = Runs(executable, self._new_session)
-        self.session = self._new_session()
+    def __init__(self, executable: Compiled, owner: Compiled, transformer: nn.Module) -> None:
+        self.executable, self.owner = executable, owner
+        self.replaced, self.compiled = transformer.__dict__.get("forward"), transformer._compiled_call_impl
+        self.runs = Runs(executable)
+        self.session = executable.session()
         self._model = weakref.ref(transformer)
         # Pipelines ask which arguments there are.
-        self.__signature__ = inspect.signature(transformer.forward)
+        self.__signature__ = forward_signature(executable.model)
         parameters = self.__signature__.parameters.values()
         self._latents = next(iter(self.__signature__.parameters))
         self._extra = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
-    def _new_session(self) -> Session:
-        return self.executable.session()
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: the copy's forward would run the original's weights."""
-        raise CompileError(
-            "an executable is attached to this model; detach it before copying, pickling or saving the model whole"
-        )
+        raise CompileError("an executable is attached to this model; detach it before copying, pickling or saving it whole")
 
     @property
     def __code__(self) -> Any:
-        """Refused: `torch.export` and `torch.jit.script` would read the source of what stands in for the model."""
+        """Refused: `torch.export` would read the source of what stands in for the model."""
         raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
-
-    __globals__ = __code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
@@ -79,7 +74,7 @@ class Attachment:
             else:
                 outcome = self._own_forward()(*args, **kwargs)
             run.trace(call, outcome)
-            if run.finished or (not answered and run.step == self.executable.plan.steps - 1):
+            if run.finished or (not answered and run.at_last_step):
                 run.finish()
         except BaseException:
             self.runs.drop(run)
@@ -94,34 +89,41 @@ class Attachment:
 
 
 def attach(executable: Compiled, pipe: Any) -> None:
-    """Replace the forward of `pipe.transformer` by the executable, and watch the pipeline's scheduler.
+    """Replace the forward of `pipe.transformer` by the executable, on that transformer's own weights.
 
-    Pipelines that share a transformer share what is attached to it: each of them is attached.
+    The pipeline's scheduler is watched. Pipelines that share a transformer share what is attached to it: each is attached.
 
     Raises:
-        CompileError: The pipeline has no transformer or no scheduler, or already has an executable attached.
-        PlanError: The transformer is another model, or has other weights, than the plan was made for.
+        CompileError: The pipeline has no transformer or no scheduler, or already has an executable attached; or the
+            transformer is made of other parts, or has other values that its forward reads, than the model when it was
+            compiled.
+        PlanError: The transformer is another model, or has other weights, which the plan does not follow.
     """
     transformer = getattr(pipe, "transformer", None)
+    model = unwrapped(transformer)
     if not isinstance(transformer, nn.Module):
         raise CompileError(f"{type(pipe).__name__} has no transformer to attach to")
     present = _attached[transformer]() if transformer in _attached else None
-    if present is not None and (present.executable is not executable or present.runs.has_user(pipe)):
+    if present is not None and (present.owner is not executable or present.runs.has_user(pipe)):
         raise CompileError("the pipeline's transformer already has an executable attached; detach that one first")
     if present is not None:
         present.runs.add_user(pipe)
         return
-    refuse_other_model(executable.plan.header, transformer)
-    attachment = Attachment(executable, transformer)
+    refuse_other_structure(executable.plan.header, model)
+    runs = executable.on(model)
+    begin_run(runs, runs.default)
+    attachment = Attachment(runs, executable, transformer)
     attachment.runs.add_user(pipe)
     transformer.forward = attachment
+    # What torch.compile made of the module would be called in place of its forward.
+    transformer._compiled_call_impl = None
     _attached[transformer] = weakref.ref(attachment)
 
 
 def detach(executable: Compiled) -> None:
     """Undo every `attach` of an executable."""
     attachments = [(transformer, ref()) for transformer, ref in list(_attached.items())]
-    mine = [(transformer, one) for transformer, one in attachments if one is None or one.executable is executable]
+    mine = [(transformer, one) for transformer, one in attachments if one is None or one.owner is executable]
     for transformer, attachment in mine:
         forward = transformer.__dict__.get("forward")
         if attachment is not None and forward is not attachment:
@@ -137,6 +139,7 @@ def detach(executable: Compiled) -> None:
             del transformer.__dict__["forward"]
             if attachment.replaced is not None:
                 transformer.__dict__["forward"] = attachment.replaced
+            transformer._compiled_call_impl = attachment.compiled
         del _attached[transformer]
 
 

@@ -1,7 +1,6 @@
 """One run of a pipeline through its sampling loop, call by call."""
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from stepgraph.env import get_logger
 from stepgraph.errors import PlanError
 from stepgraph.runtime.attach.call import Call, same_values
-from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, needs_waiting, read_timestep
+from stepgraph.runtime.attach.run_timesteps import RunTimesteps, needs_waiting, read_timestep
 from stepgraph.runtime.attach.watch_scheduler import Beginning
 from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.session.compiled import Compiled
@@ -28,19 +27,17 @@ class Run:
 
     Attributes:
         executable: What is attached.
-        new_session: Makes a session of it.
         beginning: The `set_timesteps` that it began with.
-        timesteps: The scheduler's.
+        timesteps: The scheduler's, of which the run's are the rest.
         known: Whether its calls' timesteps are entries of the scheduler's own tensor, which tells them from other runs'.
         thread: Whose it is.
         said: What has been logged about runs of this model.
         rivals: Numbers of other beginnings that its first call may have belonged to.
         aside: Runs that were given up for this one, and whose loops could go on unseen.
-        step: The step that is being evaluated; -1 before the first.
+        step: The step of the run that is being evaluated; -1 before the first.
     """
 
     executable: Compiled
-    new_session: Callable[[], Session]
     beginning: Beginning
     timesteps: RunTimesteps
     known: bool
@@ -58,13 +55,30 @@ class Run:
     _traces: list["weakref.ref[torch.Tensor]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.session = self.new_session()
         self._steps_before = self._steps_seen = self.beginning.steps
+        self._join(0)
+
+    def _join(self, step: int) -> None:
+        """Let a session begin at a step of the run."""
+        rest, self._joined = self.timesteps.rest, step
+        self.steps = len(rest)
+        begin = self.timesteps.begin - self.executable.plan.header.schedule.begin + step
+        self.session = self.executable.session(begin=begin, timesteps=rest[step:])
+
+    @property
+    def _awaited(self) -> int:
+        """The step of the run that the session expects."""
+        return self._joined + self.session.step
+
+    @property
+    def at_last_step(self) -> bool:
+        """Whether the last step has been reached."""
+        return self.step == self.steps - 1
 
     @property
     def finished(self) -> bool:
         """Whether the last step has had its calls."""
-        return self.step == self.executable.plan.steps - 1 and (self._alone or self._stepped or self.session.step != self.step)
+        return self.at_last_step and (self._alone or self._stepped or self._awaited != self.step)
 
     @property
     def unseen(self) -> bool:
@@ -72,7 +86,7 @@ class Run:
 
         A loop holds what it gave to the model last, or what it got.
         """
-        return self._never_stepped and any(trace() is not None for trace in self._traces)
+        return self._never_stepped and not self.beginning.over and any(trace() is not None for trace in self._traces)
 
     def trace(self, call: Call, outcome: Any) -> None:
         """Remember, without holding them, the latents and the output of a call."""
@@ -94,21 +108,19 @@ class Run:
 
     def is_further(self, call: Call) -> bool:
         """Whether a call after the last one of the plan belongs to the last step; its timestep is read."""
-        if self._stepped or not self.is_at(read_timestep(call.timestep), self.step):
+        if self._stepped or not self.is_at(call, read_timestep(call.timestep), self.step):
             return False
         # A loop without the scheduler's step may begin again at once.
         return not self._never_stepped or bool(self._difference(call))
 
-    def is_at(self, asked: float | None, step: int) -> bool:
+    def is_at(self, call: Call, asked: float | None, step: int) -> bool:
         """Whether a call asks for the timestep of a step; what is not known (None) is taken for it, and noted."""
-        if not 0 <= step < self.executable.plan.steps:
-            return False
-        return asked is None or abs(asked - self.executable.plan.header.timesteps[step]) <= NEAR
+        return 0 <= step < self.steps and (asked is None or self.timesteps.near(call.timestep, asked, step))
 
     def fits(self, call: Call) -> bool:
         """Whether a call may be the next one of the run, by its timestep, which is read."""
         asked = read_timestep(call.timestep)
-        return self.is_at(asked, self.step + 1) or self.is_at(asked, self.step)
+        return self.is_at(call, asked, self.step + 1) or self.is_at(call, asked, self.step)
 
     def take(self, call: Call) -> bool:
         """Note the next call, and say whether the session answers it, or else the model itself.
@@ -121,12 +133,13 @@ class Run:
         asked = self._asked(call)
         if self._is_next(call, asked):
             return self._take_next(call, asked)
-        if not self._stepped and self.step >= 0 and self.is_at(asked, self.step):
+        if not self._stepped and self.step >= 0 and self.is_at(call, asked, self.step):
             return self._take_again(call, asked)
-        header = self.executable.plan.header
-        following = min(self.step + 1, self.executable.plan.steps - 1)
+        following = min(self.step + 1, self.steps - 1)
+        planned = self.timesteps.begin - self.executable.plan.header.schedule.begin + following
+        expected = self.timesteps.expected(call.timestep, following)
         raise PlanError(
-            f"step {following} of the plan is at timestep {header.timesteps[following]:g}, but the pipeline asks for timestep "
+            f"step {planned} of the plan is at timestep {expected:g}, but the pipeline asks for timestep "
             f"{_read(call, asked):g}; the plan's timesteps must be visited in order, with {self._calls()} of the "
             f"transformer each. A run begins with the scheduler's set_timesteps; a pipeline that runs in turns with this one "
             f"needs a scheduler of its own, and to be attached as well"
@@ -160,14 +173,14 @@ class Run:
 
     def _is_next(self, call: Call, asked: float | None) -> bool:
         """Whether a call is the first one of the next step."""
-        if not self.is_at(asked, self.step + 1):
+        if not self.is_at(call, asked, self.step + 1):
             return False
         if self.step < 0 or self._stepped:
             return True
         if not self._never_stepped:
             return False
-        outstanding = self.session.step == self.step
-        return not self.is_at(asked, self.step) or not (outstanding or self._difference(call))
+        outstanding = self._awaited == self.step
+        return not self.is_at(call, asked, self.step) or not (outstanding or self._difference(call))
 
     def _difference(self, call: Call) -> str:
         """How a call differs from each of the run's; empty where it is as one of them."""
@@ -175,7 +188,7 @@ class Run:
         return "" if "" in differences else differences[0]
 
     def _take_next(self, call: Call, asked: float | None) -> bool:
-        if 0 <= self.step == self.session.step and self.session.branch:
+        if 0 <= self.step == self._awaited and self.session.branch:
             self._leave_to_model(f"step {self.step} has had {self.session.branch} of {self._calls()}")
         if self.step >= 0 and not self._stepped and not self.known:
             self.beginning.refusal = (
@@ -190,7 +203,7 @@ class Run:
             self.timesteps.note_difference(call.timestep, self.step)
         if self._alone:
             return False
-        if self.session.step < self.step:
+        if self._awaited < self.step:
             return self._rejoin(call)
         return self._take_branch(call)
 
@@ -200,7 +213,8 @@ class Run:
         Raises:
             PlanError: It may.
         """
-        doubted = [run for run in self.aside if run.step + 1 == self.step and run.unseen]
+        place = self.timesteps.begin + self.step
+        doubted = [run for run in self.aside if run.timesteps.begin + run.step + 1 == place and run.unseen and self.step]
         for run in doubted:
             run._traces = []
         if doubted:
@@ -214,10 +228,10 @@ class Run:
         """A call within a step: of its next branch, or a further one."""
         if self._alone:
             return False
-        if self.session.step == self.step:
+        if self._awaited == self.step:
             return self._take_branch(call)
         difference = self._difference(call)
-        if self.session.step < self.step:
+        if self._awaited < self.step:
             return False
         if difference:
             self._say(f"a further call within a step: {difference}")
@@ -288,15 +302,17 @@ class Run:
         self._late = differs if self._late is None else self._late | differs
 
     def _rejoin(self, call: Call) -> bool:
-        """Let a new session go on where nothing that is stored is needed; False where something is."""
+        """Let a new session go on, which computes at first what it would read; False where there can be none."""
         single = len(self.executable.plan.header.branches) == 1
         if not single or not call.differs_in_batch_only(self._signatures[0]):
             return False
-        if not self.executable.default.slots.empty_before(self.step):
+        try:
+            self.executable.plan.tail(self.session.begin - self._joined + self.step)
+        except PlanError:
+            # A forecast reads what was not stored.
             return False
         self.session.reset()
-        self.session = self.new_session()
-        self.session.skip_to(self.step)
+        self._join(self.step)
         self._signatures, self._conditioning = [call.signature], [call.conditioning]
         return True
 

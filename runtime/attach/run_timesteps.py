@@ -5,25 +5,62 @@ from typing import Any
 import torch
 
 from stepgraph.errors import PlanError
+from stepgraph.plan.refuse_other import NEAR
 from stepgraph.runtime.program.tables import waits
-
-# How far a call's timestep may be from the plan's.
-NEAR = 1e-3
+from stepgraph.schedule import TimestepInput
 
 
 class RunTimesteps:
-    """A scheduler's timesteps during one run.
+    """A scheduler's timesteps during one run, and what the model gets of them.
 
     Attributes:
         timesteps: The scheduler's own tensor [T]; a scheduler makes a new one for every run.
+        begin: The evaluation with which the run begins; steps count from there.
     """
 
-    def __init__(self, timesteps: torch.Tensor) -> None:
-        self.timesteps = timesteps
+    def __init__(self, timesteps: torch.Tensor, convert: TimestepInput | None = None) -> None:
+        self.timesteps, self.begin, self._convert = timesteps, 0, convert or TimestepInput()
         self._values: list[float] = [float(t) for t in timesteps.tolist()]
+        self._inputs: dict[torch.dtype, list[float]] = {}
         self._version = None if timesteps.is_inference() else timesteps._version
         self._near: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._late: torch.Tensor | None = None
+
+    @property
+    def rest(self) -> list[float]:
+        """The scheduler's timesteps from the beginning of the run on."""
+        return self._values[self.begin :]
+
+    def expected(self, given: Any, step: int) -> float:
+        """What a call of a step has as its timestep, in the model's unit."""
+        return self._converted(given)[self.begin + step]
+
+    def near(self, given: Any, asked: float, step: int) -> bool:
+        """Whether the timestep that a call asks for is a step's; it may be rounded as its dtype is."""
+        expected = self.expected(given, step)
+        return bool(abs(asked - expected) <= _tolerance(expected, self._convert.unit, _dtype(given)))
+
+    def find(self, given: Any, asked: float, begin_index: int | None) -> bool:
+        """Set `begin` to the evaluation that a run's first call asks for; False where it is none.
+
+        Args:
+            given: The call's timestep.
+            asked: Its value.
+            begin_index: The scheduler's own word, where it has one; of several evaluations at one timestep it says which.
+        """
+        self.begin = 0
+        places = [place for place in range(len(self._values)) if self.near(given, asked, place)]
+        if places:
+            # In low precision neighbours may look alike.
+            nearest = min(places, key=lambda place: abs(self.expected(given, place) - asked))
+            self.begin = begin_index if begin_index in places else nearest
+        return bool(places)
+
+    def _converted(self, given: Any) -> list[float]:
+        dtype = _dtype(given)
+        if dtype not in self._inputs:
+            self._inputs[dtype] = [float(t) for t in self._convert(self.timesteps, dtype).tolist()]
+        return self._inputs[dtype]
 
     def value(self, given: torch.Tensor) -> float | None:
         """The timestep of a call whose tensor is one of the scheduler's timesteps itself, repeated or not; else None.
@@ -34,14 +71,15 @@ class RunTimesteps:
         if not is_entry(given, steps) or self._version is None or steps._version != self._version:
             return None
         place, rest = divmod(int(given.storage_offset()) - int(steps.storage_offset()), steps.stride(0))
-        return self._values[place] if rest == 0 and 0 <= place < len(self._values) else None
+        return self._converted(given)[place] if rest == 0 and 0 <= place < len(self._values) else None
 
     def note_difference(self, given: torch.Tensor, step: int) -> None:
         """Compare a call's timesteps with those of a step on their device; `finish` says what came of it."""
         key = (given.device, given.dtype)
         if key not in self._near:
-            self._near[key] = self.timesteps.to(*key).float()
-        differs = ((given.float() - self._near[key][step]).abs() > NEAR).any()
+            self._near[key] = self._convert(self.timesteps.to(given.device), _dtype(given)).float()[self.begin :]
+        expected = self._near[key][step]
+        differs = ((given.float() - expected).abs() > _tolerance(expected, self._convert.unit, _dtype(given))).any()
         self._late = differs if self._late is None else self._late | differs
 
     def finish(self) -> None:
@@ -56,6 +94,17 @@ class RunTimesteps:
                 "the pipeline asked for other timesteps than the plan's in this run, whose result is wrong; the plan's "
                 "timesteps must be visited in order. (Found at the end: on an accelerator, reading each would wait for it)"
             )
+
+
+def _dtype(given: Any) -> torch.dtype:
+    """Of the latents, as far as a call's timestep shows it: where pipelines cast it, to their dtype."""
+    floating = isinstance(given, torch.Tensor) and given.is_floating_point()
+    return given.dtype if floating else torch.float32
+
+
+def _tolerance(expected: Any, unit: float, dtype: torch.dtype) -> Any:
+    """How far a timestep may be from the expected one, in the model's unit: as plans allow, and by rounding."""
+    return NEAR * unit + 2 * torch.finfo(dtype).eps * abs(expected)
 
 
 def is_entry(given: Any, timesteps: Any) -> bool:

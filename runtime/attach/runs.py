@@ -2,19 +2,18 @@
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from stepgraph.errors import CompileError, MismatchError, PlanError
-from stepgraph.plan.refuse_other import refuse_other_schedule
+from stepgraph.plan.measured import rests_on_measurement
+from stepgraph.plan.refuse_other import NEAR, refuse_other_schedule
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.run import Run
-from stepgraph.runtime.attach.run_timesteps import NEAR, RunTimesteps, is_entry, read_timestep
+from stepgraph.runtime.attach.run_timesteps import RunTimesteps, is_entry, read_timestep
 from stepgraph.runtime.attach.watch_scheduler import Beginning, Watch
 from stepgraph.runtime.session.compiled import Compiled
-from stepgraph.runtime.session.session import Session
 
 # So many runs of schedulers that nobody watches, whose ends cannot be seen, are kept in a thread.
 UNWATCHED = 4
@@ -28,8 +27,8 @@ class Runs:
     and a scheduler of the one before must not go on.
     """
 
-    def __init__(self, executable: Compiled, new_session: Callable[[], Session]) -> None:
-        self.executable, self._new_session = executable, new_session
+    def __init__(self, executable: Compiled) -> None:
+        self.executable = executable
         # Of every pipeline, itself and the watch of its scheduler.
         self.users: list[tuple[Any, Watch]] = []
         self._runs: list[Run] = []
@@ -131,13 +130,17 @@ class Runs:
         taken = {*self._ended, *(run.beginning for run in self._runs)}
         begun = [(watch.here(), watch) for _, watch in self.users]
         pending = [(one, watch) for one, watch in begun if one is not None and one not in taken and not one.refusal]
-        if pending and (current is None or not current.fits(call) or self._is_first(call)):
-            beginning, watch = max(pending, key=lambda one: one[0].number)
-            self._set_aside(current, beginning)
-            run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
-            run.aside = [one for one in self._aside if one.thread == run.thread]
-            run.rivals = frozenset(other.number for other, _ in pending if other is not beginning)
-            return run
+        last = max(pending, key=lambda one: one[0].number, default=None)
+        newer = last is not None and (current is None or last[0].number > current.beginning.number)
+        if last is not None and (newer or (current is not None and not current.fits(call))):
+            beginning, watch = last
+            timesteps = self._place(call, watch.scheduler.timesteps, watch)
+            if timesteps is not None or current is None:
+                self._set_aside(current, beginning)
+                run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
+                run.aside = [one for one in self._aside if one.thread == run.thread]
+                run.rivals = frozenset(other.number for other, _ in pending if other is not beginning)
+                return run
         if current is not None:
             return current
         under_way = [run for run in here if not run.finished and not run.beginning.over]
@@ -160,7 +163,24 @@ class Runs:
         # Whose the last run was is known; whose this one is, is not.
         taken = {*self._ended, *(run.beginning for run in self._runs)}
         unseen = Beginning() if beginning is not None and (beginning in taken or beginning.refusal) else beginning
+        if unseen is not beginning:
+            self._refuse_rest(call, watch)
         return self._begin(call, watch, unseen, watch.scheduler.timesteps, known=False)
+
+    def _refuse_rest(self, call: Call, watch: Watch) -> None:
+        """Refuse a call in the middle of a schedule that has not been set for it.
+
+        Raises:
+            PlanError: It is none of the plan's first step.
+        """
+        placed, header = self._place(call, watch.scheduler.timesteps, watch), self.executable.plan.header
+        if placed is None or placed.begin > header.schedule.begin:
+            run = placed or RunTimesteps(watch.scheduler.timesteps, header.timestep)
+            raise PlanError(
+                f"the plan begins at timestep {run.expected(call.timestep, header.schedule.begin - run.begin):g}, but the "
+                f"pipeline's first call asks for {read_timestep(call.timestep):g}; a run begins with the scheduler's "
+                f"set_timesteps"
+            )
 
     def _watch_of_plan(self) -> Watch:
         """The first scheduler that is set to the plan's timesteps.
@@ -171,7 +191,7 @@ class Runs:
         refused: MismatchError | None = None
         for _, watch in self.users:
             try:
-                refuse_other_schedule(self.executable.plan.header, watch.scheduler, "the pipeline's scheduler")
+                self._refuse_schedule(watch)
             except MismatchError as error:
                 refused = refused or error
             else:
@@ -179,8 +199,12 @@ class Runs:
         assert refused is not None
         raise refused
 
-    def _is_first(self, call: Call) -> bool:
-        return abs(read_timestep(call.timestep) - self.executable.plan.header.timesteps[0]) <= NEAR
+    def _place(self, call: Call, schedule: torch.Tensor, watch: Watch | None) -> RunTimesteps | None:
+        """The timesteps of a run that begins with a call; None where the schedule has no such evaluation."""
+        header, asked = self.executable.plan.header, read_timestep(call.timestep)
+        timesteps = RunTimesteps(schedule, header.timestep)
+        index = getattr(watch.scheduler, "begin_index", None) if watch is not None else None
+        return timesteps if timesteps.find(call.timestep, asked, index) and timesteps.begin >= header.schedule.begin else None
 
     def _set_aside(self, run: Run | None, beginning: Beginning) -> None:
         """Give up a run whose timesteps do not tell it from one that begins: if its scheduler goes on, they run in turns.
@@ -204,22 +228,31 @@ class Runs:
     def _schedule_of(self, timestep: Any) -> torch.Tensor | None:
         """The tensor of a scheduler that nobody watches, if a timestep is an entry of one which holds the plan's."""
         base = timestep._base if isinstance(timestep, torch.Tensor) else None
-        planned = self.executable.plan.header.timesteps
-        if base is None or base.dim() != 1 or len(base) != len(planned) or not is_entry(timestep, base):
+        if base is None or base.dim() != 1 or not is_entry(timestep, base):
             return None
-        return base if all(abs(one - other) <= NEAR for one, other in zip(base.tolist(), planned)) else None
+        values = base.tolist()
+        for schedule in [watch.scheduler.timesteps.tolist() for _, watch in self.users]:
+            if len(values) == len(schedule) and all(abs(one - other) <= NEAR for one, other in zip(values, schedule)):
+                return base
+        return None
+
+    def _refuse_schedule(self, watch: Watch) -> None:
+        plan = self.executable.plan
+        follow = not rests_on_measurement(plan)
+        refuse_other_schedule(plan.header, watch.scheduler, "the pipeline's scheduler", follow=follow)
 
     def _begin(self, call: Call, watch: Watch | None, beginning: Beginning | None, timesteps: torch.Tensor, known: bool) -> Run:
         """A run that begins with this call."""
-        header, asked = self.executable.plan.header, read_timestep(call.timestep)
         if watch is None:
             self._watch_of_plan()
         else:
-            refuse_other_schedule(header, watch.scheduler, "the pipeline's scheduler")
-        if not self._is_first(call):
+            self._refuse_schedule(watch)
+        placed = self._place(call, timesteps, watch)
+        if placed is None:
+            header, run = self.executable.plan.header, RunTimesteps(timesteps, self.executable.plan.header.timestep)
             raise PlanError(
-                f"the plan begins at timestep {header.timesteps[0]:g}, but the pipeline's first call asks for {asked:g}; run "
-                f"the schedule from its beginning"
+                f"the plan begins at timestep {run.expected(call.timestep, header.schedule.begin):g}, but the pipeline's first "
+                f"call asks for {read_timestep(call.timestep):g}, which is no later step of it; run the schedule from there"
             )
         # Known to `threading` from now on, also where another library made the thread.
         thread = threading.current_thread().ident or 0
@@ -227,7 +260,7 @@ class Runs:
         if beginning is None:
             # A scheduler that was set before it was watched counts its steps from now on.
             beginning = watch.note_set() if watch is not None else Beginning()
-        run = Run(self.executable, self._new_session, beginning, RunTimesteps(timesteps), known, thread, self._said)
+        run = Run(self.executable, beginning, placed, known, thread, self._said)
         with self._lock:
             self._runs.append(run)
         return run
@@ -241,8 +274,6 @@ class Runs:
                 self.drop(run)
                 if run.finished:
                     self._ended.add(run.beginning)
-                elif not run.known:
-                    self._lay_aside(run)
         if unwatched:
             mine = [run for run in self._runs if run.thread == thread]
             others = [run for run in mine if not any(watch.holds(run.beginning) for _, watch in self.users)]

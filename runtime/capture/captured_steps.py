@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepgraph.errors import CaptureError
-from stepgraph.runtime.capture.cudagraph import Recorder, addresses, ordinary_tensors, refuse_difference
+from stepgraph.runtime.capture.cudagraph import Recorder, ordinary_tensors, refuse_difference
 from stepgraph.runtime.memory.arena import Place
 from stepgraph.runtime.memory.slot_table import SlotMemory
 
@@ -31,11 +31,13 @@ class CapturedSteps:
     lie in memory that all calls share, so one run at a time can use them.
     """
 
-    def __init__(self, recorder: Recorder, memory: SlotMemory, model: nn.Module, at_once: bool) -> None:
+    def __init__(self, recorder: Recorder, memory: SlotMemory, moves: Callable[[], int], at_once: bool) -> None:
         # What runs once only does not pay for a capture.
         self._at_once, self._met = at_once, set[Hashable]()
         self.memory, self.refused = memory, ""
-        self._recorder, self._model, self._weights = recorder, model, addresses(model)
+        self.program: object = None
+        # How often weights have come to lie elsewhere.
+        self._recorder, self._moves, self._captured_at = recorder, moves, moves()
         self._lock = threading.Lock()
         self._owner: weakref.ref[object] | None = None
         self._buffers: dict[Hashable, Tensor] = {}
@@ -59,7 +61,7 @@ class CapturedSteps:
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graphs read them."""
-        return self._weights == addresses(self._model)
+        return self._captured_at == self._moves()
 
     def run(
         self, call: Hashable, stores: Sequence[Place], given: Given, work: Callable[[Given], Sequence[Tensor]]

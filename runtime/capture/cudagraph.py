@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from stepgraph.env import read_env
 from stepgraph.errors import CaptureError
@@ -128,17 +127,6 @@ def ordinary_tensors() -> Iterator[None]:
     """Buffers can be written to from anywhere only if they are not made in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def addresses(model: nn.Module) -> tuple[int, ...]:
-    """Where a model's parameters and buffers lie."""
-    return tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-
-
-def versions(model: nn.Module) -> tuple[int, ...]:
-    """How often each of a model's parameters and buffers has been written to; -1 where that is not counted."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:

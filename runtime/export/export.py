@@ -11,7 +11,10 @@ from stepgraph.runtime.export.aoti import write_aoti
 from stepgraph.runtime.export.graphs import write_graphs
 from stepgraph.runtime.export.onnx import write_onnx
 from stepgraph.runtime.export.pt2 import write_programs
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.weight_kinds import kind_of, own_kinds
 
 # Writes into an empty folder what its manifest then describes; returns that.
 Writer = Callable[..., dict[str, Any]]
@@ -53,7 +56,18 @@ def export(
         OSError: The folder cannot be written.
     """
     refuse_target(path, format, force)
+    kinds = own_kinds(executable.model) if format != "graph" else {}
+    if kinds:
+        name, tensor = next(iter(kinds.items()))
+        raise CompileError(
+            f"{name} is a {kind_of(tensor)}, which the format {format!r} cannot hold; export the model before it is quantised, "
+            f"or save an artifact (Executable.save), which is loaded with the quantised model"
+        )
+    # What is written are the weights as they are now.
+    follow_weights(executable, everything=True)
     program = executable.default if inputs is None else executable.program(inputs)
+    # What is written has the model's numbers as they are now.
+    begin_run(executable, program)
     with whole_folder(path) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stepgraph.fingerprint import fingerprint
 from stepgraph.plan.liveness import traffic
 from stepgraph.runtime.export.drawing import Picture, draw_dot, draw_svg, operations
 from stepgraph.runtime.export.schedule import variant_name
@@ -25,7 +26,12 @@ def write_graphs(folder: Path, executable: Compiled, program: Program, **_: Any)
         steps = [step for step, used in enumerate(program.rows) if used == index]
         variants.append({"name": name, "steps": steps, "row": variant.row, "macs": variant.macs})
     header = executable.plan.header
-    facts = {"model": header.model, "fingerprint": header.fingerprint, "policy": header.policy, "batch": program.batch}
+    facts = {
+        "model": header.model,
+        "fingerprint": fingerprint(executable.model),
+        "policy": header.policy,
+        "batch": program.batch,
+    }
     sites = [site.name for site in program.plan.sites]
     return {"format": FORMAT, "version": VERSION, **facts, "sites": sites, "variants": variants}
 

@@ -198,7 +198,7 @@ class Runner:
         history: deque[tuple[Tensor, Tensor]] = deque(maxlen=1 + max(age for terms in sampler["terms"] for age, _, _ in terms))
         for index, step in enumerate(schedule["steps"]):
             scaled = latents * sampler["scales"][index] if sampler["scales"][index] != 1 else latents
-            outputs = self._predict(session, scaled, step["timestep"], cond, uncond)
+            outputs = self._predict(session, scaled, step["model_timestep"], cond, uncond)
             history.appendleft((latents, _guided(outputs, guidance_scale, latents)))
             latents = _combined(history, sampler["terms"][index], latents.dtype)
             if on_step is not None:
@@ -255,7 +255,8 @@ class ScheduledRun:
 
         Args:
             latents: What the model gets, scaled.
-            timestep: A number, or a tensor [B]; whole where the input's dtype is.
+            timestep: What the model takes, as `model_timestep` in the schedule: a number, or a tensor [B]; whole where the
+                input's dtype is.
             conditioning: The other inputs by name. Where they change within a run, what depends on them is computed anew.
 
         Raises:
@@ -303,7 +304,7 @@ class ScheduledRun:
             known = self._tables[self.branch] = self._computed(timestep, fixed)
         if known.every is not None:
             if not torch.equal(known.every[self.step], timestep):
-                expected = self.schedule["steps"][self.step]["timestep"]
+                expected = self.schedule["steps"][self.step]["model_timestep"]
                 raise ScheduleError(f"step {self.step} got the timestep {timestep.tolist()}; its tables are for {expected}")
             return [*known.prompt, *(table[self.step] for table in known.batched)]
         if "timestep" not in self.schedule["programs"]:
@@ -315,7 +316,8 @@ class ScheduledRun:
         prompt = self.runner.call("prompt", *fixed) if "prompt" in self.schedule["programs"] else ()
         if not self.schedule["tables"]["batched"]:
             return _Tables(seen, prompt)
-        steps = torch.tensor([step["timestep"] for step in self.schedule["steps"]]).to(timestep.device, timestep.dtype)
+        steps = torch.tensor([step["model_timestep"] for step in self.schedule["steps"]])
+        steps = steps.to(timestep.device, timestep.dtype)
         every = steps.view(-1, *[1] * timestep.ndim).expand(-1, *timestep.shape)
         return _Tables(seen, prompt, self.runner.call("timestep", every, *fixed, *prompt), every)
 

@@ -1,17 +1,18 @@
 """The schedule table of an export: what every step runs, reads, stores and frees, and what the sampler does with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from stepgraph.errors import CompileError
-from stepgraph.fingerprint import dtype_name
+from stepgraph.fingerprint import dtype_name, fingerprint
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.export.weight_names import WeightNames
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.sampling.linear_steps import linear_steps
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.schedule import TimestepInput
 from stepgraph.scheduler import prepare_scheduler, step_arguments
 
 
@@ -35,16 +36,20 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
         PlanError: The scheduler is not the one that the plan was made for.
     """
     header, inputs = executable.plan.header, inputs_of(program)
-    _refuse_broken_timesteps(inputs, header.timesteps)
+    latents = next(iter(inputs.values()))
+    # Made where the model runs, for the bits.
+    timesteps = torch.tensor(header.timesteps, device=latents.device)
+    given = (header.timestep or TimestepInput())(timesteps, latents.dtype).tolist()
+    _refuse_broken_timesteps(inputs, given)
     return {
         "model": header.model,
-        "fingerprint": header.fingerprint,
+        "fingerprint": fingerprint(executable.model),
         "policy": header.policy,
         "scheduler": header.scheduler,
         "guidance": header.guidance,
         "branches": list(header.branches),
         "batch": program.batch,
-        "device": str(next(iter(inputs.values())).device),
+        "device": str(latents.device),
         "inputs": [
             {"name": name, "shape": list(value.shape), "dtype": dtype_name(value.dtype)} for name, value in inputs.items()
         ],
@@ -54,7 +59,10 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
             {"program": variant_name(i), "row": v.row, "stores": stored_counts(program, i), "tables": list(v.tables)}
             for i, v in enumerate(program.variants)
         ],
-        "steps": [_step(program, names, step, timestep) for step, timestep in enumerate(header.timesteps)],
+        "steps": [
+            {**_step(program, names, step), "timestep": timestep, "model_timestep": model_timestep}
+            for step, (timestep, model_timestep) in enumerate(zip(header.timesteps, given, strict=True))
+        ],
         "sampler": _sampler(executable, scheduler),
     }
 
@@ -70,11 +78,10 @@ def stored_counts(program: Program, variant: int) -> list[int]:
     return [len(places) for places in first.stores]
 
 
-def _step(program: Program, names: WeightNames, step: int, timestep: float) -> dict[str, Any]:
+def _step(program: Program, names: WeightNames, step: int) -> dict[str, Any]:
     slots = program.slots.steps[step]
     return {
         "variant": program.rows[step],
-        "timestep": timestep,
         "reads": list(slots.reads),
         "stores": list(slots.stores),
         "frees": list(slots.frees),
@@ -82,7 +89,7 @@ def _step(program: Program, names: WeightNames, step: int, timestep: float) -> d
     }
 
 
-def _refuse_broken_timesteps(inputs: Mapping[str, torch.Tensor], timesteps: tuple[float, ...]) -> None:
+def _refuse_broken_timesteps(inputs: Mapping[str, torch.Tensor], timesteps: Sequence[float]) -> None:
     broken = [t for t in timesteps if t != int(t)]
     dtype = inputs["timestep"].dtype
     if broken and not dtype.is_floating_point:
@@ -96,12 +103,13 @@ def _sampler(executable: Compiled, scheduler: Any) -> dict[str, Any]:
     """The sampler's steps as fixed linear combinations, or the reason why they are not there."""
     if scheduler is None:
         return {"reason": "none was given to the export"}
-    prepared = prepare_scheduler(scheduler, executable.plan.header.steps)
-    refuse_other_schedule(executable.plan.header, prepared, "the scheduler of this export")
-    combinations = linear_steps(prepared, step_arguments(prepared))
+    header = executable.plan.header
+    prepared = prepare_scheduler(scheduler, header.steps, schedule=header.schedule)
+    refuse_other_schedule(header, prepared, "the scheduler of this export")
+    combinations = linear_steps(prepared, step_arguments(prepared), header.schedule.begin)
     if isinstance(combinations, str):
         return {"reason": combinations}
     terms = [[[term.age, int(term.output), term.weight] for term in terms] for terms in combinations.terms]
-    # Flow-matching schedulers scale nothing.
-    sigma = float(getattr(prepared, "init_noise_sigma", 1.0))
+    # Flow-matching schedulers scale nothing, and a run that begins later is given its latents as they are.
+    sigma = 1.0 if header.schedule.begin else float(getattr(prepared, "init_noise_sigma", 1.0))
     return {"init_noise_sigma": sigma, "scales": list(combinations.scales), "terms": terms}

@@ -33,10 +33,6 @@ class SlotPlan:
     count: int
     stored: int
 
-    def empty_before(self, step: int) -> bool:
-        """Whether no value is held when a step begins, so that a run may begin there."""
-        return sum(len(before.stores) - len(before.frees) for before in self.steps[:step]) == 0
-
 
 def assign_slots(plan: CachePlan, folded: Collection[int] = ()) -> SlotPlan:
     """Give every stored value the lowest slot that is free from its COMPUTE to its last read.

@@ -22,12 +22,6 @@ PACKED = PackedWeights(_pack)
 STACKED = PackedWeights(lambda stacked: stacked)
 
 
-def forget_packed() -> None:
-    """Drop all packed copies of weights."""
-    PACKED.clear()
-    STACKED.clear()
-
-
 def packs(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes a linear map of these, fake or real."""
     return (

@@ -14,8 +14,11 @@ from stepgraph.inputs import flat_inputs, holds_tensors
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
+from stepgraph.runtime.program.facts import Facts
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
+from stepgraph.runtime.program.watch import Watch
+from stepgraph.weight_kinds import inner_tensors, is_plain
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Program:
         regions: How many distinct regions were compiled.
         factor_bytes: Size of the low-rank factors.
         folded: Sites whose stored values are part of another's: a sum takes their place.
+        facts: What its graphs depend on beside inputs and the contents of weights.
+        watch: Compares that with a model.
     """
 
     plan: CachePlan
@@ -78,6 +83,16 @@ class Program:
     regions: int = 0
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
+    facts: Facts = field(default_factory=lambda: Facts({}))
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "watch", Watch(self.facts))
+
+    @property
+    def begin(self) -> int:
+        """The evaluation of the scheduler's schedule with which its runs begin."""
+        return self.plan.header.schedule.begin
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,12 @@ def refuse_nan_weights(model: nn.Module) -> None:
         PlanError: See `refuse_nan`.
     """
     if read_env().check:
-        refuse_nan(dict(model.named_parameters()), f"weights of {type(model).__name__}")
+        weights = {
+            ".".join(filter(None, (name, part))): tensor
+            for name, weight in model.named_parameters()
+            for part, tensor in inner_tensors(weight).items()
+        }
+        refuse_nan(weights, f"weights of {type(model).__name__}")
 
 
 def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
@@ -155,7 +175,8 @@ def refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         PlanError: The message names the tensor and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        floating = isinstance(tensor, torch.Tensor) and is_plain(tensor) and tensor.is_floating_point()
+        if floating and tensor.element_size() > 1:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise PlanError(

@@ -77,7 +77,7 @@ class RegionCalls:
     Attributes:
         calls: In order.
         shapes: Of the arguments.
-        weights: Parameters, buffers and constants.
+        weights: Parameters, buffers and constants; the one thing that changes (`stepgraph.runtime.program.rebind`).
         work: Places of activations that cross regions, in the arena.
         work_bytes: What they take.
         made: Results that regions write: shape, dtype and device; fresh memory in every run, for they are the caller's.
@@ -88,7 +88,7 @@ class RegionCalls:
 
     calls: tuple[RegionCall, ...]
     shapes: tuple[torch.Size, ...]
-    weights: tuple[Tensor, ...]
+    weights: list[Tensor]
     work: tuple[Place, ...]
     work_bytes: int
     made: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]

@@ -8,6 +8,7 @@ import torch
 
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.schedule import TimestepInput
 
 Graph = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -37,7 +38,8 @@ class Hoisted:
         timestep: (timestep, *inputs, *values at prompt level) -> values at timestep level, for one step.
         tables: In the order of these values, prompt level first.
         kept: Values of these that would exceed the limit and stay in the loop, by name, with their bytes.
-        scale: What the model takes the scheduler's timestep times.
+        convert: What pipelines make of the scheduler's timestep for the model.
+        rowwise: Whether each step is computed by itself: it calls modules that know of no batch of steps.
     """
 
     inputs: tuple[str, ...]
@@ -45,7 +47,8 @@ class Hoisted:
     timestep: Graph
     tables: tuple[Table, ...]
     kept: Mapping[str, int]
-    scale: float
+    convert: TimestepInput
+    rowwise: bool = False
 
     @property
     def bytes(self) -> int:
@@ -96,8 +99,8 @@ class Tables:
         return self._seen is not None and all(_unchanged(v, *seen) for v, seen in zip(given, self._seen, strict=True))
 
     def _compute_all(self, step: int, timestep: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
-        """All steps in one batch, if `timestep` is this step's by one of the usual conventions."""
-        self._expected = _every_timestep(timestep, step, self.timesteps, self.hoisted.scale)
+        """All steps in one batch, if `timestep` is what pipelines give the model at this step."""
+        self._expected = _every_timestep(timestep, step, self.timesteps, self.hoisted.convert)
         if self._expected is None:
             get_logger("tables").info("step %d: the timestep is not the scheduler's; tables are computed at every step", step)
             self.batched = False
@@ -189,15 +192,21 @@ def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.T
         every: The timesteps of all steps [T, ...].
         fixed: The inputs, then the values at prompt level.
     """
+    if hoisted.rowwise:
+        return _one_by_one(hoisted, every, fixed)
     try:
         stacked = torch.vmap(hoisted.timestep, in_dims=(0, *[None] * len(fixed)))(every, *fixed)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         get_logger("tables").info("no batch of all steps, so one after the other: %s", error)
-        rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
-        return tuple(torch.stack(values) for values in zip(*rows, strict=True))
+        return _one_by_one(hoisted, every, fixed)
     return tuple(_alone(value) for value in stacked)
+
+
+def _one_by_one(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    rows = [hoisted.timestep(one.contiguous(), *fixed) for one in every]
+    return tuple(torch.stack(values) for values in zip(*rows, strict=True))
 
 
 def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
@@ -225,12 +234,12 @@ def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torc
     return untouched and not waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
 
 
-def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], scale: float) -> torch.Tensor | None:
-    """The timestep inputs of all steps [T], by the convention (scheduler, model, pipeline) that this step's input follows."""
-    planned = torch.tensor(timesteps, dtype=torch.float32).to(given.dtype)
-    conventions = [planned] if scale == 1 else [planned, planned * scale, planned / round(1 / scale)]
-    here = given.cpu()
-    return next((every.to(given.device) for every in conventions if bool((here == every[step]).all())), None)
+def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], convert: TimestepInput) -> torch.Tensor | None:
+    """The timestep inputs of all steps [T] on the device of this step's; None where that is another than pipelines give."""
+    # Schedulers hold them in float32 or as whole numbers; made where pipelines make them, for the bits.
+    wide = torch.promote_types(given.dtype, torch.float32)
+    every = convert(torch.tensor(timesteps, dtype=wide, device=given.device), given.dtype).to(given.dtype)
+    return every if bool((given == every[step]).all()) else None
 
 
 def _alone(value: torch.Tensor) -> torch.Tensor:

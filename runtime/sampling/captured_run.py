@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import CaptureError
-from stepgraph.runtime.capture.cudagraph import Recorder, addresses, ordinary_tensors, refuse_difference, versions
+from stepgraph.runtime.capture.cudagraph import Recorder, ordinary_tensors, refuse_difference
+from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
+from stepgraph.runtime.session.begin_run import follow_facts
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.follow_weights import finish_run
+from stepgraph.runtime.session.session import Session
 
 
 class CapturedRun:
@@ -45,18 +49,19 @@ class CapturedRun:
         """
         self._executable, self._loop, self._recorder = executable, loop, recorder
         self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
+        self._moves = executable.weights.moves
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
-            session = executable.session(capture=False)
+            session = loop_session(executable, loop, checked=False)
             expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
+            self._programs = session.programs
             self._tables = self._fixed_tables(session.tables)
             # They hold coefficients that the graph reads.
             self._updates = [new_update(), new_update()]
             self._capture()
             self._compare(expected)
-        self._weights = addresses(executable.model)
 
     def _fixed_tables(self, tables: Sequence[Tables | FixedTables | None]) -> list[FixedTables | None]:
         """The tables that a run has computed, for every branch, in buffers."""
@@ -84,7 +89,7 @@ class CapturedRun:
                     tables.compute()
 
     def _run(self, update: Update) -> None:
-        session = self._executable.session(capture=False)
+        session = loop_session(self._executable, self._loop, checked=False)
         session.use_memory(self._memory)
         session.use_tables(self._tables)
         self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
@@ -96,7 +101,9 @@ class CapturedRun:
         self._replay()
         refuse_difference(self._result, expected, "run")
 
-    def __call__(self, noise: Tensor, given: Mapping[str, Any], calls: Callable[[], Sequence[Mapping[str, Any]]]) -> Tensor:
+    def __call__(
+        self, noise: Tensor, given: Mapping[str, Any], calls: Callable[[], Sequence[Mapping[str, Any]]], look: Look
+    ) -> Tensor:
         """Replay the run.
 
         Args:
@@ -104,12 +111,14 @@ class CapturedRun:
             given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, and so
                 are the weights, nothing is computed for it.
             calls: Makes of it what `Loop.run` takes.
+            look: What `follow_weights` found of the weights; where the device finds more, the run is replayed once more.
 
         Returns:
             Latents [B, C, ...] of their own.
         """
-        # A model that has changed is refused as by every run.
-        self._executable.session()
+        # A model that has changed is followed or refused as by every run.
+        for program in self._programs:
+            follow_facts(self._executable, program)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         with self._recorder.turn(), torch.no_grad():
             self._noise.copy_(noise)
@@ -119,21 +128,32 @@ class CapturedRun:
                 self._replay_tables()
                 # What has no version may be written to unseen.
                 tracked = not any(value.is_inference() for value in tensors)
-                marks = [(value, value._version) for value in tensors] if tracked else None
-                self._seen = (marks, versions(self._executable.model)) if marks is not None else None
+                self._seen = ([(value, value._version) for value in tensors], self._changes()) if tracked else None
             self._replay()
+            if finish_run(self._executable, look).written:
+                # The tables were those of the weights as they had been.
+                self._replay_tables()
+                self._replay()
+                self._seen = None if self._seen is None else (self._seen[0], self._changes())
             return self._result.clone()
 
     def _untouched(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tables hold: conditioning and weights are the last call's, by identity and version.
-
-        Their values would have to be waited for.
+        """Whether the tables hold: the conditioning is the last call's, by identity and version, for its values would have to
+        be waited for; and no weight has changed since, as far as is known yet.
         """
         if self._seen is None:
             return False
-        marks, weights = self._seen
+        marks, changes = self._seen
         same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
-        return all(same) and weights == versions(self._executable.model)
+        return all(same) and changes == self._changes()
+
+    def _changes(self) -> tuple[int, ...]:
+        """How often weights and strengths have changed."""
+        strengths = (strength for program in self._programs for strength in program.facts.strengths)
+        return (
+            self._executable.weights.changes,
+            *(constant._version for strength in strengths for constant in strength.constants),
+        )
 
     def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
         for buffers, call in zip(self._calls, calls, strict=True):
@@ -143,7 +163,15 @@ class CapturedRun:
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""
-        return self._weights == addresses(self._executable.model)
+        return self._moves == self._executable.weights.moves
+
+
+def loop_session(executable: Compiled, loop: Loop, capture: bool = False, checked: bool = True) -> Session:
+    """A session of a loop's run, with graphs of its steps where that is wished for (`Session`)."""
+    begin = loop.begin - executable.plan.header.schedule.begin
+    if checked:
+        return executable.session(capture, begin, loop.planned)
+    return Session(executable, capture, begin, loop.planned, checked=False)
 
 
 def _own(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from stepgraph.env import get_logger
 from stepgraph.fingerprint import config_of
-from stepgraph.scheduler import scaled_input, stepped
+from stepgraph.scheduler import run_timesteps, scaled_input, stepped
 
 # How far a step may be from the combination that was found for it, relative to its terms: the scheduler runs in float64.
 TOLERANCE = 1e-9
@@ -53,7 +53,7 @@ class LinearSteps:
     terms: tuple[tuple[Term, ...], ...]
 
 
-def linear_steps(scheduler: Any, arguments: Mapping[str, float]) -> LinearSteps | str:
+def linear_steps(scheduler: Any, arguments: Mapping[str, float], begin: int = 0) -> LinearSteps | str:
     """The combinations of a scheduler that has been set to its steps; the reason where it has none.
 
     Every step's latents and output are lanes of one float64 tensor, a unit vector each, so that one run of the scheduler gives
@@ -63,13 +63,14 @@ def linear_steps(scheduler: Any, arguments: Mapping[str, float]) -> LinearSteps 
     Args:
         scheduler: Before its first step; not changed. What is found is kept by its class, settings and tables.
         arguments: Of its step, beside output, timestep, latents and `return_dict`.
+        begin: The evaluation with which the run begins.
     """
-    key = (scheduler_state(scheduler), tuple(sorted(arguments.items())))
+    key = (scheduler_state(scheduler), tuple(sorted(arguments.items())), begin)
     if key not in _found:
         # The oldest makes room.
         for old in list(_found)[: max(0, len(_found) + 1 - KEPT)]:
             _found.pop(old, None)
-        _found[key] = _result(scheduler, dict(arguments))
+        _found[key] = _result(scheduler, dict(arguments), begin)
     return _found[key]
 
 
@@ -94,13 +95,13 @@ class _InFloat64(TorchFunctionMode):
         return args[0] if narrowed else result
 
 
-def _result(scheduler: Any, arguments: dict[str, float]) -> LinearSteps | str:
+def _result(scheduler: Any, arguments: dict[str, float], begin: int) -> LinearSteps | str:
     """Probe a scheduler, and say so if that leads nowhere."""
     result: LinearSteps | str
     try:
         # A scheduler that draws noise must leave the caller's generator alone.
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _InFloat64():
-            result = _probed(_on_cpu(scheduler), arguments)
+            result = _probed(_on_cpu(scheduler), arguments, begin)
     except (TypeError, IndexError, AttributeError, ValueError, RuntimeError, ImportError) as error:
         result = f"{type(scheduler).__name__} does not step in float64 on the CPU ({type(error).__name__}: {error})"
     if isinstance(result, str):
@@ -117,12 +118,13 @@ def _on_cpu(scheduler: Any) -> Any:
     return on_cpu
 
 
-def _probed(scheduler: Any, arguments: dict[str, float]) -> LinearSteps | str:
+def _probed(scheduler: Any, arguments: dict[str, float], begin: int) -> LinearSteps | str:
     """See `linear_steps`; the scheduler is stepped through."""
-    steps = len(scheduler.timesteps)
+    timesteps = run_timesteps(scheduler, begin)
+    steps = len(timesteps)
     lanes = _lanes(steps)  # [2, T, lanes]
     scaled, moved = torch.empty_like(lanes)
-    for step, t in enumerate(scheduler.timesteps):
+    for step, t in enumerate(timesteps):
         latents, output = lanes[:, step].view(2, 1, CHANNELS, -1, 1)
         scaled[step] = scaled_input(scheduler, latents, t).flatten()
         moved[step] = stepped(scheduler, output, t, latents, arguments).flatten()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stepgraph.runtime.sampling.update import Update
-from stepgraph.scheduler import first_latents, without_variance
+from stepgraph.schedule import TimestepInput
+from stepgraph.scheduler import first_latents, run_timesteps, without_variance
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,34 @@ class Loop:
         scheduler: Set to its steps.
         latents_name: Of the model's first input.
         doubled: Whether both guidance halves are one call of the model.
-        timesteps: The scheduler's [T], on the latents' device: a copy per step would wait for it.
+        timesteps: The model's [T], as pipelines make them of the scheduler's, on the latents' device: a copy per step would
+            wait for it.
+        begin: The scheduler's evaluation with which the run begins.
+        planned: The scheduler's timesteps from there on.
     """
 
     scheduler: Any
     latents_name: str
     doubled: bool
     timesteps: Tensor
+    begin: int
+    planned: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scheduler: Any, begin: int, latents_name: str, doubled: bool, noise: Tensor, convert: TimestepInput) -> "Loop":
+        """The loop of a run that begins at an evaluation of a scheduler that is set to its steps.
+
+        Args:
+            scheduler: See above; so are the next three.
+            begin: Likewise.
+            latents_name: Likewise.
+            doubled: Likewise.
+            noise: Of the run's dtype, on its device.
+            convert: What pipelines make of the scheduler's timesteps for the model.
+        """
+        timesteps = run_timesteps(scheduler, begin)
+        given = convert(timesteps.to(noise.device), noise.dtype)
+        return cls(scheduler, latents_name, doubled, given, begin, tuple(map(float, timesteps.tolist())))
 
     def run(
         self,
@@ -40,7 +62,7 @@ class Loop:
         Args:
             predict: Called like the model's forward.
             update: At its first step.
-            noise: Standard normal latents [B, C, ...].
+            noise: Standard normal latents [B, C, ...]; those of its first step for a run that begins later.
             calls: Per call of the model within a step, its other inputs: of the wanted output, then of the base. Every step
                 sees the same tensors.
             on_step: Called with (steps done, steps in all) after every step.
@@ -48,8 +70,9 @@ class Loop:
         Returns:
             Latents [B, C, ...].
         """
-        latents = first_latents(self.scheduler, noise)
-        for step, (timestep, t) in enumerate(zip(self.scheduler.timesteps, self.timesteps, strict=True)):
+        latents = first_latents(self.scheduler, noise, self.begin)
+        times = run_timesteps(self.scheduler, self.begin)
+        for step, (timestep, t) in enumerate(zip(times, self.timesteps, strict=True)):
             outputs = self._outputs(predict, update.scaled(latents, timestep), t, calls)
             outputs = [without_variance(output, latents.shape[1]) for output in outputs]
             latents = update(latents, outputs, timestep)

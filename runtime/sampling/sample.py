@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,17 +11,21 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.checks import check_number
 from stepgraph.errors import CompileError, PlanError
+from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.captured import Attempt
 from stepgraph.runtime.capture.cudagraph import why_not
+from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.program.tables import waits
-from stepgraph.runtime.sampling.captured_run import CapturedRun
+from stepgraph.runtime.sampling.captured_run import CapturedRun, loop_session
 from stepgraph.runtime.sampling.linear_steps import scheduler_state
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
-from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, split_conditioning, step_arguments
+from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.schedule import Schedule, schedule_of, timestep_of
+from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
 
 
 @torch.no_grad()
@@ -31,6 +36,7 @@ def sample(
     guidance_scale: float = 1.0,
     *,
     steps: int | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     eta: float = 0.0,
     fused_update: bool | None = None,
     capture: bool | None = None,
@@ -43,9 +49,13 @@ def sample(
         runner: The executable, or a model (then `steps` must be given).
         scheduler: A diffusers scheduler; it is copied and not changed. Noise that a stochastic one adds is not seeded.
         noise: Standard normal latents [B, C, ...] in the model's dtype and on its device; scaled by the scheduler's
-            `init_noise_sigma`.
+            `init_noise_sigma`. For a run that begins later (`schedule`), the latents of its first step as they are.
         guidance_scale: Above 1, classifier-free guidance: uncond + scale * (cond - uncond).
         steps: Number of inference steps; an executable brings its own.
+        schedule: What the scheduler is set with: `sigmas`, `timesteps` and `mu` of its `set_timesteps`, and where the run
+            begins, as `strength` in 0..1 or the evaluation `begin`. An executable brings its plan's, which holds for whatever
+            is not named here; a plan that rests on measurements refuses other timesteps. Schedulers with dynamic shifting get
+            the mu that pipelines compute from the latents' size unless one is given.
         eta: Share of the noise that schedulers with such an argument (DDIM) put back; 0 is deterministic.
         fused_update: Take guidance and the scheduler's step in one pass, with coefficients found before the loop; accumulated
             in float32, so rounded otherwise. None: where the scheduler's steps are fixed linear combinations, for executables
@@ -68,20 +78,23 @@ def sample(
         CompileError: `capture` is asked of a run that cannot be captured.
     """
     check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
-    prepared, separate = _scheduler_for(runner, scheduler, steps, noise.device)
+    prepared, begin, separate = _scheduler_for(runner, scheduler, steps, schedule, noise)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     wish = isinstance(runner, Compiled) and not runner.config.exact if fused_update is None else fused_update
 
     def new_update() -> tuple[Update, str]:
-        return choose_update(prepared, step_arguments(prepared, eta), noise, None if uncond is None else guidance_scale, wish)
+        scale = None if uncond is None else guidance_scale
+        return choose_update(prepared, step_arguments(prepared, eta), noise, scale, wish, begin)
 
     update, reason = new_update()
     if fused_update and reason:
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
     doubled = uncond is not None and not separate
-    loop = Loop(prepared, latents_name(_model_of(runner)), doubled, prepared.timesteps.to(noise.device))
+    model = _model_of(runner)
+    convert = (runner.plan.header.timestep if isinstance(runner, Compiled) else None) or timestep_of(model)
+    loop = Loop.of(prepared, begin, latents_name(model), doubled, noise, convert)
 
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
@@ -91,16 +104,18 @@ def sample(
     graphs = capture is not False
     if capture or (capture is None and waits(noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
+        look = Look()
         if not attempt.refusal and isinstance(runner, Compiled):
-            key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared))
+            look = follow_weights(runner)
+            key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared), begin)
             attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
         if attempt.capture is not None:
-            return attempt.capture(noise, conditioning, calls)
+            return attempt.capture(noise, conditioning, calls, look)
         if capture:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         # Without a refusal, the second run will be captured as a whole.
         graphs = bool(attempt.refusal)
-    predict: Callable[..., Any] = runner.session(graphs) if isinstance(runner, Compiled) else runner
+    predict: Callable[..., Any] = loop_session(runner, loop, graphs) if isinstance(runner, Compiled) else runner
     return loop.run(predict, update, noise, calls(), on_step)
 
 
@@ -144,18 +159,40 @@ def _nested(conditioning: Mapping[str, Any]) -> str:
     return ""
 
 
-def _scheduler_for(runner: Compiled | nn.Module, scheduler: Any, steps: int | None, device: torch.device) -> tuple[Any, bool]:
-    """A copy of the scheduler, set to the run's steps, and whether cond and uncond are calls of their own."""
+def _scheduler_for(
+    runner: Compiled | nn.Module,
+    scheduler: Any,
+    steps: int | None,
+    wish: Schedule | Mapping[str, Any] | None,
+    noise: torch.Tensor,
+) -> tuple[Any, int, bool]:
+    """A copy of the scheduler, set to the run's steps; the evaluation with which the run begins; whether cond and uncond are
+    calls of their own.
+    """
+    order, model, latents = getattr(scheduler, "order", 1), _model_of(runner), tuple(noise.shape[1:])
     if not isinstance(runner, Compiled):
+        schedule, steps = schedule_of(wish, steps, order)
         if steps is None:
             raise PlanError("steps is needed to sample with a plain model; an executable brings its own")
-        return prepare_scheduler(scheduler, steps, device), False
+        schedule = shifted(schedule, scheduler, latents, model)
+        return prepare_scheduler(scheduler, steps, noise.device, schedule), schedule.begin, False
     header = runner.plan.header
     if steps is not None and steps != header.steps:
         raise PlanError(f"compiled for {header.steps} inference steps, asked for {steps}")
-    prepared = prepare_scheduler(scheduler, header.steps, device)
-    refuse_other_schedule(header, prepared, "the scheduler of this call")
-    return prepared, header.guidance == "separate"
+    schedule = schedule_of(wish, header.steps, order)[0].over(header.schedule)
+    if not rests_on_measurement(runner.plan):
+        # A shift that was computed of the planned size is computed anew of this one.
+        planned = header.shapes.get(latents_name(model), ())
+        if schedule == shifted(replace(schedule, mu=None), scheduler, planned, model):
+            schedule = shifted(replace(schedule, mu=None), scheduler, latents, model)
+    prepared = prepare_scheduler(scheduler, header.steps, noise.device, schedule)
+    refuse_other_schedule(header, prepared, "the scheduler of this call", follow=not rests_on_measurement(runner.plan))
+    if schedule.begin < header.schedule.begin:
+        raise PlanError(
+            f"the plan's run begins at evaluation {header.schedule.begin}, asked for is {schedule.begin}; make a plan that "
+            f"begins there, or earlier"
+        )
+    return prepared, schedule.begin, header.guidance == "separate"
 
 
 def _model_of(runner: Compiled | nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ class FusedUpdate:
 
 
 def choose_update(
-    scheduler: Any, arguments: dict[str, float], latents: Tensor, guidance_scale: float | None, fused: bool
+    scheduler: Any, arguments: dict[str, float], latents: Tensor, guidance_scale: float | None, fused: bool, begin: int = 0
 ) -> tuple[Update, str]:
     """What updates a run's latents, and why it is not the fused update where that was asked for.
 
@@ -101,10 +101,11 @@ def choose_update(
         latents: Like those of the run.
         guidance_scale: Under guidance.
         fused: Whether to fuse where the scheduler allows.
+        begin: The scheduler's evaluation with which the run begins.
     """
     reason = ""
     if fused:
-        combinations = linear_steps(scheduler, arguments)
+        combinations = linear_steps(scheduler, arguments, begin)
         reason = combinations if isinstance(combinations, str) else _too_many(combinations, guidance_scale is not None)
         if not isinstance(combinations, str) and not reason:
             return FusedUpdate(combinations, latents, guidance_scale), ""

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,34 +13,18 @@ from torch import nn
 
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
-from stepgraph.errors import CompileError
+from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
-from stepgraph.runtime.program.packed_linear import forget_packed
+from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature
+from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
+from stepgraph.weight_kinds import weight_bytes
 
-
-def parts_of(model: nn.Module) -> dict[str, Any]:
-    """What a model is made of: modules, parameters, buffers, hooks, processors and replaced forwards of its parts, by name.
-
-    Values written in place do not change it; graphs use them. Hooks and the forward of the model itself are not part of it:
-    they run around an executable as they run around the model.
-    """
-    parts: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    parts |= dict(model.named_buffers(remove_duplicate=False))
-    for path, module in model.named_modules():
-        if module is model:
-            continue
-        parts[path] = module
-        for index, hook in enumerate([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
-            parts[f"{path} (forward hook {index})"] = hook
-        if "processor" in vars(module):
-            parts[f"{path}.processor"] = module.processor
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-            parts[f"{path}.forward"] = forward
-    return parts
+# Of how many beginnings above 0 programs are kept.
+TAILS = 8
 
 
 class Saves(Protocol):
@@ -58,20 +42,20 @@ class Compiled:
         model: The model, whose weights the programs use by reference.
         plan: The plan.
         config: The compile options.
-        build: Makes the program for inputs of a new signature (another batch size, say).
+        build: Makes the program of a model and a plan (this one, or the rest of it) for inputs of a signature.
         default: The program for the inputs it was compiled with.
-        parts: What the model was made of when it was compiled (`parts_of`).
         example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
+        weights: The model's parameters and buffers, and what has become of them since.
         captured: What was captured of it in graphs.
     """
 
     model: nn.Module
     plan: CachePlan
     config: CompileConfig
-    build: Callable[[Mapping[str, Any]], Program]
+    build: Callable[[nn.Module, Mapping[str, Any], CachePlan], Program]
     default: Program
-    parts: Mapping[str, Any]
+    weights: BoundWeights
     example: Mapping[str, Any] | None = None
     factors: Saves | None = None
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
@@ -84,35 +68,62 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self, capture: bool = True) -> "Session":
+    def session(self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Args:
             capture: Whether its calls may be replays of CUDA graphs (`CompileConfig.cuda_graphs`). One run at a time has
                 them; others launch every kernel.
+            begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is
+                computed.
+            timesteps: The scheduler's, of every step of the run, where they are not the plan's.
 
         Raises:
-            CompileError: Modules, parameters, buffers, hooks or attention processors of the model are other ones than when it
-                was compiled; the graphs would run without them.
+            PlanError: The plan has no such step, or a forecast reads what the run does not have.
         """
-        now, nothing = parts_of(self.model), object()
-        names = sorted({*now, *self.parts})
-        changed = [name for name in names if now.get(name, nothing) is not self.parts.get(name, nothing)]
-        if changed:
-            raise CompileError(
-                f"{type(self.model).__name__} is made of other parts than when it was compiled, such as {changed[0]!r} "
-                f"(a LoRA, a hook or another change of its modules?); detach, and compile again"
-            )
-        return Session(self, capture)
+        return Session(self, capture, begin, timesteps)
 
-    def program(self, inputs: Mapping[str, Any]) -> Program:
+    @property
+    def programs(self) -> list[Program]:
+        """All programs, the default's first."""
+        return list({id(program): program for program in (self.default, *self._programs.values())}.values())
+
+    def on(self, model: nn.Module) -> "Compiled":
+        """The same plan and programs on another model of the same structure, such as a copy; nothing is traced.
+
+        Raises:
+            CompileError: The model is made of other parts, or its weights have another dtype, device, shape or strides.
+            MismatchError: Its weights hold other values, which the plan does not follow.
+        """
+        if model is self.model:
+            return self
+        return put_on_model(self, model)
+
+    def verify(self) -> tuple[str, ...]:
+        """Read every weight in full, and follow what no run has noticed: single values that were written through `.data`.
+
+        Returns:
+            Names of the weights that hold other values than the last run, or `verify`, saw. Copies of them are made again at
+            the next run, which is right then.
+
+        Raises:
+            CompileError: A weight is gone, new, or of another dtype, device, shape or strides.
+            MismatchError: The plan does not follow other values.
+        """
+        return follow_weights(self, everything=True).written
+
+    def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
+
+        Args:
+            inputs: The forward's arguments.
+            begin: The plan's step with which the run begins. Programs of the last `TAILS` such steps above 0 are kept.
 
         Raises:
             PlanError: Shapes (apart from the batch) or dtype differ from what the plan was made for.
             CompileError: The inputs are on another device than the model.
         """
-        key = signature(inputs)
+        key = (signature(inputs), begin) if begin else signature(inputs)
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
         program = self._programs.get(key)
         if program is not None:
@@ -120,15 +131,38 @@ class Compiled:
         with self._lock:
             if key not in self._programs:
                 started = time.perf_counter()
-                self._programs[key] = self.build(inputs)
-                shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-                log = get_logger("executable")
-                log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, time.perf_counter() - started)
+                # All programs hold the same tensors, so that all of them can follow.
+                follow_weights(self)
+                plan = self.plan.tail(begin)
+                program = self.build(self.model, inputs, plan)
+                self._make_room(begin)
+                self._programs[key] = program
+                self._log_compiled(inputs, plan, begin, time.perf_counter() - started)
             return self._programs[key]
 
+    def _make_room(self, begin: int) -> None:
+        """Drop the programs of the oldest beginning where there are too many of them."""
+        begin, whole = begin + self.plan.header.schedule.begin, self.plan.header.schedule.begin
+        begins = list(dict.fromkeys(program.begin for program in self._programs.values() if program.begin != whole))
+        if begin not in (whole, *begins) and len(begins) >= TAILS:
+            for key in [key for key, program in self._programs.items() if program.begin == begins[0]]:
+                del self._programs[key]
+
+    def _log_compiled(self, inputs: Mapping[str, Any], plan: CachePlan, begin: int, seconds: float) -> None:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        log = get_logger("executable")
+        if not begin:
+            log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, seconds)
+            return
+        more = sum(new != old for row, planned in zip(plan.rows, self.plan.rows[begin:]) for new, old in zip(row, planned))
+        log.warning(
+            "compiled for runs that begin at step %d of %d, in %.1f s: %d values that the plan reads of earlier steps, or "
+            "leaves out for these, are computed", begin, self.plan.steps, seconds, more,
+        )  # fmt: skip
+
     def repack(self) -> None:
-        """Pack weights anew at their next use: after writes that torch does not count, as those through `.data` are not."""
-        forget_packed()
+        """Pack weights anew at their next use. Runs do so themselves where values have changed; see `verify`."""
+        forget_packed(self.weights.tensors)
 
     def macs(self) -> Macs:
         """Multiply-accumulates of a run, counted on the specialised graphs."""
@@ -139,7 +173,7 @@ class Compiled:
     def memory(self) -> Memory:
         """Bytes of stored values and weights of a run, known before it runs."""
         slots, layout, branches = self.default.slots, self.default.layout, len(self.plan.header.branches)
-        weights = sum(p.nbytes for p in self.model.parameters()) + self.default.factor_bytes
+        weights = sum(map(weight_bytes, self.model.parameters())) + self.default.factor_bytes
         tables = self.default.hoisted.bytes * branches if self.default.hoisted is not None else 0
         return Memory(
             layout.peak_bytes, slots.count * branches, slots.stored * branches, weights, tables, layout.nbytes,

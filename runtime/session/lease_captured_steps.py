@@ -36,7 +36,11 @@ def lease_captured_steps(executable: "Compiled", program: Program, device: torch
 
     def make() -> CapturedSteps:
         recorder = executable.captured.recorder(device)
-        return CapturedSteps(recorder, SlotMemory.of(program.layout, device), executable.model, bool(config.cuda_graphs))
+        memory = SlotMemory.of(program.layout, device)
+        steps = CapturedSteps(recorder, memory, lambda: executable.weights.moves, bool(config.cuda_graphs))
+        # While they are kept, no other program can lie at its address, by which they are found.
+        steps.program = program
+        return steps
 
     steps = executable.captured.obtain(("steps", id(program)), make, CapturedSteps.valid, at_once=True).capture
     return steps if steps is not None and steps.lease(run) else None

@@ -6,6 +6,7 @@ import torch
 
 from stepgraph.runtime.capture.captured_steps import CapturedSteps
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
+from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.program.tables import FixedTables, Tables
 
@@ -38,6 +39,7 @@ class RunState:
         branch: Which branch of it.
         memory: By program, where its stored values lie.
         captured: By program, the captured steps that the run has for itself.
+        look: What was found of the weights when the run began.
         peak_slot_bytes: The most bytes of stored values so far.
     """
 
@@ -47,6 +49,7 @@ class RunState:
     branch: int = 0
     memory: dict[int, SlotMemory] = field(default_factory=dict)
     captured: dict[int, CapturedSteps] = field(default_factory=dict)
+    look: Look = field(default_factory=Look)
     peak_slot_bytes: int = 0
 
     @property

@@ -15,6 +15,8 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.session.follow_weights import finish_run
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -23,10 +25,25 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One sampling run: which step is next, and the values stored so far. Not shared between threads."""
+    """One sampling run: which step is next, and the values stored so far. Not shared between threads.
 
-    def __init__(self, executable: "Compiled", capture: bool = True) -> None:
-        self.executable, self.capture = executable, capture
+    Attributes:
+        executable: What runs.
+        begin: The plan's step with which the run begins; the run's own steps count from there.
+        timesteps: The scheduler's timestep of every step of the run.
+        checked: Whether what changed of the model is looked at when the run begins.
+    """
+
+    def __init__(
+        self,
+        executable: "Compiled",
+        capture: bool = True,
+        begin: int = 0,
+        timesteps: Sequence[float] | None = None,
+        checked: bool = True,
+    ) -> None:
+        self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
+        self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
 
     def _fresh_state(self) -> RunState:
@@ -36,10 +53,6 @@ class Session:
         """Back to the first step; all stored values and their memory are dropped, and so is what `use_...` brought."""
         self._release()
         self._state = self._fresh_state()
-
-    def skip_to(self, step: int) -> None:
-        """Begin at a later step, before which nothing is stored (`SlotPlan.empty_before`)."""
-        self._state.step = step
 
     @property
     def step(self) -> int:
@@ -54,7 +67,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether every step has run."""
-        return self.step == self.executable.plan.steps
+        return self.step == len(self.timesteps)
 
     @property
     def peak_slot_bytes(self) -> int:
@@ -80,6 +93,12 @@ class Session:
     def memory(self) -> dict[int, SlotMemory]:
         """The memory of the programs that run."""
         return self._state.memory
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that have begun in this run."""
+        programs = {id(branch.program): branch.program for branch in self._state.branches if branch.program is not None}
+        return tuple(programs.values())
 
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
@@ -121,7 +140,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it.
+            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another
+                one than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
@@ -174,6 +194,7 @@ class Session:
                 if tables is not None:
                     tables.finish()
             self._release()
+            finish_run(self.executable, state.look)
 
     def _call(
         self,
@@ -234,17 +255,20 @@ class Session:
         present = self._state.present
         if present.tables is None:
             batched = not self.executable.config.exact
-            present.tables = Tables(program.hoisted, program.plan.header.timesteps, batched)
+            present.tables = Tables(program.hoisted, self.timesteps, batched)
         values = present.tables.at(self.step, inputs)
         return [values[table] for table in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs), self._state.present.program
+        program, begun = self.executable.program(inputs, self.begin), self._state.present.program
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
+        if self.checked and all(program is not branch.program for branch in self._state.branches):
+            look = begin_run(self.executable, program)
+            self._state.look = look if self.step == self.branch == 0 else self._state.look
         self._state.present.program = program
         return program

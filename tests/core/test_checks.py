@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from stepgraph.checks import check_number, check_numbers, check_whole, is_number, is_whole
+from stepgraph.checks import check_flag, check_number, check_numbers, check_whole, is_number, is_whole
 from stepgraph.errors import ArgumentError
 
 
@@ -23,7 +23,14 @@ def test_what_is_no_finite_number(value):
         check_number("x", value)
 
 
+@pytest.mark.parametrize("value", [0, 1, "true", None])
+def test_what_is_no_flag(value):
+    with pytest.raises(ArgumentError, match=f"^f is {value!r}; expected True or False$"):
+        check_flag("f", value)
+
+
 def test_what_is_taken():
+    check_flag("f", False)
     check_whole("n", 3, 1, 3)
     check_number("x", -1.5, -math.inf)
     check_number("x", 1, above=0, most=1)

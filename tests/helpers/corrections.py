@@ -7,6 +7,7 @@ import torch
 import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_scheduler
+from stepgraph.compiler.lowrank.map_errors import error_on
 from stepgraph.plan.corrections import Forecast
 
 LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -37,6 +38,11 @@ def plan_of(model, actions, forecasts=None, scheduler=None, **options) -> sg.Cac
     plan = sg.make_plan("manual", model=model, scheduler=scheduler, steps=steps, actions=actions, **options)
     rows = {(s, plan.index(site)): Forecast(*f) for (s, site), f in (forecasts or {}).items()}
     return replace(plan, forecasts=rows)
+
+
+def measured_errors(model, factors: sg.Factors, covariances: sg.Covariances) -> dict[str, float]:
+    """Relative weighted error of every map on measured increments."""
+    return {path: error_on(model, path, a, b, factors.method, covariances) for path, (a, b) in factors.maps.items()}
 
 
 def both(model, plan, maps=None, tables=None, scheduler=None, guidance_scale=1.0, **options):

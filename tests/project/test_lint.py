@@ -164,6 +164,14 @@ def test_ruff_refuses_relative_imports(path: str):
     assert "TID252" in findings(path, "from .sibling import name", "TID252")
 
 
+@pytest.mark.parametrize("folder", sorted(FLOOR_OF))
+def test_ruff_refuses_names_of_the_face(folder: str):
+    """They lie on floors of their own, mostly above."""
+    path = f"{folder}/new_file.py"
+    assert "ICN003" in findings(path, "from stepgraph import accelerate", "ICN003")
+    assert "ICN003" not in findings(path, "from stepgraph.plan import CachePlan\nimport stepgraph.checks", "ICN003")
+
+
 @pytest.mark.parametrize("path", ["core/__init__.py", "core/cli/main.py", "core/cli/new_command.py"])
 @pytest.mark.parametrize("target", ["bench.record", "triton_kernels", "csrc"])
 def test_the_face_imports_neither_bench_nor_kernels(path: str, target: str):

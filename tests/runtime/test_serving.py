@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import stepgraph as sg
 from helpers.paths import TESTS
@@ -106,9 +107,9 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
     made = sg.compile(dit, plan, inputs(1), "eager")
     serial, built = [image(made, number) for number in range(4)], []
 
-    def build(given: Mapping[str, Any]) -> Program:
+    def build(model: nn.Module, given: Mapping[str, Any], plan) -> Program:
         built.append(given)
-        return made.build(given)
+        return made.build(model, given, plan)
 
     executable = replace(made, build=build)
 

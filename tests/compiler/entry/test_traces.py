@@ -1,5 +1,7 @@
 """A model is traced once per signature in a chain of calls, and its graphs belong to that chain and that model alone."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -76,6 +78,12 @@ def test_fits_share_one_graph(dit, runs):
     runs.clear()
     sg.fit_whole_step(plan, dit, ddim, samples=2)
     assert [batch for _, batch in runs] == [2, 2]
+
+
+def test_users_hand_on_no_graphs():
+    functions = [getattr(sg, name) for name in sg.__all__ if inspect.isfunction(getattr(sg, name))]
+    assert len(functions) > 10
+    assert not [f.__name__ for f in functions if "traced" in inspect.signature(f).parameters]
 
 
 def test_nothing_is_shared_between_models_or_chains(dit, runs):

@@ -14,11 +14,13 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
 )
 from typer.testing import CliRunner
 
 import stepgraph as sg
 from helpers.paths import PUBLISHED
+from helpers.pixart_sd3 import PIXART
 from helpers.tiny import tiny_dit
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_model import load_to_plan
@@ -82,6 +84,37 @@ def test_a_smoothcache_schedule_says_what_is_computed(model, tmp_path: Path, per
         assert written == schedule
 
 
+@pytest.mark.parametrize("flags", [[1, 0, 0, 1], [True, False, False, True]])
+@pytest.mark.parametrize("key", ["attn1", "attn", "attn1-0"])
+def test_what_a_smoothcache_schedule_does_not_name_is_computed(model, tmp_path: Path, key: str, flags):
+    plan = imported({key: flags}, model, tmp_path / "schedule.json")
+    for i in range(BLOCKS):
+        assert column(plan, f"transformer_blocks.{i}.attn1") == ("CCCC" if i and key.endswith("-0") else "CRRC")
+        assert column(plan, f"transformer_blocks.{i}.ff") == "CCCC"
+
+
+def test_a_smoothcache_schedule_names_the_children_of_other_models_blocks(tmp_path: Path):
+    schedule = {"attn1": [1, 0, 1, 0], "attn2": [1, 0, 0, 0], "ff": [1, 1, 0, 1]}
+    plan = imported(schedule, PixArtTransformer2DModel(**PIXART).eval(), tmp_path / "schedule.json")
+    for name, letters in {"attn1": "CRCR", "attn2": "CRRR", "ff": "CCRC"}.items():
+        assert column(plan, f"transformer_blocks.1.{name}") == letters
+
+
+def test_a_joint_attention_is_reused_as_a_whole(flux, tmp_path: Path):
+    plan = imported_flux({"attn": [1, 0, 1, 0], "ff_context": [1, 1, 1, 0]}, flux, tmp_path / "schedule.json")
+    assert {column(plan, f"transformer_blocks.1.attn{output}") for output in ("", ":1")} == {"CRCR"}
+    assert column(plan, "transformer_blocks.1.ff_context") == "CCCR"
+    assert column(plan, "single_transformer_blocks.0.act_mlp") == "CCCC"
+
+
+def test_what_an_invardiff_book_has_no_table_of_is_computed(model, tmp_path: Path):
+    plan = imported({"mlp_cache_book": book()["mlp_cache_book"]}, model, tmp_path / "book.json")
+    assert [column(plan, f"transformer_blocks.{i}.ff") for i in range(2)] == ["CRCC", "CRCR"]
+    assert column(plan, "transformer_blocks.0.attn1") == column(plan, "hidden") == "CCCC"
+    plan = imported({"step_cache_book": [False, True, False, True]}, model, tmp_path / "book.json")
+    assert column(plan, "hidden") == "CRCR"
+
+
 def test_an_l2c_router_is_read_in_sampling_order(model, tmp_path: Path):
     # Ascending timestep index; odd indices are full steps whatever their logits say.
     routers = [torch.tensor([5.0, -5.0, -5.0, 5.0]), torch.full((4,), -5.0), torch.full((4,), -5.0), torch.full((4,), -5.0)]
@@ -108,7 +141,12 @@ class Evil:
     [
         ("a.json", {"steps": [1, 0]}, {}, "with the keys steps is no known plan format"),
         ("a.json", [1, 0, 1, 7], {}, "list is no known plan format"),
-        ("a.json", [1, 0, 1], {}, r"steps_computation_mask is a list of 3; expected \[4\]"),
+        (
+            "a.json",
+            [1, 0, 1],
+            {},
+            r"steps_computation_mask holds 3 entries; expected 4, one per step; import it for the steps .*resample\(4",
+        ),
         ("a.json", [0, 0, 1, 1], {}, "stack_residual: REUSE before any COMPUTE"),
         ("a.json", {"steps_computation_mask": [1, 0, 2, 1]}, {}, r"steps_computation_mask\[2\] holds 2"),
         (
@@ -118,11 +156,12 @@ class Evil:
             "'dynamic', which decides at run time",
         ),
         ("a.json", {"steps_computation_mask": [1, 0, 1, 1], "Fn": 1}, {}, "unknown key 'Fn'"),
-        ("a.json", book(step=(0, 1, 0)), {}, r"step_cache_book is a list of 3; expected \[4\]"),
+        ("a.json", book(step=(0, 1, 0)), {}, "step_cache_book holds 3 entries; expected 4"),
         ("a.json", book(msa=((0, 0, 0),) * 4), {}, r"msa_cache_book\[0\] is a list of 3; expected \[4\]\[2\]"),
         ("a.json", {**book(), "mlp_cache_book": [[0, "x"]] * 4}, {}, r"mlp_cache_book\[0\] holds 'x'"),
         ("a.json", book(step=(1, 1, 0, 0)), {}, "hidden: REUSE before any COMPUTE"),
-        ("a.json", {"attn": [1, 0, 1, 0]}, {}, "expected attn and mlp"),
+        ("a.json", {"attn2": [1, 0, 1, 0]}, {}, "attn2 names attn2; the blocks of this model have attn1, ff"),
+        ("a.json", {"attn": [1, 0, 1, 0], "attn1-1": [1, 1, 0, 0]}, {}, "says of transformer_blocks.1.attn1 what another key"),
         ("a.json", {"attn-0": [1] * 4, "mlp-7": [1] * 4}, {}, "mlp-7 names block 7; this model has 2 blocks"),
         ("a.json", {"attn": [1, 2, 1, 0], "mlp": [1] * 4}, {}, r"attn\[1\] holds 2"),
         ("a.json", book(), {"theta": 0.5}, "has no option 'theta'; it takes none"),
@@ -263,29 +302,33 @@ def test_a_flux_book_computes_the_first_step(flux, tmp_path: Path):
     assert column(plan, "single_transformer_blocks.2.act_mlp") == "C.RR"
 
 
-def without(book: dict[str, object], outer: str, inner: str) -> dict[str, object]:
-    return {**book, outer: {key: value for key, value in book[outer].items() if key != inner}}  # type: ignore[attr-defined]
+def test_what_a_flux_book_has_no_table_of_is_computed(flux, tmp_path: Path):
+    tables = {"attn": [[0, 0], [1, 1], [0, 0], [0, 0]], "ff": [[0, 0], [1, 0], [0, 0], [0, 0]]}
+    plan = imported_flux({"transformer_cache_book": tables}, flux, tmp_path / "part.json")
+    # An attention is skipped where its text says so too.
+    assert [column(plan, f"transformer_blocks.{i}.ff") for i in range(2)] == ["CRCC", "CCCC"]
+    assert {letter for row in plan.rows for letter in row} == {"C", "R"}
+    assert sum(row.count("R") for row in plan.rows) == 1
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (flux_book(".#."), r"step_cache_book is a list of 3; expected \[4\]"),
+        (flux_book(".#."), "step_cache_book holds 3 entries; expected 4"),
         (flux_book(ff=("...",) * 4), r"transformer_cache_book.ff\[0\] is a list of 3; expected \[4\]\[2\]"),
         (flux_book(single_mlp=("..",) * 4), r"single_transformer_cache_book.mlp\[0\] is a list of 2; expected \[4\]\[3\]"),
         (
-            without(flux_book(), "transformer_cache_book", "context_ff"),
-            r"transformer_cache_book has the keys attn, context_attn",
+            {**flux_book(), "transformer_cache_book": {"attn": [], "mlp": []}},
+            r"transformer_cache_book has the keys attn, mlp; expected some of attn, context_attn",
         ),
         (
             {**flux_book(), "single_transformer_cache_book": [1]},
-            r"single_transformer_cache_book has the keys list; expected attn, mlp",
+            r"single_transformer_cache_book has the keys list; expected some of attn, mlp",
         ),
         (
             book(),
             "an InvarDiff cache book for DiT is for models with the module kinds attn, ff; this model has attn, context_attn",
         ),
-        ({"attn": [1] * 4, "mlp": [1] * 4}, "a SmoothCache schedule is for models with the module kinds attn, ff"),
     ],
 )
 def test_a_flux_book_that_does_not_fit_is_refused_by_key_and_shape(flux, tmp_path: Path, data, said):

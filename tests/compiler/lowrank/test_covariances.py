@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import stepgraph as sg
+from helpers.corrections import measured_errors
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.compiler.lowrank.covariance_passes import SpilledTensors, bytes_of, plan_passes
 from stepgraph.compiler.lowrank.covariance_sums import SketchSum
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites, find_targets
-from stepgraph.compiler.lowrank.map_errors import measured_errors
 from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import PlanError
 from stepgraph.runtime.sampling.sample import sample

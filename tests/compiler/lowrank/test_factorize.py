@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import stepgraph as sg
+from helpers.corrections import measured_errors
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.decompose import reduced_rank_regression, scaled_svd, shrunk, weighted_svd
 from stepgraph.compiler.lowrank.factorize import decompositions, factorize
-from stepgraph.compiler.lowrank.map_errors import error_on, mean_error, measured_errors, worse_ranks
+from stepgraph.compiler.lowrank.map_errors import error_on, mean_error, worse_ranks
 from stepgraph.compiler.lowrank.rank_report import RankReport, rank_report
 from stepgraph.errors import PlanError
 

@@ -389,7 +389,7 @@ def test_a_calibrated_plan_runs_as_the_oracle_says(model, stats, policy):
         ("procache", {"kinds": 5}, "kinds is 5; expected a list"),
         ("procache", {"kinds": []}, r"kinds is \[\]; expected at least one kind"),
         ("procache", {"seed": "x"}, "seed is 'x'; expected a whole number"),
-        ("smoothcache", {"per_layer": "no"}, "per_layer is 'no'; expected true or false"),
+        ("smoothcache", {"per_layer": "no"}, "per_layer is 'no'; expected True or False"),
         ("l2c", {"router": 5}, "router is 5; expected the name of a file"),
     ],
 )

@@ -227,3 +227,30 @@ def test_a_counting_hook_on_a_layer_is_refused():
     model.inner.register_forward_hook(count)
     with pytest.raises(TraceError, match="calling inner changes its own 'seen'"):
         trace(model, {"x": torch.randn(4, 6)})
+
+
+class Prompted(nn.Module):
+    """Passes a view of one of its parameters to a module, as learned queries are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.inner = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(self.queries[None])
+
+
+def test_views_of_parameters_that_train_are_passed_to_modules():
+    model, x = Prompted().eval(), torch.ones(2, 3, 4)
+    with torch.no_grad():
+        assert torch.equal(trace(model, {"x": x}).bind(model)(x)[0], model(x))
+
+
+def test_a_table_without_data_beside_the_buffers_is_refused():
+    with torch.device("meta"):
+        model = Prompted().eval()
+        model.table = torch.ones(4)
+    model.forward = lambda x: x + model.table
+    with pytest.raises(TraceError, match="a tensor without data that is neither a parameter nor a registered buffer"):
+        trace(model, {"x": torch.ones(2, 3, 4, device="meta")})

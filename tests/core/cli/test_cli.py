@@ -134,18 +134,18 @@ def test_policies_are_listed_and_make_help_explains_them():
             assert f"\n      -a {argument['name']}: {argument['type']}" in shown
 
 
-def test_plan_sweep_measures_draws_and_saves_the_knee(tmp_path: Path):
+def test_plan_sweep_measures_draws_and_saves_the_knee(small: Path, tmp_path: Path):
     picture, knee = tmp_path / "sweep.png", tmp_path / "knee.json"
-    command = ["plan", "sweep", "--policy", "interval", "--knob", "every", "--steps", 6, "--samples", 2, "--plot", picture]
-    facts = json.loads(invoke(*command, "--values", "1,2,3,6", "--json"))
-    assert [point["value"] for point in facts["points"]] == [1, 2, 3, 6]
+    command = ["plan", "sweep", "--model", small, "--policy", "interval", "--knob", "every", "--steps", 4, "--plot", picture]
+    facts = json.loads(invoke(*command, "--samples", 2, "--values", "1,2,4", "--json"))
+    assert [point["value"] for point in facts["points"]] == [1, 2, 4]
     errors = [point["error"] for point in facts["points"]]
-    assert errors[0] < 1e-6 < errors[1] < errors[3] < 1
+    assert errors[0] < 1e-6 < errors[1] < errors[2] < 1
     assert Image.open(picture).size[0] > 500
-    shown = invoke(*command, "--from", 1, "--to", 2, "--points", 2)
+    shown = invoke(*command, "--samples", 1, "--from", 1, "--to", 2, "--points", 2)
     assert "1.00x" in shown
     assert "no knee" in shown
-    assert "no knee" in error_of(*command, "--values", "1,2", "--save", knee)
+    assert "no knee" in error_of(*command, "--samples", 1, "--values", "1,2", "--save", knee)
     assert not knee.exists()
 
 

@@ -289,7 +289,6 @@ MISFITS = {
         None,
         "the plan is for another DiTTransformer2DModel: its configuration or parameter",
     ),
-    "weights": (lambda: tiny_dit(seed=1), None, "the plan is for other weights of DiTTransformer2DModel"),
     "dtype": (lambda: tiny_dit().bfloat16(), None, "the plan is for a float32 model; this one is bfloat16"),
     "resolution": (
         tiny_dit,

@@ -18,7 +18,7 @@ from helpers.artifacts import rewrite
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import CompileError, MismatchError, PlanError
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 FORMS = ("artifact", "artifact.zip")
@@ -89,7 +89,7 @@ def test_an_artifact_holds_no_weights_no_tables_and_no_code(made, tmp_path: Path
 
 OPTIONS = {
     "backend": "eager", "exact": True, "hoist": False, "hoist_limit_mb": 64, "regions": False, "prepack": False, "merge": False,
-    "slot_dtype": "bfloat16", "offload": True, "cuda_graphs": None, "max_autotune": True,
+    "slot_dtype": "bfloat16", "offload": True, "cuda_graphs": None, "max_autotune": True, "strict": True,
 }  # fmt: skip
 
 
@@ -122,14 +122,18 @@ def test_weights_that_share_memory_share_it_again(ddim, tmp_path: Path):
             sg.load(tmp_path / "artifact")
 
 
-def test_weights_written_to_since_are_not_saved_under_the_old_plan(ddim, tmp_path: Path):
+def test_weights_written_to_since_are_saved_only_if_the_plan_follows_them(ddim, tmp_path: Path):
     model = tiny_dit()
-    saved = sg.compile(model, sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2), inputs(2), "eager")
-    with torch.no_grad():
-        model.proj_out_2.weight.mul_(2)
-    with pytest.raises(PlanError, match="the plan is for other weights of DiTTransformer2DModel"):
-        saved.save(tmp_path / "artifact", with_weights=True)
+    plan = sg.make_plan("interval", model=model, scheduler=ddim, steps=4, every=2)
+    saved = sg.compile(model, plan, inputs(2), "eager")
+    strict = sg.compile(model, plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
+    model.proj_out_2.weight.data.mul_(2)
+    with pytest.raises(PlanError, match=r"proj_out_2\.weight hold other values than when the plan was compiled"):
+        strict.save(tmp_path / "artifact", with_weights=True)
     assert list(tmp_path.iterdir()) == []
+    saved.save(tmp_path / "artifact", with_weights=True)
+    loaded = sg.load(tmp_path / "artifact")
+    assert torch.equal(loaded.model.proj_out_2.weight, model.proj_out_2.weight)
 
 
 def test_places_are_made_and_keep_the_users_mask(made, tmp_path: Path):
@@ -185,10 +189,17 @@ def test_something_else_is_not_replaced(made, tmp_path: Path):
 # -- other models, versions, schedulers ------------------------------------------------------------------------------------
 
 
-def test_other_weights_are_refused(made, tmp_path: Path):
+def test_other_weights_are_followed_or_refused(made, tmp_path: Path):
     made.save(tmp_path / "artifact")
-    with pytest.raises(PlanError, match="the artifact is of other weights of DiTTransformer2DModel"):
+    with pytest.raises(MismatchError, match=r"the plan is for other weights of DiT.* numbers that were measured"):
         sg.load(tmp_path / "artifact", tiny_dit(seed=1))
+    plan, other = sg.make_plan("full", model=made.model, scheduler=tiny_scheduler("ddim"), steps=2), tiny_dit(seed=1)
+    sg.compile(made.model, plan, inputs(2), "eager").save(tmp_path / "full")
+    assert sg.load(tmp_path / "full", other).model is other
+    chosen = sg.compile(made.model, plan.with_header(measured="choice"), inputs(2), "eager", strict=True)
+    chosen.save(tmp_path / "strict")
+    with pytest.raises(MismatchError, match="strict=True refuses others"):
+        sg.load(tmp_path / "strict", other)
     with pytest.raises(PlanError, match="has no weights; pass the model it was made for"):
         sg.load(tmp_path / "artifact")
     with pytest.raises(PlanError, match="the artifact is of a float32 model; this one is bfloat16"):

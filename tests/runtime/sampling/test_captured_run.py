@@ -122,6 +122,32 @@ def test_tables_follow_the_weights_they_are_made_of(tape):
     assert torch.equal(written, sg.sample(exe, scheduler, noise(2), **given))
 
 
+def test_a_captured_run_follows_strengths(tape):
+    model, scheduler, given = tiny_dit(), SCHEDULERS["ddim"](), labels(1, 2)
+    norm, attention = model.transformer_blocks[0].norm1, model.transformer_blocks[1].attn1
+    # One is read by tables alone, one in the loop.
+    norm.linear, attention.to_v = Scaled(norm.linear).eval(), Scaled(attention.to_v).eval()
+    exe = compiled(model, scheduler)
+    results = [sg.sample(exe, scheduler, noise(2), capture=True, **given)]
+    for part in (norm.linear, attention.to_v):
+        part.strength = 0.25
+        results.append(sg.sample(exe, scheduler, noise(2), capture=True, **given))
+        assert torch.equal(results[-1], sg.sample(exe, scheduler, noise(2), **given))
+        assert not torch.equal(*results[-2:])
+    assert len(tape[0].recorded) == 2
+
+
+class Scaled(torch.nn.Module):
+    """A layer times a number."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.strength = layer, 1.5
+
+    def forward(self, x):
+        return self.layer(x) * self.strength
+
+
 def test_off_loading_is_declined(dit):
     scheduler = SCHEDULERS["ddim"]()
     with pytest.raises(sg.CompileError, match="capture=True, but offload=True copies values on a stream of its own"):

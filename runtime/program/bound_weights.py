@@ -1,0 +1,222 @@
+"""The parameters and buffers that an executable's programs hold, and what has become of them since they were last looked at.
+
+A program reads weights by reference, but some of what runs is made of their values: packed and merged copies, tables of a
+captured run. All of it follows one look at the beginning of a run: which tensors are other objects or lie elsewhere (address),
+which were written to (version), and which hold other values (contents). Contents are looked at because writes through `.data`,
+as peft's and EMA's, move no version, and tensors made in inference mode have none.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.contents import Scattered, content_sums, plain_tensors
+from stepgraph.errors import CompileError
+from stepgraph.fingerprint import has_data
+from stepgraph.weight_kinds import PLAIN
+
+# Of a tensor, or of every tensor that it is made of: address, version.
+Mark = tuple[int, ...]
+Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+WHAT = ("dtype", "device", "shape", "strides")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the weights found.
+
+    Attributes:
+        replaced: Old tensor -> the new object of its name.
+        moved: Whether a tensor lies elsewhere.
+        written: Names of tensors that hold other values than at the last look.
+        unseen: Whether values changed that no version told of.
+        later: The digests of all tensors, still being computed on an accelerator; `BoundWeights.finish` compares them.
+    """
+
+    replaced: Sequence[tuple[Tensor, Tensor]] = ()
+    moved: bool = False
+    written: tuple[str, ...] = ()
+    unseen: bool = False
+    later: Tensor | None = None
+
+
+class BoundWeights:
+    """A model's parameters and buffers as they were at the last look.
+
+    Args:
+        model: The model; its tensors are held until they are replaced.
+        compiled: Digests of the values that the plan was compiled with, where these are not the model's own.
+
+    Attributes:
+        later: Whether contents are digested on the device in the course of a run, and compared at its end; else looked at when
+            it begins: some values of every tensor, and all bits where something changed.
+        changes: How often an address or a value has changed; what is computed of the weights and kept notes it.
+        moves: How often an address has: captured graphs note it.
+    """
+
+    def __init__(self, model: nn.Module, compiled: Sequence[int] | None = None) -> None:
+        self.lock = threading.RLock()
+        self.changes = self.moves = 0
+        self.warned = False
+        self._places = [
+            (kind, name, f"{path}.{name}" if path else name)
+            for path, module in model.named_modules()
+            for kind in (module._parameters, module._buffers)
+            for name in kind
+        ]
+        modules = list(model.named_modules())
+        self._children = [
+            (path, module._modules, list(module._modules.values())) for path, module in modules if module._modules
+        ]
+        self._counts = [(kind, len(kind)) for module in model.modules() for kind in (module._parameters, module._buffers)]
+        self._absent = [place for place in self._places if place[0][place[1]] is None]
+        self._places = [place for place in self._places if place[0][place[1]] is not None]
+        held = [kind[name] for kind, name, _ in self._places]
+        first: dict[int, int] = {}
+        # Which of the names' places are the first of their tensor.
+        self._first = [place for place, tensor in enumerate(held) if first.setdefault(id(tensor), place) == place]
+        self._same = [first[id(tensor)] for tensor in held]
+        self.names = tuple(self._places[place][2] for place in self._first)
+        self.tensors: list[Tensor] = [held[place] for place in self._first]
+        self.filled = all(map(has_data, self.tensors))
+        self.later = any(tensor.device.type != "cpu" for tensor in self.tensors)
+        self._layouts = [_layout(tensor) for tensor in self.tensors]
+        self._marks = [_mark(tensor) for tensor in self.tensors]
+        self._scattered = Scattered(self.tensors) if self.filled and not self.later else None
+        self._sums: list[int] = content_sums(self.tensors).tolist() if self.filled else [0] * len(self.tensors)
+        self.compiled = tuple(self._sums if compiled is None else compiled)
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that held other values when the plan was compiled, as far as the last look found."""
+        return [name for name, now, then in zip(self.names, self._sums, self.compiled, strict=True) if now != then]
+
+    def named(self, names: Sequence[str]) -> list[Tensor]:
+        """Some of the tensors."""
+        wanted = set(names)
+        return [tensor for name, tensor in zip(self.names, self.tensors, strict=True) if name in wanted]
+
+    def look(self, everything: bool = False) -> Look:
+        """Find out what has changed since the last look.
+
+        Args:
+            everything: Read all bits of all tensors, and wait for that.
+
+        Raises:
+            CompileError: A parameter or buffer is gone, or new; or one is of another dtype, device, shape or strides.
+        """
+        with self.lock:
+            present = self._present()
+            refuse_other_layouts(self.names, [_layout(tensor) for tensor in present], self._layouts)
+            if not self.filled:
+                return Look(self._replaced(present))
+            marks = [_mark(tensor) for tensor in present]
+            replaced = self._replaced(present)
+            moved = any(now[::2] != then[::2] for now, then in zip(marks, self._marks, strict=True))
+            marked = marks != self._marks
+            if replaced or moved:
+                self.moves += 1
+            self.changes += marked or bool(replaced)
+            self.tensors, before, self._marks = present, self._marks, marks
+            if self.later and not (marked or everything):
+                return Look(replaced, moved, later=content_sums(present))
+            seen = self._scattered.changed(present) if self._scattered is not None else []
+            if not (marked or seen or everything):
+                return Look(replaced, moved)
+            written = self._compare(content_sums(present))
+            unseen = [number for number in written if before[number] == marks[number]]
+            self.changes += bool(unseen)
+            return Look(replaced, moved, tuple(self.names[number] for number in written), bool(unseen))
+
+    def finish(self, look: Look) -> Look:
+        """The end of a run that began with a look: wait for the digests, if it left any, and say what they found."""
+        if look.later is None:
+            return Look()
+        with self.lock:
+            written = self._compare(look.later)
+            # What a version told of was followed when the run began; it does no harm to follow it again.
+            self.changes += bool(written)
+            return Look(written=tuple(self.names[number] for number in written), unseen=bool(written))
+
+    def _compare(self, sums: Tensor) -> list[int]:
+        """Numbers of the tensors that have other digests now, which are taken over."""
+        now: list[int] = sums.tolist()
+        written = [number for number, (one, other) in enumerate(zip(now, self._sums, strict=True)) if one != other]
+        self._sums = now
+        return written
+
+    def _present(self) -> list[Tensor]:
+        """The tensors that stand in the model's places now, each once."""
+        for path, children, before in self._children:
+            if len(children) != len(before) or not all(map(is_, children.values(), before)):
+                self._refuse_other_modules(path, children, before)
+        grown = any(len(kind) != count for kind, count in self._counts)
+        if grown or any(kind.get(name) is not None for kind, name, _ in self._absent):
+            raise CompileError(
+                "the model has parameters or buffers that it did not have when it was compiled; compile it again"
+            )
+        held = [kind.get(name) for kind, name, _ in self._places]
+        for place, tensor in enumerate(held):
+            if tensor is None:
+                raise CompileError(f"{self._places[place][2]} is no longer there; put it back, or compile the model again")
+            if tensor is not held[self._same[place]]:
+                names = f"{self._places[place][2]} and {self._places[self._same[place]][2]}"
+                raise CompileError(f"{names} were one tensor and are two now; tie them again, or compile the model again")
+        return [held[place] for place in self._first]
+
+    @staticmethod
+    def _refuse_other_modules(path: str, children: Mapping[str, nn.Module | None], before: Sequence[nn.Module | None]) -> None:
+        name = next((name for name, child in children.items() if all(child is not one for one in before)), "")
+        raise CompileError(
+            f"the model is made of other parts than when it was compiled, such as {'.'.join(filter(None, (path, name)))!r} "
+            f"(modules that were exchanged, or left out?); put them back, or detach, and compile again"
+        )
+
+    def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]
+
+    def refuse_other(self, model: "BoundWeights") -> None:
+        """See that another model has the same tensors, whatever they hold.
+
+        Raises:
+            CompileError: It has not; the message says which differs.
+        """
+        if self.names != model.names or self._same != model._same:
+            names = sorted(set(self.names) ^ set(model.names)) or ["a tensor with two names"]
+            raise CompileError(f"the other model has other parameters or buffers, such as {names[0]!r}; compile a plan for it")
+        refuse_other_layouts(self.names, model._layouts, self._layouts)
+
+
+def refuse_other_layouts(names: Sequence[str], now: Sequence[Layout], then: Sequence[Layout]) -> None:
+    """Compare dtypes, devices, shapes and strides with those that were compiled for.
+
+    Raises:
+        CompileError: One differs; the message names both and says what to do.
+    """
+    if now == then:
+        return
+    for name, one, other in zip(names, now, then, strict=True):
+        for what, here, there in zip(WHAT, one, other, strict=True):
+            if here != there:
+                raise CompileError(
+                    f"{name} has the {what} {_shown(here)}; the executable was compiled for {_shown(there)}: bring the model "
+                    f"back to that, or compile it again as it is"
+                )
+
+
+def _shown(value: object) -> str:
+    return str(list(value)) if isinstance(value, (tuple, torch.Size)) else str(value).removeprefix("torch.")
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _mark(tensor: Tensor) -> Mark:
+    if type(tensor) not in PLAIN:
+        return tuple(part for plain in plain_tensors(tensor) for part in _mark(plain))
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

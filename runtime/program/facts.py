@@ -1,0 +1,202 @@
+"""Facts of a trace: the Python values that a forward read, and what its model was made of; its graph holds for no others."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.runtime.program.freeze import Containers, Frozen, difference, freeze
+from stepgraph.runtime.program.process_state import process_state
+
+NOTHING = Frozen(type(None), "nothing")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+class Changed(Enum):
+    """What kind of thing is another one than at the trace."""
+
+    STRUCTURE = "modules, hooks and replaced forwards"
+    VALUE = "a value that the forward read"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is another one than at the trace, with what it was and is."""
+
+    kind: Changed
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a module was at the trace.
+
+    Attributes:
+        kind: Its class.
+        children: Names and classes of its submodules.
+        hooks: Those that run before and after its forward, in order.
+        forward: What stands in for its class's forward.
+        values: What the forward read of it, by name.
+    """
+
+    kind: type
+    children: tuple[tuple[str, type], ...]
+    hooks: tuple[object, ...]
+    forward: Frozen
+    values: Mapping[str, Frozen]
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """What was read of something that is no module of the model: a module's globals, a class, a module in a list.
+
+    Attributes:
+        label: What messages put before a name.
+        space: Where the names are looked up.
+        values: By name; `NOTHING` where there was none.
+    """
+
+    label: str
+    space: Mapping[str, Any]
+    values: Mapping[str, Frozen]
+
+
+@dataclass(frozen=True, eq=False)
+class Strength:
+    """A float that the forward only multiplies tensors with: it may change, and the graph follows.
+
+    Attributes:
+        module: The path of the module that has it.
+        name: The attribute.
+        key: Where the attribute is a dict, the float's key in it, in a tuple.
+        constants: Tensors [] that the graph reads in its place, float64.
+    """
+
+    module: str
+    name: str
+    key: tuple[Any, ...]
+    constants: tuple[torch.Tensor, ...]
+
+    @property
+    def path(self) -> str:
+        """As messages and `difference` have it."""
+        return dotted(self.module, self.name) + "".join(f"[{key!r}]" for key in self.key)
+
+    def value(self, model: nn.Module) -> float:
+        """What it is now."""
+        holder = getattr(model.get_submodule(self.module), self.name)
+        return float(holder[self.key[0]] if self.key else holder)
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a graph depends on beside inputs and the contents of weights.
+
+    Attributes:
+        parts: What every module of the model was, by path.
+        names: What was read elsewhere.
+        process: Settings of the process, by name.
+        strengths: The numbers among `parts` that are followed.
+    """
+
+    parts: Mapping[str, Part]
+    names: tuple[Names, ...] = ()
+    process: Mapping[str, Frozen] = field(default_factory=dict)
+    strengths: tuple[Strength, ...] = ()
+
+    def differences(self, model: nn.Module) -> Iterator[Difference]:
+        """What is another one now, the weightiest first: what the model is made of, then values."""
+        modules = dict(model.named_modules())
+        followed = {strength.path: strength for strength in self.strengths}
+        later: list[Difference] = []
+        for path, part in self.parts.items():
+            if path in modules:
+                yield from _of_structure(path, part, modules[path], modules)
+                later += _of_values(f"{path}." if path else "", part.values, vars(modules[path]), followed)
+        for names in self.names:
+            later += _of_values(names.label, names.values, names.space, followed)
+        later += _of_values("", self.process, process_state(), followed)
+        yield from later
+
+
+def facts_of(
+    model: nn.Module,
+    read: Mapping[str, Mapping[str, Frozen]] | None = None,
+    names: tuple[Names, ...] = (),
+    strengths: tuple[Strength, ...] = (),
+) -> Facts:
+    """The facts of a model as it is, with what was read of it: values by the module's path and the attribute's name."""
+    parts = {path: _part(module, (read or {}).get(path, {}), path == "") for path, module in model.named_modules()}
+    process = {name: freeze(value) for name, value in process_state().items()}
+    return Facts(parts, names, process, strengths)
+
+
+def dotted(path: str, name: str) -> str:
+    """The path of a module's attribute."""
+    return f"{path}.{name}" if path else name
+
+
+def _part(module: nn.Module, values: Mapping[str, Frozen], outermost: bool) -> Part:
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    # Hooks and the forward of the model itself run around an executable as they run around the model.
+    hooks = () if outermost else hooks_of(module)
+    forward = NOTHING if outermost else forward_of(module)
+    return Part(type(module), children, hooks, forward, values)
+
+
+def hooks_of(module: nn.Module) -> tuple[object, ...]:
+    """What runs before and after a module's forward."""
+    return tuple(hook for kind in HOOKS for hook in vars(module)[kind].values())
+
+
+def forward_of(module: nn.Module, containers: Containers | None = None) -> Frozen:
+    """What stands in for the forward of a module's class; NOTHING where nothing does."""
+    forward = vars(module).get("forward")
+    same = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return NOTHING if forward is None or same else freeze(forward, containers)
+
+
+def _of_structure(path: str, part: Part, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Difference]:
+    def changed(name: str, old: str, new: str) -> Difference:
+        return Difference(Changed.STRUCTURE, name, old, new)
+
+    if type(module) is not part.kind:
+        yield changed(path, part.kind.__qualname__, type(module).__qualname__)
+    before, now = dict(part.children), {name: type(child) for name, child in module._modules.items()}
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) is not now.get(name):
+            old, new = (kinds[name].__qualname__ if name in kinds else "nothing" for kinds in (before, now))
+            yield changed(dotted(path, name), old, new)
+    if list(before) != list(now):
+        yield changed(path, f"submodules {', '.join(before)}", f"submodules {', '.join(now)}")
+    if not path:
+        return
+    hooks = hooks_of(module)
+    for index in range(max(len(hooks), len(part.hooks))):
+        old_hook, new_hook = part.hooks[index : index + 1], hooks[index : index + 1]
+        if not (old_hook and new_hook and old_hook[0] is new_hook[0]):
+            old, new = (f"{hook[0]!r}" if hook else "nothing" for hook in (old_hook, new_hook))
+            yield changed(f"{path} (forward hook {index})", old, new)
+    found = difference(f"{path}.forward", part.forward, forward_of(module), {})
+    if found is not None:
+        yield changed(*found)
+
+
+def _of_values(
+    prefix: str, values: Mapping[str, Frozen], space: Mapping[str, Any], followed: Mapping[str, Strength]
+) -> Iterator[Difference]:
+    for name, old in values.items():
+        now = freeze(space[name]) if name in space else NOTHING
+        # What is absent and what is None are not the same.
+        if now is NOTHING or old is NOTHING:
+            if now is not old:
+                yield Difference(Changed.VALUE, prefix + name, old.text, now.text)
+            continue
+        found = difference(prefix + name, old, now, followed)
+        if found is not None:
+            yield Difference(Changed.VALUE, *found)

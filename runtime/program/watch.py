@@ -1,0 +1,194 @@
+"""Have facts changed since they were last looked at? Asked at the beginning of every run, so that it has to be cheap."""
+
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepgraph.runtime.program.facts import HOOKS, Difference, Facts
+from stepgraph.runtime.program.freeze import Containers, content_of, freeze
+from stepgraph.runtime.program.process_state import process_state
+from stepgraph.wrapped_models import refuse_offload
+
+Space = Mapping[str, Any]
+# Where libraries keep what moves or casts a module's weights while it runs; they replace its forward as well, but for the
+# model's own that is not looked at.
+OFFLOADS = ("_hf_hook", "_diffusers_hook")
+
+
+class Watch:
+    """Compares facts with a model, and lets strengths follow; from any number of threads."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self._lock = threading.Lock()
+        self._snapshot: _Snapshot | None = None
+
+    def differences(self, model: nn.Module) -> Sequence[Difference]:
+        """What is another one than at the trace; where nothing is, strengths are those of the model afterwards.
+
+        Args:
+            model: The one that the program was made for, or put on.
+
+        Raises:
+            CompileError: Hooks move or cast its weights while it runs.
+        """
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.model is model and snapshot.holds():
+            return ()
+        with self._lock:
+            # Taken first: what changes meanwhile is noticed the next time.
+            snapshot = _Snapshot(model, self.facts)
+            refuse_offload(model)
+            differences = list(self.facts.differences(model))
+            if not differences:
+                self._follow(model)
+                snapshot.note_versions()
+                self._snapshot = snapshot
+            return differences
+
+    def _follow(self, model: nn.Module) -> None:
+        """Write the strengths of a model to where the graph reads them."""
+        with torch.inference_mode(False), torch.no_grad():
+            for strength in self.facts.strengths:
+                value = strength.value(model)
+                for constant in strength.constants:
+                    _write(constant, value)
+
+
+def _write(constant: torch.Tensor, value: float) -> None:
+    """Write a number; not where it is there already, so that what was computed of it stays good."""
+    before = float(constant)
+    if repr(before) != repr(value):
+        constant.fill_(value)
+
+
+class _Snapshot:
+    """Everything that facts are about, as objects, to compare by identity.
+
+    All of it is done by iterators of C, over what lies flat in lists: a model has thousands of attributes.
+    """
+
+    def __init__(self, model: nn.Module, facts: Facts) -> None:
+        self.model = model
+        modules = {path: module for path, module in model.named_modules() if path in facts.parts}
+        self._modules, self._kinds = list(modules.values()), list(map(type, modules.values()))
+        self._empty: list[Mapping[Any, Any]] = []
+        filled: list[Mapping[Any, Any]] = []
+        self._absent: dict[str, list[Space]] = defaultdict(list)
+        spaces: dict[tuple[str, ...], list[Space]] = defaultdict(list)
+        containers = Containers()
+
+        def watch(space: Space, names: Iterable[str]) -> None:
+            present = tuple(name for name in names if name in space)
+            for name in present:
+                if name not in (*HOOKS, *OFFLOADS):
+                    freeze(space[name], containers)
+            if present:
+                # A single name is not looked up as a tuple.
+                spaces[present if len(present) > 1 else present * 2].append(space)
+            for name in names:
+                if name not in space:
+                    self._absent[name].append(space)
+
+        for path, module in modules.items():
+            attributes, outermost = vars(module), path == ""
+            # What became of parameters and buffers is seen where their values are (`BoundWeights`).
+            for kind in ("_modules", *(() if outermost else HOOKS)):
+                (filled if attributes[kind] else self._empty).append(attributes[kind])
+            watch(attributes, [*facts.parts[path].values, *(OFFLOADS if outermost else (*HOOKS, "forward"))])
+        for names in facts.names:
+            watch(names.space, names.values)
+
+        self._getters = [_Look(operator.itemgetter(*names), group) for names, group in spaces.items()]
+        self._values = _Contents(filled)
+        self._empty += [container for container in containers.dicts.values() if not container]
+        self._contents = _Keyed([container for container in containers.dicts.values() if container])
+        self._lists = [(container, list(container)) for container in containers.lists.values()]
+        self._sets = [(container, set(container)) for container in containers.sets.values()]
+        self._arrays = [(array, array.copy()) for array in containers.arrays.values()]
+        self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
+        self._process = process_state()
+        self._constants = [constant for strength in facts.strengths for constant in strength.constants]
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """Take down how often strengths have been written: another program may read the same ones."""
+        self._versions = [constant._version for constant in self._constants]
+
+    def holds(self) -> bool:
+        """Whether everything is the same object still."""
+        return (
+            list(map(type, self._modules)) == self._kinds
+            and not any(self._empty)
+            and self._values.hold()
+            and all(look.holds() for look in self._getters)
+            and not any(any(map(operator.contains, spaces, repeat(name))) for name, spaces in self._absent.items())
+            and self._contents.hold()
+            and self._members_hold()
+            and process_state() == self._process
+            and [constant._version for constant in self._constants] == self._versions
+        )
+
+    def _members_hold(self) -> bool:
+        """Whether lists, sets, arrays and closures hold what they held."""
+        return (
+            all(len(now) == len(before) and all(map(operator.is_, now, before)) for now, before in self._lists)
+            and all(now == before for now, before in self._sets)
+            and all(now.tobytes() == before.tobytes() for now, before in self._arrays)
+            and all(content_of(cell) is before for cell, before in self._cells)
+        )
+
+
+class _Look:
+    """Some names in spaces that have them all."""
+
+    def __init__(self, getter: Callable[[Any], tuple[Any, ...]], spaces: Sequence[Space]) -> None:
+        self._getter, self._spaces = getter, spaces
+        self._before = self._now()
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(self._getter, self._spaces)))
+
+    def holds(self) -> bool:
+        """Whether they mean the same objects still."""
+        try:
+            return all(map(operator.is_, chain.from_iterable(map(self._getter, self._spaces)), self._before))
+        except KeyError:
+            return False
+
+
+class _Contents:
+    """What dicts hold, in order."""
+
+    _values_of: Callable[[Any], Iterable[Any]] = staticmethod(dict.values)
+
+    def __init__(self, dicts: Sequence[Mapping[Any, Any]]) -> None:
+        self._dicts = list(dicts)
+        self._sizes, self._before = list(map(len, self._dicts)), list(self._now())
+
+    def _now(self) -> Iterable[Any]:
+        return chain.from_iterable(map(self._values_of, self._dicts))
+
+    def hold(self) -> bool:
+        """Whether it is the same objects still."""
+        return list(map(len, self._dicts)) == self._sizes and all(map(operator.is_, self._now(), self._before))
+
+
+class _Keyed(_Contents):
+    """What dicts hold, under the keys that they have; dicts of classes among them."""
+
+    _values_of = staticmethod(operator.methodcaller("values"))
+
+    def __init__(self, dicts: Sequence[Mapping[Any, Any]]) -> None:
+        super().__init__(dicts)
+        self._keys: list[Hashable] = list(chain.from_iterable(self._dicts))
+
+    def hold(self) -> bool:
+        """Whether it is the same objects under the same keys still."""
+        return super().hold() and list(chain.from_iterable(self._dicts)) == self._keys

@@ -1,0 +1,60 @@
+"""Put an executable on another model of the same make, such as a copy of its own: nothing is traced or compiled."""
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stepgraph.errors import CompileError
+from stepgraph.fingerprint import config_of, hash_config
+from stepgraph.packed_weights import forget_packed
+from stepgraph.runtime.capture.captured import Captured
+from stepgraph.runtime.program.bound_weights import BoundWeights
+from stepgraph.runtime.program.rebind import can_rebind, rebound
+from stepgraph.runtime.session.follow_weights import follow_weights
+
+if TYPE_CHECKING:
+    from stepgraph.runtime.session.compiled import Compiled
+
+
+def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
+    """The executable's plan and programs on another model (`Compiled.on`).
+
+    Args:
+        executable: Goes on as it is.
+        model: The other model.
+    """
+    follow_weights(executable)
+    _refuse_other_make(executable, model)
+    weights = BoundWeights(model, executable.weights.compiled)
+    executable.weights.refuse_other(weights)
+    forget_packed(weights.tensors)
+    modules = dict(model.named_modules())
+    news: dict[int, Any] = {id(module): modules[path] for path, module in executable.model.named_modules()}
+    news |= {id(then): now for then, now in zip(executable.weights.tensors, weights.tensors, strict=True)}
+    programs = {id(program): rebound(program, news) for program in executable.programs}
+    moved = replace(
+        executable, model=model, weights=weights, default=programs[id(executable.default)],
+        _programs={key: programs[id(program)] for key, program in executable._programs.items()},
+        _lock=threading.Lock(), captured=Captured(),
+    )  # fmt: skip
+    follow_weights(moved)
+    return moved
+
+
+def _refuse_other_make(executable: "Compiled", model: nn.Module) -> None:
+    """See that two models differ in nothing but the tensors that they hold, and in strengths."""
+    mine, name = executable.model, type(model).__name__
+    if type(model) is not type(mine):
+        raise CompileError(f"compiled for a {type(mine).__name__}; this model is a {name}: compile a plan for it")
+    if hash_config(config_of(model)) != hash_config(config_of(mine)):
+        raise CompileError(f"this {name} has another configuration than the one that was compiled; compile a plan for it")
+    for program in executable.programs:
+        for difference in program.facts.differences(model):
+            raise CompileError(
+                f"in this {name}, {difference.path!r} is {difference.new}, in the one that was compiled {difference.old}; "
+                f"compile the plan for it"
+            )
+    if not all(map(can_rebind, executable.programs)):
+        raise CompileError(f"compiled with regions=False, graphs hold one {name}'s weights; compile the plan for this one")
