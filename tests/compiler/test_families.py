@@ -176,10 +176,13 @@ def test_positions_have_no_batch(flux, flow):
     assert CachePlan.from_json(plan.to_json()) == plan
     exe = sg.compile(flux, plan, dict(reversed(flux_inputs(2).items())), backend="eager", exact=True)
     assert exe.default.batch == 2
+    assert sg.compile(flux, plan, flux_inputs(image=20), backend="eager", exact=True).default.batch == 1
+    # What was measured holds for the sizes that it was measured at.
+    calibrated = plan.with_header(measured="choice")
     with pytest.raises(PlanError, match=r"img_ids of shape \[16, 3\]; given is \[20, 3\]"):
-        sg.compile(flux, plan, {**flux_inputs(), "img_ids": torch.zeros(20, 3)}, backend="eager")
+        sg.compile(flux, calibrated, {**flux_inputs(), "img_ids": torch.zeros(20, 3)}, backend="eager")
     with pytest.raises(PlanError, match=r"hidden_states of shape \[batch, 16, 4\]; given is \[batch, 20, 4\]"):
-        sg.compile(flux, plan, flux_inputs(image=20), backend="eager")
+        sg.compile(flux, calibrated, flux_inputs(image=20), backend="eager")
     with pytest.raises(PlanError, match="disagree on the batch size"):
         sg.compile(flux, plan, {**flux_inputs(2), "timestep": torch.zeros(3)}, backend="eager")
 

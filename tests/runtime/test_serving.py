@@ -22,6 +22,7 @@ from helpers.paths import TESTS
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.entry.load_artifact import build_scheduler
 from stepgraph.packed_weights import PackedWeights
+from stepgraph.plan import CachePlan
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.program.program import Program
 
@@ -107,7 +108,7 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
     made = sg.compile(dit, plan, inputs(1), "eager")
     serial, built = [image(made, number) for number in range(4)], []
 
-    def build(model: nn.Module, given: Mapping[str, Any], plan) -> Program:
+    def build(model: nn.Module, given: Mapping[str, Any], plan: CachePlan) -> Program:
         built.append(given)
         return made.build(model, given, plan)
 
@@ -130,7 +131,7 @@ def test_a_new_batch_size_is_compiled_once_while_others_run(dit):
 def test_runs_do_not_wait_while_another_batch_size_is_compiled(made):
     begun, go_on = threading.Event(), threading.Event()
 
-    def build(given: Mapping[str, Any]) -> Program:
+    def build(model: nn.Module, given: Mapping[str, Any], plan: CachePlan) -> Program:
         begun.set()
         assert go_on.wait(timeout=60)
         raise InterruptedError("the compilation is given up")
