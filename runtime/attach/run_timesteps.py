@@ -68,8 +68,7 @@ class RunTimesteps:
         Samplers loop over the scheduler's tensor and expand its entries, which are views: where one lies says which it is.
         """
         steps = self.timesteps
-        same = given.dtype == steps.dtype and given.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr()
-        if not same or self._version is None or steps._version != self._version or not _repeated(given):
+        if not is_entry(given, steps) or self._version is None or steps._version != self._version:
             return None
         place, rest = divmod(int(given.storage_offset()) - int(steps.storage_offset()), steps.stride(0))
         return self._converted(given)[place] if rest == 0 and 0 <= place < len(self._values) else None
@@ -106,6 +105,13 @@ def _dtype(given: Any) -> torch.dtype:
 def _tolerance(expected: Any, unit: float, dtype: torch.dtype) -> Any:
     """How far a timestep may be from the expected one, in the model's unit: as plans allow, and by rounding."""
     return NEAR * unit + 2 * torch.finfo(dtype).eps * abs(expected)
+
+
+def is_entry(given: Any, timesteps: Any) -> bool:
+    """Whether a timestep is a view of a scheduler's own tensor: one of its entries, repeated or not."""
+    if not isinstance(given, torch.Tensor) or not isinstance(timesteps, torch.Tensor) or given.dtype != timesteps.dtype:
+        return False
+    return given.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr() and _repeated(given)
 
 
 def _repeated(given: torch.Tensor) -> bool:

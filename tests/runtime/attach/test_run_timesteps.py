@@ -13,7 +13,7 @@ import stepgraph as sg
 from helpers.tape import HostReadError, no_host_reads
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.errors import PlanError
-from stepgraph.runtime.attach import attach, run_timesteps
+from stepgraph.runtime.attach import run, run_timesteps
 from stepgraph.runtime.attach.run_timesteps import RunTimesteps
 from stepgraph.runtime.program import tables
 
@@ -25,7 +25,7 @@ SCHEDULERS = (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler)
 @pytest.fixture
 def waiting(monkeypatch):
     """Every device is one that would have to be waited for."""
-    for module in (run_timesteps, attach, tables):
+    for module in (run_timesteps, run, tables):
         monkeypatch.setattr(module, "waits", lambda device: True)
 
 
