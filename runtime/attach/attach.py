@@ -55,7 +55,7 @@ class Attachment:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
         inputs = dict(self.__signature__.bind(*args, **kwargs).arguments)
         for extra in self._extra:

@@ -280,7 +280,7 @@ class Run:
         if isinstance(own, bool) and isinstance(other, bool):
             return other
         differs = other if own is False else ~own if other is True else ~own & other
-        if not waits(call.inputs[call.latents].device):
+        if isinstance(differs, bool) or not waits(call.inputs[call.latents].device):
             return bool(differs)
         self._note_late(differs)
         return False

@@ -249,10 +249,11 @@ class Runs:
             self._refuse_schedule(watch)
         placed = self._place(call, timesteps, watch)
         if placed is None:
-            header, run = self.executable.plan.header, RunTimesteps(timesteps, self.executable.plan.header.timestep)
+            header = self.executable.plan.header
+            whole = RunTimesteps(timesteps, header.timestep)
             raise PlanError(
-                f"the plan begins at timestep {run.expected(call.timestep, header.schedule.begin):g}, but the pipeline's first "
-                f"call asks for {read_timestep(call.timestep):g}, which is no later step of it; run the schedule from there"
+                f"the plan begins at timestep {whole.expected(call.timestep, header.schedule.begin):g}, but the pipeline's "
+                f"first call asks for {read_timestep(call.timestep):g}, which is no later step of it; run the schedule from there"
             )
         # Known to `threading` from now on, also where another library made the thread.
         thread = threading.current_thread().ident or 0
