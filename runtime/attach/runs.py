@@ -253,7 +253,8 @@ class Runs:
             whole = RunTimesteps(timesteps, header.timestep)
             raise PlanError(
                 f"the plan begins at timestep {whole.expected(call.timestep, header.schedule.begin):g}, but the pipeline's "
-                f"first call asks for {read_timestep(call.timestep):g}, which is no later step of it; run the schedule from there"
+                f"first call asks for {read_timestep(call.timestep):g}, which is no later step of it; run the schedule "
+                f"from there"
             )
         # Known to `threading` from now on, also where another library made the thread.
         thread = threading.current_thread().ident or 0
