@@ -10,8 +10,9 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 
 import stepgraph as sg
 from helpers.oracle import Oracle
-from helpers.pipes import STEPS, sd3_images, sd3_pipe
+from helpers.pipes import STEPS
 from helpers.pixart_sd3 import sd3_inputs
+from helpers.text_pipes import latents, sd3_pipe
 from helpers.tiny import NULL_CLASS, inputs, labels
 from stepgraph.errors import PlanError
 
@@ -26,6 +27,10 @@ def warnings(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "stepgraph.attach"]
 
 
+def guided(pipe, **arguments) -> torch.Tensor:
+    return latents(pipe, guidance_scale=7.0, num_inference_steps=STEPS, **arguments)
+
+
 @pytest.fixture(scope="module")
 def sd3() -> StableDiffusion3Pipeline:
     return sd3_pipe()
@@ -33,15 +38,15 @@ def sd3() -> StableDiffusion3Pipeline:
 
 def test_skip_layer_guidance_of_the_real_pipeline(sd3, caplog):
     arguments = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
-    eager = sd3_images(sd3, **arguments)
+    eager = guided(sd3, **arguments)
     exe = attached(sd3, {}, sd3_inputs(2))
     for _ in range(2):
-        assert torch.equal(sd3_images(sd3, **arguments), eager)
+        assert torch.equal(guided(sd3, **arguments), eager)
     assert len(warnings(caplog)) == 1
     assert "a further call within a step: skip_layers is [1] (not there before)" in warnings(caplog)[0]
     assert len(exe._programs) == 1
     exe.detach()
-    assert not torch.equal(sd3_images(sd3), eager)
+    assert not torch.equal(guided(sd3), eager)
 
 
 @pytest.mark.parametrize("actions", [{}, {"ff": "CCRC"}, {"ff": "CRRR"}], ids=["full", "computed", "reused"])
@@ -51,14 +56,14 @@ def test_guidance_that_the_real_pipeline_switches_off(sd3, caplog, actions):
     arguments = {"callback_on_step_end": cut_off, "callback_on_step_end_tensor_inputs": cut_off.tensor_inputs}
     exe = attached(sd3, {}, sd3_inputs(2))
     exe.detach()
-    eager = sd3_images(sd3, **arguments)
+    eager = guided(sd3, **arguments)
     exe = attached(sd3, actions, sd3_inputs(2))
-    image = sd3_images(sd3, **arguments)
+    image = guided(sd3, **arguments)
     assert torch.equal(image, eager) == (actions.get("ff", "CC")[:2] == "CC")
     assert "is a torch.float32 tensor [1, " in warnings(caplog)[0]
     # From the second step after the change on there is a program for one row.
     assert [(program.batch, program.plan.steps) for program in exe.programs] == [(2, STEPS), (1, 1)]
-    whole = sd3_images(sd3)
+    whole = guided(sd3)
     exe.detach()
     assert torch.isfinite(whole).all()
 
