@@ -269,8 +269,10 @@ class Run:
 
     def _is_other_branch(self, call: Call, branch: int) -> bool:
         """Whether a call is not the branch that is next, but another: guidance in two calls is switched off, say."""
+        if len(self._conditioning) == 1:
+            return False
         own = same_values(call.conditioning, self._conditioning[branch])
-        if own is True or len(self._conditioning) == 1:
+        if own is True:
             return False
         other: torch.Tensor | bool = False
         for index, conditioning in enumerate(self._conditioning):
