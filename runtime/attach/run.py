@@ -86,7 +86,11 @@ class Run:
 
         A loop holds what it gave to the model last, or what it got.
         """
-        return self._never_stepped and not self.beginning.over and any(trace() is not None for trace in self._traces)
+        return self._never_stepped and any(trace() is not None for trace in self._traces)
+
+    def gave(self, call: Call) -> bool:
+        """Whether the last call had the very latents of another one, which so begins again."""
+        return any(trace() is call.inputs[call.latents] for trace in self._traces)
 
     def trace(self, call: Call, outcome: Any) -> None:
         """Remember, without holding them, the latents and the output of a call."""
@@ -214,7 +218,9 @@ class Run:
             PlanError: It may.
         """
         place = self.timesteps.begin + self.step
-        doubted = [run for run in self.aside if run.timesteps.begin + run.step + 1 == place and run.unseen and self.step]
+        there = [run for run in self.aside if run.timesteps.begin + run.step + 1 == place and run.unseen and self.step]
+        # The scheduler was set anew after some, and steps for this one.
+        doubted = [run for run in there if not (run.beginning.over and self._stepped)]
         for run in doubted:
             run._traces = []
         if doubted:

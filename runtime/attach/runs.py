@@ -138,7 +138,7 @@ class Runs:
             if timesteps is not None or current is None:
                 self._set_aside(current, beginning)
                 run = self._begin(call, watch, beginning, watch.scheduler.timesteps, known=False)
-                run.aside = [one for one in self._aside if one.thread == run.thread]
+                run.aside = [one for one in self._aside if one.thread == run.thread and not one.gave(call)]
                 run.rivals = frozenset(other.number for other, _ in pending if other is not beginning)
                 return run
         if current is not None:
@@ -276,6 +276,8 @@ class Runs:
                 self.drop(run)
                 if run.finished:
                     self._ended.add(run.beginning)
+                elif not run.known:
+                    self._lay_aside(run)
         if unwatched:
             mine = [run for run in self._runs if run.thread == thread]
             others = [run for run in mine if not any(watch.holds(run.beginning) for _, watch in self.users)]
