@@ -103,7 +103,7 @@ class Reads:
 
     def _strength(self, place: Place) -> Strength:
         constants = [constant for (of, _), constant in self.strengths.constants.items() if of == place]
-        return Strength(*place, tuple(constants))
+        return Strength(*place, self.strengths.places[place], tuple(constants))
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

@@ -74,12 +74,14 @@ class Strength:
         module: The path of the module that has it.
         name: The attribute.
         key: Where the attribute is a dict, the float's key in it, in a tuple.
+        compiled: What it was at the trace.
         constants: Tensors [] that the graph reads in its place, float64.
     """
 
     module: str
     name: str
     key: tuple[Any, ...]
+    compiled: float
     constants: tuple[torch.Tensor, ...]
 
     @property

@@ -22,10 +22,14 @@ OFFLOADS = ("_hf_hook", "_diffusers_hook")
 
 
 class Watch:
-    """Compares facts with a model, and lets strengths follow; from any number of threads."""
+    """Compares facts with a model, and lets strengths follow; from any number of threads.
+
+    Attributes:
+        others: Strengths that have other numbers than at the trace, with these, as the last comparison found them.
+    """
 
     def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+        self.facts, self.others = facts, tuple[str, ...]()
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
 
@@ -54,11 +58,15 @@ class Watch:
 
     def _follow(self, model: nn.Module) -> None:
         """Write the strengths of a model to where the graph reads them."""
+        others = []
         with torch.inference_mode(False), torch.no_grad():
             for strength in self.facts.strengths:
                 value = strength.value(model)
+                if repr(value) != repr(strength.compiled):
+                    others.append(f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled")
                 for constant in strength.constants:
                     _write(constant, value)
+        self.others = tuple(others)
 
 
 def _write(constant: torch.Tensor, value: float) -> None:

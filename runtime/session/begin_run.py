@@ -6,7 +6,7 @@ from stepgraph.errors import CompileError
 from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.facts import Changed, Difference
 from stepgraph.runtime.program.program import Program
-from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -29,9 +29,12 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
     Raises:
         CompileError: What the model is made of, or a value that its forward read, is another one than when it was compiled;
             the message names it.
+        MismatchError: The plan does not follow another strength, which changes what the model computes as its weights do.
     """
     for difference in program.watch.differences(executable.model):
         _refuse(executable, difference)
+    if program.watch.others:
+        follow_values(executable, program.watch.others[0])
 
 
 def _refuse(executable: "Compiled", difference: Difference) -> None:

@@ -64,8 +64,20 @@ def _follow(executable: "Compiled", look: Look) -> None:
     if not others:
         return
     more = f" and {len(others) - 1} more weights" if len(others) > 1 else ""
-    difference = f"{others[0]}{more} hold other values than when the plan was compiled"
+    follow_values(executable, f"{others[0]}{more} hold other values than when the plan was compiled")
+
+
+def follow_values(executable: "Compiled", difference: str) -> None:
+    """See whether the plan follows other values than those that it was compiled with; says so once, if it should be known.
+
+    Args:
+        executable: Whose plan.
+        difference: What differs, as the beginning of a sentence.
+
+    Raises:
+        MismatchError: Numbers of the plan were measured on the former values; or its choice was, and it is strict.
+    """
     warning = refuse_other_values(executable.plan, difference, executable.config.strict)
-    if warning and not weights.warned:
-        weights.warned = True
+    if warning and not executable.weights.warned:
+        executable.weights.warned = True
         get_logger("weights").warning("%s", warning)

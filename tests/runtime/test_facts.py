@@ -20,7 +20,7 @@ from helpers.tiny import inputs, tiny_dit, tiny_scheduler
 from stepgraph.compiler.tracing.read_globals import Globals
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.trace import trace
-from stepgraph.errors import CompileError
+from stepgraph.errors import CompileError, MismatchError
 from stepgraph.runtime.program import facts, watch
 from stepgraph.runtime.program.watch import Watch
 
@@ -295,6 +295,31 @@ def test_a_strength_is_followed_and_what_decides_is_refused():
     adapter.strength = None
     with pytest.raises(CompileError, match=r"to_v\.strength = 0\.5.*now it is None"):
         executable.session()(**example)
+
+
+def test_a_strength_is_as_much_a_value_that_was_measured_as_a_weight():
+    model, example = tiny_dit(), inputs(batch=2)
+    adapter, scheduler = grow(model), diffusers.DDIMScheduler(clip_sample=False)
+    plans = {
+        "numbers": sg.make_plan("whole-step", model=model, scheduler=scheduler, steps=2, samples=1),
+        "choice": sg.make_plan("full", model=model, scheduler=scheduler, steps=2).with_header(measured="choice"),
+    }
+    fitted = sg.compile(model, plans["numbers"], example, backend="eager")
+    strict = sg.compile(model, plans["choice"], example, backend="eager", strict=True)
+    lenient = sg.compile(model, plans["choice"], example, backend="eager")
+    for executable in (fitted, strict, lenient):
+        executable.session()(**example)
+    adapter.strength = 0.125
+    for executable in (fitted, strict):
+        # Not only the first time.
+        for _ in range(2):
+            with pytest.raises(MismatchError, match=r"to_v\.strength is 0\.125, and was 0\.5 when the plan was compiled"):
+                executable.session()(**example)
+    assert not lenient.weights.warned
+    lenient.session()(**example)
+    assert lenient.weights.warned
+    adapter.strength = 0.5
+    fitted.session()(**example)
 
 
 def test_attaching_to_another_model_looks_at_its_values():
