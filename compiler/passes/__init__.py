@@ -1,1 +1,1 @@
-"""Graph rewrites, one file each; `stepgraph.compiler.specializing.passes` has their order."""
+"""Graph rewrites, one file each, by what they rewrite; `stepgraph.compiler.specializing.passes` has their order."""

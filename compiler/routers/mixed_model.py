@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, slot_name
-from stepgraph.compiler.passes.soften_site import beta_name, soften_site
+from stepgraph.compiler.passes.sites.soften_site import beta_name, soften_site
 from stepgraph.compiler.tracing.graphs import written_storages
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.watched_graph import watched_graph

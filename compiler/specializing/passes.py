@@ -3,23 +3,23 @@
 from collections.abc import Callable
 from typing import Any
 
-from stepgraph.compiler.passes.add_slots import add_slots
-from stepgraph.compiler.passes.choose_providers import choose_providers, choose_references
-from stepgraph.compiler.passes.eliminate_dead_code import eliminate_dead_code
-from stepgraph.compiler.passes.erase_identities import erase_identities
-from stepgraph.compiler.passes.erase_markers import erase_markers
-from stepgraph.compiler.passes.fold_constants import fold_constants
-from stepgraph.compiler.passes.fold_sums import fold_sums
-from stepgraph.compiler.passes.forecast_site import forecast_site
-from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
-from stepgraph.compiler.passes.fuse_lowrank import fuse_lowrank
-from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
-from stepgraph.compiler.passes.hoist_conditioning import hoist_conditioning
-from stepgraph.compiler.passes.lowrank_site import lowrank_site
-from stepgraph.compiler.passes.merge_projections import merge_projections
-from stepgraph.compiler.passes.reuse_site import reuse_site
-from stepgraph.compiler.passes.split_projections import split_projections
-from stepgraph.compiler.passes.store_site import store_site
+from stepgraph.compiler.passes.fuse.choose_providers import choose_providers, choose_references
+from stepgraph.compiler.passes.fuse.eliminate_dead_code import eliminate_dead_code
+from stepgraph.compiler.passes.fuse.erase_identities import erase_identities
+from stepgraph.compiler.passes.fuse.fold_constants import fold_constants
+from stepgraph.compiler.passes.fuse.fuse_gated_residual import fuse_gated_residual
+from stepgraph.compiler.passes.fuse.fuse_lowrank import fuse_lowrank
+from stepgraph.compiler.passes.fuse.fuse_modulated_norm import fuse_modulated_norm
+from stepgraph.compiler.passes.program.fold_sums import fold_sums
+from stepgraph.compiler.passes.program.hoist_conditioning import hoist_conditioning
+from stepgraph.compiler.passes.program.merge_projections import merge_projections
+from stepgraph.compiler.passes.sites.add_slots import add_slots
+from stepgraph.compiler.passes.sites.erase_markers import erase_markers
+from stepgraph.compiler.passes.sites.forecast_site import forecast_site
+from stepgraph.compiler.passes.sites.lowrank_site import lowrank_site
+from stepgraph.compiler.passes.sites.reuse_site import reuse_site
+from stepgraph.compiler.passes.sites.split_projections import split_projections
+from stepgraph.compiler.passes.sites.store_site import store_site
 from stepgraph.config import CompileConfig
 
 # (what is rewritten, its context) -> number of rewrites.

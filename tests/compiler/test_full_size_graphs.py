@@ -12,7 +12,7 @@ from torch import fx, nn
 from helpers.paths import PUBLISHED
 from stepgraph.compiler.entry.load_model import load_scheduler, load_to_plan
 from stepgraph.compiler.importers import invardiff_flux_book
-from stepgraph.compiler.passes.merge_projections import merge_maps
+from stepgraph.compiler.passes.program.merge_projections import merge_maps
 from stepgraph.compiler.specializing.specialize import rewrite_model, specialize
 from stepgraph.compiler.tracing.describe import make_header
 from stepgraph.compiler.tracing.graphs import macs_of

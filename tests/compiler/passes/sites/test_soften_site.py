@@ -6,7 +6,7 @@ import torch
 import stepgraph as sg
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.passes.soften_site import beta_name, soften_site
+from stepgraph.compiler.passes.sites.soften_site import beta_name, soften_site
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.tracing.graphs import written_storages
 from stepgraph.compiler.tracing.mark_sites import bound_copy

@@ -14,9 +14,9 @@ from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from helpers.oracle_families import FluxOracle, run_flow
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.passes.erase_identities import erase_identities
-from stepgraph.compiler.passes.fuse_gated_residual import fuse_gated_residual
-from stepgraph.compiler.passes.fuse_modulated_norm import fuse_modulated_norm
+from stepgraph.compiler.passes.fuse.erase_identities import erase_identities
+from stepgraph.compiler.passes.fuse.fuse_gated_residual import fuse_gated_residual
+from stepgraph.compiler.passes.fuse.fuse_modulated_norm import fuse_modulated_norm
 from stepgraph.compiler.tracing.mark_sites import bound_copy
 from stepgraph.csrc.library import native
 from stepgraph.node_facts import op_of
@@ -69,7 +69,7 @@ def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
 
 def rewritten(model, given) -> tuple[torch.fx.GraphModule, PassContext]:
     """A traced model without markers."""
-    from stepgraph.compiler.passes.erase_markers import erase_markers
+    from stepgraph.compiler.passes.sites.erase_markers import erase_markers
     from stepgraph.compiler.tracing.graphs import written_storages
     from stepgraph.compiler.tracing.traced_model import marked_graph
 
@@ -149,7 +149,7 @@ def test_a_shared_norm_stays(dit):
     norm = graph.call_function(modulated_norm, (x, scale, shift, 1e-6))
     delta = graph.call_function(lowrank_delta, (norm, [y], p, [a], b))
     graph.output((graph.call_function(operator.getitem, (delta, 0)), norm))
-    from stepgraph.compiler.passes.fuse_lowrank import fuse_lowrank
+    from stepgraph.compiler.passes.fuse.fuse_lowrank import fuse_lowrank
 
     gm = torch.fx.GraphModule(torch.nn.Module(), graph)
     assert fuse_lowrank(gm, PassContext((), "", (), (), frozenset())) == 0

@@ -14,7 +14,7 @@ from helpers.families import FLUX, flux_inputs, flux_plan
 from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, planned, sd3_inputs
 from helpers.tiny import TINY, inputs, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.lowering.lower import Lowered
-from stepgraph.compiler.passes.merge_projections import merge_maps
+from stepgraph.compiler.passes.program.merge_projections import merge_maps
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.packed_weights import PackedWeights
 from stepgraph.runtime.program.packed_linear import PACKED, merged_linear, packs
