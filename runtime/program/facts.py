@@ -13,6 +13,8 @@ from stepgraph.runtime.program.process_state import process_state
 
 NOTHING = Frozen(type(None), "nothing")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Where modules keep what is looked up behind their plain attributes.
+STORES = ("_parameters", "_buffers", "_modules")
 
 
 class Changed(Enum):
@@ -42,6 +44,7 @@ class Part:
         hooks: Those that run before and after its forward, in order.
         forward: What stands in for its class's forward.
         values: What the forward read of it, by name.
+        shadows: Names of tensors and submodules that a plain attribute hides.
     """
 
     kind: type
@@ -49,6 +52,7 @@ class Part:
     hooks: tuple[object, ...]
     forward: Frozen
     values: Mapping[str, Frozen]
+    shadows: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,7 @@ class Strength:
         key: Where the attribute is a dict, the float's key in it, in a tuple.
         compiled: What it was at the trace.
         constants: Tensors [] that the graph reads in its place, float64.
+        kinds: What it may become; the forward may have asked whether it is a float.
     """
 
     module: str
@@ -83,6 +88,7 @@ class Strength:
     key: tuple[Any, ...]
     compiled: float
     constants: tuple[torch.Tensor, ...]
+    kinds: tuple[type, ...] = (float, int)
 
     @property
     def path(self) -> str:
@@ -114,7 +120,7 @@ class Facts:
     def differences(self, model: nn.Module) -> Iterator[Difference]:
         """What is another one now, the weightiest first: what the model is made of, then values."""
         modules = dict(model.named_modules())
-        followed = {strength.path: strength for strength in self.strengths}
+        followed = {strength.path: strength.kinds for strength in self.strengths}
         later: list[Difference] = []
         for path, part in self.parts.items():
             if path in modules:
@@ -148,7 +154,14 @@ def _part(module: nn.Module, values: Mapping[str, Frozen], outermost: bool) -> P
     # Hooks and the forward of the model itself run around an executable as they run around the model.
     hooks = () if outermost else hooks_of(module)
     forward = NOTHING if outermost else forward_of(module)
-    return Part(type(module), children, hooks, forward, values)
+    return Part(type(module), children, hooks, forward, values, shadows_of(module))
+
+
+def shadows_of(module: nn.Module) -> tuple[str, ...]:
+    """Names under which a module has a plain attribute, and a tensor or a submodule that nobody sees for it."""
+    attributes = vars(module)
+    kinds = (attributes[kind] for kind in STORES if attributes[kind])
+    return tuple(name for kind in kinds if not attributes.keys().isdisjoint(kind) for name in kind if name in attributes)
 
 
 def hooks_of(module: nn.Module) -> tuple[object, ...]:
@@ -176,6 +189,12 @@ def _of_structure(path: str, part: Part, module: nn.Module, modules: Mapping[str
             yield changed(dotted(path, name), old, new)
     if list(before) != list(now):
         yield changed(path, f"submodules {', '.join(before)}", f"submodules {', '.join(now)}")
+    for name in sorted(set(part.shadows) ^ set(shadows_of(module))):
+        old, new = (
+            f"a tensor or module{' behind a plain attribute' if name in hidden else ''}"
+            for hidden in (part.shadows, shadows_of(module))
+        )
+        yield changed(dotted(path, name), old, new)
     if not path:
         return
     hooks = hooks_of(module)
@@ -190,7 +209,7 @@ def _of_structure(path: str, part: Part, module: nn.Module, modules: Mapping[str
 
 
 def _of_values(
-    prefix: str, values: Mapping[str, Frozen], space: Mapping[str, Any], followed: Mapping[str, Strength]
+    prefix: str, values: Mapping[str, Frozen], space: Mapping[str, Any], followed: Mapping[str, tuple[type, ...]]
 ) -> Iterator[Difference]:
     for name, old in values.items():
         now = freeze(space[name]) if name in space else NOTHING
