@@ -11,7 +11,7 @@ from torch import nn
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.errors import ArgumentError, CompileError, FileFormatError, PlanError, TraceError
+from stepgraph.errors import ArgumentError, CompileError, FileFormatError, MismatchError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
 from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
@@ -21,6 +21,7 @@ from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.program.stated_facts import other_facts, stated_facts
 from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
 from stepgraph.wrapped_models import unwrapped
@@ -47,7 +48,8 @@ def compile_artifact(
     model = unwrapped(model)
     path = artifact.path
     # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
-    values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
+    built = model is None
+    values = artifact.model["fingerprint"].split("/")[-1] if built else "-"
     if model is None:
         model = build_model(artifact, device or "cpu")
     place = next(model.parameters()).device
@@ -63,6 +65,13 @@ def compile_artifact(
     except (PlanError, TraceError) as error:
         # An artifact can state inputs that its model does not take.
         raise FileFormatError(f"{path}: {error}") from error
+    difference = other_facts(artifact.model.get("facts", {}), stated_facts(executable.default.facts)) if built else None
+    if difference is not None:
+        place_of, saved, rebuilt = difference
+        raise MismatchError(
+            f"{path}: the model that was saved had {place_of} = {saved}, one of its class and configuration has {rebuilt}; "
+            f"make the model as it was, load its weights, and pass it: stepgraph.load(path, model)"
+        )
     others = {name: (recorded, now) for name, recorded, now in _versions(artifact) if recorded != now}
     compared = verify or (bool(others) and verify is None)
     if others:

@@ -94,7 +94,13 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     if training is not None:
         raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
     for name, value in flat_inputs(inputs).items():
-        if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(leaf, nn.Module) for leaf in leaves):
+            raise TraceError(
+                f"the input {name} brings a module, whose weights and values a graph would not follow; make it a part of "
+                f"the model"
+            )
+        if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TraceError(
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
@@ -229,11 +235,11 @@ def _run(
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
         stack.enter_context(mock.patch.object(nn.Module, "__getattribute__", traced_read))
         stack.enter_context(tracer)
-        # A model that an executable is attached to is traced as it was before.
-        forward = own_forward(model)
-        run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
+        # A model that an executable is attached to is traced as it was before. Hooks of the model itself are no part of its
+        # graph: they run around what stands in for its forward.
+        forward = own_forward(model) or model.forward
         try:
-            result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
+            result = tracer.call_module(lambda _, **arguments: forward(**arguments), model, (), like_flat(inputs, placeholders))
         except TraceError:
             raise
         except Exception as error:

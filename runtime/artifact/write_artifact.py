@@ -25,6 +25,8 @@ from stepgraph.runtime.artifact.artifact import (
     current_versions,
     manifest_bytes,
 )
+from stepgraph.runtime.program.stated_facts import stated_facts
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import prepare_scheduler
@@ -37,6 +39,8 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
     # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
     follow_weights(executable, everything=True)
+    # Neither is a model saved that runs would refuse.
+    begin_run(executable, executable.default)
     if scheduler is not None:
         header = executable.plan.header
         refuse_other_schedule(
@@ -79,6 +83,7 @@ def _described(executable: Compiled, with_weights: bool, scheduler: Any) -> dict
         about |= {
             "config": _plain(config_of(model), f"the configuration of {type(model).__name__}"),
             "tied": tied_weights(model),
+            "facts": stated_facts(executable.default.facts),
         }
     sampler = {"class": header.scheduler, "hash": header.scheduler_hash}
     if scheduler is not None:

@@ -12,7 +12,8 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_structure
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.runs import Runs
-from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.program.facts import StandIn
+from stepgraph.runtime.session.begin_run import begin_run, refuse_other_forward
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.wrapped_models import forward_signature, unwrapped
 
@@ -20,7 +21,7 @@ from stepgraph.wrapped_models import forward_signature, unwrapped
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
 
 
-class Attachment:
+class Attachment(StandIn):
     """Stands in for the forward of a transformer that pipelines share.
 
     Attributes:
@@ -36,7 +37,7 @@ class Attachment:
         self.executable, self.owner = executable, owner
         self.replaced, self.compiled = transformer.__dict__.get("forward"), transformer._compiled_call_impl
         self.runs = Runs(executable)
-        self.session = executable.session()
+        self.session = executable.session(around=True)
         self._model = weakref.ref(transformer)
         # Pipelines ask which arguments there are.
         self.__signature__ = forward_signature(executable.model)
@@ -111,7 +112,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
         return
     refuse_other_structure(executable.plan.header, model)
     runs = executable.on(model)
-    begin_run(runs, runs.default)
+    begin_run(runs, runs.default, around=True)
+    refuse_other_forward(runs, runs.default)
     attachment = Attachment(runs, executable, transformer)
     attachment.runs.add_user(pipe)
     transformer.forward = attachment

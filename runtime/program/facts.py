@@ -22,6 +22,16 @@ class Changed(Enum):
     VALUE = "a value that the forward read"
 
 
+class StandIn:
+    """What stands in for a model's forward while an executable is attached to it.
+
+    Attributes:
+        replaced: The forward that the model had of its own; None where it had its class's.
+    """
+
+    replaced: Any = None
+
+
 @dataclass(frozen=True)
 class Difference:
     """Something that is another one than at the trace, with what it was and is."""
@@ -111,6 +121,11 @@ class Facts:
     process: Mapping[str, Frozen] = field(default_factory=dict)
     strengths: tuple[Strength, ...] = ()
 
+    def other_forward(self, model: nn.Module) -> Difference | None:
+        """How the forward of the model itself was replaced since; None where it is the one that was traced."""
+        found = difference("forward", self.parts[""].forward, forward_of(model), {})
+        return None if found is None else Difference(Changed.STRUCTURE, *found)
+
     def differences(self, model: nn.Module) -> Iterator[Difference]:
         """What is another one now, the weightiest first: what the model is made of, then values."""
         modules = dict(model.named_modules())
@@ -145,10 +160,9 @@ def dotted(path: str, name: str) -> str:
 
 def _part(module: nn.Module, values: Mapping[str, Frozen], outermost: bool) -> Part:
     children = tuple((name, type(child)) for name, child in module._modules.items())
-    # Hooks and the forward of the model itself run around an executable as they run around the model.
+    # Those of the model itself run around an executable as they run around its forward.
     hooks = () if outermost else hooks_of(module)
-    forward = NOTHING if outermost else forward_of(module)
-    return Part(type(module), children, hooks, forward, values)
+    return Part(type(module), children, hooks, forward_of(module), values)
 
 
 def hooks_of(module: nn.Module) -> tuple[object, ...]:
@@ -157,8 +171,9 @@ def hooks_of(module: nn.Module) -> tuple[object, ...]:
 
 
 def forward_of(module: nn.Module, containers: Containers | None = None) -> Frozen:
-    """What stands in for the forward of a module's class; NOTHING where nothing does."""
+    """What stands in for the forward of a module's class, executables aside; NOTHING where nothing does."""
     forward = vars(module).get("forward")
+    forward = forward.replaced if isinstance(forward, StandIn) else forward
     same = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
     return NOTHING if forward is None or same else freeze(forward, containers)
 

@@ -16,7 +16,7 @@ from torch import nn
 # Values that say all about themselves in their text, in which True is not 1, 1 is not 1.0 and 0.0 is not -0.0.
 LEAVES = (
     bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum, slice, range, torch.dtype, torch.device,
-    torch.layout, torch.memory_format,
+    torch.layout, torch.memory_format, np.generic,
 )  # fmt: skip
 # What can only be another object, or the same.
 OPAQUE = (

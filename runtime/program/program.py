@@ -1,6 +1,7 @@
 """What an executable runs: the variants of a plan for inputs of one signature, and where their values lie."""
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from stepgraph.plan import CachePlan
 from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
 from stepgraph.runtime.program.facts import Facts
+from stepgraph.runtime.program.freeze import LEAVES, Frozen, difference, freeze
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
 from stepgraph.runtime.program.watch import Watch
@@ -148,9 +150,31 @@ def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
     return tuple(
-        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
+        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, _by_value(value))
         for name, value in sorted(flat_inputs(inputs).items())
     )
+
+
+def _by_value(value: Any) -> Hashable:
+    """What equals another value's where a graph that has baked it in holds for both: texts of objects need not say all."""
+    return repr(value) if isinstance(value, LEAVES) else _Argument(freeze(value), reprlib.repr(value))
+
+
+@dataclass(frozen=True, eq=False)
+class _Argument:
+    """An argument that is neither a tensor nor a plain value, as it was: a list, an array, an object that steers attention."""
+
+    frozen: Frozen
+    text: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Argument) and difference("", self.frozen, other.frozen, {}) is None
+
+    def __hash__(self) -> int:
+        return hash((self.frozen.kind, self.frozen.text))
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def refuse_nan_weights(model: nn.Module) -> None:

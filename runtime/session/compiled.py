@@ -68,7 +68,9 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None) -> "Session":
+    def session(
+        self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None, around: bool = False
+    ) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Args:
@@ -77,11 +79,12 @@ class Compiled:
             begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is
                 computed.
             timesteps: The scheduler's, of every step of the run, where they are not the plan's.
+            around: Whether calls of the model itself end here, so that its own hooks have run.
 
         Raises:
             PlanError: The plan has no such step, or a forecast reads what the run does not have.
         """
-        return Session(self, capture, begin, timesteps)
+        return Session(self, capture, begin, timesteps, around=around)
 
     @property
     def programs(self) -> list[Program]:

@@ -32,6 +32,7 @@ class Session:
         begin: The plan's step with which the run begins; the run's own steps count from there.
         timesteps: The scheduler's timestep of every step of the run.
         checked: Whether what changed of the model is looked at when the run begins.
+        around: Whether calls of the model itself end here (`begin_run`).
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Session:
         begin: int = 0,
         timesteps: Sequence[float] | None = None,
         checked: bool = True,
+        around: bool = False,
     ) -> None:
-        self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
+        self.executable, self.capture, self.begin = executable, capture, begin
+        self.checked, self.around = checked, around
         self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
 
@@ -140,8 +143,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another
-                one than when it was compiled (`begin_run`).
+            CompileError: The run is over, the inputs' shapes changed within it, or an input requires a gradient; or at the
+                beginning, the model is another one than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
@@ -163,6 +166,8 @@ class Session:
                 "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
                 "compile that"
             )
+        if torch.is_grad_enabled():
+            _refuse_gradients(dict(zip(program.input_names, arguments, strict=True)))
         if self._state.check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
@@ -268,7 +273,21 @@ class Session:
                 f"{program.batch} now); start a new session"
             )
         if self.checked and all(program is not branch.program for branch in self._state.branches):
-            look = begin_run(self.executable, program)
+            look = begin_run(self.executable, program, self.around)
             self._state.look = look if self.step == self.branch == 0 else self._state.look
         self._state.present.program = program
         return program
+
+
+def _refuse_gradients(arguments: Mapping[str, torch.Tensor]) -> None:
+    """Refuse inputs that gradients are wanted of: steps compute none, and a guidance by gradients would lose the model's.
+
+    Raises:
+        CompileError: The message names the input.
+    """
+    name = next((name for name, value in arguments.items() if value.requires_grad), None)
+    if name is not None:
+        raise CompileError(
+            f"{name} requires a gradient, which executables do not compute; detach it, or call in torch.no_grad(), or, for a "
+            f"guidance by gradients, detach the executable and let the model answer"
+        )
