@@ -66,6 +66,11 @@ class Trace:
     facts: Facts
     seconds: float = 0.0
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The constants but for those that stand for strengths."""
+        return {name: value for name, value in self.constants.items() if not name.startswith(STRENGTH)}
+
     def bind(self, model: nn.Module, graph: fx.Graph | None = None) -> fx.GraphModule:
         """The graph (or a rewritten one) on a model's parameters and modules, which are shared and not copied."""
         graph = graph or self.graph
@@ -132,11 +137,14 @@ def _record_twice(
         TraceError: It did something else although there are no strengths.
     """
     first = _record(model, inputs, made, strengths)
-    followed = frozenset(place for place, _ in strengths.constants) - strengths.fixed
+    if strengths.fixed & strengths.tensors:
+        # A number is baked in that is written to in place.
+        return None
+    # What was not asked for either: it must make no difference.
+    followed = (frozenset(place for place, _ in strengths.constants) | strengths.unread) - strengths.fixed
     try:
         second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
-        ordinary = {name: value for name, value in first.constants.items() if not name.startswith(STRENGTH)}
-        refuse_other_operations(first.graph, second.graph, ordinary, second.constants)
+        refuse_other_operations(first.graph, second.graph, first.tensors, second.constants)
     except TraceError:
         if not followed:
             raise

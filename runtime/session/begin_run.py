@@ -1,26 +1,43 @@
 """The beginning of a run: what changed since the compilation is followed, or refused before anything is computed."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from stepgraph.errors import CompileError
+from stepgraph.adapters import is_tuner
 from stepgraph.runtime.program.bound_weights import Look
-from stepgraph.runtime.program.facts import Changed, Difference
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
+from stepgraph.runtime.session.refuse_difference import refuse
+from stepgraph.runtime.session.siblings import suited
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def begin_run(executable: "Compiled", program: Program) -> Look:
-    """Let a program follow its model, what its forward reads and what its weights hold, or refuse the run.
+def begin_run(
+    executable: "Compiled", inputs: Mapping[str, Any] | None = None, begin: int = 0
+) -> tuple["Compiled", Program, Look]:
+    """Let an executable follow its model, what its forward reads and what its weights hold, or refuse the run.
+
+    Args:
+        executable: Any of its siblings.
+        inputs: The forward's arguments; else those that the plan was compiled with.
+        begin: The plan's step with which the run begins.
+
+    Returns:
+        The executable for the adapters that the model has, its program for the inputs, and what was found of the weights.
 
     Raises:
-        CompileError: See `follow_facts` and `follow_weights`.
-        MismatchError: See `follow_weights`.
+        CompileError: See `suited`, `follow_facts` and `follow_weights`.
+        MismatchError: The same.
     """
-    follow_facts(executable, program)
-    return follow_weights(executable)
+    present = suited(executable, inputs, begin)
+    looked_at = present.known(inputs, begin)
+    program = present.default if inputs is None else present.program(inputs, begin)
+    if program is not looked_at:
+        refuse(present, program.watch.differences(present.model))
+    _follow_strengths(present, program)
+    return present, program, follow_weights(present)
 
 
 def follow_facts(executable: "Compiled", program: Program) -> None:
@@ -31,20 +48,14 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
             the message names it.
         MismatchError: The plan does not follow another strength, which changes what the model computes as its weights do.
     """
-    for difference in program.watch.differences(executable.model):
-        _refuse(executable, difference)
-    if program.watch.others:
-        follow_values(executable, program.watch.others[0])
+    refuse(executable, program.watch.differences(executable.model))
+    _follow_strengths(executable, program)
 
 
-def _refuse(executable: "Compiled", difference: Difference) -> None:
-    name = type(executable.model).__name__
-    if difference.kind is Changed.VALUE:
-        raise CompileError(
-            f"{name} was compiled with {difference.path} = {difference.old}, which its forward reads; now it is "
-            f"{difference.new}. Set it back, or detach, and compile again"
-        )
-    raise CompileError(
-        f"{name} is made of other parts than when it was compiled, such as {difference.path!r} (before {difference.old}, now "
-        f"{difference.new}; a LoRA, a hook or another change of its modules?); detach, and compile again"
-    )
+def _follow_strengths(executable: "Compiled", program: Program) -> None:
+    if executable.changed:
+        follow_values(executable, executable.changed, adapters=True)
+    others = program.watch.others
+    if others:
+        adapters = all(is_tuner(type(executable.model.get_submodule(strength.module))) for strength, _ in others)
+        follow_values(executable, others[0][1], adapters)

@@ -28,19 +28,35 @@ def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
     follow_weights(executable)
     _refuse_other_make(executable, model)
     weights = BoundWeights(model, executable.weights.compiled)
+    weights.add(executable.weights.held)
     executable.weights.refuse_other(weights)
     forget_packed(weights.tensors)
-    modules = dict(model.named_modules())
-    news: dict[int, Any] = {id(module): modules[path] for path, module in executable.model.named_modules()}
+    put = moved(executable, model, weights)
+    follow_weights(put)
+    return put
+
+
+def can_move(executable: "Compiled", weights: BoundWeights) -> bool:
+    """Whether an executable's programs can run with other tensors, those of the same model on other modules."""
+    weights.add(executable.weights.held)
+    try:
+        executable.weights.refuse_other(weights)
+    except CompileError:
+        return False
+    return all(map(can_rebind, executable.programs))
+
+
+def moved(executable: "Compiled", model: nn.Module, weights: BoundWeights) -> "Compiled":
+    """An executable on other modules and tensors of the same names; nothing is traced or compiled."""
+    modules = weights.modules
+    news: dict[int, Any] = {id(module): modules[path] for path, module in executable.weights.modules.items()}
     news |= {id(then): now for then, now in zip(executable.weights.tensors, weights.tensors, strict=True)}
     programs = {id(program): rebound(program, news) for program in executable.programs}
-    moved = replace(
-        executable, model=model, weights=weights, default=programs[id(executable.default)],
+    return replace(
+        executable, model=model, weights=weights, _default=programs.get(id(executable._default)),
         _programs={key: programs[id(program)] for key, program in executable._programs.items()},
         _lock=threading.Lock(), captured=Captured(),
     )  # fmt: skip
-    follow_weights(moved)
-    return moved
 
 
 def _refuse_other_make(executable: "Compiled", model: nn.Module) -> None:
