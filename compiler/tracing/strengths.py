@@ -68,7 +68,8 @@ class Strengths:
             return self.wrapped((path, name, ()), value)
         if type(value) is dict and any(type(v) is float or _is_scaling(tuner, name, v) for v in value.values()):
             if (path, name) not in self._dicts or self._dicts[path, name].real is not value:
-                numbers = {key: float(v) for key, v in value.items() if _is_scaling(tuner, name, v)}
+                with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+                    numbers = {key: v.item() for key, v in value.items() if _is_scaling(tuner, name, v)}
                 self.tensors |= {(path, name, (key,)) for key in numbers}
                 self._dicts[path, name] = StrengthDict(self, path, name, value, numbers)
             return self._dicts[path, name]

@@ -31,8 +31,8 @@ def begin_run(
         CompileError: See `suited`, `follow_facts` and `follow_weights`.
         MismatchError: The same.
     """
+    looked_at = executable.siblings.present.known(inputs, begin)
     present = suited(executable, inputs, begin)
-    looked_at = present.known(inputs, begin)
     program = present.default if inputs is None else present.program(inputs, begin)
     if program is not looked_at:
         refuse(present, program.watch.differences(present.model))
