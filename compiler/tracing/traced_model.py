@@ -56,16 +56,12 @@ class TracedModel:
             inputs = example_inputs(self.model)
             shapes = input_shapes(inputs, self.family.unbatched)
             for known in self._graphs.values():
-                if input_shapes(known.trace.inputs, self.family.unbatched) == shapes and self._holds(known):
+                if input_shapes(known.trace.inputs, self.family.unbatched) == shapes and known.trace.facts.matches(self.model):
                     return known
         key = signature(inputs)
-        if key not in self._graphs or not self._holds(self._graphs[key]):
+        if key not in self._graphs or not self._graphs[key].trace.facts.matches(self.model):
             self._graphs[key] = mark_sites(trace(self.model, inputs), self.family)
         return self._graphs[key]
-
-    def _holds(self, marked: MarkedGraph) -> bool:
-        """Whether the model is what it was when a graph was made of it."""
-        return next(marked.trace.facts.differences(self.model), None) is None
 
 
 def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:

@@ -158,6 +158,10 @@ class Facts:
         later += _of_values("", self.process, process_state(), followed)
         yield from later
 
+    def matches(self, model: nn.Module) -> bool:
+        """Whether nothing is another one."""
+        return next(self.differences(model), None) is None
+
 
 def facts_of(
     model: nn.Module,

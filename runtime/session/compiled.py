@@ -19,9 +19,8 @@ from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.program import Macs, Memory, Program, signature, zero_inputs
 from stepgraph.runtime.session.follow_weights import follow_weights, watch_tensors
-from stepgraph.runtime.session.put_on_model import put_on_model
 from stepgraph.runtime.session.session import Session
-from stepgraph.runtime.session.siblings import Siblings, suited
+from stepgraph.runtime.session.siblings import Siblings, put_on, suited
 from stepgraph.weight_kinds import weight_bytes
 
 # Of how many beginnings above 0 programs are kept.
@@ -107,7 +106,9 @@ class Compiled:
         return list({id(program): program for program in programs if program is not None}.values())
 
     def on(self, model: nn.Module) -> "Compiled":
-        """The same plan and programs on another model of the same structure, such as a copy; nothing is traced.
+        """The same plan and programs on another model of the same structure, such as a copy.
+
+        Nothing is traced, unless the model has other adapters than any that there are programs for.
 
         Raises:
             CompileError: The model is made of other parts, or its weights have another dtype, device, shape or strides.
@@ -115,7 +116,7 @@ class Compiled:
         """
         if model is self.model:
             return self
-        return put_on_model(self, model)
+        return put_on(self, model)
 
     def verify(self) -> tuple[str, ...]:
         """Read every weight in full, and follow what no run has noticed: single values that were written through `.data`.

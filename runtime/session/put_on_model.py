@@ -59,13 +59,19 @@ def moved(executable: "Compiled", model: nn.Module, weights: BoundWeights) -> "C
     )  # fmt: skip
 
 
-def _refuse_other_make(executable: "Compiled", model: nn.Module) -> None:
-    """See that two models differ in nothing but the tensors that they hold, and in strengths."""
+def refuse_other_configuration(executable: "Compiled", model: nn.Module) -> None:
+    """See that two models are of one class and configuration."""
     mine, name = executable.model, type(model).__name__
     if type(model) is not type(mine):
         raise CompileError(f"compiled for a {type(mine).__name__}; this model is a {name}: compile a plan for it")
     if hash_config(config_of(model)) != hash_config(config_of(mine)):
         raise CompileError(f"this {name} has another configuration than the one that was compiled; compile a plan for it")
+
+
+def _refuse_other_make(executable: "Compiled", model: nn.Module) -> None:
+    """See that two models differ in nothing but the tensors that they hold, and in strengths."""
+    refuse_other_configuration(executable, model)
+    name = type(model).__name__
     for program in executable.programs:
         for difference in program.facts.differences(model):
             raise CompileError(

@@ -11,8 +11,8 @@ from stepgraph.packed_weights import forget_packed
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.facts import Difference
-from stepgraph.runtime.session.follow_weights import follow_values
-from stepgraph.runtime.session.put_on_model import can_move, moved
+from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
+from stepgraph.runtime.session.put_on_model import can_move, moved, put_on_model, refuse_other_configuration
 from stepgraph.runtime.session.refuse_difference import refuse
 
 if TYPE_CHECKING:
@@ -92,6 +92,25 @@ def refuse_unsuited(executable: "Compiled") -> None:
         settle(model)
         if _kept(siblings, model) is None:
             _follow_adapters(siblings.kept[0], model)
+
+
+def put_on(executable: "Compiled", model: nn.Module) -> "Compiled":
+    """The plan on another model (`Compiled.on`), with the programs for its adapters; compiled where there are none yet.
+
+    Raises:
+        CompileError: It differs in more than tensors and adapters.
+        MismatchError: The plan does not follow its weights or adapters.
+    """
+    settle(model)
+    first, *others = executable.siblings.kept
+    for one in (executable, first, *reversed(others)):
+        if one.programs[0].facts.matches(model):
+            return put_on_model(one, model)
+    refuse_other_configuration(first, model)
+    new = _new(first, model, _follow_adapters(first, model))
+    follow_weights(new)
+    new.default  # noqa: B018  # compiles it
+    return new
 
 
 def _kept(siblings: Siblings, model: nn.Module) -> "Compiled | None":
