@@ -25,7 +25,9 @@ def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
         executable: Goes on as it is.
         model: The other model.
     """
-    follow_weights(executable)
+    # Where its own model has other adapters now, what it holds is what it held when it last ran.
+    if executable.weights.stands(executable.model):
+        follow_weights(executable)
     _refuse_other_make(executable, model)
     weights = BoundWeights(model, executable.weights.compiled)
     weights.add(executable.weights.held)

@@ -43,6 +43,9 @@ class Siblings:
             others = [*(one for one in others if one is not executable), executable][-SIBLINGS:]
         # What was packed since the other ran is of what weights held then.
         forget_packed(executable.weights.differing(self.present.weights))
+        if executable is not self.present:
+            # Captures hold the memory of a run.
+            object.__setattr__(self.present, "captured", Captured())
         self.kept, self.present = [first, *others], executable
         object.__setattr__(executable, "siblings", self)
         return executable
