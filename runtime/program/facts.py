@@ -218,12 +218,11 @@ def _of_structure(path: str, part: Part, present: Part) -> Iterator[Difference]:
         return Difference(Changed.STRUCTURE, name, old, new)
 
     if present.kind is not part.kind:
-        yield changed(path, part.kind.__qualname__, present.kind.__qualname__)
+        yield changed(path, *_names_of(part.kind, present.kind))
     before, now = dict(part.children), dict(present.children)
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) is not now.get(name):
-            old, new = (kinds[name].__qualname__ if name in kinds else "nothing" for kinds in (before, now))
-            yield changed(dotted(path, name), old, new)
+            yield changed(dotted(path, name), *_names_of(before.get(name), now.get(name)))
     if list(before) != list(now):
         yield changed(path, f"submodules {', '.join(before)}", f"submodules {', '.join(now)}")
     if not path:
@@ -236,6 +235,14 @@ def _of_structure(path: str, part: Part, present: Part) -> Iterator[Difference]:
     found = difference(f"{path}.forward", part.forward, present.forward, frozenset())
     if found is not None:
         yield changed(*found)
+
+
+def _names_of(old: type | None, new: type | None) -> tuple[str, str]:
+    """The names of two classes, with their modules where they have the same."""
+    names = ["nothing" if kind is None else kind.__qualname__ for kind in (old, new)]
+    if names[0] == names[1]:
+        names = ["nothing" if kind is None else f"{kind.__module__}.{kind.__qualname__}" for kind in (old, new)]
+    return names[0], names[1]
 
 
 def _of_values(
