@@ -61,6 +61,16 @@ def changed_by_adapters(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in names if name not in base or (merged and name.startswith(merged)))
 
 
+def in_training(model: nn.Module) -> str | None:
+    """The path of a module in training mode; that of an adapter counts only where it drops values, for peft leaves it so."""
+    modules = dict(model.named_modules())
+    base = base_paths({path: type(module) for path, module in modules.items()})
+    for path, module in modules.items():
+        if module.training and (path in base or getattr(module, "p", 0.0) > 0):
+            return path or type(model).__name__
+    return None
+
+
 def settle(model: nn.Module) -> int:
     """Take merged adapters that are switched off out of the weights, as the next forward of their layers would.
 

@@ -229,7 +229,6 @@ def _add_adapter(pipe: Any, name: str = "second", rank: int = 2) -> None:
 
     config = LoraConfig(r=rank, target_modules=["to_q", "to_v"], init_lora_weights=False)
     inject_adapter_in_model(config, pipe.transformer, name)
-    pipe.transformer.eval()
 
 
 def _set_adapters(*names: str) -> Callable[[Any], None]:

@@ -33,7 +33,6 @@ def lora(model, seed: int, rank: int = 2, alpha: float = 3.0, targets=TARGETS):
 def load(model, name: str, seed: int, rank: int = 2, alpha: float = 3.0, targets=TARGETS, hotswap: bool = False) -> None:
     state, alphas = lora(model, seed, rank, alpha, targets)
     model.load_lora_adapter(dict(state), network_alphas=alphas, adapter_name=name, hotswap=hotswap)
-    model.eval()
 
 
 def full(model, **options) -> sg.Executable:
