@@ -1,7 +1,6 @@
 """Adapters: what peft's tuner layers (LoRA and its kin) add to a model; without them it is its base."""
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 BASE = "base_layer"
 
 
-@cache
 def is_tuner(kind: type) -> bool:
     """Whether a class is one of peft's layers that stand in for another and add to it."""
     return any(one.__name__ == "BaseTunerLayer" and one.__module__.partition(".")[0] == "peft" for one in kind.__mro__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stepgraph.adapters import active_in, is_tuner
+from stepgraph.adapters import active_in
 from stepgraph.compiler.tracing.read_globals import Globals
 from stepgraph.compiler.tracing.strengths import HALVES, Place, Strengths
 from stepgraph.runtime.program.facts import GATE, NOTHING, Facts, Names, Strength, facts_of
@@ -48,7 +48,7 @@ class Reads:
         path = self.paths.get(id(module))
         if path is None or name not in attributes:
             return value
-        return self.strengths.read(path, name, value, is_tuner(type(module)))
+        return self.strengths.read(path, name, value, type(module))
 
     def note_absent(self, module: nn.Module, name: str) -> None:
         """Take down that a module was asked for what it does not have."""

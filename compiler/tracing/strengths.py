@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from stepgraph.adapters import is_tuner
+
 # Whose products with a Python number are those with a tensor [] of float64, bit for bit, and whose are made in float32.
 WHOLES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,21 +57,21 @@ class Strengths:
         """Entries of dicts that the forward has not asked for."""
         return frozenset(place for place in self.places if place[2] and place not in self.got)
 
-    def read(self, path: str, name: str, value: Any, tuner: bool = False) -> Any:
+    def read(self, path: str, name: str, value: Any, kind: type = nn.Module) -> Any:
         """What the forward gets for an attribute: strengths for floats, also in a plain dict; the value otherwise.
 
         Args:
             path: The module's.
             name: The attribute's.
             value: The attribute.
-            tuner: Whether the module is a tuner layer, whose `scaling` can hold tensors in the place of floats.
+            kind: The module's class; a tuner layer's `scaling` can hold tensors in the place of floats.
         """
         if type(value) is float:
             return self.wrapped((path, name, ()), value)
-        if type(value) is dict and any(type(v) is float or _is_scaling(tuner, name, v) for v in value.values()):
+        if type(value) is dict and any(type(v) is float or _is_scaling(kind, name, v) for v in value.values()):
             if (path, name) not in self._dicts or self._dicts[path, name].real is not value:
                 with unset_fake_temporarily(), torch._C.DisableTorchFunction():
-                    numbers = {key: v.item() for key, v in value.items() if _is_scaling(tuner, name, v)}
+                    numbers = {key: v.item() for key, v in value.items() if _is_scaling(kind, name, v)}
                 self.tensors |= {(path, name, (key,)) for key in numbers}
                 self._dicts[path, name] = StrengthDict(self, path, name, value, numbers)
             return self._dicts[path, name]
@@ -98,9 +100,10 @@ class Strengths:
         return self.constants[key]
 
 
-def _is_scaling(tuner: bool, name: str, value: Any) -> bool:
+def _is_scaling(kind: type, name: str, value: Any) -> bool:
     """Whether a value is a strength that peft's hot-swapping has made a tensor of, to write to it in place."""
-    return tuner and name == "scaling" and type(value) is torch.Tensor and value.ndim == 0 and not value.is_meta
+    tensor = name == "scaling" and type(value) is torch.Tensor and is_tuner(kind)
+    return tensor and value.ndim == 0 and not value.is_meta
 
 
 def factors(func: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, "StrengthValue"] | None:

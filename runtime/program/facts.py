@@ -206,8 +206,9 @@ def _without_adapters(parts: Mapping[str, Part]) -> tuple[dict[str, Part], dict[
     places = {base: path for path, base in base_paths({path: part.kind for path, part in parts.items()}).items()}
 
     def plain(base: str, path: str) -> Part:
-        kinds = {name: places.get(dotted(base, name)) for name, _ in parts[path].children}
-        children = ((name, kind if kinds[name] is None else parts[kinds[name]].kind) for name, kind in parts[path].children)
+        below = {name: parts.get(places.get(dotted(base, name), "")) for name, _ in parts[path].children}
+        kinds = {name: part.kind for name, part in below.items() if part is not None and dotted(base, name) in places}
+        children = ((name, kinds.get(name, kind)) for name, kind in parts[path].children)
         return replace(parts[path], children=tuple(children))
 
     return {base: plain(base, path) for base, path in places.items()}, places
