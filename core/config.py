@@ -33,6 +33,8 @@ class CompileConfig:
             does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
         strict: Refuse weights that hold other values than those by which the plan's actions were chosen; else they are
             followed, with a warning.
+        respecialize: Where other adapters are on than when it was compiled (a LoRA loaded, switched, fused or deleted), compile
+            the plan for the model as it is, at the beginning of a run; some of the last are kept. False refuses such runs.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -48,6 +50,7 @@ class CompileConfig:
     cuda_graphs: bool | None = False
     max_autotune: bool = False
     strict: bool = False
+    respecialize: bool = True
 
     def __post_init__(self) -> None:
         for option in fields(self):

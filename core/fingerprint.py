@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stepgraph.adapters import active_adapters, base_names, tensors_of
 from stepgraph.contents import content_sums
 from stepgraph.errors import MismatchError
 from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_of
@@ -73,25 +74,26 @@ def _digest_of(tensor: torch.Tensor, keeper: torch.Tensor) -> bytes:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """ "structure/contents" of a model, 16 hexadecimal digits each.
+    """ "structure/contents" of a model without its adapters, 16 hexadecimal digits each.
 
     The structure covers class, configuration, parameter and buffer names and shapes (not dtypes, which plans record on
-    their own); the contents cover dtypes and values, and are "-" for a model without data (fake or meta tensors).
+    their own); the contents cover dtypes and values, and are "-" for a model without data (fake or meta tensors). What peft's
+    tuner layers add counts for nothing here (`adapters_hash`), and what they stand in for has the name that it had before.
     """
     return f"{structure_hash(model)}/{contents_hash(model)}"
 
 
-def structure_hash(model: nn.Module) -> str:
-    """The first half of `fingerprint`, which reads no values."""
+def structure_hash(model: nn.Module, adapters: bool = False) -> str:
+    """The first half of `fingerprint`, which reads no values; with adapters as parts of the model, if these are to count."""
     structure = hashlib.sha256(f"{type(model).__name__} {hash_config(config_of(model))}".encode())
-    for name, tensor in named_tensors(model):
+    for name, tensor in named_tensors(model, adapters):
         structure.update(f"{name} {tuple(tensor.shape)}".encode())
     return structure.hexdigest()[:16]
 
 
-def contents_hash(model: nn.Module) -> str:
-    """The second half of `fingerprint`."""
-    contents, tensors = hashlib.sha256(), named_tensors(model)
+def contents_hash(model: nn.Module, adapters: bool = False) -> str:
+    """The second half of `fingerprint`; with adapters as parts of the model, if these are to count."""
+    contents, tensors = hashlib.sha256(), named_tensors(model, adapters)
     if not all(has_data(tensor) for _, tensor in tensors):
         return "-"
     for name, tensor in tensors:
@@ -99,10 +101,34 @@ def contents_hash(model: nn.Module) -> str:
     return contents.hexdigest()[:16]
 
 
-def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters and buffers with all of their names, by name."""
+def named_tensors(model: nn.Module, adapters: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """A model's parameters and buffers with all of their names, by name; of its base unless adapters count."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return sorted(tensors, key=lambda item: item[0])
+    names = {} if adapters else base_names(model, [name for name, _ in tensors])
+    return sorted(
+        ((names.get(name, name), tensor) for name, tensor in tensors if adapters or name in names), key=lambda item: item[0]
+    )
+
+
+def adapters_hash(model: nn.Module) -> str:
+    """16 hexadecimal digits of the adapters that take part in a model's forward: tensors and strengths.
+
+    Returns:
+        Nothing where none do: none is loaded, or those that are, are switched off; "-" where they have no data.
+    """
+    hashed, some = hashlib.sha256(), False
+    for path, adapter, tuner in active_adapters(model):
+        strength = vars(tuner).get("scaling", {}).get(adapter, 1.0)
+        merged = adapter in vars(tuner).get("merged_adapters", ())
+        brought = tensors_of(tuner, adapter)
+        if not all(has_data(tensor) for _, tensor in brought):
+            return "-"
+        if brought:
+            some = True
+            hashed.update(f"{path} {float(strength)!r} {merged}".encode())
+        for name, tensor in brought:
+            hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor_digest(tensor))
+    return hashed.hexdigest()[:16] if some else ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.program.program import zero_inputs
 from stepgraph.runtime.program.stated_facts import other_facts, stated_facts
 from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
@@ -87,17 +88,6 @@ def compile_artifact(
 def _versions(artifact: Artifact) -> list[tuple[str, str, str]]:
     now = current_versions()
     return [(name, artifact.versions[name], now[name]) for name in ("stepgraph", "torch", "diffusers")]
-
-
-def zero_inputs(described: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Forward arguments of an artifact's shapes."""
-
-    def made(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return torch.zeros(value[0], dtype=value[1], device=device)
-        return zero_inputs(value, device) if isinstance(value, dict) else value
-
-    return {name: made(value) for name, value in described.items()}
 
 
 def verify_first_step(executable: Executable) -> None:

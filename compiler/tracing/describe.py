@@ -10,7 +10,7 @@ from torch import nn
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import ArgumentError, PlanError
-from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
+from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
@@ -152,6 +152,7 @@ def make_header(
         branches=branches_of(guidance),
         schedule=schedule,
         timestep=marked.family.timestep,
+        adapters=adapters_hash(model).replace("-", ""),
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from stepgraph.adapters import active_in
 from stepgraph.compiler.tracing.read_globals import Globals
-from stepgraph.compiler.tracing.strengths import Place, Strengths
-from stepgraph.runtime.program.facts import NOTHING, Facts, Names, Strength, facts_of
+from stepgraph.compiler.tracing.strengths import HALVES, Place, Strengths
+from stepgraph.runtime.program.facts import GATE, NOTHING, Facts, Names, Strength, facts_of
 from stepgraph.runtime.program.freeze import LIBRARIES, Frozen, freeze
 
 # What every module has, and its calls look at.
@@ -45,7 +46,9 @@ class Reads:
         if not self._again and (id(module), name) not in self._seen:
             self._note(module, name, attributes)
         path = self.paths.get(id(module))
-        return self.strengths.read(path, name, value) if path is not None and name in attributes else value
+        if path is None or name not in attributes:
+            return value
+        return self.strengths.read(path, name, value, type(module))
 
     def note_absent(self, module: nn.Module, name: str) -> None:
         """Take down that a module was asked for what it does not have."""
@@ -97,13 +100,26 @@ class Reads:
             if kind.__module__.partition(".")[0] not in LIBRARIES:
                 self._of_class(kind, "forward")
         others = tuple(Names(f"a {type(m).__name__} in no module: ", vars(m), read) for m, read in self.others.values())
-        strengths = [self._strength(place) for place in sorted(self.strengths.places.keys() - self.strengths.fixed, key=repr)]
+        numbers = self.strengths
+        strengths = [self._strength(place) for place in sorted(numbers.places.keys() - numbers.fixed, key=repr)]
         followed = tuple(strength for strength in strengths if strength.constants)
-        return facts_of(self.model, self.values, (*others, *self.globals.names()), followed)
+        unread = frozenset(Strength(*place, 0.0, ()).path for place in numbers.unread - numbers.fixed)
+        return facts_of(self.model, self.values, (*others, *self.globals.names()), followed, unread)
 
     def _strength(self, place: Place) -> Strength:
-        constants = [constant for (of, _), constant in self.strengths.constants.items() if of == place]
-        return Strength(*place, self.strengths.places[place], tuple(constants))
+        constants = tuple(constant for (of, _), constant in self.strengths.constants.items() if of == place)
+        dtype = self.strengths.halves.get(place)
+        halves = dtype if dtype in HALVES else None
+        return Strength(*place, self.strengths.places[place], constants, halves, self._is_gated(place))
+
+    def _is_gated(self, place: Place) -> bool:
+        """Whether a strength is of a LoRA prepared for hot-swapping that is all its layer adds: it is off where this is 0."""
+        attributes = vars(self.model.get_submodule(place[0]))
+        active = [name for name in active_in(self.model.get_submodule(place[0])) if name in attributes.get("scaling", {})]
+        places = {(place[0], "scaling", (name,)) for name in active}
+        plain = not attributes.get("lora_variant") and not attributes.get("merged_adapters") and not attributes.get(GATE)
+        followed = {of for of, _ in self.strengths.constants} - self.strengths.fixed
+        return plain and place in self.strengths.tensors and place in places <= followed & self.strengths.tensors
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

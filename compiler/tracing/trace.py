@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from stepgraph.adapters import in_training
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import older_objects_aside, pause_garbage_collector
 from stepgraph.compiler.tracing.record_facts import Reads
@@ -68,6 +69,11 @@ class Trace:
     facts: Facts
     seconds: float = 0.0
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The constants but for those that stand for strengths."""
+        return {name: value for name, value in self.constants.items() if not name.startswith(STRENGTH)}
+
     def bind(self, model: nn.Module, graph: fx.Graph | None = None) -> fx.GraphModule:
         """The graph (or a rewritten one) on a model's parameters and modules, which are shared and not copied."""
         graph = graph or self.graph
@@ -90,7 +96,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
             twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
     """
-    training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
+    training = in_training(model)
     if training is not None:
         raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
     for name, value in flat_inputs(inputs).items():
@@ -140,11 +146,14 @@ def _record_twice(
         TraceError: It did something else although there are no strengths.
     """
     first = _record(model, inputs, made, strengths)
-    followed = frozenset(place for place, _ in strengths.constants) - strengths.fixed
+    if strengths.fixed & strengths.tensors:
+        # A number is baked in that is written to in place.
+        return None
+    # What was not asked for either: it must make no difference.
+    followed = (frozenset(place for place, _ in strengths.constants) | strengths.unread) - strengths.fixed
     try:
         second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
-        ordinary = {name: value for name, value in first.constants.items() if not name.startswith(STRENGTH)}
-        refuse_other_operations(first.graph, second.graph, ordinary, second.constants)
+        refuse_other_operations(first.graph, second.graph, first.tensors, second.constants)
     except TraceError:
         if not followed:
             raise

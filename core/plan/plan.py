@@ -14,7 +14,7 @@ from stepgraph.checks import is_whole
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan.corrections import Forecast, Increment
-from stepgraph.plan.header import PlanHeader
+from stepgraph.plan.header import ANY, PlanHeader
 from stepgraph.plan.json import corrections_in, parse_record, without_duplicates
 from stepgraph.plan.site import (
     COMPUTE,
@@ -300,3 +300,11 @@ class CachePlan:
     def with_header(self, **changes: Any) -> "CachePlan":
         """The same actions under a header with some fields changed."""
         return replace(self, header=replace(self.header, **changes))
+
+    def for_any_adapters(self) -> "CachePlan":
+        """The same plan, declared to hold for any LoRA of its model.
+
+        What was measured with the present adapters, or without, then counts for others too: with others it is followed with one
+        warning, also by a plan whose numbers were measured.
+        """
+        return self.with_header(adapters=f"{ANY} {self.header.made_with}".strip())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.adapters import tuners_of
 from stepgraph.errors import CompileError
 from stepgraph.files.container import write_container
 from stepgraph.files.whole_file import save_tensors
@@ -37,10 +38,9 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
     """Write an executable (`Executable.save`)."""
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
-    # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
+    # What runs would refuse is not saved, and what is, is the model as it is now.
+    executable, _, _ = begin_run(executable)
     follow_weights(executable, everything=True)
-    # Neither is a model saved that runs would refuse.
-    begin_run(executable, executable.default)
     if scheduler is not None:
         header = executable.plan.header
         refuse_other_schedule(
@@ -62,6 +62,7 @@ def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[s
         executable.factors.save(work / FACTORS)
         files[FACTORS] = work / FACTORS
     if with_weights:
+        _refuse_adapters(executable.model)
         save_tensors(work / WEIGHTS, weights_of(executable.model))
         files[WEIGHTS] = work / WEIGHTS
     for variant in range(len(executable.default.variants)):
@@ -70,6 +71,16 @@ def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[s
         (work / name).write_text(executable.print_readable(step), encoding="utf-8")
         files[name] = work / name
     return files
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """A model that is built of its configuration has no adapters."""
+    path = next((path for path, _ in tuners_of(model)), None)
+    if path is not None:
+        raise CompileError(
+            f"{path} has adapters, which an artifact with weights cannot hold; fuse and unload them (fuse_lora, unload_lora), "
+            f"or save with with_weights=False, and pass the model to stepgraph.load"
+        )
 
 
 def _described(executable: Compiled, with_weights: bool, scheduler: Any) -> dict[str, Any]:

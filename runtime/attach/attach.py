@@ -13,8 +13,9 @@ from stepgraph.plan.refuse_other import refuse_other_structure
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.runs import Runs
 from stepgraph.runtime.program.facts import StandIn
-from stepgraph.runtime.session.begin_run import begin_run, refuse_other_forward
+from stepgraph.runtime.session.begin_run import refuse_other_forward
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.siblings import refuse_unsuited
 from stepgraph.wrapped_models import forward_signature, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
@@ -112,8 +113,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
         return
     refuse_other_structure(executable.plan.header, model)
     runs = executable.on(model)
-    begin_run(runs, runs.default, around=True)
-    refuse_other_forward(runs, runs.default)
+    refuse_unsuited(runs)
+    refuse_other_forward(runs, runs.siblings.kept[0].programs[0])
     attachment = Attachment(runs, executable, transformer)
     attachment.runs.add_user(pipe)
     transformer.forward = attachment

@@ -66,7 +66,8 @@ class Program:
         factor_bytes: Size of the low-rank factors.
         folded: Sites whose stored values are part of another's: a sum takes their place.
         facts: What its graphs depend on beside inputs and the contents of weights.
-        watch: Compares that with a model.
+        tensors: What its graphs read beside inputs, weights and strengths; whoever holds it may write to it.
+        watch: Compares the facts with a model.
     """
 
     plan: CachePlan
@@ -86,6 +87,7 @@ class Program:
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
     facts: Facts = field(default_factory=lambda: Facts({}))
+    tensors: tuple[torch.Tensor, ...] = ()
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +149,17 @@ def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: about(value) for name, value in inputs.items()}
 
 
+def zero_inputs(about: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Inputs of which `described` says this."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return torch.zeros(value[0], dtype=value[1], device=device)
+        return zero_inputs(value, device) if isinstance(value, dict) else value
+
+    return {name: made(value) for name, value in about.items()}
+
+
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
     return tuple(
@@ -168,7 +181,7 @@ class _Argument:
     text: str
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Argument) and difference("", self.frozen, other.frozen, {}) is None
+        return isinstance(other, _Argument) and difference("", self.frozen, other.frozen, frozenset()) is None
 
     def __hash__(self) -> int:
         return hash((self.frozen.kind, self.frozen.text))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.runtime.program.facts import HOOKS, Difference, Facts
+from stepgraph.runtime.program.facts import HOOKS, Difference, Facts, Strength
 from stepgraph.runtime.program.freeze import Containers, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
 from stepgraph.wrapped_models import refuse_offload
@@ -25,11 +25,11 @@ class Watch:
     """Compares facts with a model, and lets strengths follow; from any number of threads.
 
     Attributes:
-        others: Strengths that have other numbers than at the trace, with these, as the last comparison found them.
+        others: Strengths that have other numbers than at the trace, each with what to say of it, as the last comparison found.
     """
 
     def __init__(self, facts: Facts) -> None:
-        self.facts, self.others = facts, tuple[str, ...]()
+        self.facts, self.others = facts, tuple[tuple[Strength, str], ...]()
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
 
@@ -63,7 +63,8 @@ class Watch:
             for strength in self.facts.strengths:
                 value = strength.value(model)
                 if repr(value) != repr(strength.compiled):
-                    others.append(f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled")
+                    said = f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled"
+                    others.append((strength, said))
                 for constant in strength.constants:
                     _write(constant, value)
         self.others = tuple(others)
@@ -123,6 +124,10 @@ class _Snapshot:
         self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
         self._process = process_state()
         self._constants = [constant for strength in facts.strengths for constant in strength.constants]
+        # Strengths that peft's hot-swapping writes to in place.
+        held = [strength.held(model) for strength in facts.strengths] if _complete(modules, facts) else []
+        self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
+        self._numbers = _numbers(self._tensors)
         self.note_versions()
 
     def note_versions(self) -> None:
@@ -141,6 +146,7 @@ class _Snapshot:
             and self._members_hold()
             and process_state() == self._process
             and [constant._version for constant in self._constants] == self._versions
+            and _numbers(self._tensors) == self._numbers
         )
 
     def _members_hold(self) -> bool:
@@ -151,6 +157,20 @@ class _Snapshot:
             and all(now.tobytes() == before.tobytes() for now, before in self._arrays)
             and all(content_of(cell) is before for cell, before in self._cells)
         )
+
+
+def _complete(modules: Mapping[str, nn.Module], facts: Facts) -> bool:
+    """Whether every strength is where it was."""
+    for strength in facts.strengths:
+        holder = vars(modules[strength.module]).get(strength.name) if strength.module in modules else None
+        if holder is None or (strength.key and strength.key[0] not in holder):
+            return False
+    return True
+
+
+def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """What tensors [] hold."""
+    return torch.stack([tensor.detach().to(tensors[0]) for tensor in tensors]).tolist() if tensors else []
 
 
 class _Look:

@@ -1,34 +1,49 @@
 """The beginning of a run: what changed since the compilation is followed, or refused before anything is computed."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from stepgraph.adapters import is_tuner
 from stepgraph.errors import CompileError
 from stepgraph.runtime.program.bound_weights import Look
-from stepgraph.runtime.program.facts import Changed, Difference, hooks_of
+from stepgraph.runtime.program.facts import hooks_of
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
+from stepgraph.runtime.session.refuse_difference import refuse
+from stepgraph.runtime.session.siblings import suited
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def begin_run(executable: "Compiled", program: Program, around: bool = False) -> Look:
-    """Let a program follow its model, what its forward reads and what its weights hold, or refuse the run.
+def begin_run(
+    executable: "Compiled", inputs: Mapping[str, Any] | None = None, begin: int = 0, around: bool = False
+) -> tuple["Compiled", Program, Look]:
+    """Let an executable follow its model, what its forward reads and what its weights hold, or refuse the run.
 
     Args:
-        executable: Whose run.
-        program: What is to run.
+        executable: Any of its siblings.
+        inputs: The forward's arguments; else those that the plan was compiled with.
+        begin: The plan's step with which the run begins.
         around: Whether the model itself is called, as where the executable is attached: its hooks, and whatever replaced its
             forward meanwhile, run around the program.
 
+    Returns:
+        The executable for the adapters that the model has, its program for the inputs, and what was found of the weights.
+
     Raises:
-        CompileError: See `refuse_around`, `follow_facts` and `follow_weights`.
-        MismatchError: See `follow_weights`.
+        CompileError: See `suited`, `refuse_around`, `follow_facts` and `follow_weights`.
+        MismatchError: The same.
     """
-    follow_facts(executable, program)
+    looked_at = executable.siblings.present.known(inputs, begin)
+    present = suited(executable, inputs, begin)
+    program = present.default if inputs is None else present.program(inputs, begin)
+    if program is not looked_at:
+        refuse(present, program.watch.differences(present.model))
     if not around:
-        refuse_around(executable, program)
-    return follow_weights(executable)
+        refuse_around(present, program)
+    _follow_strengths(present, program)
+    return present, program, follow_weights(present)
 
 
 def follow_facts(executable: "Compiled", program: Program) -> None:
@@ -39,10 +54,8 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
             the message names it.
         MismatchError: The plan does not follow another strength, which changes what the model computes as its weights do.
     """
-    for difference in program.watch.differences(executable.model):
-        _refuse(executable, difference)
-    if program.watch.others:
-        follow_values(executable, program.watch.others[0])
+    refuse(executable, program.watch.differences(executable.model))
+    _follow_strengths(executable, program)
 
 
 def refuse_other_forward(executable: "Compiled", program: Program) -> None:
@@ -53,7 +66,7 @@ def refuse_other_forward(executable: "Compiled", program: Program) -> None:
     """
     difference = program.watch.facts.other_forward(executable.model)
     if difference is not None:
-        _refuse(executable, difference)
+        refuse(executable, [difference])
 
 
 def refuse_around(executable: "Compiled", program: Program) -> None:
@@ -72,14 +85,10 @@ def refuse_around(executable: "Compiled", program: Program) -> None:
         )
 
 
-def _refuse(executable: "Compiled", difference: Difference) -> None:
-    name = type(executable.model).__name__
-    if difference.kind is Changed.VALUE:
-        raise CompileError(
-            f"{name} was compiled with {difference.path} = {difference.old}, which its forward reads; now it is "
-            f"{difference.new}. Set it back, or detach, and compile again"
-        )
-    raise CompileError(
-        f"{name} is made of other parts than when it was compiled, such as {difference.path!r} (before {difference.old}, now "
-        f"{difference.new}; a LoRA, a hook or another change of its modules?); detach, and compile again"
-    )
+def _follow_strengths(executable: "Compiled", program: Program) -> None:
+    if executable.changed:
+        follow_values(executable, executable.changed, adapters=True)
+    others = program.watch.others
+    if others:
+        adapters = all(is_tuner(type(executable.model.get_submodule(strength.module))) for strength, _ in others)
+        follow_values(executable, others[0][1], adapters)

@@ -15,8 +15,8 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
-from stepgraph.runtime.session.begin_run import begin_run
-from stepgraph.runtime.session.follow_weights import finish_run
+from stepgraph.runtime.session.begin_run import begin_run, follow_facts
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -266,15 +266,20 @@ class Session:
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs, self.begin), self._state.present.program
+        begun = self._state.present.program
+        if self.checked and not self.programs:
+            self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)
+            self._state.present.program = program
+            return program
+        program = self.executable.program(inputs, self.begin)
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
         if self.checked and all(program is not branch.program for branch in self._state.branches):
-            look = begin_run(self.executable, program, self.around)
-            self._state.look = look if self.step == self.branch == 0 else self._state.look
+            follow_facts(self.executable, program)
+            follow_weights(self.executable)
         self._state.present.program = program
         return program
 
