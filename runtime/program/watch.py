@@ -56,6 +56,16 @@ class Watch:
                 self._snapshot = snapshot
             return differences
 
+    def strengths_hold(self, model: nn.Module) -> bool:
+        """Whether strengths are the numbers that the last comparison found, as far as these are not tensors; for every step."""
+        snapshot = self._snapshot
+        return snapshot is None or snapshot.model is not model or snapshot.strengths_hold()
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often strengths have been written to where the graph reads them."""
+        return tuple(constant._version for strength in self.facts.strengths for constant in strength.constants)
+
     def _follow(self, model: nn.Module) -> None:
         """Write the strengths of a model to where the graph reads them."""
         others = []
@@ -124,11 +134,22 @@ class _Snapshot:
         self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
         self._process = process_state()
         self._constants = [constant for strength in facts.strengths for constant in strength.constants]
-        # Strengths that peft's hot-swapping writes to in place.
-        held = [strength.held(model) for strength in facts.strengths] if _complete(modules, facts) else []
+        complete = _complete(modules, facts)
+        places = [_place(modules, strength) for strength in facts.strengths] if complete else []
+        self._holders: list[Space] = [holder for holder, _ in places]
+        self._names = [name for _, name in places]
+        # Strengths that peft's hot-swapping writes to in place are tensors.
+        held = self._strengths = list(map(operator.getitem, self._holders, self._names))
         self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
         self._numbers = _numbers(self._tensors)
         self.note_versions()
+
+    def strengths_hold(self) -> bool:
+        """Whether strengths are the same objects still."""
+        try:
+            return all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._strengths))
+        except KeyError:
+            return False
 
     def note_versions(self) -> None:
         """Take down how often strengths have been written: another program may read the same ones."""
@@ -166,6 +187,12 @@ def _complete(modules: Mapping[str, nn.Module], facts: Facts) -> bool:
         if holder is None or (strength.key and strength.key[0] not in holder):
             return False
     return True
+
+
+def _place(modules: Mapping[str, nn.Module], strength: Strength) -> tuple[Space, Any]:
+    """Where a strength is looked up, and under which name."""
+    attributes = vars(modules[strength.module])
+    return (attributes[strength.name], strength.key[0]) if strength.key else (attributes, strength.name)
 
 
 def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:

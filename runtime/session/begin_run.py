@@ -1,6 +1,6 @@
 """The beginning of a run: what changed since the compilation is followed, or refused before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepgraph.adapters import is_tuner
@@ -56,6 +56,25 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
     """
     refuse(executable, program.watch.differences(executable.model))
     _follow_strengths(executable, program)
+
+
+def refuse_changed_within(executable: "Compiled", programs: Sequence[Program]) -> None:
+    """The end of a run: see that what the forward reads is still what it was when the run began.
+
+    Strengths are followed at every call; numbers of theirs that have changed since the last one count for the next run.
+
+    Raises:
+        CompileError: Something else changed, at a step that is not known: what was computed since is not the model's.
+    """
+    for program in programs:
+        differences = program.watch.differences(executable.model)
+        if differences:
+            one = differences[0]
+            raise CompileError(
+                f"{type(executable.model).__name__} was changed within the run: {one.path} was {one.old} when it began, and is "
+                f"{one.new}. Steps compute with what a run began with, so its result is not this model's; run again, or change "
+                f"it between runs"
+            )
 
 
 def refuse_other_forward(executable: "Compiled", program: Program) -> None:

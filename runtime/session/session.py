@@ -15,7 +15,7 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
-from stepgraph.runtime.session.begin_run import begin_run, follow_facts
+from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_changed_within
 from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
@@ -199,6 +199,8 @@ class Session:
                 if tables is not None:
                     tables.finish()
             self._release()
+            if self.checked:
+                refuse_changed_within(self.executable, self.programs)
             finish_run(self.executable, state.look)
 
     def _call(
@@ -261,6 +263,10 @@ class Session:
         if present.tables is None:
             batched = not self.executable.config.exact
             present.tables = Tables(program.hoisted, self.timesteps, batched)
+            present.strengths = program.watch.versions
+        elif isinstance(present.tables, Tables) and present.strengths != program.watch.versions:
+            present.tables.forget()
+            present.strengths = program.watch.versions
         values = present.tables.at(self.step, inputs)
         return [values[table] for table in variant.tables]
 
@@ -280,6 +286,9 @@ class Session:
         if self.checked and all(program is not branch.program for branch in self._state.branches):
             follow_facts(self.executable, program)
             follow_weights(self.executable)
+        elif self.checked and not program.watch.strengths_hold(self.executable.model):
+            # As where a callback fades a LoRA out.
+            follow_facts(self.executable, program)
         self._state.present.program = program
         return program
 
