@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from stepgraph.checks import check_number, check_whole
+from stepgraph.checked import checked
+from stepgraph.checks import MOST_ROWS, check_number, check_whole
 from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
@@ -32,6 +33,7 @@ UNFINISHED = "stepgraph-calibration"
 VERSION = 1
 
 
+@checked
 def calibrate(
     model: nn.Module,
     scheduler: Any,
@@ -214,7 +216,7 @@ def _place() -> tuple[int, int]:
 
 def check_samples(samples: Any, world: int) -> None:
     """Refuse a number of samples that is none, or less than one per process."""
-    check_whole("samples", samples, 1, tail=", because every table is a mean over sampling runs")
+    check_whole("samples", samples, 1, MOST_ROWS, tail=", because every table is a mean over sampling runs")
     if samples < world:
         raise ArgumentError(
             f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_device
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
@@ -49,9 +50,9 @@ def compile_artifact(
     # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
     values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
     if model is None:
-        model = build_model(artifact, device or "cpu")
+        model = build_model(artifact, check_device("device", device or "cpu"))
     place = next(model.parameters()).device
-    if device is not None and torch.device(device).type != place.type:
+    if device is not None and check_device("device", device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
     structure = artifact.model["fingerprint"].split("/")[0]
     refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
@@ -69,7 +70,7 @@ def compile_artifact(
         # Texts from outside must not write to a terminal.
         said = ", ".join(f"{name} {recorded!a} (here {now})" for name, (recorded, now) in others.items())
         then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
-        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
+        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=5)
     if compared:
         verify_first_step(executable)
     return executable

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.forecast.correct_plan import chosen, find_cells, with_cells
 from stepgraph.compiler.forecast.fit_in_closed_loop import (
     FULL,
@@ -28,6 +29,7 @@ WHOLE_STEP = ("y1", "y2", "x0", "x1")
 TARGETS = (STATE, FULL, OWN)
 
 
+@checked
 def fit_whole_step(
     plan: CachePlan,
     model: nn.Module,
@@ -93,6 +95,7 @@ def fit_traced(
     return _fitted_plan(plan, traced, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
 
 
+@checked
 def fit_forecast(
     plan: CachePlan,
     model: nn.Module,
@@ -139,6 +142,7 @@ def fit_forecast(
     return _fitted_plan(plan, traced, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
+@checked
 def residual_affine(
     plan: CachePlan,
     model: nn.Module,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
@@ -45,6 +46,7 @@ WANTS: Mapping[type | None, str] = {
 }
 
 
+@checked
 def factorize(
     model: nn.Module,
     source: Source = None,

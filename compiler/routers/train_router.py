@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
@@ -25,6 +26,7 @@ CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
 
 
+@checked
 def train_router(
     model: nn.Module,
     scheduler: Any,

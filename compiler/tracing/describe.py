@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
+from stepgraph.checks import MOST_ROWS, check_whole, shown
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import ArgumentError, PlanError
-from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
+from stepgraph.fingerprint import config_of, dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
@@ -19,6 +21,7 @@ from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
 from stepgraph.wrapped_models import unwrapped
 
 
+@checked
 def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments of the right shapes for a model's forward, on its device and in its dtype.
 
@@ -33,9 +36,10 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
         ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
     model = unwrapped(model)
+    family = family_of(model)
+    check_whole("batch", batch, 1, MOST_ROWS)
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-    family = family_of(model)
     usual = family.example_inputs(config_of(model), batch, model_dtype(model), device)
     if conditioning is None:
         return usual
@@ -107,6 +111,8 @@ def _like(value: Any, batch: int, batched: bool, device: torch.device, name: str
         return {key: _like(entry, batch, batched, device, f"{name}.{key}") for key, entry in value.items()}
     if not isinstance(value, torch.Tensor):
         return value
+    if not has_data(value):
+        raise ArgumentError(f"conditioning {name} is {shown(value)} on {value.device}; expected a tensor that holds values")
     if not batched:
         return value.to(device)
     if not value.ndim or not value.shape[0]:

@@ -61,6 +61,7 @@ class Attachment:
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)
+        call.refuse_without_values()
         run = self.runs.find(call)
         try:
             answered = run.take(call)

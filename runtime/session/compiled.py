@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
+from stepgraph.checks import check_whole
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.packed_weights import forget_packed
@@ -68,6 +70,7 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
+    @checked
     def session(self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None) -> "Session":
         """A fresh run of the plan, with no stored values.
 
@@ -88,6 +91,7 @@ class Compiled:
         """All programs, the default's first."""
         return list({id(program): program for program in (self.default, *self._programs.values())}.values())
 
+    @checked
     def on(self, model: nn.Module) -> "Compiled":
         """The same plan and programs on another model of the same structure, such as a copy; nothing is traced.
 
@@ -112,6 +116,7 @@ class Compiled:
         """
         return follow_weights(self, everything=True).written
 
+    @checked
     def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
 
@@ -187,9 +192,9 @@ class Compiled:
             calls.update(variant.providers)
         return dict(sorted(calls.items()))
 
+    @checked
     def print_readable(self, step: int) -> str:
         """The Python source of the graph that a step runs, with shapes and dtypes."""
-        if not 0 <= step < self.plan.steps:
-            raise IndexError(f"step {step} is out of range: the plan has steps 0 to {self.plan.steps - 1}")
+        check_whole("step", step, 0, self.plan.steps - 1, tail=f": the plan has steps 0 to {self.plan.steps - 1}")
         source: str = self.default.variants[self.default.rows[step]].graph.print_readable(print_output=False)
         return source

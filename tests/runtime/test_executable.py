@@ -150,7 +150,7 @@ def test_print_readable_takes_the_steps_of_the_plan(model: DiTTransformer2DModel
     if inside:
         assert "def forward(self, hidden_states" in executable.print_readable(step)
     else:
-        with pytest.raises(IndexError, match="the plan has steps 0 to 3"):
+        with pytest.raises(sg.PlanError, match="the plan has steps 0 to 3"):
             executable.print_readable(step)
 
 
