@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, Union
 import torch
 from torch import nn
 
-from stepgraph.checks import shown
+from stepgraph.checks import LARGEST, is_number, shown
 from stepgraph.errors import ArgumentError
 
 P = ParamSpec("P")
@@ -93,8 +93,10 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, member) for member in members) and not (paths and isinstance(value, str) and "\0" in value)
     if annotation is None:
         return value is None
-    if annotation in (int, float):
-        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if annotation is float:
+        return isinstance(value, float) or is_number(value)
     if origin is Callable:
         return callable(value)
     if origin is None:

@@ -30,7 +30,7 @@ def shown(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"a {value.dtype} array {list(value.shape)}"
     if isinstance(value, int) and abs(value) > LONGEST:
-        return f"a whole number of {value.bit_length()} bits"
+        return f"a number of about {int(value.bit_length() * 0.30103)} digits"
     if isinstance(value, (type(None), bool, int, float, np.generic, str, bytes, PurePath)):
         text = repr(value)
         return text if len(text) <= 120 else text[:117] + "..."

@@ -30,7 +30,8 @@ def has_data(tensor: torch.Tensor) -> bool:
 def config_of(owner: Any) -> dict[str, Any]:
     """The public entries of a diffusers model's or scheduler's configuration."""
     config = getattr(owner, "config", None)
-    return {k: v for k, v in sorted(dict(config or {}).items()) if not k.startswith("_")}
+    config = config if isinstance(config, Mapping) else {}
+    return {k: v for k, v in sorted(config.items()) if not k.startswith("_")}
 
 
 @checked
@@ -47,6 +48,8 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     Raises:
         MismatchError: It does not say which tensors it is made of, or holds no values.
     """
+    if tensor.layout != torch.strided:
+        raise MismatchError(f"{shown(tensor)} has the layout {tensor.layout}, whose contents are not told apart; make it dense")
     if not has_data(tensor):
         raise MismatchError(
             f"{shown(tensor)} holds no values that could be told from others (it is fake, or on the meta device)"

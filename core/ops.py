@@ -141,6 +141,9 @@ class Op:
         signature = inspect.signature(self.reference)
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             check_type(f"{self.name}: {name}", value, signature.parameters[name].annotation)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+                    raise OpError(f"{self.name}: {name} has the layout {tensor.layout}; expected a dense tensor")
 
     @property
     def __name__(self) -> str:

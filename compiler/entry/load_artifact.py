@@ -140,6 +140,8 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     try:
         with torch.device("meta"):
             model: nn.Module = kind(**about["config"])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
         raise FileFormatError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
@@ -223,5 +225,7 @@ def build_scheduler(artifact: Artifact) -> Any:
         )
     try:
         return getattr(diffusers, name).from_config(dict(config))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise FileFormatError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

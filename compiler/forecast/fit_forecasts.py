@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from stepgraph.checked import checked
@@ -39,7 +38,7 @@ def fit_whole_step(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = STATE,
     per_branch: bool = False,
     ridge: float = 1e-10,
@@ -107,7 +106,7 @@ def fit_forecast(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,
@@ -151,7 +150,7 @@ def residual_affine(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def factorize(
     kinds: Sequence[str] | None = None,
     shrinkage: float | None = None,
     chunk: int = 8,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Factors:
     """Factors A [C_out, r] and B [r, C_in] of every linear map inside module sites.
 

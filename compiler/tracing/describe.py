@@ -182,7 +182,12 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
     flat = flat_inputs(inputs)
     planned, shapes = plan.header.shapes, input_shapes(flat, unbatched)
     if set(planned) != set(shapes):
-        raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes)}")
+        missing = [f"{name} is missing" for name in planned if name not in shapes]
+        more = [f"{name} is not among them" for name in shapes if name not in planned]
+        raise PlanError(
+            f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes) or 'none'}: "
+            f"{', '.join(missing + more)}; pass just these, or make a plan with example_inputs= as it will be called"
+        )
     batched = {name: flat[name] for name in shapes if name not in unbatched}
     latents = next(iter(batched))
     for name, shape in shapes.items():

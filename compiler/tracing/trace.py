@@ -217,7 +217,7 @@ def _run(
         run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
         try:
             result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
-        except TraceError:
+        except (TraceError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             where = frame_location(error.__traceback__)

@@ -30,6 +30,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: The folder is missing, read-only or full; what stood at `path` is untouched.
     """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if target.exists() and not target.is_file():
         yield target
         return

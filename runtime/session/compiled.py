@@ -15,6 +15,7 @@ from stepgraph.checked import checked
 from stepgraph.checks import check_whole
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
+from stepgraph.errors import CompileError
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
@@ -63,6 +64,13 @@ class Compiled:
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     captured: Captured = field(default_factory=Captured, repr=False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a program is bound to the memory of its model's weights."""
+        raise CompileError(
+            "an executable is not copied or pickled: save it with Executable.save and read it with stepgraph.load, or put it "
+            "on another model with Executable.on"
+        )
 
     def __repr__(self) -> str:
         """Model, plan and backend in one line."""

@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
-from stepgraph.checks import check_whole, shown
+from stepgraph.checks import check_whole, is_finite, shown
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import ArgumentError, CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
@@ -47,6 +47,10 @@ class Session:
         self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
         self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a run is bound to the memory of its executable."""
+        raise CompileError("a session is not copied or pickled; start a new one with Executable.session")
 
     def _fresh_state(self) -> RunState:
         return RunState([BranchState() for _ in self.executable.plan.header.branches], read_env().check)
@@ -131,8 +135,8 @@ class Session:
         state = self._state.branches[self._checked_branch(branch)]
         constants = list(state.constants.get(step, self.executable.default.constants[step][branch]))
         check_whole("number", number, 0, len(constants) - 1, where=f" of step {step}'s constants")
-        if coefficients.shape != constants[number].shape:
-            raise ArgumentError(f"coefficients is {shown(coefficients)}; expected {shown(constants[number])}")
+        if coefficients.shape != constants[number].shape or not is_finite(coefficients):
+            raise ArgumentError(f"coefficients is {shown(coefficients)}; expected finite values, {shown(constants[number])}")
         constants[number] = torch.empty_like(constants[number]).copy_(coefficients)
         state.constants[step] = tuple(constants)
 

@@ -126,7 +126,8 @@ class World:
         model = tiny_dit(num_layers=1)
         plan = sg.make_plan("full", model=model, scheduler=self.scheduler, steps=2, guidance="separate")
         return {
-            "another model": model, "another model's plan": plan, "another's factors": sg.factorize(model, method="svd", rank=1),
+            "another model": model, "another model's plan": plan,
+            "another's factors": sg.factorize(model, method="svd", rank=1),
             "another scheduler": tiny_scheduler("euler"), "a stochastic scheduler": _ancestral(), "a plan": self.plan,
             "the scheduler": self.scheduler, "the model": self.model, "statistics": self.stats, "a header": self.plan.header,
             "sites": self.plan.sites, "an executable": self.executable, "a path": self.folder / "written",
@@ -183,9 +184,14 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         f"make_plan {name}": (sg.make_plan, {"policy": name, "stats": stats, **both, **arguments})
         for name, arguments in policy_arguments(w).items()
     }
+    # Clipped samples are no straight line in the output, which its fit needs.
+    policies["make_plan whole-step"][1].update(stats=None, steps=STEPS, scheduler=tiny_scheduler("dpm++"))
     return policies | {
         "Action": (sg.Action, {"value": "C"}),
-        "CachePlan": (sg.CachePlan, {"header": plan.header, "sites": plan.sites, "rows": plan.rows, "forecasts": {}, "increments": {}}),
+        "CachePlan": (
+            sg.CachePlan,
+            {"header": plan.header, "sites": plan.sites, "rows": plan.rows, "forecasts": {}, "increments": {}},
+        ),
         "CachePlan.action": (plan.action, {"step": 1, "site": plan.sites[0].name}),
         "CachePlan.build": (sg.CachePlan.build, {"header": plan.header, "sites": plan.sites, "actions": {"attn": "CRCR"}}),
         "CachePlan.from_json": (sg.CachePlan.from_json, {"text": plan.to_json()}),
@@ -234,31 +240,86 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "RouterSettings": (sg.RouterSettings, {"lam": 0.1, "clamp": None, "loss": "mean", "run": 1}),
         "Session.__call__": (session, {**called, "return_dict": False}),
         "Session.stored": (lambda **a: begun().stored(**a), {"branch": 0}),
-        "Session.use_constant": (lambda **a: w.forecasting.session().use_constant(**a), {"step": 3, "branch": 0, "number": 0, "coefficients": numbers}),
+        "Session.use_constant": (
+            lambda **a: w.forecasting.session().use_constant(**a),
+            {"step": 3, "branch": 0, "number": 0, "coefficients": numbers},
+        ),
         "Session.use_memory": (lambda **a: exe.session().use_memory(**a), {"memory": {}}),
         "Session.use_tables": (lambda **a: exe.session().use_tables(**a), {"tables": [None]}),
         "Site": (sg.Site, {"path": "blocks.0", "kind": "block", "call": 0, "output": 0, "macs": 1, "bytes": 4}),
         "Sweep.fewer_steps_error": (w.sweep.fewer_steps_error, {"macs": 1e6}),
         "Sweep.plot": (w.sweep.plot, {"path": picture}),
-        "accelerate": (detached(sg.accelerate), {"pipe": w.pipe, "steps": 2, "policy": "interval", "arguments": {"every": 2}, "backend": "eager", "cache": w.folder}),
-        "calibrate": (sg.calibrate, {**both, "steps": 2, **runs, "inputs": None, "lags": 1, "eta": 0.0, "schedule": {"begin": 0}}),
-        "compile": (sg.compile, {"model": model, "plan": plan, "example_inputs": inputs(2), "backend": "eager", "hoist_limit_mb": 1.0}),
+        "accelerate": (
+            detached(sg.accelerate),
+            {
+                "pipe": w.pipe,
+                "steps": 2,
+                "policy": "interval",
+                "arguments": {"every": 2},
+                "backend": "eager",
+                "cache": w.folder,
+            },
+        ),
+        "calibrate": (
+            sg.calibrate,
+            {**both, "steps": 2, **runs, "inputs": None, "lags": 1, "eta": 0.0, "schedule": {"begin": 0}},
+        ),
+        "compile": (
+            sg.compile,
+            {"model": model, "plan": plan, "example_inputs": inputs(2), "backend": "eager", "hoist_limit_mb": 1.0},
+        ),
         "example_inputs": (sg.example_inputs, {"model": model, "batch": 2, "conditioning": labels(1, 2)}),
-        "factorize": (sg.factorize, {"model": model, "source": cov, "method": "cov", "rank": 2, "kinds": ["attn"], "shrinkage": 0.1, "chunk": 8}),
+        "factorize": (
+            sg.factorize,
+            {"model": model, "source": cov, "method": "cov", "rank": 2, "kinds": ["attn"], "shrinkage": 0.1, "chunk": 8},
+        ),
         "fit_forecast": (sg.fit_forecast, {"plan": plan, **both, "terms": ("y1",), "kinds": ["attn"], **runs, "ridge": 1e-10}),
-        "fit_whole_step": (sg.fit_whole_step, {"plan": w.plan_of({"output": "CRCR"}), **both, "terms": ("y1", "x0"), **runs, "target": "full"}),
+        "fit_whole_step": (
+            sg.fit_whole_step,
+            {"plan": w.plan_of({"output": "CRCR"}), **both, "terms": ("y1", "x0"), **runs, "target": "full"},
+        ),
         "forecast": (sg.forecast, {"plan": plan, "rule": "taylor", "order": 1, "kinds": ["attn"]}),
         "import_plan": (sg.import_plan, {"path": _smoothcache(w.folder), **both, "steps": STEPS, "schedule": None}),
         "load": (sg.load, {"path": w.saved("artifact.zip", exe), "model": model, "device": "cpu", "verify": False}),
         "lowrank": (sg.lowrank, {"plan": plan, "kinds": ["attn"], "around": "taylor", "order": 1}),
-        "make_plan": (sg.make_plan, {"policy": "interval", **both, "steps": STEPS, "guidance": "batched", "conditioning": labels(3), "every": 2}),
-        "measure_covariances": (sg.measure_covariances, {**both, "steps": 2, **runs, "period": 2, "kinds": ["attn"], "sketch": 4}),
+        "make_plan": (
+            sg.make_plan,
+            {"policy": "interval", **both, "steps": STEPS, "guidance": "batched", "conditioning": labels(3), "every": 2},
+        ),
+        "measure_covariances": (
+            sg.measure_covariances,
+            {**both, "steps": 2, **runs, "period": 2, "kinds": ["attn"], "sketch": 4},
+        ),
         "residual_affine": (sg.residual_affine, {"plan": w.plan_of({"stack_residual": "CRCR"}), **both, **runs}),
-        "sample": (sg.sample, {"runner": exe, "scheduler": scheduler, "noise": noise(1), "guidance_scale": 2.0, "schedule": None, "eta": 0.0, **labels(3), "negative_class_labels": torch.tensor([NULL_CLASS])}),
-        "sample with a model": (sg.sample, {"runner": model, "scheduler": scheduler, "noise": noise(1), "steps": 2, **labels(3)}),
-        "compile with factors": (sg.compile, {"model": model, "plan": sg.lowrank(plan), "example_inputs": inputs(2), "backend": "eager", "factors": factors}),
-        "sweep": (sg.sweep, {"policy": "interval", **both, "knob": "every", "values": [2], "steps": 2, "samples": 1, "batch": 1}),
-        "train_router": (sg.train_router, {**both, "steps": 2, "settings": sg.RouterSettings(iterations=1, batch=1, pool=1, states="trajectory"), "every": 1}),
+        "sample": (
+            sg.sample,
+            {
+                "runner": exe,
+                "scheduler": scheduler,
+                "noise": noise(1),
+                "guidance_scale": 2.0,
+                "schedule": None,
+                "eta": 0.0,
+                **labels(3),
+                "negative_class_labels": torch.tensor([NULL_CLASS]),
+            },
+        ),
+        "sample with a model": (
+            sg.sample,
+            {"runner": model, "scheduler": scheduler, "noise": noise(1), "steps": 2, **labels(3)},
+        ),
+        "compile with factors": (
+            sg.compile,
+            {"model": model, "plan": sg.lowrank(plan), "example_inputs": inputs(2), "backend": "eager", "factors": factors},
+        ),
+        "sweep": (
+            sg.sweep,
+            {"policy": "interval", **both, "knob": "every", "values": [2], "steps": 2, "samples": 1, "batch": 1},
+        ),
+        "train_router": (
+            sg.train_router,
+            {**both, "steps": 2, "settings": sg.RouterSettings(iterations=1, batch=1, pool=1, states="trajectory"), "every": 1},
+        ),
         "the attached transformer": (attached, {**called, "return_dict": False}),
         "plan.Forecast": (Forecast, {"terms": ("y1",), "coefficients": ((1.0,),)}),
         "plan.Increment": (Increment, {"ranks": {"a": 1}, "saved": 1}),
@@ -278,17 +339,23 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "fingerprint.model_dtype": (fingerprint.model_dtype, {"model": model}),
         "ops.rows": (ops.rows, {"modulation": modulation, "x": x}),
         "ops.lowrank_input": (ops.lowrank_input, {"x": x, "b": b}),
-        "ops.lowrank_delta": (ops.lowrank_delta, {"x": x, "y": [y], "p": torch.randn(2, 4, 3), "a": [torch.randn(8, 3)], "b": b}),
+        "ops.lowrank_delta": (
+            ops.lowrank_delta,
+            {"x": x, "y": [y], "p": torch.randn(2, 4, 3), "a": [torch.randn(8, 3)], "b": b},
+        ),
         "ops.modulated_norm": (ops.modulated_norm, {"x": x, "scale": modulation, "shift": modulation, "eps": 1e-6}),
         "ops.gated_residual": (ops.gated_residual, {"x": x, "gates": [modulation], "values": [y]}),
         "ops.linear_combination": (ops.linear_combination, {"values": [x, y], "coefficients": numbers}),
         "env.get_logger": (sg_logger, {"name": "ops"}),
-    }  # fmt: skip
+    }
 
 
 def policy_arguments(world: World) -> dict[str, dict[str, Any]]:
     """Every policy's own arguments with their defaults, and those that have none."""
-    needed = {"manual": {"actions": {"attn": "CRCR"}}, "l2c": {"router": world.saved("router.safetensors", world.router)}}
+    needed = {
+        "manual": {"actions": {"attn": "CRCR"}}, "l2c": {"router": world.saved("router.safetensors", world.router)},
+        "deepcache": {"last": 2}, "teacache": {"degree": 1}, "whole-step": {"samples": 1},
+    }  # fmt: skip
     return {
         name: {a.name: a.default for a in record.arguments if not a.required} | needed.get(name, {})
         for name, record in sg.policies().items()
