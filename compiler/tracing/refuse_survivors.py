@@ -14,7 +14,6 @@ def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
     """Empty the functools caches that kept a traced tensor; they are filled anew by the next call."""
     left = {id(traced) for ref in made if (traced := ref()) is not None}
     if left:
-        gc.collect()
         searched: dict[int, int] = {}
         for memo in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
             if _holds(memo, left, searched):

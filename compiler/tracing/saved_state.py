@@ -125,7 +125,6 @@ def drop_traced(made: Iterable["weakref.ref[TracedTensor]"]) -> None:
     left = {id(traced): traced for ref in made if (traced := ref()) is not None}
     if not left:
         return
-    gc.collect()
     holders = [holder for holder in gc.get_referrers(*left.values()) if holder is not left]
     tuples = {id(holder): holder for holder in holders if type(holder) is tuple}
     if tuples:

@@ -9,9 +9,11 @@ torch.nn modules stay `call_module` nodes, everything else is inlined. No weight
 of fake tensors traces like a real one, and `Trace.bind` puts the graph on any model of the same structure.
 """
 
+import gc
 import operator
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from stepgraph.compiler.tracing.model_location import frame_location
-from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
+from stepgraph.compiler.tracing.pause_garbage_collector import older_objects_aside, pause_garbage_collector
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
 from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_operations
@@ -152,9 +154,24 @@ def _record(
     earlier: Trace | None = None,
 ) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
-    recorded = _run(model, inputs, made, strengths, earlier)
+    with older_objects_aside():
+        try:
+            recorded = _run(model, inputs, made, strengths, earlier)
+        except TraceError as error:
+            _forget_locals(error)
+            raise
+        finally:
+            if any(ref() is not None for ref in made):
+                gc.collect()
     refuse_survivors(made)
     return recorded
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Let go of the traced tensors that an error's frames hold, and those of the errors it came from."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _run(

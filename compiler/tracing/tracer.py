@@ -405,8 +405,10 @@ class Tracer(TorchFunctionMode):
     def hollow(self, tensor: torch.Tensor) -> FakeTensor:
         """A fake tensor with the layout of another, which is not looked at any further."""
         device = self.device if tensor.device.type == "meta" else tensor.device
-        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(self.mode, meta, device)
+        # There is nothing to count or to fake in making one, which the modes would look at twice.
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+            return FakeTensor(self.mode, meta, device)
 
     @contextmanager
     def pass_through(self) -> Iterator[None]:

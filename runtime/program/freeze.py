@@ -125,7 +125,7 @@ def _parts_of_function(function: FunctionType, containers: Containers) -> Iterat
 
 
 def _attributes(value: Any, containers: Containers) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, and plain ones of its class."""
+    """The attributes of an object, and plain ones of its class; by name, for their order says nothing and copies change it."""
     attributes: dict[str, Any] = {}
     for kind in reversed(type(value).__mro__):
         if kind.__module__.partition(".")[0] in LIBRARIES:
@@ -139,7 +139,7 @@ def _attributes(value: Any, containers: Containers) -> Iterator[tuple[str, Any]]
     if members is not None:
         containers.dicts[id(members)] = members
         attributes |= members
-    yield from ((f".{name}", part) for name, part in attributes.items())
+    yield from ((f".{name}", part) for name, part in sorted(attributes.items()))
 
 
 def content_of(cell: CellType) -> Any:

@@ -54,9 +54,9 @@ class Layer(nn.Module):
 
     level = 1
 
-    def __init__(self):
+    def __init__(self, width=6):
         super().__init__()
-        self.linear, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.linear, self.norm = nn.Linear(width, 6), nn.LayerNorm(6)
         self.flag, self.count, self.number, self.text, self.nothing = True, 2, 1.5, "relu", None
         self.mode, self.dtype_of, self.size, self.cut = Mode.PLAIN, torch.float32, torch.Size([6]), slice(0, 6)
         self.items, self.pair, self.names, self.entries = [1, 2], (3, 4), {"x"}, {"a": 1, "b": 2}
@@ -71,10 +71,21 @@ class Layer(nn.Module):
         x = x + (self.number + self.items[0] + self.pair[1] + len(self.names) + self.entries["a"] + self.level)
         x = x * 2 if self.mode is Mode.DOUBLED else x
         x = F.relu(x) if self.text == "relu" and self.nothing is None else x
-        x = self.closed(self.part(self.act(x.to(self.dtype_of)[:, self.cut].reshape(-1, *self.size))))
+        x = self.closed(self.part(self.act(x.to(self.dtype_of)[..., self.cut].reshape(*x.shape[:-1], *self.size))))
         x = x + self.options.nested["deep"][1] + self.options.shift if self.options.name == "a" else x
         x = x - 1 if hasattr(self, "extra") else x
         return helper(self.processor(self, x)) + self.held
+
+
+class Beside(nn.Module):
+    """A linear layer with one that reads everything beside it, and another in a list; named as in a tree."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.first, self.rest = base, Layer(base.in_features), nn.ModuleList([Layer(base.in_features)])
+
+    def forward(self, x):
+        return self.base(x) + sum(layer(x).mean(-1, keepdim=True) for layer in [self.first, *self.rest])
 
 
 class Tree(nn.Module):

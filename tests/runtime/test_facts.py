@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import stepgraph as sg
 from helpers import read_values
-from helpers.families import FLUX, flux_inputs
+from helpers.families import FLUX, UVIT, flux_inputs, uvit_inputs
 from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, sd3_inputs
-from helpers.read_values import Mode, Processor, closing_over, doubled, tree
+from helpers.read_values import Beside, Mode, Processor, closing_over, doubled, tree
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
 from stepgraph.compiler.tracing.read_globals import Globals
 from stepgraph.compiler.tracing.record_facts import Reads
@@ -200,6 +200,13 @@ def sd3():
     return diffusers.SD3Transformer2DModel(**SD3).eval()
 
 
+def uvit():
+    from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransformer2DModel
+
+    torch.manual_seed(0)
+    return UTransformer2DModel(**UVIT).eval()
+
+
 class Grown(torch.nn.Module):
     """As a LoRA: a layer with a product beside it."""
 
@@ -225,11 +232,46 @@ def grow(model):
     raise AssertionError("no attention")
 
 
-MODELS = {"dit": (tiny_dit, inputs), "pixart": (pixart, pixart_inputs), "sd3": (sd3, sd3_inputs), "flux": (flux, flux_inputs)}
+MODELS = {
+    "dit": (tiny_dit, inputs),
+    "pixart": (pixart, pixart_inputs),
+    "sd3": (sd3, sd3_inputs),
+    "flux": (flux, flux_inputs),
+    "uvit": (uvit, uvit_inputs),
+}
 
 
 def attention(model):
     return next(module for module in model.modules() if hasattr(module, "to_v"))
+
+
+def read_everything(model):
+    """Put what reads every kind of value into the first attention of a model; returns its path."""
+    path, layer = next((f"{path}.to_v", module) for path, module in model.named_modules() if hasattr(module, "to_v"))
+    model.set_submodule(path, Beside(layer.to_v).eval().requires_grad_(False))
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_value_is_noticed_within_the_families(name):
+    make, example = MODELS[name]
+    model = make()
+    path = read_everything(model)
+    recorded = trace(model, example()).facts
+    unnoticed = []
+    for kind, (change, changed) in VALUES.items():
+        other = copy.deepcopy(model)
+        # Copies share their functions.
+        other.get_submodule(path).first.closed = closing_over(4)
+        # Whose tensors these are is no matter here.
+        held = {f"{path}.{layer}.held" for layer in ("first", "rest.0")}
+        assert {found.path for found in recorded.differences(other)} <= held
+        with pytest.MonkeyPatch.context() as patch:
+            change(patch, other.get_submodule(path))
+            found = [difference.path for difference in recorded.differences(other)]
+        torch.set_default_dtype(torch.float32)
+        unnoticed += [] if found and any(each.endswith(changed) for each in found) else [(kind, found)]
+    assert unnoticed == []
 
 
 @pytest.mark.parametrize("name", MODELS)
