@@ -126,7 +126,7 @@ def in_words(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         others = [member for member in members if member is not Path or str not in members]
         paths = {str: "a path"} if Path in members else {}
-        return " or ".join(dict.fromkeys(paths.get(member) or in_words(member) for member in others))
+        return ", or ".join(dict.fromkeys(paths.get(member) or in_words(member) for member in others))
     if origin is Callable:
         return "a function"
     if isinstance(origin, type) and issubclass(origin, Mapping):

@@ -183,7 +183,7 @@ def test_a_plan_from_stats_has_the_guidance_it_is_made_for(model: DiTTransformer
     [
         ({"hoist": "no"}, "hoist is 'no'; expected True or False"),
         ({"offload": 1}, "offload is 1; expected True or False"),
-        ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected megabytes"),
+        ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected a number, or None"),
         ({"cuda_graphs": "auto"}, "cuda_graphs is 'auto'; expected True or False, or None"),
         ({"cuda_graphs": 1}, "cuda_graphs is 1; expected True or False, or None"),
     ],
