@@ -5,6 +5,7 @@ What an annotation cannot say (a range, a known name, shapes that belong togethe
 
 import functools
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from stepgraph.errors import ArgumentError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# Bytes of a file's name, on the usual file systems.
+LONGEST_NAME = 255
 
 WORDS: Mapping[Any, str] = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None", bytes: "bytes",
@@ -89,8 +93,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation in (Any, object) or isinstance(annotation, (TypeVar, str)):
         return True
     if origin in (Union, types.UnionType):
-        paths = {str, Path} <= set(members)
-        return any(fits(value, member) for member in members) and not (paths and isinstance(value, str) and "\0" in value)
+        named = not {str, Path} <= set(members) or not isinstance(value, (str, Path)) or _can_be_named(value)
+        return named and any(fits(value, member) for member in members)
     if annotation is None:
         return value is None
     if annotation is int:
@@ -110,6 +114,11 @@ def fits(value: Any, annotation: Any) -> bool:
         listed = isinstance(value, (list, tuple)) or (isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
         return listed and all(fits(entry, members[0]) for entry in _one_of_each(value, members[0]))
     return isinstance(value, origin)
+
+
+def _can_be_named(path: str | Path) -> bool:
+    """Whether a file system has names such as a path's."""
+    return "\0" not in str(path) and all(len(os.fsencode(part)) <= LONGEST_NAME for part in Path(path).parts)
 
 
 def _one_of_each(entries: Iterable[Any], annotation: Any) -> Iterable[Any]:

@@ -139,6 +139,8 @@ def check_device(name: str, value: Any) -> torch.device:
 
 def check_numbers(name: str, values: Any) -> list[float]:
     """A list (or vector) of finite numbers as floats."""
+    if isinstance(values, torch.Tensor) and (values.layout != torch.strided or values.device.type == "meta"):
+        raise ArgumentError(f"{name} is {shown(values)} that holds no numbers; expected a list of numbers")
     listed = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
     if not isinstance(listed, (list, tuple)) or not listed:
         raise ArgumentError(f"{name} is {shown(values)}; expected a list of numbers")

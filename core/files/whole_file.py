@@ -32,6 +32,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if target.exists() and not target.is_file():
         yield target
         return
