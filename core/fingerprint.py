@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepgraph.adapters import active_adapters, base_names, tensors_of
+from stepgraph.checked import checked
+from stepgraph.checks import shown
 from stepgraph.contents import content_sums
 from stepgraph.errors import MismatchError
 from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_of
@@ -20,6 +22,7 @@ from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_
 _digests = WeakTensorKeyDictionary()
 
 
+@checked
 def has_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds values: it is neither on the meta device nor fake, and nothing that it is made of is."""
     return all(part.device.type != "meta" and not isinstance(part, FakeTensor) for part in inner_tensors(tensor).values())
@@ -28,21 +31,30 @@ def has_data(tensor: torch.Tensor) -> bool:
 def config_of(owner: Any) -> dict[str, Any]:
     """The public entries of a diffusers model's or scheduler's configuration."""
     config = getattr(owner, "config", None)
-    return {k: v for k, v in sorted(dict(config or {}).items()) if not k.startswith("_")}
+    config = config if isinstance(config, Mapping) else {}
+    return {k: v for k, v in sorted(config.items()) if not k.startswith("_")}
 
 
+@checked
 def hash_config(config: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of a configuration."""
     text = json.dumps(config, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@checked
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's bytes; of one that is no plain tensor, of its class, its attributes and its inner tensors.
 
     Raises:
-        MismatchError: It does not say which tensors it is made of.
+        MismatchError: It does not say which tensors it is made of, or holds no values.
     """
+    if tensor.layout != torch.strided:
+        raise MismatchError(f"{shown(tensor)} has the layout {tensor.layout}, whose contents are not told apart; make it dense")
+    if not has_data(tensor):
+        raise MismatchError(
+            f"{shown(tensor)} holds no values that could be told from others (it is fake, or on the meta device)"
+        )
     if is_plain(tensor):
         return _digest_of(tensor, tensor)
     parts = inner_tensors(tensor)
@@ -73,6 +85,7 @@ def _digest_of(tensor: torch.Tensor, keeper: torch.Tensor) -> bytes:
     return digest
 
 
+@checked
 def fingerprint(model: nn.Module) -> str:
     """ "structure/contents" of a model without its adapters, 16 hexadecimal digits each.
 
@@ -83,6 +96,7 @@ def fingerprint(model: nn.Module) -> str:
     return f"{structure_hash(model)}/{contents_hash(model)}"
 
 
+@checked
 def structure_hash(model: nn.Module, adapters: bool = False) -> str:
     """The first half of `fingerprint`, which reads no values; with adapters as parts of the model, if these are to count."""
     structure = hashlib.sha256(f"{type(model).__name__} {hash_config(config_of(model))}".encode())
@@ -91,6 +105,7 @@ def structure_hash(model: nn.Module, adapters: bool = False) -> str:
     return structure.hexdigest()[:16]
 
 
+@checked
 def contents_hash(model: nn.Module, adapters: bool = False) -> str:
     """The second half of `fingerprint`; with adapters as parts of the model, if these are to count."""
     contents, tensors = hashlib.sha256(), named_tensors(model, adapters)
@@ -101,6 +116,7 @@ def contents_hash(model: nn.Module, adapters: bool = False) -> str:
     return contents.hexdigest()[:16]
 
 
+@checked
 def named_tensors(model: nn.Module, adapters: bool = False) -> list[tuple[str, torch.Tensor]]:
     """A model's parameters and buffers with all of their names, by name; of its base unless adapters count."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -131,11 +147,13 @@ def adapters_hash(model: nn.Module) -> str:
     return hashed.hexdigest()[:16] if some else ""
 
 
+@checked
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
+@checked
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters; of what they stand for where they are quantised.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stepgraph.checked import checked
 from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
@@ -31,6 +32,7 @@ from stepgraph.wrapped_models import unwrapped
 T = TypeVar("T", CachePlan, CalibrationStats)
 
 
+@checked
 def accelerate(
     pipe: Any,
     steps: int | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_device
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
@@ -52,9 +53,9 @@ def compile_artifact(
     built = model is None
     values = artifact.model["fingerprint"].split("/")[-1] if built else "-"
     if model is None:
-        model = build_model(artifact, device or "cpu")
+        model = build_model(artifact, check_device("device", device or "cpu"))
     place = next(model.parameters()).device
-    if device is not None and torch.device(device).type != place.type:
+    if device is not None and check_device("device", device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
     structure = artifact.model["fingerprint"].split("/")[0]
     refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
@@ -79,7 +80,7 @@ def compile_artifact(
         # Texts from outside must not write to a terminal.
         said = ", ".join(f"{name} {recorded!a} (here {now})" for name, (recorded, now) in others.items())
         then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
-        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
+        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=5)
     if compared:
         verify_first_step(executable)
     return executable
@@ -138,6 +139,8 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     try:
         with torch.device("meta"):
             model: nn.Module = kind(**about["config"])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
         raise FileFormatError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
@@ -221,5 +224,7 @@ def build_scheduler(artifact: Artifact) -> Any:
         )
     try:
         return getattr(diffusers, name).from_config(dict(config))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise FileFormatError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

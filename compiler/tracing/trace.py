@@ -249,7 +249,7 @@ def _run(
         forward = own_forward(model) or model.forward
         try:
             result = tracer.call_module(lambda _, **arguments: forward(**arguments), model, (), like_flat(inputs, placeholders))
-        except TraceError:
+        except (TraceError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             where = frame_location(error.__traceback__)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepgraph.checked import check_fields
 from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
 from stepgraph.plan.json import parse_record
@@ -75,15 +76,16 @@ class PlanHeader:
     adapters: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
+        check_fields(self, "the header's ")
         try:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
         except OverflowError as error:
             raise PlanError(f"the timesteps must be finite numbers; {error}") from error
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "branches", tuple(self.branches))
-        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
-            if isinstance(getattr(self, name), Mapping):
-                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
         if not self.timesteps:
             raise PlanError("a plan needs at least one timestep; its header has none")
         if not all(map(math.isfinite, self.timesteps)):

@@ -63,6 +63,7 @@ class Attachment(StandIn):
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)
+        call.refuse_without_values()
         run = self.runs.find(call)
         try:
             answered = run.take(call)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stepgraph.checked import checked
 from stepgraph.errors import CompileError
 from stepgraph.files.whole_file import whole_folder
 from stepgraph.runtime.export.aoti import write_aoti
@@ -23,6 +24,7 @@ FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "aoti": write_aoti, "onn
 MANIFEST = "schedule.json"
 
 
+@checked
 def export(
     executable: Compiled,
     path: str | Path,

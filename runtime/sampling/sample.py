@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_number
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.measured import rests_on_measurement
@@ -30,6 +31,7 @@ from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, sh
 
 
 @torch.no_grad()
+@checked
 def sample(
     runner: Compiled | nn.Module,
     scheduler: Any,

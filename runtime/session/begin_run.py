@@ -37,7 +37,7 @@ def begin_run(
     """
     looked_at = executable.siblings.present.known(inputs, begin)
     present = suited(executable, inputs, begin)
-    program = present.default if inputs is None else present.program(inputs, begin)
+    program = present.default if inputs is None else present.find_program(inputs, begin)
     if program is not looked_at:
         refuse(present, program.watch.differences(present.model))
     if not around:

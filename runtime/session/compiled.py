@@ -11,8 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
+from stepgraph.checks import check_whole
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
+from stepgraph.errors import CompileError
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
@@ -69,12 +72,20 @@ class Compiled:
     def __post_init__(self) -> None:
         object.__setattr__(self, "siblings", Siblings(self))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a program is bound to the memory of its model's weights."""
+        raise CompileError(
+            "an executable is not copied or pickled: save it with Executable.save and read it with stepgraph.load, or put it "
+            "on another model with Executable.on"
+        )
+
     def __repr__(self) -> str:
         """Model, plan and backend in one line."""
         header, variants = self.plan.header, len(self.default.variants)
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
+    @checked
     def session(
         self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None, around: bool = False
     ) -> "Session":
@@ -108,6 +119,7 @@ class Compiled:
         programs = (self._default, *self._programs.values())
         return list({id(program): program for program in programs if program is not None}.values())
 
+    @checked
     def on(self, model: nn.Module) -> "Compiled":
         """The same plan and programs on another model of the same structure, such as a copy.
 
@@ -134,6 +146,7 @@ class Compiled:
         """
         return follow_weights(suited(self), everything=True).written
 
+    @checked
     def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
 
@@ -145,6 +158,10 @@ class Compiled:
             PlanError: Shapes (apart from the batch) or dtype differ from what the plan was made for.
             CompileError: The inputs are on another device than the model.
         """
+        return self.find_program(inputs, begin)
+
+    def find_program(self, inputs: Mapping[str, Any], begin: int) -> Program:
+        """See `program`; for sessions, which ask at every call and whose arguments have names."""
         key = _key(inputs, begin)
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
         program = self._programs.get(key)
@@ -218,10 +235,10 @@ class Compiled:
             calls.update(variant.providers)
         return dict(sorted(calls.items()))
 
+    @checked
     def print_readable(self, step: int) -> str:
         """The Python source of the graph that a step runs, with shapes and dtypes."""
-        if not 0 <= step < self.plan.steps:
-            raise IndexError(f"step {step} is out of range: the plan has steps 0 to {self.plan.steps - 1}")
+        check_whole("step", step, 0, self.plan.steps - 1, tail=f": the plan has steps 0 to {self.plan.steps - 1}")
         source: str = self.default.variants[self.default.rows[step]].graph.print_readable(print_output=False)
         return source
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from stepgraph.checked import checked
+from stepgraph.checks import check_whole, is_finite, shown
 from stepgraph.env import get_logger, read_env
-from stepgraph.errors import CaptureError, CompileError
+from stepgraph.errors import ArgumentError, CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
@@ -48,6 +50,10 @@ class Session:
         self.checked, self.around = checked, around
         self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a run is bound to the memory of its executable."""
+        raise CompileError("a session is not copied or pickled; start a new one with Executable.session")
 
     def _fresh_state(self) -> RunState:
         return RunState([BranchState() for _ in self.executable.plan.header.branches], read_env().check)
@@ -103,15 +109,22 @@ class Session:
         programs = {id(branch.program): branch.program for branch in self._state.branches if branch.program is not None}
         return tuple(programs.values())
 
+    @checked
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
         self._state.memory = dict(memory)
 
+    @checked
     def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
         """Read the tables of every branch from there, in place of computing them; before the first step."""
+        if len(tables) != len(self._state.branches):
+            raise ArgumentError(
+                f"there are {len(tables)} tables; expected one for each of {len(self._state.branches)} branches"
+            )
         for branch, fixed in zip(self._state.branches, tables, strict=True):
             branch.tables = fixed
 
+    @checked
     def use_constant(self, step: int, branch: int, number: int, coefficients: torch.Tensor) -> None:
         """Take other coefficients of a forecast than the executable's, in this run.
 
@@ -121,19 +134,28 @@ class Session:
             number: Of the step's constants.
             coefficients: [terms], or [terms, C], like the constant's own; they are copied.
         """
-        state = self._state.branches[branch]
+        check_whole("step", step, 0, len(self.timesteps) - 1)
+        state = self._state.branches[self._checked_branch(branch)]
         constants = list(state.constants.get(step, self.executable.default.constants[step][branch]))
+        check_whole("number", number, 0, len(constants) - 1, where=f" of step {step}'s constants")
+        if coefficients.shape != constants[number].shape or not is_finite(coefficients):
+            raise ArgumentError(f"coefficients is {shown(coefficients)}; expected finite values, {shown(constants[number])}")
         constants[number] = torch.empty_like(constants[number]).copy_(coefficients)
         state.constants[step] = tuple(constants)
 
+    @checked
     def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
         """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
-        state = self._state.branches[branch]
+        state = self._state.branches[self._checked_branch(branch)]
         program, table = state.program, state.slots
         if program is None or table is None or self.finished:
             return {}
         reads = traffic(program.plan, program.folded)[self.step].reads
         return {read: table.read(slot) for read, slot in zip(reads, program.slots.steps[self.step].reads, strict=True)}
+
+    def _checked_branch(self, branch: int) -> int:
+        check_whole("branch", branch, 0, len(self._state.branches) - 1)
+        return branch
 
     def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
         """Run the next call of the plan: the next branch of this step, or the first of the next.
@@ -277,7 +299,7 @@ class Session:
             self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)
             self._state.present.program = program
             return program
-        program = self.executable.program(inputs, self.begin)
+        program = self.executable.find_program(inputs, self.begin)
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
