@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from stepgraph.adapters import active_in
 from stepgraph.compiler.tracing.read_globals import Globals
-from stepgraph.compiler.tracing.strengths import Place, Strengths, write_through
-from stepgraph.runtime.program.facts import NOTHING, STORES, Facts, Strength, facts_of
+from stepgraph.compiler.tracing.strengths import HALVES, Place, Strengths, write_through
+from stepgraph.runtime.program.facts import GATE, NOTHING, STORES, Facts, Strength, facts_of
 from stepgraph.runtime.program.freeze import LIBRARIES, Frozen, root_of
 
 # What every module has, and its calls look at.
@@ -45,8 +46,9 @@ class Reads:
         if not self._again and (id(module), name) not in self._seen:
             self._note(module, name, attributes)
         path = self.paths.get(id(module))
-        follows = path is not None and name in attributes and not inside
-        return self.strengths.read(path, name, value) if follows else value
+        if path is None or name not in attributes or inside:
+            return value
+        return self.strengths.read(path, name, value, type(module))
 
     def _all(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
         """What the forward gets for all attributes of a module; torch's own code reads them of every module."""
@@ -114,9 +116,11 @@ class Reads:
             self._of_class(kind, "forward")
             if root_of(kind) in LIBRARIES:
                 self._of_leaf(kind)
-        strengths = [self._strength(place) for place in sorted(self.strengths.places.keys() - self.strengths.fixed, key=repr)]
+        numbers = self.strengths
+        strengths = [self._strength(place) for place in sorted(numbers.places.keys() - numbers.fixed, key=repr)]
         followed = tuple(strength for strength in strengths if strength.constants)
-        return facts_of(self.model, self.values, self.globals.names(), followed)
+        unread = frozenset(Strength(*place, 0.0, ()).path for place in numbers.unread - numbers.fixed)
+        return facts_of(self.model, self.values, self.globals.names(), followed, unread)
 
     def _of_leaf(self, kind: type) -> None:
         """Take down which functions a class of torch's computes with."""
@@ -127,9 +131,20 @@ class Reads:
                 self._of_class(kind, name)
 
     def _strength(self, place: Place) -> Strength:
-        constants = [constant for (of, _), constant in self.strengths.constants.items() if of == place]
-        kinds = (float,) if place in self.strengths.asked else (float, int)
-        return Strength(*place, self.strengths.places[place], tuple(constants), kinds)
+        constants = tuple(constant for (of, _), constant in self.strengths.constants.items() if of == place)
+        dtype = self.strengths.halves.get(place)
+        halves = dtype if dtype in HALVES else None
+        asked = place in self.strengths.asked
+        return Strength(*place, self.strengths.places[place], constants, halves, self._is_gated(place), asked)
+
+    def _is_gated(self, place: Place) -> bool:
+        """Whether a strength is of a LoRA prepared for hot-swapping that is all its layer adds: it is off where this is 0."""
+        attributes = vars(self.model.get_submodule(place[0]))
+        active = [name for name in active_in(self.model.get_submodule(place[0])) if name in attributes.get("scaling", {})]
+        places = {(place[0], "scaling", (name,)) for name in active}
+        plain = not attributes.get("lora_variant") and not attributes.get("merged_adapters") and not attributes.get(GATE)
+        followed = {of for of, _ in self.strengths.constants} - self.strengths.fixed
+        return plain and place in self.strengths.tensors and place in places <= followed & self.strengths.tensors
 
 
 class AttributesRead(dict[str, Any]):
@@ -180,6 +195,10 @@ class AttributesRead(dict[str, Any]):
     def copy(self) -> dict[str, Any]:
         """All of them."""
         return dict(self.items())
+
+    def note_all(self) -> None:
+        """Take down that all were read."""
+        list(self)
 
 
 write_through(AttributesRead)

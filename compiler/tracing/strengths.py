@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from stepgraph.adapters import is_tuner
+
 # Whose products with a Python number are those with a tensor [] of float64, bit for bit, and whose are made in float32.
 WHOLES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,6 +39,9 @@ class Strengths:
         denied: Those that are plain numbers here; None where all are.
         other: Those that have another number than the model's, to see what becomes of it.
         places: What was handed out.
+        tensors: Those of them that are tensors [], as peft's hot-swapping makes them of a tuner layer's.
+        got: Those of them in dicts that the forward has asked for.
+        halves: Which dtypes of half precision a strength's products have, by place.
         fixed: What something else than a product was done with.
         asked: What was asked for its class.
         constants: What the graph reads in its place, by device.
@@ -45,18 +50,36 @@ class Strengths:
     denied: frozenset[Place] | None = frozenset()
     other: frozenset[Place] = frozenset()
     places: dict[Place, float] = field(default_factory=dict)
+    tensors: set[Place] = field(default_factory=set)
+    got: set[Place] = field(default_factory=set)
+    halves: dict[Place, torch.dtype] = field(default_factory=dict)
     fixed: set[Place] = field(default_factory=set)
     asked: set[Place] = field(default_factory=set)
     constants: dict[tuple[Place, torch.device], torch.Tensor] = field(default_factory=dict)
     _dicts: dict[tuple[str, str], "StrengthDict"] = field(default_factory=dict)
 
-    def read(self, path: str, name: str, value: Any) -> Any:
-        """What the forward gets for an attribute: strengths for floats, also in a plain dict; the value otherwise."""
+    @property
+    def unread(self) -> frozenset[Place]:
+        """Entries of dicts that the forward has not asked for."""
+        return frozenset(place for place in self.places if place[2] and place not in self.got)
+
+    def read(self, path: str, name: str, value: Any, kind: type = nn.Module) -> Any:
+        """What the forward gets for an attribute: strengths for floats, also in a plain dict; the value otherwise.
+
+        Args:
+            path: The module's.
+            name: The attribute's.
+            value: The attribute.
+            kind: The module's class; a tuner layer's `scaling` can hold tensors in the place of floats.
+        """
         if type(value) is float:
             return self.wrapped((path, name, ()), value)
-        if type(value) is dict and any(type(number) is float for number in value.values()):
+        if type(value) is dict and any(type(v) is float or _is_scaling(kind, name, v) for v in value.values()):
             if (path, name) not in self._dicts or self._dicts[path, name].real is not value:
-                self._dicts[path, name] = StrengthDict(self, path, name, value)
+                with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+                    numbers = {key: v.item() for key, v in value.items() if _is_scaling(kind, name, v)}
+                self.tensors |= {(path, name, (key,)) for key in numbers}
+                self._dicts[path, name] = StrengthDict(self, path, name, value, numbers)
             return self._dicts[path, name]
         return value
 
@@ -72,13 +95,21 @@ class Strengths:
         other = value * 1.2345678 + math.copysign(0.1376543, value)
         return StrengthValue(other if place in self.other else value, place, self, value)
 
-    def constant(self, strength: "StrengthValue", device: torch.device) -> torch.Tensor:
-        """The tensor [] that the graph reads in a strength's place."""
+    def constant(self, strength: "StrengthValue", device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor [] that the graph reads in a strength's place, in a product with a tensor of a dtype."""
         key = strength.place, device
+        if self.halves.setdefault(strength.place, dtype) != dtype and strength.place in self.tensors:
+            self.fixed.add(strength.place)
         if key not in self.constants:
             with unset_fake_temporarily(), torch._C.DisableTorchFunction():
                 self.constants[key] = torch.full((), strength.plain, dtype=torch.float64, device=device)
         return self.constants[key]
+
+
+def _is_scaling(kind: type, name: str, value: Any) -> bool:
+    """Whether a value is a strength that peft's hot-swapping has made a tensor of, to write to it in place."""
+    tensor = name == "scaling" and type(value) is torch.Tensor and is_tuner(kind)
+    return tensor and value.ndim == 0 and not value.is_meta
 
 
 def factors(func: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, "StrengthValue"] | None:
@@ -180,19 +211,53 @@ def restore(model: nn.Module) -> None:
 class StrengthDict(dict[Any, Any]):
     """A dict whose floats are strengths; what is written to it is written to the real one."""
 
-    def __init__(self, owner: Strengths, path: str, name: str, real: dict[Any, Any]) -> None:
-        self.real = real
-        super().__init__({k: owner.wrapped((path, name, (k,)), v) if type(v) is float else v for k, v in real.items()})
+    def __init__(self, owner: Strengths, path: str, name: str, real: dict[Any, Any], numbers: dict[Any, float]) -> None:
+        self.real, self._got = real, owner.got
+        floats = {key: value for key, value in real.items() if type(value) is float} | numbers
+        super().__init__(real | {key: owner.wrapped((path, name, (key,)), value) for key, value in floats.items()})
+        # Where strengths are not followed, the forward gets what stands there.
+        super().update({key: real[key] for key in numbers if not isinstance(super(StrengthDict, self).get(key), StrengthValue)})
+        self._place = path, name
 
     def __copy__(self) -> dict[Any, Any]:
         """A plain dict; its floats are strengths."""
+        self.note_all()
         return dict(self)
+
+    def note_all(self) -> None:
+        """Take down that every entry was asked for."""
+        self._got |= {(*self._place, (key,)) for key in self}
+
+    def __getitem__(self, key: Any) -> Any:
+        """An entry, which is taken down as asked for."""
+        self._got.add((*self._place, (key,)))
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """An entry, which is taken down as asked for."""
+        self._got.add((*self._place, (key,)))
+        return super().get(key, default)
+
+
+def _reading(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    def read(self: StrengthDict, *args: Any) -> Any:
+        self.note_all()
+        return method(self, *args)
+
+    return read
+
+
+for _name in ("items", "values", "copy", "__eq__", "__ne__", "__or__", "__ror__"):
+    setattr(StrengthDict, _name, _reading(_name))
 
 
 def _writing(name: str) -> Callable[..., Any]:
     method = getattr(dict, name)
 
     def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.note_all()
         method(self.real, *map(restored, args), **{key: restored(value) for key, value in kwargs.items()})
         return method(self, *args, **kwargs)
 

@@ -150,7 +150,7 @@ class Tracer(TorchFunctionMode):
     def scaled(self, tensor: torch.Tensor, strength: StrengthValue) -> Any:
         """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a number."""
         device = tensor.device if tensor.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-        constant = strength.owner.constant(strength, device)
+        constant = strength.owner.constant(strength, device, tensor.dtype)
         if id(constant) not in self.attributes:
             name = self.attributes[id(constant)] = f"{STRENGTH}{len(strength.owner.constants) - 1}"
             self.constants[name] = constant

@@ -13,7 +13,7 @@ import types
 import uuid
 import weakref
 from collections import deque
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType, WrapperDescriptorType
 from typing import Any
@@ -237,16 +237,16 @@ def content_of(cell: "CellType | contextvars.ContextVar[Any]") -> Any:
         return None
 
 
-def difference(path: str, old: Frozen, new: Frozen, ignored: Mapping[str, tuple[type, ...]]) -> tuple[str, str, str] | None:
+def difference(path: str, old: Frozen, new: Frozen, ignored: Collection[str]) -> tuple[str, str, str] | None:
     """Where two values differ first, and what is there in each; None where they are equal.
 
     Args:
         path: Of the value.
         old: The one.
         new: The other.
-        ignored: Paths whose numbers may be any of these classes.
+        ignored: Paths whose numbers, tensors [] and flags may be any.
     """
-    if path in ignored and new.kind in ignored[path]:
+    if path in ignored and (_is_number(new) or old.kind is new.kind is bool):
         return None
     if old.kind is not new.kind or old.same is not new.same or (not (old.parts or new.parts) and old.text != new.text):
         shown = new.text if old.text != new.text else f"another {new.text}"
@@ -259,3 +259,8 @@ def difference(path: str, old: Frozen, new: Frozen, ignored: Mapping[str, tuple[
         if found is not None:
             return found
     return None if list(before) == list(now) else (path, f"entries {', '.join(before)}", f"entries {', '.join(now)}")
+
+
+def _is_number(value: Frozen) -> bool:
+    """Whether a value is a number, or a tensor that holds one."""
+    return value.kind in (float, int) or (isinstance(value.same, torch.Tensor) and value.same.ndim == 0)

@@ -77,6 +77,10 @@ class Tables:
         self._late: torch.Tensor | None = None
         self._changes = 0
 
+    def forget(self) -> None:
+        """Compute everything anew at the next step, for strengths have changed."""
+        self._seen = None
+
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """The values that a step reads, in the order of `Hoisted.tables`."""
         values = [inputs[name] for name in self.hoisted.inputs]

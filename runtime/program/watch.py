@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.runtime.program.facts import HOOKS, Difference, Facts
+from stepgraph.runtime.program.facts import HOOKS, Difference, Facts, Strength
 from stepgraph.runtime.program.freeze import Containers, bytes_of, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
 from stepgraph.wrapped_models import refuse_offload
@@ -27,11 +27,11 @@ class Watch:
     """Compares facts with a model, and lets strengths follow; from any number of threads.
 
     Attributes:
-        others: Strengths that have other numbers than at the trace, with these, as the last comparison found them.
+        others: Strengths that have other numbers than at the trace, each with what to say of it, as the last comparison found.
     """
 
     def __init__(self, facts: Facts) -> None:
-        self.facts, self.others = facts, tuple[str, ...]()
+        self.facts, self.others = facts, tuple[tuple[Strength, str], ...]()
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
 
@@ -58,6 +58,16 @@ class Watch:
                 self._snapshot = snapshot
             return differences
 
+    def strengths_hold(self, model: nn.Module) -> bool:
+        """Whether strengths are the numbers that the last comparison found, as far as these are not tensors; for every step."""
+        snapshot = self._snapshot
+        return snapshot is None or snapshot.model is not model or snapshot.strengths_hold()
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often strengths have been written to where the graph reads them."""
+        return tuple(constant._version for strength in self.facts.strengths for constant in strength.constants)
+
     def _follow(self, model: nn.Module) -> None:
         """Write the strengths of a model to where the graph reads them."""
         others = []
@@ -65,7 +75,8 @@ class Watch:
             for strength in self.facts.strengths:
                 value = strength.value(model)
                 if repr(value) != repr(strength.compiled):
-                    others.append(f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled")
+                    said = f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled"
+                    others.append((strength, said))
                 for constant in strength.constants:
                     _write(constant, value)
         self.others = tuple(others)
@@ -127,7 +138,22 @@ class _Snapshot:
         self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
         self._process = process_state()
         self._constants = [constant for strength in facts.strengths for constant in strength.constants]
+        complete = _complete(modules, facts)
+        places = [_place(modules, strength) for strength in facts.strengths] if complete else []
+        self._holders: list[Space] = [holder for holder, _ in places]
+        self._names = [name for _, name in places]
+        # Strengths that peft's hot-swapping writes to in place are tensors.
+        held = self._strengths = list(map(operator.getitem, self._holders, self._names))
+        self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
+        self._numbers = _numbers(self._tensors)
         self.note_versions()
+
+    def strengths_hold(self) -> bool:
+        """Whether strengths are the same objects still."""
+        try:
+            return all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._strengths))
+        except KeyError:
+            return False
 
     def note_versions(self) -> None:
         """Take down how often strengths have been written: another program may read the same ones."""
@@ -146,6 +172,7 @@ class _Snapshot:
             and self._members_hold()
             and process_state() == self._process
             and [constant._version for constant in self._constants] == self._versions
+            and _numbers(self._tensors) == self._numbers
         )
 
     def _members_hold(self) -> bool:
@@ -157,6 +184,26 @@ class _Snapshot:
             and not any(hasattr(value, name) for value, name in self._unset)
             and all(content_of(cell) is before for cell, before in self._cells)
         )
+
+
+def _complete(modules: Mapping[str, nn.Module], facts: Facts) -> bool:
+    """Whether every strength is where it was."""
+    for strength in facts.strengths:
+        holder = vars(modules[strength.module]).get(strength.name) if strength.module in modules else None
+        if holder is None or (strength.key and strength.key[0] not in holder):
+            return False
+    return True
+
+
+def _place(modules: Mapping[str, nn.Module], strength: Strength) -> tuple[Space, Any]:
+    """Where a strength is looked up, and under which name."""
+    attributes = vars(modules[strength.module])
+    return (attributes[strength.name], strength.key[0]) if strength.key else (attributes, strength.name)
+
+
+def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """What tensors [] hold."""
+    return torch.stack([tensor.detach().to(tensors[0]) for tensor in tensors]).tolist() if tensors else []
 
 
 class _Look:

@@ -82,7 +82,7 @@ DECIDING = {
     "fmax": lambda m, x: x * m.strength * math.fmod(m.strength, 0.2),
     "isclose": lambda m, x: x if math.isclose(m.strength, 0.25) else x * m.strength + 1,
     "isclose, of one object": lambda m, x: (lambda s: x if math.isclose(s, 0.25) else x * s)(m.strength),
-    "percent": lambda m, x: x * m.strength + {"0.2": 3.0}.get("%.1f" % m.strength, 0.0),
+    "percent": lambda m, x: x * m.strength + {"0.2": 3.0}.get("%.1f" % m.strength, 0.0),  # noqa: UP031
     "of numpy": lambda m, x: x * m.strength + float(np.clip(m.strength, 0.26, 1.0)),
     "of a C float only": lambda m, x: x * m.strength + float(decimal.Decimal(m.strength)),
     "in a list": lambda m, x: x * m.strength + torch.tensor([m.strength] * 6),
