@@ -38,15 +38,15 @@ class Reads:
         self._seen: set[tuple[int, str]] = set()
         self._thread = threading.get_ident()
 
-    def read(self, module: nn.Module, name: str, value: Any, inside: bool = False) -> Any:
-        """Take down that an attribute was read, maybe inside of an operation; returns what the forward gets for it."""
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Take down that an attribute was read; returns what the forward gets for it."""
         if name in OF_EVERY_MODULE or threading.get_ident() != self._thread or name.startswith("__"):
             return self._all(module, value) if name == "__dict__" and threading.get_ident() == self._thread else value
         attributes = object.__getattribute__(module, "__dict__")
         if not self._again and (id(module), name) not in self._seen:
             self._note(module, name, attributes)
         path = self.paths.get(id(module))
-        if path is None or name not in attributes or inside:
+        if path is None or name not in attributes:
             return value
         return self.strengths.read(path, name, value, type(module))
 

@@ -228,8 +228,8 @@ def _run(
 
     def traced_read(module: nn.Module, name: str) -> Any:
         value = read(module, name)
-        # Twins of leaves run within, and modules that are called as they are.
-        return value if tracer.inside and id(module) not in reads.paths else reads.read(module, name, value, tracer.inside)
+        # What twins of leaves read is noted of the leaves; modules that are called as they are read it in every run.
+        return value if tracer.inside else reads.read(module, name, value)
 
     with ExitStack() as stack:
         stack.callback(restore, model)

@@ -427,7 +427,7 @@ def test_attaching_to_another_model_looks_at_its_values():
 
 
 RECORDERS = {
-    "attributes": (Reads, "read", lambda self, module, name, value, inside=False: value, "int"),
+    "attributes": (Reads, "read", lambda self, module, name, value: value, "int"),
     "absent attributes": (Reads, "note_absent", lambda self, module, name: None, "what was not there"),
     "classes": (Reads, "_of_class", lambda self, kind, name: None, "class of a module"),
     "globals": (Globals, "add_code", lambda self, code, space: None, "global number"),
