@@ -1,7 +1,6 @@
 """What users install: the wheel holds everything, and it and the editable install import from any folder."""
 
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from helpers.wheels import shared_wheel
 
 FOLDERS = {
     "core": "",
@@ -42,14 +42,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves its build folder behind, and would take old files from one."""
-    here = tmp_path_factory.mktemp("wheel")
-    # The installed package may be tested without its checkout's history, so the copy follows names and not git.
-    left_out = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "results")
-    shutil.copytree(ROOT, here / "source", ignore=left_out)
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-q")
-    run(sys.executable, "-m", "pip", "wheel", *options, "-w", here, here / "source", cwd=here)
-    return next(here.glob("stepgraph-*.whl"))
+    return shared_wheel(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
