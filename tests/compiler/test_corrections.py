@@ -76,6 +76,7 @@ def test_full_rank_is_compute(dit):
     assert error(got, eager) < 1e-5
 
 
+@pytest.mark.slow
 def test_lowrank_is_deterministic_under_inductor(dit):
     late = {(2, f"transformer_blocks.{b}.ff"): (("y1",), ((1.0,),)) for b in (0, 1)}
     plan, maps = plan_of(dit, {"attn": "CLR", "ff": "CLF"}, late), maps_of(dit)
@@ -120,6 +121,7 @@ def test_costs_are_the_formulas(dit, rank):
     assert exe.plan.increments[plan.index("transformer_blocks.0.attn1")].bytes == 4 * tokens * (4 * width + 4 * rank)
 
 
+@pytest.mark.slow
 def test_published_costs_of_dit_xl():
     """Table of the method's repository: .0140, .0235, .0330, .0425 T multiply-accumulates at rank 64, 128, 192, 256.
 

@@ -71,6 +71,7 @@ def test_every_package_is_declared():
     assert sorted(listed) == sorted(packages()), "tool.setuptools.packages does not list the folders with Python files"
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"stepgraph/py.typed"}
@@ -88,12 +89,14 @@ def test_wheel_holds_every_file(wheel: Path):
     assert sorted(expected - names) == []
 
 
+@pytest.mark.slow
 def test_wheel_holds_nothing_else(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted({name.split("/")[0].split("-")[0] for name in names}) == ["stepgraph"]
     assert [name for name in names if name.endswith(("ruff.toml", ".pyc", ".pt"))] == []
 
 
+@pytest.mark.slow
 def test_wheel_names_its_licence(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -101,12 +104,14 @@ def test_wheel_names_its_licence(wheel: Path):
         assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_imports_from_anywhere(installed: Path, tmp_path: Path):
     modules = ", ".join(sorted(packages()))
     where = run(installed / "python", "-c", f"import {modules}; print(stepgraph.__file__)", cwd=tmp_path)
     assert Path(where).is_relative_to(installed.parent)
 
 
+@pytest.mark.slow
 def test_wheel_has_the_command(installed: Path, tmp_path: Path):
     shown = run(installed / "stepgraph", "--help", cwd=tmp_path)
     for command in ("demo", "plan", "compile", "doctor"):

@@ -297,6 +297,7 @@ def test_overheads_are_measured_for_each_kind(setting: Setting):
     assert {name: row["calls"] for name, row in found.items()} == {"output": 3, "hidden": 3, "modules": 3}
 
 
+@pytest.mark.slow
 def test_a_fresh_process_compiles(plans: Path, tmp_path: Path):
     found = runtime_costs.in_fresh_process(
         {
@@ -335,6 +336,7 @@ def test_sizes_of_random_models():
         compile_once.sized_model("glyph-dit", "cpu", torch.float32, blocks=2)
 
 
+@pytest.mark.slow
 def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
     rows = ["stepgraph: full", "stepgraph: fora2"]
     runtime.main(
@@ -378,6 +380,7 @@ def test_a_segment_is_its_own_ideal(setting: Setting):
     assert 1 < contender.ideal(3) < contender.ideal(4)
 
 
+@pytest.mark.slow
 def test_the_command_hands_its_arguments_on(capfd):
     assert CliRunner().invoke(app, ["bench", "runtime", "--steps", "1"]).exit_code == 2
     # The benchmark is a process of its own.

@@ -140,6 +140,7 @@ def test_other_samplers_branches_and_options(tmp_path, name, guidance, options):
 
 
 # 512 bytes of a class embedding at prompt level; the timestep as float32 takes 16 bytes a step.
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "limit", "programs"), [(6, 0.0005, {"timestep"}), (40, 0.0006, {"prompt"})])
 def test_a_limit_may_leave_tables_of_one_level_alone(tmp_path, steps, limit, programs):
     model = tiny_dit()

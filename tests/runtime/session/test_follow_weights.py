@@ -182,6 +182,7 @@ def test_tensors_without_versions_are_followed():
     assert_follows(model, exe, write)
 
 
+@pytest.mark.slow
 def test_one_value_is_seen_by_verify(monkeypatch):
     model = tiny_dit(num_attention_heads=4, attention_head_dim=64)
     exe = compiled(model, backend="inductor")
