@@ -424,6 +424,7 @@ def test_bombs_links_and_twice_the_same_name_are_refused(folder: Path, tmp_path:
 # -- the command line ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compile_saves_and_run_takes_it(tmp_path: Path):
     def invoke(*arguments: object) -> dict:
         result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
