@@ -27,7 +27,7 @@ from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps, image_tokens
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
-from stepgraph.wrapped_models import unwrapped
+from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
@@ -133,6 +133,7 @@ def calibrate_traced(
         lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
+    refuse_autocast(latents.device)
     tokens = image_tokens(latents_shape(inputs), config_of(model))
     conditions = conditioning_of(traced, conditioning, samples, guided, latents.device, tokens)
     _refuse_other_names(inputs, conditions)

@@ -26,7 +26,7 @@ from stepgraph.plan.json import parse_record
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
-from stepgraph.wrapped_models import unwrapped
+from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
 FORMAT = "stepgraph-covariances"
 VERSION = 1
@@ -238,6 +238,7 @@ def measure_covariances(
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = PassResults(groups, samples * evaluations, on_step)
     latents = next(iter(example.values()))
+    refuse_autocast(latents.device)
     for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)

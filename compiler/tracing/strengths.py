@@ -2,15 +2,19 @@
 
 While a forward is traced, a float that it reads of one of its modules is a `StrengthValue`, which knows where it was read. Its
 product with a tensor is recorded with a constant that can be written to; whatever else is done with it is done with the plain
-number, and then the graph holds for this number only. What C code does with it is not seen (`math.sqrt`): a second trace has
-other numbers in their place, and where that makes other graphs they are not followed.
+number, and then the graph holds for this number only. It is none of C's floats, so that C code (`math.isclose`, "%.1f" % it)
+has to ask for the number, which is seen; torch takes it for one of its symbolic floats. Whether it is a float may be asked:
+then it has to stay one. What is not seen is `type(number)`. Where C code takes nothing but a float of its own, the forward
+fails, and is traced again with plain numbers.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -39,6 +43,7 @@ class Strengths:
         got: Those of them in dicts that the forward has asked for.
         halves: Which dtypes of half precision a strength's products have, by place.
         fixed: What something else than a product was done with.
+        asked: What was asked for its class.
         constants: What the graph reads in its place, by device.
     """
 
@@ -49,6 +54,7 @@ class Strengths:
     got: set[Place] = field(default_factory=set)
     halves: dict[Place, torch.dtype] = field(default_factory=dict)
     fixed: set[Place] = field(default_factory=set)
+    asked: set[Place] = field(default_factory=set)
     constants: dict[tuple[Place, torch.device], torch.Tensor] = field(default_factory=dict)
     _dicts: dict[tuple[str, str], "StrengthDict"] = field(default_factory=dict)
 
@@ -114,38 +120,49 @@ def factors(func: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, "StrengthV
     if not product or kwargs or len(args) != 2:
         return None
     tensor, strength = args if isinstance(args[0], torch.Tensor) else (args[1], args[0])
-    if not isinstance(tensor, torch.Tensor) or not isinstance(strength, StrengthValue):
+    if not isinstance(tensor, torch.Tensor) or type(strength) is not StrengthValue:
         return None
     # Of two tensors without dimensions, the one with the larger dtype would decide.
     return (tensor, strength) if tensor.ndim and tensor.dtype in (*WHOLES, *HALVES) else None
 
 
-class StrengthValue(float):
-    """A float that knows where it was read. See the module."""
+class StrengthValue(torch.SymFloat):
+    """A number that knows where it was read, and tells who asks for it. See the module.
 
-    place: Place
-    owner: Strengths
-    original: float
+    Args:
+        value: The number.
+        place: Where it was read.
+        owner: The strengths of the trace.
+        original: What stands there.
+    """
 
-    def __new__(cls, value: float, place: Place, owner: Strengths, original: float) -> "StrengthValue":
-        """A number, with its place and what stands there."""
-        strength = super().__new__(cls, value)
-        strength.place, strength.owner, strength.original = place, owner, original
-        return strength
+    def __init__(self, value: float, place: Place, owner: Strengths, original: float) -> None:
+        self.plain, self.place, self.owner, self.original = value, place, owner, original
 
-    @property
-    def plain(self) -> float:
-        """The number."""
-        return float.__pos__(self)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A float, to those who ask; torch asks of every argument."""
+        frame = sys._getframe(1)
+        if not str(frame.f_globals.get("__name__")).startswith("stepgraph.") and ASKING & {*frame.f_code.co_names}:
+            self.owner.asked.add(self.place)
+        return float
 
     def decay(self) -> float:
         """The number, for something that the graph cannot follow it in."""
         self.owner.fixed.add(self.place)
         return self.plain
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is a plain number."""
         return float, (self.decay(),)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """As numpy has it."""
+        return np.asarray(self.decay(), *args)
+
+
+# Names in the code of whoever asks whether a number is a float.
+ASKING = frozenset({"isinstance", "issubclass", "__class__", "_abc_instancecheck", "_abc_subclasscheck", "float", "int"})
 
 
 def _decaying(name: str) -> Callable[..., Any]:
@@ -155,26 +172,26 @@ def _decaying(name: str) -> Callable[..., Any]:
         # A tensor's own method goes on, and meets the strength among its arguments.
         if any(isinstance(other, torch.Tensor) for other in others):
             return NotImplemented
-        self.owner.fixed.add(self.place)
-        return method(self, *(other.decay() if isinstance(other, StrengthValue) else other for other in others))
+        return method(self.decay(), *(other.decay() if type(other) is StrengthValue else other for other in others))
 
     return decayed
 
 
-BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow")
-UNARY = ("neg", "pos", "abs", "bool", "int", "float", "trunc", "floor", "ceil", "round", "hash", "repr", "format")
-COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-METHODS = (*BINARY, *(f"r{name}" for name in BINARY), *UNARY, *COMPARISONS)
-for _name in METHODS:
-    setattr(StrengthValue, f"__{_name}__", _decaying(f"__{_name}__"))
-StrengthValue.__str__ = StrengthValue.__repr__  # type: ignore[method-assign]
-for _name in ("as_integer_ratio", "is_integer", "hex", "conjugate"):
-    setattr(StrengthValue, _name, _decaying(_name))
+# What every object has, or needs in order to be one.
+ORDINARY = {
+    "__class__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__dir__", "__doc__", "__sizeof__",
+    "__init_subclass__", "__subclasshook__", "__getformat__", "__getstate__", "__reduce__", "__reduce_ex__",
+}  # fmt: skip
+for _name in {*dir(float)} - ORDINARY:
+    if callable(getattr(float, _name)):
+        setattr(StrengthValue, _name, _decaying(_name))
+for _name in ("real", "imag"):
+    setattr(StrengthValue, _name, property(lambda self, name=_name: getattr(self.decay(), name)))
 
 
 def restored(value: Any) -> Any:
     """What the forward read as a strength, or as a dict of them, as it stands in the model; anything else as it is."""
-    if isinstance(value, StrengthValue):
+    if type(value) is StrengthValue:
         value.owner.fixed.add(value.place)
         return value.original
     if isinstance(value, dict):
@@ -186,7 +203,7 @@ def restore(model: nn.Module) -> None:
     """Take strengths out of a model that its forward put there, as one does that sets a number for a time."""
     for module in model.modules():
         attributes = vars(module)
-        for name in [name for name, value in attributes.items() if isinstance(value, (StrengthValue, StrengthDict))]:
+        for name in [name for name, value in attributes.items() if type(value) in (StrengthValue, StrengthDict)]:
             value = attributes[name]
             attributes[name] = value.real if isinstance(value, StrengthDict) else restored(value)
 
@@ -239,7 +256,7 @@ for _name in ("items", "values", "copy", "__eq__", "__ne__", "__or__", "__ror__"
 def _writing(name: str) -> Callable[..., Any]:
     method = getattr(dict, name)
 
-    def write(self: StrengthDict, *args: Any, **kwargs: Any) -> Any:
+    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.note_all()
         method(self.real, *map(restored, args), **{key: restored(value) for key, value in kwargs.items()})
         return method(self, *args, **kwargs)
@@ -247,5 +264,10 @@ def _writing(name: str) -> Callable[..., Any]:
     return write
 
 
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(StrengthDict, _name, _writing(_name))
+def write_through(kind: type) -> None:
+    """Let a dict that stands for another, its `real` one, write to that as well."""
+    for name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+        setattr(kind, name, _writing(name))
+
+
+write_through(StrengthDict)

@@ -140,12 +140,17 @@ def _record_twice(
     """Run the forward twice, the second time with other strengths.
 
     Returns:
-        None where it did something else then.
+        None where it did something else then, or could do nothing with a number that is no float of C.
 
     Raises:
         TraceError: It did something else although there are no strengths.
     """
-    first = _record(model, inputs, made, strengths)
+    try:
+        first = _record(model, inputs, made, strengths)
+    except TraceError:
+        if not strengths.places:
+            raise
+        return None
     if strengths.fixed & strengths.tensors:
         # A number is baked in that is written to in place.
         return None
@@ -216,17 +221,15 @@ def _run(
         return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
-        try:
-            value = getattribute(module, name)
-        except AttributeError:
+        if not tracer.inside:
             reads.note_absent(module, name)
-            raise
+        value = getattribute(module, name)
         return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
 
     def traced_read(module: nn.Module, name: str) -> Any:
         value = read(module, name)
-        strength = reads.read(module, name, value)
-        return value if tracer.inside else strength
+        # Twins of leaves run within, and modules that are called as they are.
+        return value if tracer.inside and id(module) not in reads.paths else reads.read(module, name, value, tracer.inside)
 
     with ExitStack() as stack:
         stack.callback(restore, model)

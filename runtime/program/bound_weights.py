@@ -18,12 +18,13 @@ from stepgraph.adapters import base_names, changed_by_adapters
 from stepgraph.contents import Scattered, content_sums, plain_tensors
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import has_data
-from stepgraph.weight_kinds import PLAIN
+from stepgraph.weight_kinds import PLAIN, kind_of
 
 # Of a tensor, or of every tensor that it is made of: address, version.
 Mark = tuple[int, ...]
-Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-WHAT = ("dtype", "device", "shape", "strides")
+# A class of its own, if it has one: a quantised weight may look like the one that it was made of.
+Layout = tuple[str, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+WHAT = ("class", "dtype", "device", "shape", "strides")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class BoundWeights:
             everything: Read all bits of all tensors, and wait for that.
 
         Raises:
-            CompileError: A parameter or buffer is gone, or new; or one is of another dtype, device, shape or strides.
+            CompileError: A parameter or buffer is gone, or new; or one is of another class, dtype, device, shape or strides.
         """
         with self.lock:
             present = self._present()
@@ -244,7 +245,7 @@ class BoundWeights:
 
 
 def refuse_other_layouts(names: Sequence[str], now: Sequence[Layout], then: Sequence[Layout]) -> None:
-    """Compare dtypes, devices, shapes and strides with those that were compiled for.
+    """Compare classes, dtypes, devices, shapes and strides with those that were compiled for.
 
     Raises:
         CompileError: One differs; the message names both and says what to do.
@@ -265,7 +266,8 @@ def _shown(value: object) -> str:
 
 
 def _layout(tensor: Tensor) -> Layout:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    kind = "torch.Tensor" if type(tensor) in PLAIN else kind_of(tensor)
+    return kind, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _mark(tensor: Tensor) -> Mark:

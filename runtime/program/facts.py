@@ -16,6 +16,8 @@ NOTHING = Frozen(type(None), "nothing")
 # Where peft keeps whether a layer's adapters are switched off, and which of them are on.
 GATE, ACTIVE = "_disable_adapters", "_active_adapter"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Where modules keep what is looked up behind their plain attributes.
+STORES = ("_parameters", "_buffers", "_modules")
 
 
 class Changed(Enum):
@@ -55,6 +57,7 @@ class Part:
         hooks: Those that run before and after its forward, in order.
         forward: What stands in for its class's forward.
         values: What the forward read of it, by name.
+        shadows: Names of tensors and submodules that a plain attribute hides.
     """
 
     kind: type
@@ -62,6 +65,7 @@ class Part:
     hooks: tuple[object, ...]
     forward: Frozen
     values: Mapping[str, Frozen]
+    shadows: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,7 @@ class Strength:
         constants: Tensors [] that the graph reads in its place, float64.
         halves: The dtype of half precision that what it multiplies has; None for single and double.
         gated: Whether it is 0 where its tuner layer is switched off, which does nothing else then.
+        asked: Whether its class was asked for: it may not become a whole number.
     """
 
     module: str
@@ -100,6 +105,7 @@ class Strength:
     constants: tuple[torch.Tensor, ...]
     halves: torch.dtype | None = None
     gated: bool = False
+    asked: bool = False
 
     @property
     def path(self) -> str:
@@ -115,6 +121,12 @@ class Strength:
         """What stands for it now: a number, or a tensor [] of peft's hot-swapping."""
         holder = getattr(model.get_submodule(self.module), self.name)
         return holder[self.key[0]] if self.key else holder
+
+    def is_followed(self, model: nn.Module) -> bool:
+        """Whether what stands for it now may be any number; what is no longer there is no matter here."""
+        holder = vars(dict(model.named_modules()).get(self.module, model)).get(self.name) if self.asked else None
+        held = holder.get(self.key[0]) if self.key and isinstance(holder, dict) else holder
+        return not isinstance(held, int)
 
     def value(self, model: nn.Module) -> float:
         """What it is now."""
@@ -161,8 +173,8 @@ class Facts:
         then, places = dict(self.parts), {path: path for path in modules}
         if base:
             then, now, places = _without_adapters(then)[0], *_without_adapters(now)
-        followed: set[str] = {strength.path for strength in self.strengths} | self.unread
-        followed |= {strength.gate for strength in self.strengths if strength.gated}
+        followed: set[str] = {strength.path for strength in self.strengths if strength.is_followed(model)}
+        followed |= self.unread | {strength.gate for strength in self.strengths if strength.gated}
         later: list[Difference] = []
         for path, part in then.items():
             if path in now:
@@ -200,7 +212,14 @@ def _part(module: nn.Module, values: Mapping[str, Frozen], outermost: bool) -> P
     children = tuple((name, type(child)) for name, child in module._modules.items())
     # Those of the model itself run around an executable as they run around its forward.
     hooks = () if outermost else hooks_of(module)
-    return Part(type(module), children, hooks, forward_of(module), values)
+    return Part(type(module), children, hooks, forward_of(module), values, shadows_of(module))
+
+
+def shadows_of(module: nn.Module) -> tuple[str, ...]:
+    """Names under which a module has a plain attribute, and a tensor or a submodule that nobody sees for it."""
+    attributes = vars(module)
+    kinds = (attributes[kind] for kind in STORES if attributes[kind])
+    return tuple(name for kind in kinds if not attributes.keys().isdisjoint(kind) for name in kind if name in attributes)
 
 
 def hooks_of(module: nn.Module) -> tuple[object, ...]:
@@ -241,6 +260,12 @@ def _of_structure(path: str, part: Part, present: Part) -> Iterator[Difference]:
             yield changed(dotted(path, name), *_names_of(before.get(name), now.get(name)))
     if list(before) != list(now):
         yield changed(path, f"submodules {', '.join(before)}", f"submodules {', '.join(now)}")
+    for name in sorted(set(part.shadows) ^ set(present.shadows)):
+        old, new = (
+            f"a tensor or module{' behind a plain attribute' if name in hidden else ''}"
+            for hidden in (part.shadows, present.shadows)
+        )
+        yield changed(dotted(path, name), old, new)
     if not path:
         return
     for index in range(max(len(present.hooks), len(part.hooks))):

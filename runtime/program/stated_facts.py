@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from stepgraph.runtime.program.facts import NOTHING, Facts, Part, dotted
-from stepgraph.runtime.program.freeze import LEAVES, Frozen
+from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, Frozen
 
 
 def stated_facts(facts: Facts) -> dict[str, str]:
@@ -52,7 +50,7 @@ def _of_part(path: str, part: Part) -> Iterator[tuple[str, str]]:
 
 
 def _of_value(path: str, value: Frozen) -> Iterator[tuple[str, str]]:
-    if issubclass(value.kind, (*LEAVES, set, frozenset, np.ndarray)):
+    if issubclass(value.kind, (*LEAVES, *BUFFERS, set, frozenset)):
         yield path, f"{value.text} ({value.kind.__name__})"
     else:
         yield path, f"{_name(value.kind)} {value.text if value.same is not None else ''}".rstrip()
