@@ -115,7 +115,7 @@ def test_a_run_that_is_under_way_is_not_compiled_anew_but_refused_at_its_end(mon
     began(**sd3_inputs())
     model.disable_lora()
     check(exe, model)
-    with pytest.raises(sg.CompileError, match="was changed within the run: .*_disable_adapters was False when it began"):
+    with pytest.raises(sg.CompileError, match=r"was changed within the run: .*_disable_adapters was False when it began"):
         began(**sd3_inputs())
     assert len(traced) == 1
 
