@@ -126,6 +126,7 @@ def named_tensors(model: nn.Module, adapters: bool = False) -> list[tuple[str, t
     )
 
 
+@checked
 def adapters_hash(model: nn.Module) -> str:
     """16 hexadecimal digits of the adapters that take part in a model's forward: tensors and strengths.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from helpers.shared_graphs import trace_once
+from helpers.shared_graphs import trace_anew, trace_once
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.compiler.tracing import traced_model
 
@@ -55,19 +55,25 @@ def _seeded(request):
     torch.use_deterministic_algorithms(previous)
 
 
-@pytest.fixture(autouse=True)
-def _graphs_are_handed_on(request, monkeypatch):
-    """Tests marked `traces` trace for themselves."""
-    if not request.node.get_closest_marker("traces"):
-        monkeypatch.setattr(traced_model, "trace", trace_once)
+@pytest.fixture(scope="session", autouse=True)
+def _surroundings(tmp_path_factory):
+    """Of fixtures that several tests share, too: graphs are handed on, the settings of whoever runs the tests do not count, and
+    nothing is kept in their home folder.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced_model, "trace", trace_once)
+        for name in list(os.environ):
+            if name.startswith("STEPGRAPH_"):
+                patch.delenv(name)
+        patch.setenv("STEPGRAPH_CACHE", str(tmp_path_factory.mktemp("stepgraph-cache")))
+        # Regions are shared by all tests through inductor's own cache.
+        patch.setenv("STEPGRAPH_REGIONS", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch, tmp_path):
-    """The settings of whoever runs the tests do not count, and nothing is kept in their home folder."""
-    for name in list(os.environ):
-        if name.startswith("STEPGRAPH_"):
-            monkeypatch.delenv(name)
+def _surroundings_of_each(request, monkeypatch, tmp_path):
+    """Nothing that one test keeps is there for another; tests marked `traces` trace for themselves."""
     monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / "stepgraph-cache"))
-    # Regions are shared by all tests through inductor's own cache.
-    monkeypatch.setenv("STEPGRAPH_REGIONS", "0")
+    if request.node.get_closest_marker("traces"):
+        monkeypatch.setattr(traced_model, "trace", trace_anew)

@@ -207,10 +207,10 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             f"the input {empty[0]} has no samples: its shape is {list(batched[empty[0]].shape)}, expected [batch, ...]"
         )
     if len({value.shape[0] for value in batched.values()}) != 1:
-        sizes = {name: value.shape[0] for name, value in batched.items()}
+        rows = {name: value.shape[0] for name, value in batched.items()}
         raise PlanError(
-            f"the inputs disagree on the batch size: {sizes}; a graph is made for one size and repeats no row: give every "
-            f"input as many, such as by .expand({max(sizes.values())}, ...)"
+            f"the inputs disagree on the batch size: {rows}; a graph is made for one size and repeats no row: give every "
+            f"input as many, such as by .expand({max(rows.values())}, ...)"
         )
 
 

@@ -83,7 +83,7 @@ class Strengths:
             return self._dicts[path, name]
         return value
 
-    def wrapped(self, place: Place, value: float) -> float:
+    def wrapped(self, place: Place, value: float) -> "StrengthValue | float":
         """A strength, unless it may be none."""
         if self.denied is None or place in self.denied or not math.isfinite(value):
             return value
@@ -186,7 +186,7 @@ for _name in {*dir(float)} - ORDINARY:
     if callable(getattr(float, _name)):
         setattr(StrengthValue, _name, _decaying(_name))
 for _name in ("real", "imag"):
-    setattr(StrengthValue, _name, property(lambda self, name=_name: getattr(self.decay(), name)))
+    setattr(StrengthValue, _name, property(lambda self, name=_name: getattr(self.decay(), name)))  # type: ignore[misc]
 
 
 def restored(value: Any) -> Any:

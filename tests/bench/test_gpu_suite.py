@@ -50,8 +50,6 @@ def test_refuses_missing_wheels(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ("tests", ["tests"]),
-        ("demo", ["demo"]),
         ("train", ["train"]),
         ("all", ["tests", "demo", "ops", "lowrank", "runtime", "compile"]),
     ],

@@ -76,13 +76,14 @@ def test_full_rank_is_compute(dit):
     assert error(got, eager) < 1e-5
 
 
+@pytest.mark.slow
 def test_lowrank_is_deterministic_under_inductor(dit):
-    late = {(3, f"transformer_blocks.{b}.ff"): (("y1",), ((1.0,),)) for b in (0, 1)}
-    plan, maps = plan_of(dit, {"attn": "CLCL", "ff": "CLLF"}, late), maps_of(dit)
+    late = {(2, f"transformer_blocks.{b}.ff"): (("y1",), ((1.0,),)) for b in (0, 1)}
+    plan, maps = plan_of(dit, {"attn": "CLR", "ff": "CLF"}, late), maps_of(dit)
     exact = both(dit, plan, maps)[0]
     compiled, wanted, exe = both(dit, plan, maps, backend="inductor", exact=False)
     assert exe.config.backend == "inductor"
-    run = lambda: run_loop(exe.session(), tiny_scheduler("ddim"), noise(2), 4, 1.0, labels(1, 2))[0]  # noqa: E731
+    run = lambda: run_loop(exe.session(), tiny_scheduler("ddim"), noise(2), 3, 1.0, labels(1, 2))[0]  # noqa: E731
     assert torch.equal(run(), compiled)
     assert torch.equal(run(), compiled)
     # A program that is compiled anew gives the same bits too.
@@ -120,6 +121,7 @@ def test_costs_are_the_formulas(dit, rank):
     assert exe.plan.increments[plan.index("transformer_blocks.0.attn1")].bytes == 4 * tokens * (4 * width + 4 * rank)
 
 
+@pytest.mark.slow
 def test_published_costs_of_dit_xl():
     """Table of the method's repository: .0140, .0235, .0330, .0425 T multiply-accumulates at rank 64, 128, 192, 256.
 
@@ -131,6 +133,8 @@ def test_published_costs_of_dit_xl():
 
     model = load_model("dit-xl-2-256:random", "meta")
     marked = marked_graph(model, None)
+    header = sg.make_plan("full", model=model, scheduler=tiny_scheduler("ddim"), steps=2).header
+    plan = sg.CachePlan.build(header, marked.sites, {"attn": "CL", "ff": "CL"})
     for rank, published in ((64, 0.0140), (128, 0.0235), (192, 0.0330), (256, 0.0425)):
         maps = {}
         for i in range(28):
@@ -139,8 +143,6 @@ def test_published_costs_of_dit_xl():
                 maps[f"transformer_blocks.{i}.{name}"] = (
                     torch.zeros(1, 1).expand(linear.out_features, rank), torch.zeros(1, 1).expand(rank, linear.in_features),
                 )  # fmt: skip
-        header = sg.make_plan("full", model=model, scheduler=tiny_scheduler("ddim"), steps=2).header
-        plan = sg.CachePlan.build(header, marked.sites, {"attn": "CL", "ff": "CL"})
         factors = sg.Factors(header.model, header.fingerprint, header.dtype, "svd", {}, maps)
         corrected = [i for i, site in enumerate(plan.sites) if site.kind in ("attn", "ff")]
         groups = group_maps(marked, model, corrected, factors)
@@ -309,8 +311,8 @@ def test_steps_with_the_same_terms_share_a_graph(dit):
 
 
 @given(data=st.data())
-def test_random_plans_equal_the_oracle(data):
-    model = tiny_dit()
+def test_random_plans_equal_the_oracle(dit, data):
+    model = dit
     maps = maps_of(model, whole=("ff",) if data.draw(st.booleans()) else ())
     actions = {kind: "C" + data.draw(st.text("CRLF", min_size=STEPS - 1, max_size=STEPS - 1)) for kind in ("attn", "ff")}
     actions["output"] = "C" + data.draw(st.text("CCCF", min_size=STEPS - 1, max_size=STEPS - 1))

@@ -108,6 +108,7 @@ def test_flux_reuses_every_kind_by_itself(flux, flow, kind):
     assert (kind == "output") == (not oracle.executed[1])
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(data=st.data())
 def test_flux_runs_random_plans(flux, data):
@@ -235,6 +236,7 @@ def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkey
         assert seconds[image] + seconds[text] == needed() - needed(image, text) > 10 * seconds[text]
 
 
+@pytest.mark.slow
 def test_flux_runs_compiled_by_inductor(flow):
     torch.manual_seed(0)
     flux = diffusers.FluxTransformer2DModel(**(FLUX | {"num_layers": 1, "num_single_layers": 1})).eval()

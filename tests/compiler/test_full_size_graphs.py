@@ -32,6 +32,7 @@ def traced(name: str) -> tuple[nn.Module, MarkedGraph]:
     return model, marked_graph(model)
 
 
+@pytest.mark.slow
 def test_the_published_sizes():
     (pixart, pixart_graph), (sd3, sd3_graph) = traced("pixart-alpha"), traced("sd3-medium")
     assert {p.device.type for model in (pixart, sd3) for p in model.parameters()} == {"meta"}
@@ -91,6 +92,7 @@ MERGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_every_modulation_gate_and_projection_of_a_full_size_model_is_fused(name):
     model, marked = traced(name)
@@ -111,6 +113,7 @@ def test_every_modulation_gate_and_projection_of_a_full_size_model_is_fused(name
     assert Counter(len(node.args[1]) for node in full.nodes if node.target is merged_linear) == MERGED[name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published plan files are not at hand")
 @pytest.mark.parametrize(("name", "whole", "split"), [("fast", 3.54, 3.98), ("med1", 3.00, 3.06)])
 def test_the_published_flux_books_save_more_where_the_projection_is_split(name, whole, split):

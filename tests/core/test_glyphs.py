@@ -33,6 +33,7 @@ def test_the_classifier_reads_fresh_real_images():
     assert accuracy(load_classifier(), images.float() / 127.5 - 1, labels) >= 0.995
 
 
+@pytest.mark.slow
 def test_generated_glyphs_are_read_as_their_classes():
     labels = torch.arange(40) % len(CLASSES)
     noise = torch.randn(40, 3, 24, 24, generator=torch.Generator().manual_seed(5))

@@ -1,9 +1,6 @@
 """The native library is optional: installing goes on without a compiler, and what is missing is said."""
 
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -11,22 +8,11 @@ import pytest
 import torch
 
 import stepgraph.csrc.library as library_module
-from helpers.paths import ROOT
+from helpers.wheels import build_wheel, shared_wheel
 from stepgraph import csrc, ops
 from stepgraph.cli import doctor
 from stepgraph.csrc import limits
 from stepgraph.csrc.library import FOLDER, Native, load, native
-
-
-def build_wheel(here: Path, **variables: str) -> Path:
-    """A wheel of a copy of the sources, which builds leave their files in."""
-    left_out = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "*.so")
-    shutil.copytree(ROOT, here / "source", ignore=left_out)
-    options = ["-q", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-w", str(here)]
-    command = [sys.executable, "-m", "pip", "wheel", *options, str(here / "source")]
-    result = subprocess.run(command, cwd=here, env=os.environ | variables, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return next(here.glob("stepgraph-*.whl"))
 
 
 def test_wheel_is_built_without_a_compiler(tmp_path: Path):
@@ -36,10 +22,10 @@ def test_wheel_is_built_without_a_compiler(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_wheel_holds_a_library_that_loads(tmp_path: Path):
+def test_wheel_holds_a_library_that_loads(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     if not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("no C++ compiler here")
-    wheel = build_wheel(tmp_path)
+    wheel = shared_wheel(tmp_path_factory)
     assert "-abi3-" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         inside = [name for name in archive.namelist() if name.startswith("stepgraph/csrc/")]

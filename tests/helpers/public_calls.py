@@ -333,6 +333,7 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "fingerprint.tensor_digest": (fingerprint.tensor_digest, {"tensor": x}),
         "fingerprint.fingerprint": (fingerprint.fingerprint, {"model": model}),
         "fingerprint.structure_hash": (fingerprint.structure_hash, {"model": model}),
+        "fingerprint.adapters_hash": (fingerprint.adapters_hash, {"model": model}),
         "fingerprint.contents_hash": (fingerprint.contents_hash, {"model": model}),
         "fingerprint.named_tensors": (fingerprint.named_tensors, {"model": model}),
         "fingerprint.dtype_name": (fingerprint.dtype_name, {"dtype": torch.float32}),

@@ -24,6 +24,8 @@ from helpers.public_calls import World, public_functions, valid_calls
 # Not called by users: what compiling, sessions and operations make.
 MADE_BY_OTHERS = {
     "Executable",
+    "Executable.find_program",
+    "Executable.known",
     "Session",
     "env.Env",
     "ops.Op",

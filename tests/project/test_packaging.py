@@ -1,7 +1,6 @@
 """What users install: the wheel holds everything, and it and the editable install import from any folder."""
 
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from helpers.wheels import shared_wheel
 
 FOLDERS = {
     "core": "",
@@ -42,14 +42,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves its build folder behind, and would take old files from one."""
-    here = tmp_path_factory.mktemp("wheel")
-    # The installed package may be tested without its checkout's history, so the copy follows names and not git.
-    left_out = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests", "results")
-    shutil.copytree(ROOT, here / "source", ignore=left_out)
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-q")
-    run(sys.executable, "-m", "pip", "wheel", *options, "-w", here, here / "source", cwd=here)
-    return next(here.glob("stepgraph-*.whl"))
+    return shared_wheel(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +71,7 @@ def test_every_package_is_declared():
     assert sorted(listed) == sorted(packages()), "tool.setuptools.packages does not list the folders with Python files"
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"stepgraph/py.typed"}
@@ -95,12 +89,14 @@ def test_wheel_holds_every_file(wheel: Path):
     assert sorted(expected - names) == []
 
 
+@pytest.mark.slow
 def test_wheel_holds_nothing_else(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted({name.split("/")[0].split("-")[0] for name in names}) == ["stepgraph"]
     assert [name for name in names if name.endswith(("ruff.toml", ".pyc", ".pt"))] == []
 
 
+@pytest.mark.slow
 def test_wheel_names_its_licence(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -108,12 +104,14 @@ def test_wheel_names_its_licence(wheel: Path):
         assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_imports_from_anywhere(installed: Path, tmp_path: Path):
     modules = ", ".join(sorted(packages()))
     where = run(installed / "python", "-c", f"import {modules}; print(stepgraph.__file__)", cwd=tmp_path)
     assert Path(where).is_relative_to(installed.parent)
 
 
+@pytest.mark.slow
 def test_wheel_has_the_command(installed: Path, tmp_path: Path):
     shown = run(installed / "stepgraph", "--help", cwd=tmp_path)
     for command in ("demo", "plan", "compile", "doctor"):

@@ -274,6 +274,7 @@ def test_a_forked_child_goes_on_where_the_parent_stood(made):
     assert image(made, 0).numpy().tobytes() == expected[0]
 
 
+@pytest.mark.slow
 def test_a_spawned_process_loads_the_artifact_and_makes_the_same_bits(made, tmp_path: Path):
     if made.config.backend != "eager":
         pytest.skip("what compiled regions give in other processes is tested with artifacts")
@@ -313,6 +314,7 @@ print(json.dumps([[growth(readings), [reading.tensors for reading in readings]] 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 def test_memory_after_200_generations_is_what_it_was():
     batch, latent = 16, 16 * 4 * 8 * 8 * 4

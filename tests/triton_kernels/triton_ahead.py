@@ -3,8 +3,8 @@
     python tests/triton_kernels/triton_ahead.py shipped sm_90a
 
 The launchers run on tensors without storage, under a driver that knows nothing but its target; every config that they could
-choose is compiled, and one line of JSON a kernel says what came out. "shipped" compiles all configs in bfloat16 (on sm_86, the
-most used) and the most used ones in float16 and float32; "all" adds uncommon shapes and compiles everything in all three.
+choose is compiled, and one line of JSON a kernel says what came out. "shipped" compiles what `amount_of` says of a target and a
+dtype: all configs in bfloat16 where targets differ; "all" adds uncommon shapes and compiles everything in all three dtypes.
 A process of its own: the interpreter of other tests and the compiler exclude each other.
 """
 
@@ -43,6 +43,10 @@ TARGETS = {
     "sm_120a": (GPUTarget("cuda", 120, 32), Machine(170, 99 * KB)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Machine(304, 64 * KB, hip=True)),
 }
+# Compiled in full: one target of each maker, which most run on.
+USED = ("sm_90a", "gfx942")
+# With the instructions of sm_80 and the shared memory of sm_120a.
+ALIKE = ("sm_86", "sm_89")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODULES = (lowrank_delta, projection, modulated_norm, gated_residual, linear_combination)
 RUN = JITFunction.run
@@ -81,7 +85,11 @@ class TargetOnly(DriverBase):
 
 
 def cases(dtype: torch.dtype, amount: str):
-    """Name and call of each launch. "few": the most used; "shipped": every config; "all": uncommon shapes too."""
+    """Name and call of each launch.
+
+    "least": one of every kind; "few": the most used; "most": every config; "shipped": with lower ranks and without modulation
+    too, which take fewer registers and less shared memory; "all": uncommon shapes too.
+    """
 
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
@@ -100,20 +108,25 @@ def cases(dtype: torch.dtype, amount: str):
         return lambda: gated_residual.gated_residual(x, [new(2, 1152) for _ in values], values)
 
     yield "input", lambda: lowrank_input.lowrank_input(new(2, 16384, 1152), new(128, 1152))
-    yield "input of few rows", lambda: lowrank_input.lowrank_input(new(2, 128, 1152), new(128, 1152))
     yield "delta r128", delta(16384, (128,))
-    yield "delta of few rows", delta(128, (128,))
     yield "modulated_norm", lambda: modulated_norm.modulated_norm(new(2, 4096, 1152), new(2, 1152), new(2, 1152))
+    if amount == "least":
+        return
+    yield "input of few rows", lambda: lowrank_input.lowrank_input(new(2, 128, 1152), new(128, 1152))
+    yield "delta of few rows", delta(128, (128,))
     if amount == "few":
         return
-    for rank in (32, 64, 256, 512):
+    for rank in (64, 256, 512):
         yield f"delta r{rank}", delta(16384, (rank,))
-    yield "delta plain", delta(16384, (128,), fused=False)
     yield "gated_residual", stream(1)
     yield (
         "linear_combination",
         lambda: linear_combination.linear_combination([new(2, 4, 64, 64) for _ in range(3)], new(4, of=torch.float32)),
     )
+    if amount == "most":
+        return
+    yield "delta r32", delta(16384, (32,))
+    yield "delta plain", delta(16384, (128,), fused=False)
     if amount == "shipped":
         return
     yield "delta qkv", delta(16384, (128, 128, 64))
@@ -173,6 +186,8 @@ def compile_all(name: str, dtype: str, amount: str) -> None:
         compiled.append((self.__name__, RUN(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def each(key, candidates, run):
+        if amount == "least":
+            return candidates[0]
         for candidate in candidates[:-1]:
             run(candidate)
         return candidates[-1]
@@ -193,9 +208,14 @@ def compile_all(name: str, dtype: str, amount: str) -> None:
             print(json.dumps(row | {"faults": faults(row)}), flush=True)
 
 
+def amount_of(target: str, dtype: str) -> str:
+    """What of "shipped" is compiled. float16 has the code of bfloat16 with other products."""
+    if dtype == "bf16" and target not in ALIKE:
+        return "shipped" if target in USED else "most"
+    return "least" if dtype == "fp16" and target not in USED else "few"
+
+
 if __name__ == "__main__":
     for target in sys.argv[2:] or TARGETS:
         for dtype in DTYPES:
-            # sm_86 has the instructions of sm_89, and float16 the code of bfloat16 with other products.
-            short = sys.argv[1] == "shipped" and (dtype != "bf16" or target == "sm_86")
-            compile_all(target, dtype, "few" if short else sys.argv[1])
+            compile_all(target, dtype, amount_of(target, dtype) if sys.argv[1] == "shipped" else sys.argv[1])

@@ -18,6 +18,7 @@ def test_every_operation_has_cases():
     assert {case.op.name for case in tiny_cases()} == set(OPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contenders_agree_and_are_timed(dtype):
     case = next(case for case in tiny_cases(dtype) if case.op.name == "lowrank_delta")

@@ -1,15 +1,15 @@
 """The quality bench: its metrics, its baseline, and a small real run of it."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.small_glyphs import small_glyph_dit
 from stepgraph.bench.quality.paired import Host
-from stepgraph.bench.quality.quality import KNOBS, TARGETS, against_fewer_steps, fewer_steps, front, tuned
+from stepgraph.bench.quality.quality import KNOBS, TARGETS, against_fewer_steps, fewer_steps, front, main, tuned
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.metrics import frechet_distance
 from stepgraph.runtime.sampling.sample import sample
@@ -83,17 +83,26 @@ def test_every_knob_saves_more_as_it_grows(stats, name):
 
 
 @pytest.mark.slow
-def test_the_bench_runs_and_writes_its_record(tmp_path):
+def test_the_bench_runs_and_writes_its_record(tmp_path, monkeypatch):
     command = [
-        sys.executable, "-m", "stepgraph.bench.quality.quality", "--steps", "8", "--samples", "8", "--finalists", "8",
-        "--calibration", "1", "--routers", "--only", "FORA (interval)", "InvarDiff", "--out", str(tmp_path),
+        "quality", "--steps", "6", "--samples", "4", "--finalists", "4", "--calibration", "1", "--routers",
+        "--only", "FORA (interval)", "InvarDiff", "--out", str(tmp_path),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    record = json.loads((tmp_path / "quality-ddim-8.json").read_text())
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(Host, "loaded", lambda host: small_glyph_dit(2))
+    main()
+    record = json.loads((tmp_path / "quality-ddim-6.json").read_text())
     rows = record["results"]["rows"]
+    measured = {"fewer_macs", "relative_l2", "standard_error", "seed_spread", "psnr", "feature_distance"}
+    assert {row["name"] for row in rows} == {"other seed", "fewer steps", "FORA (interval)", "InvarDiff"}
+    for row in rows:
+        more = {"knob", "target", "versus_fewer_steps", "rows"} if "target" in row else set()
+        assert "impossible" in row or row.keys() >= measured | more
     fora = next(row for row in rows if row["name"] == "FORA (interval)")
     assert 1.9 < fora["fewer_macs"] <= 2.0
     assert 0 < fora["relative_l2"] < next(row for row in rows if row["name"] == "other seed")["relative_l2"]
     assert fora["versus_fewer_steps"] is None or fora["versus_fewer_steps"] > 0
-    assert {row["name"] for row in record["results"]["finalists"]["rows"]} >= {"full", "fewer steps"}
-    assert (tmp_path / "quality-ddim-8.png").read_bytes()[:4] == b"\x89PNG"
+    final = record["results"]["finalists"]["rows"]
+    assert {row["name"] for row in final} > {"full", "fewer steps"}
+    assert all(row.keys() >= {"fewer_macs", "relative_l2", "accuracy", "frechet_real", "frechet_full"} for row in final)
+    assert (tmp_path / "quality-ddim-6.png").read_bytes()[:4] == b"\x89PNG"

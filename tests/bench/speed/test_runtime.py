@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
+from helpers.small_glyphs import save_small_glyph_dit
 from helpers.tiny import noise, tiny_dit, tiny_scheduler
 from stepgraph.bench.speed import books, compile_once, runtime, runtime_costs
 from stepgraph.bench.speed.contenders import CONTENDERS, Contender, Setting, chosen, hooked, mask_macs, ours
 from stepgraph.bench.speed.hook_runtime import HookRuntime
 from stepgraph.bench.speed.interleave import Timed, loop_of, refuse_wrong_results, take_turns
 from stepgraph.bench.speed.peer_cache_dit import CacheDit, FirstBlockAndResidual
+from stepgraph.cli.main import app
 from stepgraph.errors import CompileError, PlanError
 
 BLOCKS, T = 2, 8
@@ -296,9 +297,17 @@ def test_overheads_are_measured_for_each_kind(setting: Setting):
     assert {name: row["calls"] for name, row in found.items()} == {"output": 3, "hidden": 3, "modules": 3}
 
 
-def test_a_fresh_process_compiles(plans: Path):
+@pytest.mark.slow
+def test_a_fresh_process_compiles(plans: Path, tmp_path: Path):
     found = runtime_costs.in_fresh_process(
-        {"model": "glyph-dit", "plan": "fora2", "steps": 4, "dtype": "float32", "backend": "eager"}, str(plans)
+        {
+            "model": str(save_small_glyph_dit(tmp_path / "model")),
+            "plan": "fora2",
+            "steps": 4,
+            "dtype": "float32",
+            "backend": "eager",
+        },
+        str(plans),
     )
     assert found["variants"] == 2
 
@@ -327,6 +336,7 @@ def test_sizes_of_random_models():
         compile_once.sized_model("glyph-dit", "cpu", torch.float32, blocks=2)
 
 
+@pytest.mark.slow
 def test_the_record_and_the_pictures(plans: Path, tmp_path: Path, capsys):
     rows = ["stepgraph: full", "stepgraph: fora2"]
     runtime.main(
@@ -370,12 +380,11 @@ def test_a_segment_is_its_own_ideal(setting: Setting):
     assert 1 < contender.ideal(3) < contender.ideal(4)
 
 
-def test_the_command_hands_its_arguments_on():
-    done = subprocess.run(
-        [sys.executable, "-m", "stepgraph.cli", "bench", "runtime", "--steps", "1"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "--steps is at least 2" in done.stderr
+@pytest.mark.slow
+def test_the_command_hands_its_arguments_on(capfd):
+    assert CliRunner().invoke(app, ["bench", "runtime", "--steps", "1"]).exit_code == 2
+    # The benchmark is a process of its own.
+    assert "--steps is at least 2" in capfd.readouterr().err
 
 
 def test_another_class_of_models_is_refused_before_its_weights_are_drawn(monkeypatch):

@@ -32,6 +32,7 @@ def graph_number(number: int, owner: Owner) -> fx.GraphModule:
     return fx.GraphModule(owner, graph)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_many_variants_all_stay_compiled():
     # More than dynamo's limit of recompilations of one function, past which it would fall back to eager.

@@ -150,6 +150,7 @@ def test_an_unknown_class_is_refused_by_name():
         fingerprint(model)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_taken_apart_elsewhere_is_refused_by_name_and_place():
     four = FourBit(torch.zeros(4, 4, dtype=torch.uint8), QuantState(torch.ones(4, 1), torch.Size((4, 4))))
     for use in (lambda module, x: x + module.weight, lambda module, x: x * module.weight.data[:, 1:].sum()):

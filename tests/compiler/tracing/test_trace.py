@@ -46,6 +46,7 @@ def test_weight_free_trace_binds_to_the_real_model(where):
     assert_exact(traced, tiny_dit(), inputs(2, seed=6))
 
 
+@pytest.mark.slow
 def test_full_size_dit_on_meta():
     with torch.device("meta"):
         model = load_model("dit-xl-2-256:random", device="meta")

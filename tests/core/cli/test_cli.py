@@ -199,6 +199,7 @@ def test_calibrate_with_guidance_draws_and_cleans_up(small: Path, tmp_path: Path
     assert json.loads(invoke(*common, "--eta", 0.5, "--allow-stochastic", "--json"))["branches"] == ["cond"]
 
 
+@pytest.mark.slow
 def test_a_calibration_that_was_killed_goes_on(small: Path, tmp_path: Path):
     stats, left = tmp_path / "stats.safetensors", tmp_path / "stats.safetensors.unfinished"
     command = [
@@ -298,6 +299,7 @@ def test_run_writes_samples_that_match_the_library(glyph_plan: Path, tmp_path: P
     assert Image.open(tmp_path / "samples.png").size == (2 * 24 * 3, 24 * 3)
 
 
+@pytest.mark.slow
 def test_demo_writes_its_table_and_pictures(tmp_path: Path):
     facts = json.loads(invoke("demo", "--steps", 4, "--images", 4, "--rounds", 1, "--out", tmp_path, "--json"))
     rows = {row["name"]: row for row in facts["rows"]}

@@ -39,7 +39,7 @@ def glyphs(tmp_path_factory):
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
     model, scheduler = small_glyph_dit(layers=2), load_scheduler("glyph-dit")
-    plan, factors = mixed_plan(model, scheduler, 4, 8)
+    plan, factors = mixed_plan(model, scheduler, 2, 8)
     exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager", factors=factors)
     assert exe.default.hoisted is not None
     images = sg.sample(exe, scheduler, guidance_scale=GUIDANCE, **GIVEN)

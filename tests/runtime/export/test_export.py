@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import stepgraph as sg
 from helpers.exports import error_of, mixed_plan, run_fresh
 from helpers.oracle import Oracle, run_loop
+from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
-from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.entry.load_model import load_scheduler
 from stepgraph.runtime.export import pt2 as export_pt2
 from stepgraph.runtime.export.runner import Runner, ScheduleError, read_tensors, write_tensors
 
@@ -57,8 +58,8 @@ def test_a_process_with_torch_alone_samples_what_the_oracle_does(mixed, tmp_path
 
 @pytest.mark.slow
 def test_the_shipped_model_is_sampled_without_stepgraph(tmp_path):
-    model, scheduler = load_model("glyph-dit", torch.device("cpu"), torch.float32), load_scheduler("glyph-dit")
-    plan, factors = mixed_plan(model, scheduler, 10, 8)
+    model, scheduler = small_glyph_dit(layers=2), load_scheduler("glyph-dit")
+    plan, factors = mixed_plan(model, scheduler, 6, 8)
     exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager", factors=factors)
     start = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     given = {"class_labels": torch.tensor([3, 7]), "negative_class_labels": torch.tensor([10, 10])}
@@ -139,6 +140,7 @@ def test_other_samplers_branches_and_options(tmp_path, name, guidance, options):
 
 
 # 512 bytes of a class embedding at prompt level; the timestep as float32 takes 16 bytes a step.
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "limit", "programs"), [(6, 0.0005, {"timestep"}), (40, 0.0006, {"prompt"})])
 def test_a_limit_may_leave_tables_of_one_level_alone(tmp_path, steps, limit, programs):
     model = tiny_dit()

@@ -7,8 +7,9 @@ import torch
 import stepgraph as sg
 from helpers.exports import error_of, mixed_plan
 from helpers.pixart_sd3 import PIXART
+from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
-from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.entry.load_model import load_scheduler
 from stepgraph.runtime.export import onnx as export_onnx
 from stepgraph.runtime.export.runner import Runner
 
@@ -23,8 +24,8 @@ def onnx():
 @pytest.mark.slow
 @pytest.mark.usefixtures("onnx")
 def test_the_shipped_model_is_sampled_by_onnxruntime(tmp_path):
-    model, scheduler = load_model("glyph-dit", torch.device("cpu"), torch.float32), load_scheduler("glyph-dit")
-    plan, factors = mixed_plan(model, scheduler, 6, 8)
+    model, scheduler = small_glyph_dit(layers=2), load_scheduler("glyph-dit")
+    plan, factors = mixed_plan(model, scheduler, 4, 8)
     exe = sg.compile(model, plan, sg.example_inputs(model, 2), backend="eager", factors=factors)
     start = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     given = {"class_labels": torch.tensor([3]), "negative_class_labels": torch.tensor([10])}

@@ -1,6 +1,7 @@
 """Weights that change after compiling: the next run is the eager model's with the weights as they are, or is refused."""
 
 import copy
+from functools import cache
 
 import diffusers
 import pytest
@@ -117,27 +118,41 @@ def assert_follows(model, exe, change) -> None:
     assert (got - wanted).norm() <= close * wanted.norm()
 
 
+@cache
+def followed(way: str) -> tuple[nn.Module, sg.Executable, dict[str, torch.Tensor]]:
+    """A model, its executable, and what its weights were, for all tests that change them."""
+    model = tiny_dit()
+    return model, compiled(model, **WAYS[way]), copy.deepcopy(model.state_dict())
+
+
+@pytest.fixture
+def original(way) -> tuple[nn.Module, sg.Executable]:
+    """A model with its first weights, and its executable."""
+    model, exe, state = followed(way)
+    model.load_state_dict(state)
+    return model, exe
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_next_run_is_that_of_the_new_weights(way, change):
-    model = tiny_dit()
-    assert_follows(model, compiled(model, **WAYS[way]), CHANGES[change])
+def test_the_next_run_is_that_of_the_new_weights(original, change):
+    assert_follows(*original, CHANGES[change])
 
 
 @pytest.mark.parametrize("way", ["exact", "captured"])
-def test_a_file_that_is_loaded_is_followed(way, tmp_path):
-    model = tiny_dit()
-    assert_follows(model, compiled(model, **WAYS[way]), lambda model: load_file(model, tmp_path))
+def test_a_file_that_is_loaded_is_followed(original, tmp_path):
+    assert_follows(*original, lambda model: load_file(model, tmp_path))
 
 
 @pytest.mark.parametrize("change", ["lora", "average", "data"])
 @pytest.mark.parametrize("way", ["packed", "captured"])
-def test_without_a_look_at_contents_the_old_weights_would_run(way, change, monkeypatch):
+def test_without_a_look_at_contents_the_old_weights_would_run(original, change, monkeypatch):
     """What the tests above test."""
+    model, exe = original
+    sampled(exe)
     monkeypatch.setattr(Scattered, "changed", lambda *_: [])
-    model = tiny_dit()
     with pytest.raises(AssertionError):
-        assert_follows(model, compiled(model, **WAYS[way]), CHANGES[change])
+        assert_follows(model, exe, CHANGES[change])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,6 +182,7 @@ def test_tensors_without_versions_are_followed():
     assert_follows(model, exe, write)
 
 
+@pytest.mark.slow
 def test_one_value_is_seen_by_verify(monkeypatch):
     model = tiny_dit(num_attention_heads=4, attention_head_dim=64)
     exe = compiled(model, backend="inductor")
@@ -310,9 +326,7 @@ def test_models_of_another_make_are_no_copies():
         exe.on(tiny_dit().to(torch.bfloat16))
     changed = tiny_dit()
     changed.transformer_blocks[0].attn1.to_q = nn.Sequential(changed.transformer_blocks[0].attn1.to_q)
-    with pytest.raises(
-        CompileError, match=r"'transformer_blocks.0.attn1.to_q' is Sequential, in the one that was compiled Linear"
-    ):
+    with pytest.raises(CompileError, match=r"'transformer_blocks.0.attn1.to_q' \(before Linear, now Sequential;"):
         exe.on(changed)
 
 

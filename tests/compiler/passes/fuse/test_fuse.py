@@ -188,7 +188,7 @@ def test_the_kernels_of_the_cpu_run_by_default():
 @pytest.mark.skipif(bool(native().missing), reason="no native library")
 def test_a_forced_provider_runs_everything(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
-    drift, providers = run_glyph_dit(steps=4)
+    drift, providers = run_glyph_dit(steps=4, layers=2)
     assert drift < 1e-5
     assert set(providers) == {f"{op} by cpu" for op in OPERATIONS}
 
@@ -220,7 +220,7 @@ def test_exact_mode_says_that_it_runs_the_references(dit, monkeypatch, caplog):
 
 def test_every_pass_is_right_on_the_shipped_model(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_CHECK", "1")
-    assert run_glyph_dit(steps=2)[0] < 1e-5
+    assert run_glyph_dit(steps=2, layers=2)[0] < 1e-5
 
 
 @pytest.mark.parametrize("pair", [{"scale": torch.zeros(1, 8)}, {"gate": torch.zeros(1, 8)}])

@@ -88,6 +88,7 @@ def test_what_is_reused_at_other_steps_stays_alone(pixart, monkeypatch):
     assert stored(model, plan, given, monkeypatch) == (3 * 8 - 1, 3 * 9 - 1)
 
 
+@pytest.mark.slow
 def test_compiled_regions_store_the_sum(pixart, monkeypatch):
     model, given = pixart
     actions = {"attn": ALWAYS, "cross_attn": ALWAYS, "ff": ALWAYS}

@@ -143,6 +143,7 @@ def test_halves_are_products_with_packed_columns_in_the_region_of_their_block(fl
         assert [id(w) for w in read] == ([id(w) for w in whole] if ranges else [])
 
 
+@pytest.mark.slow
 def test_halves_run_in_compiled_regions_and_follow_the_weights(flow, monkeypatch):
     torch.manual_seed(0)
     small = {**FLUX, "num_layers": 1, "num_single_layers": 1}
