@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from stepgraph.adapters import settle
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.interfaces.program_context import ProgramContext
 from stepgraph.compiler.lowering.lower import lower
@@ -37,6 +38,7 @@ from stepgraph.runtime.memory.slots import assign_slots
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
+from stepgraph.runtime.session.follow_weights import watch_tensors
 from stepgraph.wrapped_models import unwrapped
 
 
@@ -50,6 +52,7 @@ def compile_plan(
 ) -> Executable:
     """Compile a plan for a model (`stepgraph.compile`); `traced` hands on graphs that were made of this very model before."""
     model = unwrapped(model)
+    settle(model)
     warning = follow_model(plan, model, config.strict)
     if warning:
         get_logger("weights").warning("%s", warning)
@@ -72,7 +75,9 @@ def compile_plan(
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
     programs = {signature(inputs): program}
-    return Executable(model, plan, config, build, program, weights, described(inputs), factors, programs)
+    executable = Executable(model, plan, config, build, weights, program, described(inputs), factors, programs)
+    watch_tensors(executable, program)
+    return executable
 
 
 def build_program(
@@ -136,6 +141,7 @@ def build_program(
         hoisted=rows.hoisted,
         regions=lowered.regions,
         facts=marked.trace.facts,
+        tensors=tuple(marked.trace.tensors.values()),
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.accelerate import accelerate
@@ -44,6 +45,7 @@ from stepgraph.runtime.session.session import Session
 __version__ = "0.1.0"
 
 
+@checked
 def compile(
     model: nn.Module,
     plan: CachePlan,
@@ -72,6 +74,7 @@ def compile(
     return compile_plan(model, plan, example_inputs, CompileConfig(backend, exact, **options), factors)
 
 
+@checked
 def load(
     path: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None, verify: bool | None = None
 ) -> Executable:

@@ -1,11 +1,13 @@
 """How a plan is compiled."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from stepgraph.checks import check_flag, check_number
+from stepgraph.checked import check_fields
+from stepgraph.checks import check_number
+from stepgraph.errors import ArgumentError
 from stepgraph.errors import CompileError as CompileError
 
 BACKENDS = ("eager", "inductor")
@@ -33,6 +35,8 @@ class CompileConfig:
             does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
         strict: Refuse weights that hold other values than those by which the plan's actions were chosen; else they are
             followed, with a warning.
+        respecialize: Where other adapters are on than when it was compiled (a LoRA loaded, switched, fused or deleted), compile
+            the plan for the model as it is, at the beginning of a run; some of the last are kept. False refuses such runs.
         max_autotune: Let inductor time its kernels against each other; compiling then takes minutes.
     """
 
@@ -48,26 +52,23 @@ class CompileConfig:
     cuda_graphs: bool | None = False
     max_autotune: bool = False
     strict: bool = False
+    respecialize: bool = True
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if option.type in ("bool", bool):
-                check_flag(option.name, getattr(self, option.name), error=ValueError)
-        if self.cuda_graphs is not None:
-            check_flag("cuda_graphs", self.cuda_graphs, tail=", or None for where it goes", error=ValueError)
+        check_fields(self)
         if self.backend not in BACKENDS:
-            raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+            raise ArgumentError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.exact and self.backend != "eager":
-            raise ValueError(f"exact=True keeps the eager operations, but backend is {self.backend!r}; pass backend='eager'")
+            raise ArgumentError(f"exact=True keeps the eager operations, but backend is {self.backend!r}; pass backend='eager'")
         if self.slot_dtype not in (None, *SLOT_DTYPES):
-            raise ValueError(f"slot_dtype is {self.slot_dtype!r}; expected None or one of {', '.join(SLOT_DTYPES)}")
+            raise ArgumentError(f"slot_dtype is {self.slot_dtype!r}; expected None or one of {', '.join(SLOT_DTYPES)}")
         if self.exact and self.slot_dtype:
-            raise ValueError(
+            raise ArgumentError(
                 f"exact=True keeps stored values as they are, but slot_dtype is {self.slot_dtype!r}; leave one out"
             )
         limit = self.hoist_limit_mb
         if limit is not None and limit != math.inf:
-            check_number("hoist_limit_mb", limit, what="megabytes", tail=", or None for no limit", error=ValueError)
+            check_number("hoist_limit_mb", limit, what="megabytes", tail=", or None for no limit")
         if limit is not None:
             object.__setattr__(self, "hoist_limit_mb", float(limit))
 

@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepgraph.checked import checked
+from stepgraph.errors import ArgumentError
+
 VARIABLES = {
     "STEPGRAPH_DUMP": "folder for numbered graph dumps before and after each pass and row",
     "STEPGRAPH_DISABLE_PASS": "comma-separated names of optional passes to leave out",
@@ -34,18 +37,18 @@ def read_env() -> Env:
     """The current settings.
 
     Raises:
-        ValueError: A variable starts with STEPGRAPH_ but is not known, or has a value it cannot have.
+        ArgumentError: A variable starts with STEPGRAPH_ but is not known, or has a value it cannot have.
     """
     variables = {name: value for name, value in os.environ.items() if name.startswith("STEPGRAPH_")}
     unknown = sorted(set(variables) - set(VARIABLES))
     if unknown:
-        raise ValueError(f"unknown environment variable {unknown[0]}; known: {', '.join(VARIABLES)}")
+        raise ArgumentError(f"unknown environment variable {unknown[0]}; known: {', '.join(VARIABLES)}")
     check = variables.get("STEPGRAPH_CHECK", "0")
     if check not in ("0", "1", ""):
-        raise ValueError(f"STEPGRAPH_CHECK is {check!r}; expected 0 or 1")
+        raise ArgumentError(f"STEPGRAPH_CHECK is {check!r}; expected 0 or 1")
     level = variables.get("STEPGRAPH_LOG", "warning").lower()
     if level not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"STEPGRAPH_LOG is {level!r}; expected debug, info, warning or error")
+        raise ArgumentError(f"STEPGRAPH_LOG is {level!r}; expected debug, info, warning or error")
     dump = variables.get("STEPGRAPH_DUMP")
     disabled = frozenset(name.strip() for name in variables.get("STEPGRAPH_DISABLE_PASS", "").split(",") if name.strip())
     cache = Path(variables.get("STEPGRAPH_CACHE") or Path.home() / ".cache" / "stepgraph")
@@ -54,14 +57,15 @@ def read_env() -> Env:
     except ValueError:
         regions_mb = -1.0
     if not 0 <= regions_mb < float("inf"):
-        raise ValueError(f"STEPGRAPH_REGIONS is {variables['STEPGRAPH_REGIONS']!r}; expected megabytes, 0 or more")
+        raise ArgumentError(f"STEPGRAPH_REGIONS is {variables['STEPGRAPH_REGIONS']!r}; expected megabytes, 0 or more")
     providers = tuple(name.strip() for name in variables.get("STEPGRAPH_PROVIDERS", "").split(",") if name.strip())
     unknown = sorted(set(providers) - set(PROVIDERS))
     if unknown:
-        raise ValueError(f"STEPGRAPH_PROVIDERS names {unknown[0]!r}; the providers are {', '.join(PROVIDERS)}")
+        raise ArgumentError(f"STEPGRAPH_PROVIDERS names {unknown[0]!r}; the providers are {', '.join(PROVIDERS)}")
     return Env(Path(dump) if dump else None, disabled, level, check == "1", cache, regions_mb, providers)
 
 
+@checked
 def get_logger(name: str) -> logging.Logger:
     """The logger of a part of stepgraph, at the level of STEPGRAPH_LOG."""
     logger = logging.getLogger(f"stepgraph.{name}")

@@ -11,6 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stepgraph.adapters import active_adapters, base_names, tensors_of
+from stepgraph.checked import checked
+from stepgraph.checks import shown
 from stepgraph.contents import content_sums
 from stepgraph.errors import MismatchError
 from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_of
@@ -19,6 +22,7 @@ from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_
 _digests = WeakTensorKeyDictionary()
 
 
+@checked
 def has_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds values: it is neither on the meta device nor fake, and nothing that it is made of is."""
     return all(part.device.type != "meta" and not isinstance(part, FakeTensor) for part in inner_tensors(tensor).values())
@@ -27,21 +31,30 @@ def has_data(tensor: torch.Tensor) -> bool:
 def config_of(owner: Any) -> dict[str, Any]:
     """The public entries of a diffusers model's or scheduler's configuration."""
     config = getattr(owner, "config", None)
-    return {k: v for k, v in sorted(dict(config or {}).items()) if not k.startswith("_")}
+    config = config if isinstance(config, Mapping) else {}
+    return {k: v for k, v in sorted(config.items()) if not k.startswith("_")}
 
 
+@checked
 def hash_config(config: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of a configuration."""
     text = json.dumps(config, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@checked
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's bytes; of one that is no plain tensor, of its class, its attributes and its inner tensors.
 
     Raises:
-        MismatchError: It does not say which tensors it is made of.
+        MismatchError: It does not say which tensors it is made of, or holds no values.
     """
+    if tensor.layout != torch.strided:
+        raise MismatchError(f"{shown(tensor)} has the layout {tensor.layout}, whose contents are not told apart; make it dense")
+    if not has_data(tensor):
+        raise MismatchError(
+            f"{shown(tensor)} holds no values that could be told from others (it is fake, or on the meta device)"
+        )
     if is_plain(tensor):
         return _digest_of(tensor, tensor)
     parts = inner_tensors(tensor)
@@ -72,26 +85,30 @@ def _digest_of(tensor: torch.Tensor, keeper: torch.Tensor) -> bytes:
     return digest
 
 
+@checked
 def fingerprint(model: nn.Module) -> str:
-    """ "structure/contents" of a model, 16 hexadecimal digits each.
+    """ "structure/contents" of a model without its adapters, 16 hexadecimal digits each.
 
     The structure covers class, configuration, parameter and buffer names and shapes (not dtypes, which plans record on
-    their own); the contents cover dtypes and values, and are "-" for a model without data (fake or meta tensors).
+    their own); the contents cover dtypes and values, and are "-" for a model without data (fake or meta tensors). What peft's
+    tuner layers add counts for nothing here (`adapters_hash`), and what they stand in for has the name that it had before.
     """
     return f"{structure_hash(model)}/{contents_hash(model)}"
 
 
-def structure_hash(model: nn.Module) -> str:
-    """The first half of `fingerprint`, which reads no values."""
+@checked
+def structure_hash(model: nn.Module, adapters: bool = False) -> str:
+    """The first half of `fingerprint`, which reads no values; with adapters as parts of the model, if these are to count."""
     structure = hashlib.sha256(f"{type(model).__name__} {hash_config(config_of(model))}".encode())
-    for name, tensor in named_tensors(model):
+    for name, tensor in named_tensors(model, adapters):
         structure.update(f"{name} {tuple(tensor.shape)}".encode())
     return structure.hexdigest()[:16]
 
 
-def contents_hash(model: nn.Module) -> str:
-    """The second half of `fingerprint`."""
-    contents, tensors = hashlib.sha256(), named_tensors(model)
+@checked
+def contents_hash(model: nn.Module, adapters: bool = False) -> str:
+    """The second half of `fingerprint`; with adapters as parts of the model, if these are to count."""
+    contents, tensors = hashlib.sha256(), named_tensors(model, adapters)
     if not all(has_data(tensor) for _, tensor in tensors):
         return "-"
     for name, tensor in tensors:
@@ -99,17 +116,45 @@ def contents_hash(model: nn.Module) -> str:
     return contents.hexdigest()[:16]
 
 
-def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters and buffers with all of their names, by name."""
+@checked
+def named_tensors(model: nn.Module, adapters: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """A model's parameters and buffers with all of their names, by name; of its base unless adapters count."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return sorted(tensors, key=lambda item: item[0])
+    names = {} if adapters else base_names(model, [name for name, _ in tensors])
+    return sorted(
+        ((names.get(name, name), tensor) for name, tensor in tensors if adapters or name in names), key=lambda item: item[0]
+    )
 
 
+@checked
+def adapters_hash(model: nn.Module) -> str:
+    """16 hexadecimal digits of the adapters that take part in a model's forward: tensors and strengths.
+
+    Returns:
+        Nothing where none do: none is loaded, or those that are, are switched off; "-" where they have no data.
+    """
+    hashed, some = hashlib.sha256(), False
+    for path, adapter, tuner in active_adapters(model):
+        strength = vars(tuner).get("scaling", {}).get(adapter, 1.0)
+        merged = adapter in vars(tuner).get("merged_adapters", ())
+        brought = tensors_of(tuner, adapter)
+        if not all(has_data(tensor) for _, tensor in brought):
+            return "-"
+        if brought:
+            some = True
+            hashed.update(f"{path} {float(strength)!r} {merged}".encode())
+        for name, tensor in brought:
+            hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor_digest(tensor))
+    return hashed.hexdigest()[:16] if some else ""
+
+
+@checked
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
+@checked
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters; of what they stand for where they are quantised.
 

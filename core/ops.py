@@ -9,6 +9,7 @@ B batch, N tokens, C channels, R rank. Products with factors and linear combinat
 what has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts against [B, N, C].
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import stepgraph.op_shapes as op_shapes
+from stepgraph.checked import check_type, checked
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CompileError as CompileError
 from stepgraph.errors import OpError
@@ -102,6 +104,7 @@ class Op:
         Raises:
             OpError: None does; the message gives each one's reason.
         """
+        self._check_types(args, kwargs)
         load_providers()
         wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
         log, reasons = get_logger("ops"), list[str]()
@@ -118,8 +121,29 @@ class Op:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it with whichever provider takes these arguments."""
-        return self.choose(*args, **kwargs).run(*args, **kwargs)
+        """Run it with whichever provider takes these arguments.
+
+        Raises:
+            OpError: None does, or the arguments do not belong together.
+        """
+        provider = self.choose(*args, **kwargs)
+        try:
+            return provider.run(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # The reference takes more than `misfit` allows, so that it is asked only afterwards.
+            reason = self.misfit(*args, **kwargs)
+            if not reason or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise OpError(f"{self.name} does not take these arguments: {reason}") from error
+
+    def _check_types(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse what is no tensor, number or list of tensors where the reference is annotated with one."""
+        signature = inspect.signature(self.reference)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            check_type(f"{self.name}: {name}", value, signature.parameters[name].annotation)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+                    raise OpError(f"{self.name}: {name} has the layout {tensor.layout}; expected a dense tensor")
 
     @property
     def __name__(self) -> str:
@@ -186,6 +210,7 @@ def _op(fake: Callable[..., Any], misfit: Callable[..., str]) -> Callable[[Calla
     return add
 
 
+@checked
 def rows(modulation: Tensor, x: Tensor) -> Tensor:
     """A modulation [B, C] as it broadcasts over the tokens of `x` [B, N, C]; others as they are."""
     return modulation.unsqueeze(1) if op_shapes.per_batch(modulation, x) else modulation
@@ -269,10 +294,10 @@ def lowrank_delta(
         One tensor per map, in the shape and dtype of its y.
 
     Raises:
-        ValueError: Only one of scale and shift, or of gate and residual, is given.
+        OpError: Only one of scale and shift, or of gate and residual, is given.
     """
     if (scale is None) != (shift is None) or (gate is None) != (residual is None):
-        raise ValueError("scale goes with shift and gate with residual; only one of a pair is given")
+        raise OpError("scale goes with shift and gate with residual; only one of a pair is given")
     if scale is not None and shift is not None:
         x = modulated_norm.reference(x, scale, shift, eps)
     t = lowrank_input.reference(x, b) - p
@@ -335,10 +360,10 @@ def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
         In the shape and dtype of the values.
 
     Raises:
-        ValueError: The coefficients are neither as many as the values nor one more.
+        OpError: The coefficients are neither as many as the values nor one more.
     """
     if len(coefficients) - len(values) not in (0, 1):
-        raise ValueError(f"{len(coefficients)} coefficients for {len(values)} values; expected as many, or one more")
+        raise OpError(f"{len(coefficients)} coefficients for {len(values)} values; expected as many, or one more")
     total = coefficients[0] * _wide(values[0])
     for coefficient, value in zip(coefficients[1:], values[1:], strict=False):
         total = total + coefficient * _wide(value)

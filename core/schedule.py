@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepgraph.checked import check_fields
 from stepgraph.checks import check_number, check_numbers, check_whole
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.wrapped_models import unwrapped
@@ -85,6 +86,7 @@ class TimestepInput:
     operations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "the timestep's ")
         object.__setattr__(self, "operations", tuple(self.operations))
         for operation in self.operations:
             if not isinstance(operation, str) or not OPERATION.fullmatch(operation):

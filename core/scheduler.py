@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepgraph.checks import check_number, check_whole
+from stepgraph.checks import check_number, check_whole, shown
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, hash_config
 from stepgraph.schedule import Schedule, image_shift, image_tokens
+
+# More than any sampler takes; a scheduler would fill the memory with its timesteps.
+MOST_STEPS = 100_000
 
 
 def prepare_scheduler(
@@ -30,7 +33,8 @@ def prepare_scheduler(
         PlanError: `steps` is not a whole number that the scheduler takes; it does not take what the schedule has; it shifts by
             the size of the image, and the schedule has no mu; or nothing is left behind the schedule's beginning.
     """
-    check_whole("steps", steps, least=1)
+    check_scheduler(scheduler)
+    check_whole("steps", steps, 1, MOST_STEPS)
     schedule, prepared, name = schedule or Schedule(), copy.deepcopy(scheduler), type(scheduler).__name__
     arguments = _set_arguments(prepared, schedule)
     if config_of(scheduler).get("use_dynamic_shifting") and "mu" not in arguments:
@@ -48,6 +52,18 @@ def prepare_scheduler(
     if schedule.begin and hasattr(prepared, "set_begin_index"):
         prepared.set_begin_index(schedule.begin)
     return prepared
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse what is no scheduler.
+
+    Raises:
+        ArgumentError: The message says what is expected.
+    """
+    missing = [name for name in ("set_timesteps", "step", "config") if not hasattr(scheduler, name)]
+    if missing or isinstance(scheduler, type):
+        lacks = f", which has no {missing[0]}" if missing else ""
+        raise ArgumentError(f"scheduler is {shown(scheduler)}{lacks}; expected a diffusers scheduler, such as pipe.scheduler")
 
 
 def _set_arguments(scheduler: Any, schedule: Schedule) -> dict[str, Any]:
@@ -218,7 +234,20 @@ def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[di
     missing = sorted(set(cond) - set(negative))
     if missing:
         raise ArgumentError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
+    for name, value in cond.items():
+        _refuse_unlike(name, value, negative[name])
     return cond, negative
+
+
+def _refuse_unlike(name: str, cond: Any, uncond: Any) -> None:
+    """The halves of guidance go through the model in one batch: a tensor goes with one of its dtype, device and sizes."""
+    if not isinstance(cond, torch.Tensor):
+        return
+    alike = isinstance(uncond, torch.Tensor) and uncond.dtype == cond.dtype and uncond.device == cond.device
+    if not alike or not cond.ndim or cond.shape[1:] != uncond.shape[1:] or cond.ndim != uncond.ndim:
+        raise ArgumentError(
+            f"{name} is {shown(cond)} on {cond.device} and negative_{name} {shown(uncond)}; expected the same but for the rows"
+        )
 
 
 def together(cond: Any, uncond: Any) -> Any:

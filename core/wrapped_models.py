@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from stepgraph.errors import CompileError
@@ -40,6 +41,19 @@ def unwrapped(model: Any) -> Any:
             return model
         model = beneath
     return model
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """See that nothing is measured in another precision than it runs in.
+
+    Raises:
+        CompileError: Autocast is on.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise CompileError(
+            "autocast is on, but executables run without it, so that what is measured now would be of another model; convert "
+            "the model to the lower precision, and leave autocast"
+        )
 
 
 def uncompiled(part: Any) -> Any:

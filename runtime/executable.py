@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepgraph.checked import checked
 from stepgraph.runtime.artifact.write_artifact import write_artifact
 from stepgraph.runtime.attach.attach import attach, detach
 from stepgraph.runtime.export.export import export
@@ -26,6 +27,7 @@ class Executable(Compiled):
         """Give every pipeline this executable is attached to its own transformer back."""
         detach(self)
 
+    @checked
     def save(self, path: str | Path, with_weights: bool = False, scheduler: Any = None) -> None:
         """Write an artifact for `stepgraph.load`: data only, no code (docs/artifacts.md).
 
@@ -41,6 +43,7 @@ class Executable(Compiled):
         """
         write_artifact(self, path, with_weights, scheduler)
 
+    @checked
     def export(self, path: str | Path, format: str = "pt2", **options: Any) -> Path:
         """Write the executable as files that run, or are read, without stepgraph (`stepgraph.runtime.export.export.export`)."""
         return export(self, path, format, **options)

@@ -12,12 +12,17 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils.peft_utils import (
+    delete_adapter_layers,
+    recurse_remove_peft_layers,
+    set_weights_and_activate_adapters,
+)
 from rich.progress import track
 from torch import nn
 
@@ -53,11 +58,13 @@ class Change:
         what: In words.
         make: Does it.
         call: Arguments of the pipeline's call from then on.
+        before: What is done before the plan is made and compiled.
     """
 
     what: str
     make: Callable[[Any], Any]
     call: dict[str, Any] | None = None
+    before: Callable[[Any], Any] = field(default=lambda pipe: None)
 
 
 class Noted(logging.Handler):
@@ -96,6 +103,7 @@ def table(outcomes: dict[str, dict[str, str]]) -> str:
 def outcome_of(change: Change, kind: str) -> str:
     """What a change does to an image."""
     pipe = new_pipe()
+    change.before(pipe)
     plan = PLANS[kind](pipe)
     executable = compiled(pipe, plan)
     executable.attach(pipe)
@@ -216,10 +224,41 @@ def _optimizer_step(pipe: Any) -> None:
     torch.optim.SGD(parameters, lr=1e-3).step()
 
 
-def _add_adapter(pipe: Any) -> None:
+def _add_adapter(pipe: Any, name: str = "second", rank: int = 2) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), pipe.transformer, "second")
+    config = LoraConfig(r=rank, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    inject_adapter_in_model(config, pipe.transformer, name)
+
+
+def _set_adapters(*names: str) -> Callable[[Any], None]:
+    """As diffusers' `set_adapters` does it, at strength .5."""
+    return lambda pipe: set_weights_and_activate_adapters(pipe.transformer, list(names), [0.5] * len(names))
+
+
+def _delete(pipe: Any, name: str) -> None:
+    delete_adapter_layers(pipe.transformer, name)
+
+
+def _unload(pipe: Any) -> None:
+    recurse_remove_peft_layers(pipe.transformer)
+
+
+def _prepare_hotswap(pipe: Any) -> None:
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    prepare_model_for_compiled_hotswap(pipe.transformer, target_rank=4)
+
+
+def _hotswap(pipe: Any) -> None:
+    """What `load_lora_weights(..., hotswap=True)` does, with a LoRA of rank 3 and another strength."""
+    from peft import LoraConfig
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    layers = [name for name, module in pipe.transformer.named_modules() if hasattr(module, "set_scale")]
+    sides = {"lora_A": (3, 32), "lora_B": (32, 3)}
+    state = {f"{layer}.{side}.first.weight": torch.randn(shape) for layer in layers for side, shape in sides.items()}
+    hotswap_adapter_from_state_dict(pipe.transformer, state, "first", LoraConfig(r=3, lora_alpha=2))
 
 
 def _hook(pipe: Any) -> None:
@@ -248,7 +287,19 @@ CHANGES = (
     Change("a LoRA's strength (`set_scale`)", _each(lambda layer: layer.set_scale("first", 0.25))),
     Change("a LoRA switched off (`enable_adapters(False)`)", _each(lambda layer: layer.enable_adapters(False))),
     Change("a LoRA fused (`merge`)", _each(lambda layer: layer.merge())),
+    Change("a LoRA fused, then switched off", _each(lambda layer: (layer.merge(), layer.enable_adapters(False)))),
     Change("a second LoRA loaded", _add_adapter),
+    Change("another LoRA of two set, at another strength (`set_adapters`)", _set_adapters("second"), before=_add_adapter),
+    Change("two LoRAs set at once (`set_adapters`)", _set_adapters("first", "second"), before=_add_adapter),
+    Change("one LoRA of two deleted (`delete_adapters`)", lambda pipe: _delete(pipe, "second"), before=_add_adapter),
+    Change("the LoRA unloaded (`unload_lora`)", _unload),
+    Change("a first LoRA loaded after compiling", lambda pipe: _add_adapter(pipe, "first"), before=_unload),
+    Change("a LoRA prepared for hot-swapping, swapped for another", _hotswap, before=_prepare_hotswap),
+    Change(
+        "a LoRA prepared for hot-swapping, switched off",
+        _each(lambda layer: layer.enable_adapters(False)),
+        before=_prepare_hotswap,
+    ),
     Change("a LoRA's weights replaced", _each(lambda layer: nn.init.normal_(layer.lora_B["first"].weight, std=0.1))),
     Change("weights written through `.data`", _weights(_through_data)),
     Change("weights written in `torch.inference_mode`", _weights(_write_in_inference_mode)),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from stepgraph.checks import check_number, check_whole
+from stepgraph.checked import checked
+from stepgraph.checks import MOST_ROWS, check_number, check_whole, shown
 from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
@@ -26,12 +27,13 @@ from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps, image_tokens
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
-from stepgraph.wrapped_models import unwrapped
+from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
 
 
+@checked
 def calibrate(
     model: nn.Module,
     scheduler: Any,
@@ -40,8 +42,8 @@ def calibrate(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     provisional: torch.Tensor | None = None,
     metrics: Mapping[str, Metric] | None = None,
     channels: bool = True,
@@ -97,7 +99,7 @@ def calibrate(
 
 def calibrate_traced(
     traced: TracedModel, scheduler: Any, *, steps: int | None, samples: int, seed: int, guidance_scale: float,
-    conditioning: Mapping[str, torch.Tensor] | None = None, inputs: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None,
     provisional: torch.Tensor | None = None, metrics: Mapping[str, Metric] | None = None, channels: bool = True, lags: int = 3,
     eta: float = 0.0, allow_stochastic: bool = False, checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None, schedule: Schedule | Mapping[str, Any] | None = None,
@@ -131,6 +133,7 @@ def calibrate_traced(
         lags=lags,
     )  # fmt: skip
     latents = next(iter(inputs.values()))
+    refuse_autocast(latents.device)
     tokens = image_tokens(latents_shape(inputs), config_of(model))
     conditions = conditioning_of(traced, conditioning, samples, guided, latents.device, tokens)
     _refuse_other_names(inputs, conditions)
@@ -214,7 +217,7 @@ def _place() -> tuple[int, int]:
 
 def check_samples(samples: Any, world: int) -> None:
     """Refuse a number of samples that is none, or less than one per process."""
-    check_whole("samples", samples, 1, tail=", because every table is a mean over sampling runs")
+    check_whole("samples", samples, 1, MOST_ROWS, tail=", because every table is a mean over sampling runs")
     if samples < world:
         raise ArgumentError(
             f"samples is {samples}; expected at least {world}, because each of the {world} processes runs its own"
@@ -242,12 +245,19 @@ def conditioning_of(
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
     completed = complete_conditioning(model, given, tokens)
     completed |= {name: value for name, value in given.items() if name.startswith("negative_") and value is not None}
+    # PixArt's pipelines give the sizes of a model that is not conditioned on them as None.
+    completed = {name: value for name, value in completed.items() if not _is_nothing(value)}
     for name, value in completed.items():
         rows = value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None
         if rows is None or (rows != samples and name.removeprefix("negative_") not in family.unbatched):
-            got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            got = list(value.shape) if isinstance(value, torch.Tensor) else shown(value)
             raise ArgumentError(f"conditioning {name} is {got}; expected {samples} rows, one per sample")
     return {name: value.to(device) for name, value in completed.items()}
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a mapping has no entry but None."""
+    return isinstance(value, Mapping) and all(entry is None for entry in value.values())
 
 
 def _refuse_other_names(inputs: Mapping[str, Any], conditions: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stepgraph.checked import check_fields, checked
 from stepgraph.errors import ArgumentError, FileFormatError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.plan import PlanHeader, Site
@@ -46,6 +47,9 @@ class CalibrationStats:
     tables: Mapping[str, torch.Tensor]
     channels: Mapping[str, torch.Tensor] = field(default_factory=dict)
     eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the statistics' ")
 
     @property
     def magnitude(self) -> torch.Tensor:
@@ -111,6 +115,7 @@ class CalibrationStats:
         """
         return self.tables["ms"]
 
+    @checked
     def rate(self, metric: str = "v1") -> torch.Tensor:
         """A rate of change, [T, sites] (see `rates`); 1 in the first and last row, where there is none.
 
@@ -126,6 +131,7 @@ class CalibrationStats:
             raise ArgumentError(f"unknown metric {metric!r}; these statistics have {', '.join(known)}")
         return self.tables[f"rate.{metric}"].mean(0)
 
+    @checked
     def of_branch(self, name: str) -> "CalibrationStats":
         """The statistics of one branch.
 
@@ -138,12 +144,14 @@ class CalibrationStats:
         tables = {key: table if key in UNBRANCHED else table[at : at + 1] for key, table in self.tables.items()}
         return replace(self, branches=(name,), tables=tables)
 
+    @checked
     def plot(self, path: str | Path | None = None) -> "Figure":
         """The invariance pictures of the papers; written to `path` where given (see `stats_plot`)."""
         from stepgraph.compiler.calibration.stats_plot import plot_stats
 
         return plot_stats(self, path)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
         described = {
@@ -158,6 +166,7 @@ class CalibrationStats:
         write_tensor_record(path, FORMAT, VERSION, described, tensors)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "CalibrationStats":
         """Read a file written by `save`.
 

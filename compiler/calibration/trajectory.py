@@ -23,6 +23,7 @@ from stepgraph.scheduler import (
     stepped,
     without_variance,
 )
+from stepgraph.wrapped_models import refuse_autocast
 
 
 class Trajectory:
@@ -41,6 +42,7 @@ class Trajectory:
         guidance_scale: float,
         conditioning: Mapping[str, Any],
     ) -> None:
+        refuse_autocast(noise.device)
         self._scheduler = prepare_scheduler(scheduler, header.steps, noise.device, header.schedule)
         self._arguments = step_arguments(self._scheduler)
         self._cond, self._uncond = split_conditioning(dict(conditioning), guidance_scale)

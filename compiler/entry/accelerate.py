@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stepgraph.checked import checked
 from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
@@ -23,6 +24,7 @@ from stepgraph.files.whole_file import writable_folder
 from stepgraph.fingerprint import config_of
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.program.stated_facts import stated_facts
 from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
 from stepgraph.wrapped_models import unwrapped
@@ -30,6 +32,7 @@ from stepgraph.wrapped_models import unwrapped
 T = TypeVar("T", CachePlan, CalibrationStats)
 
 
+@checked
 def accelerate(
     pipe: Any,
     steps: int | None = None,
@@ -95,10 +98,11 @@ def accelerate(
     traced, inputs = TracedModel(transformer), example_inputs(transformer, batch, conditioning)
     chosen, count = counted_steps(schedule, steps, pipe.scheduler, 50)
     chosen = _of_pipeline(chosen, count, pipe, traced.family)
-    header = make_header(transformer, pipe.scheduler, count, traced.marked(inputs), schedule=chosen)
+    marked = traced.marked(inputs)
+    header = make_header(transformer, pipe.scheduler, count, marked, schedule=chosen)
     if not allow_stochastic:
         refuse_stochastic(pipe.scheduler, count, header.schedule)
-    circumstances = asdict(header)
+    circumstances = {**asdict(header), "facts": _key(stated_facts(marked.trace.facts))}
     measured = POLICIES[policy].wants_stats(policy_arguments)
 
     def unfinished(file: Path) -> Path:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checks import check_device
 from stepgraph.compiler.entry.load_model import SCHEDULERS, model_class
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.errors import ArgumentError, CompileError, FileFormatError, PlanError, TraceError
+from stepgraph.errors import ArgumentError, CompileError, FileFormatError, MismatchError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
 from stepgraph.fingerprint import model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
@@ -21,6 +22,8 @@ from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.artifact.artifact import Artifact, current_versions
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
+from stepgraph.runtime.program.program import zero_inputs
+from stepgraph.runtime.program.stated_facts import other_facts, stated_facts
 from stepgraph.schedule import timestep_of
 from stepgraph.tolerances import FIRST_STEP, tolerance
 from stepgraph.wrapped_models import unwrapped
@@ -47,11 +50,12 @@ def compile_artifact(
     model = unwrapped(model)
     path = artifact.path
     # Weights that an artifact brings are its own; those that are given need be no others than the plan follows.
-    values = artifact.model["fingerprint"].split("/")[-1] if model is None else "-"
+    built = model is None
+    values = artifact.model["fingerprint"].split("/")[-1] if built else "-"
     if model is None:
-        model = build_model(artifact, device or "cpu")
+        model = build_model(artifact, check_device("device", device or "cpu"))
     place = next(model.parameters()).device
-    if device is not None and torch.device(device).type != place.type:
+    if device is not None and check_device("device", device).type != place.type:
         raise CompileError(f"the model is on {place}, but device is {device}; move the model, or leave device out")
     structure = artifact.model["fingerprint"].split("/")[0]
     refuse_model(f"{path}: the artifact is", (artifact.model["class"], f"{structure}/{values}", artifact.model["dtype"]), model)
@@ -63,13 +67,20 @@ def compile_artifact(
     except (PlanError, TraceError) as error:
         # An artifact can state inputs that its model does not take.
         raise FileFormatError(f"{path}: {error}") from error
+    difference = other_facts(artifact.model.get("facts", {}), stated_facts(executable.default.facts)) if built else None
+    if difference is not None:
+        place_of, saved, rebuilt = difference
+        raise MismatchError(
+            f"{path}: the model that was saved had {place_of} = {saved}, one of its class and configuration has {rebuilt}; "
+            f"make the model as it was, load its weights, and pass it: stepgraph.load(path, model)"
+        )
     others = {name: (recorded, now) for name, recorded, now in _versions(artifact) if recorded != now}
     compared = verify or (bool(others) and verify is None)
     if others:
         # Texts from outside must not write to a terminal.
         said = ", ".join(f"{name} {recorded!a} (here {now})" for name, (recorded, now) in others.items())
         then = "its first step is compared with the model's" if compared else "nothing is compared with the model's steps"
-        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=4)
+        warnings.warn(f"{path} was made with {said}; {then}", UserWarning, stacklevel=5)
     if compared:
         verify_first_step(executable)
     return executable
@@ -78,17 +89,6 @@ def compile_artifact(
 def _versions(artifact: Artifact) -> list[tuple[str, str, str]]:
     now = current_versions()
     return [(name, artifact.versions[name], now[name]) for name in ("stepgraph", "torch", "diffusers")]
-
-
-def zero_inputs(described: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Forward arguments of an artifact's shapes."""
-
-    def made(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return torch.zeros(value[0], dtype=value[1], device=device)
-        return zero_inputs(value, device) if isinstance(value, dict) else value
-
-    return {name: made(value) for name, value in described.items()}
 
 
 def verify_first_step(executable: Executable) -> None:
@@ -139,6 +139,8 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     try:
         with torch.device("meta"):
             model: nn.Module = kind(**about["config"])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
         raise FileFormatError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
@@ -222,5 +224,7 @@ def build_scheduler(artifact: Artifact) -> Any:
         )
     try:
         return getattr(diffusers, name).from_config(dict(config))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise FileFormatError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

@@ -124,6 +124,8 @@ def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.
 
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error

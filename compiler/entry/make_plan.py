@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
@@ -29,6 +30,7 @@ def runs_model(policy: str) -> bool:
     return policy in POLICIES and any(name in MODEL_SERVICES for name in inspect.signature(POLICIES[policy].decide).parameters)
 
 
+@checked
 def make_plan(
     policy: str,
     stats: CalibrationStats | None = None,

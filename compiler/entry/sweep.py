@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.calibrate import conditioning_of
 from stepgraph.compiler.calibration.stats import CalibrationStats
@@ -25,6 +26,7 @@ from stepgraph.scheduler import prepare_scheduler
 from stepgraph.wrapped_models import unwrapped
 
 
+@checked
 def sweep(
     policy: str,
     stats: CalibrationStats | None = None,

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_whole
 from stepgraph.compiler.forecast.forecasts import HIGHEST, RULES
 from stepgraph.errors import ArgumentError, PlanError
@@ -23,6 +24,7 @@ from stepgraph.plan import (
 from stepgraph.plan.corrections import Forecast
 
 
+@checked
 def forecast(
     plan: CachePlan,
     rule: str = "taylor",
@@ -73,6 +75,7 @@ def forecast(
     return with_cells(plan, changed, by_cell, record | chosen(kinds, sites))
 
 
+@checked
 def lowrank(
     plan: CachePlan,
     *,

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.forecast.correct_plan import chosen, find_cells, with_cells
 from stepgraph.compiler.forecast.fit_in_closed_loop import (
     FULL,
@@ -28,6 +28,7 @@ WHOLE_STEP = ("y1", "y2", "x0", "x1")
 TARGETS = (STATE, FULL, OWN)
 
 
+@checked
 def fit_whole_step(
     plan: CachePlan,
     model: nn.Module,
@@ -37,7 +38,7 @@ def fit_whole_step(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = STATE,
     per_branch: bool = False,
     ridge: float = 1e-10,
@@ -93,6 +94,7 @@ def fit_traced(
     return _fitted_plan(plan, traced, scheduler, terms, ["output"], None, runs, factors, "fit_whole_step")
 
 
+@checked
 def fit_forecast(
     plan: CachePlan,
     model: nn.Module,
@@ -104,7 +106,7 @@ def fit_forecast(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,
@@ -139,6 +141,7 @@ def fit_forecast(
     return _fitted_plan(plan, traced, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
+@checked
 def residual_affine(
     plan: CachePlan,
     model: nn.Module,
@@ -147,7 +150,7 @@ def residual_affine(
     samples: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     target: str = FULL,
     ridge: float = 1e-10,
     factors: Factors | None = None,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepgraph.checks import shown
 from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS, CachePlan, Site
 from stepgraph.plan.header import CHOICE, NOTHING
@@ -53,7 +54,7 @@ def chosen_kinds(kinds: Any, sites: Sequence[Site]) -> list[str]:
     if kinds is None:
         return [kind for kind in present if kind in MODULE_KINDS]
     if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
-        raise ArgumentError(f"kinds is {kinds!r}; expected a list, such as {present[:2]}")
+        raise ArgumentError(f"kinds is {shown(kinds)}; expected a list, such as {present[:2]}")
     unknown = sorted(set(kinds) - set(present))
     if unknown:
         raise ArgumentError(f"unknown kind {unknown[0]!r}; this model has {', '.join(present)}")

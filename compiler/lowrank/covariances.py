@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepgraph.checked import check_fields, checked
 from stepgraph.checks import check_number, check_whole, is_whole
 from stepgraph.compiler.calibration.calibrate import check_guidance, check_samples, digest
 from stepgraph.compiler.lowrank.check_moments import check_moments
@@ -25,7 +26,7 @@ from stepgraph.plan.json import parse_record
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
-from stepgraph.wrapped_models import unwrapped
+from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
 FORMAT = "stepgraph-covariances"
 VERSION = 1
@@ -59,6 +60,10 @@ class Covariances:
     passes: int = 1
     plan: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "the covariances' ")
+
+    @checked
     def name_of(self, path: str) -> str:
         """Name of what a linear map, or a site's module, reads.
 
@@ -69,6 +74,7 @@ class Covariances:
             raise PlanError(f"no covariance of {path!r} was measured; measure it with its kind among kinds, or with whole=True")
         return self.inputs[path]
 
+    @checked
     def matrix(self, path: str) -> Tensor:
         """E[dx dx^T] of what a module reads, [C, C] float64.
 
@@ -95,11 +101,13 @@ class Covariances:
             )
         return covariance
 
+    @checked
     def directions(self, path: str) -> int | None:
         """How many directions the sketch of what a map reads has; None where its whole covariance was measured."""
         name = f"sketch/{self.name_of(path)}"
         return self.tensors[name].shape[0] if name in self.tensors else None
 
+    @checked
     def cross(self, site: str) -> tuple[Tensor, float]:
         """E[dy dx^T] [C_out, C] float64 and E||dy||^2 of a site's module.
 
@@ -118,6 +126,7 @@ class Covariances:
         """For sketches: the share of E||dx||^2 that a direction can at most lack, per name; empty for whole covariances."""
         return {name: n["removed"] / max(n["trace"], 1e-300) for name, n in self.numbers.items() if "removed" in n}
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
         names = ("guidance_scale", "periods", "conditioning", "inputs", "numbers", "passes", "plan")
@@ -125,6 +134,7 @@ class Covariances:
         write_tensor_record(path, FORMAT, VERSION, described, {name: self.tensors[name] for name in self.tensors})
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Covariances":
         """Read a file written by `save`.
 
@@ -145,6 +155,7 @@ class Covariances:
         return cls(header, scale, periods, used, inputs, tensors, numbers, passes, str(described.get("plan", "")))
 
 
+@checked
 def measure_covariances(
     model: nn.Module,
     scheduler: Any,
@@ -156,8 +167,8 @@ def measure_covariances(
     period: int | Sequence[int] | None = None,
     plan: CachePlan | None = None,
     factors: Factors | None = None,
-    conditioning: Mapping[str, Tensor] | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     kinds: Sequence[str] | None = None,
     whole: bool = False,
     memory_gb: float | None = None,
@@ -227,6 +238,7 @@ def measure_covariances(
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = PassResults(groups, samples * evaluations, on_step)
     latents = next(iter(example.values()))
+    refuse_autocast(latents.device)
     for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)

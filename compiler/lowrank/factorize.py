@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.lowrank.allocate_ranks import RankedMap, allocate_ranks
@@ -45,6 +47,7 @@ WANTS: Mapping[type | None, str] = {
 }
 
 
+@checked
 def factorize(
     model: nn.Module,
     source: Source = None,
@@ -56,7 +59,7 @@ def factorize(
     kinds: Sequence[str] | None = None,
     shrinkage: float | None = None,
     chunk: int = 8,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Factors:
     """Factors A [C_out, r] and B [r, C_in] of every linear map inside module sites.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from stepgraph.checks import shown
 from stepgraph.compiler.calibration.calibrate import conditioning_of
 from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph
@@ -163,7 +164,7 @@ def check_kinds(marked: MarkedGraph, kinds: Sequence[str] | None) -> list[str]:
     wanted = [kinds] if isinstance(kinds, str) else list(present if kinds is None else kinds)
     unknown = [kind for kind in wanted if kind not in present]
     if unknown or not wanted:
-        raise ArgumentError(f"kinds is {kinds!r}; this model's module sites are of the kinds {', '.join(present)}")
+        raise ArgumentError(f"kinds is {shown(kinds)}; this model's module sites are of the kinds {', '.join(present)}")
     return wanted
 
 

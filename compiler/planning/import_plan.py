@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.importers import IMPORTERS
 from stepgraph.compiler.tracing.describe import make_header
 from stepgraph.compiler.tracing.traced_model import marked_graph
@@ -24,6 +25,7 @@ from stepgraph.scheduler import refuse_stochastic
 from stepgraph.wrapped_models import unwrapped
 
 
+@checked
 def import_plan(
     path: str | Path,
     model: nn.Module,

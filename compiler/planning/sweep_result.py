@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.checked import checked
 from stepgraph.metrics import error_at_equal_macs
 from stepgraph.plan import CachePlan
 
@@ -84,10 +85,12 @@ class Sweep:
         index = find_knee([(point.macs, point.error) for point in self.points])
         return None if index is None else self.points[index]
 
+    @checked
     def fewer_steps_error(self, macs: float) -> float | None:
         """The error of fewer steps at these MACs (`error_at_equal_macs`); None below the fewest measured."""
         return error_at_equal_macs([*((step.macs, step.error) for step in self.baseline), (self.macs_full, 0.0)], macs)
 
+    @checked
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Error against MACs with the knee and the baseline; written to `path` where given."""
         from stepgraph.compiler.planning.sweep_plot import plot_sweep

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.checks import check_number
+from stepgraph.checked import check_fields, checked
+from stepgraph.checks import check_number, is_finite
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.errors import FileFormatError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
@@ -40,22 +41,25 @@ class Router:
     history: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
 
     def __post_init__(self) -> None:
+        check_fields(self, "the router's ")
         expected = (len(self.header.timesteps), len(self.sites))
         if tuple(self.logits.shape) != expected:
             raise PlanError(f"the logits are {list(self.logits.shape)}; expected {list(expected)}, steps x module sites")
-        if not self.logits.isfinite().all():
-            raise PlanError("the logits hold NaN or infinite values; train the routers again")
+        if not is_finite(self.logits):
+            raise PlanError("the logits hold NaN or infinite values, or none; train the routers again")
 
     @property
     def full(self) -> tuple[bool, ...]:
         """Which steps compute everything."""
         return full_steps(len(self.header.timesteps), self.settings.run, self.settings.shift)
 
+    @checked
     def reused(self, theta: float) -> torch.Tensor:
         """[T, sites] bool: what routed steps reuse, which is where sigmoid(logit) does not lie above theta."""
         check_number("theta", theta, 0, 1, what="a probability")
         return (torch.sigmoid(self.logits.float()) <= theta) & ~torch.tensor(self.full)[:, None]
 
+    @checked
     def refuse_other(self, header: PlanHeader, what: str) -> None:
         """Compare with the model and schedule that a plan is made for.
 
@@ -67,11 +71,13 @@ class Router:
             if trained != wanted:
                 raise MismatchError(f"{what}: trained for {name} {trained}, but the plan is for {wanted}; train routers for it")
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the header as JSON; it appears whole or not at all."""
         write_router(path, FORMAT, self.header, self.sites, self.settings, {"logits": self.logits, "history": self.history})
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Router":
         """Read a file written by `save`.
 
@@ -84,6 +90,7 @@ class Router:
         except PlanError as error:
             raise FileFormatError(f"{path}: {error}") from error
 
+    @checked
     def export(self, path: str | Path) -> None:
         """Write the checkpoint form of the paper's DiT code, which `import_plan` reads.
 

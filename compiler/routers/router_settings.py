@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stepgraph.checked import check_fields
 from stepgraph.checks import check_number, check_whole
 from stepgraph.errors import ArgumentError
 
@@ -49,6 +50,7 @@ class RouterSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in (("iterations", 1), ("batch", 1), ("pool", 1), ("run", 1), ("shift", 0), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         check_number("lam", self.lam)

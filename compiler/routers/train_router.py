@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
@@ -25,6 +26,7 @@ CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
 
 
+@checked
 def train_router(
     model: nn.Module,
     scheduler: Any,
@@ -32,7 +34,7 @@ def train_router(
     steps: int,
     settings: RouterSettings | None = None,
     data: torch.Tensor | None = None,
-    conditioning: Mapping[str, torch.Tensor] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
     on_step: Callable[[int, int], None] | None = None,
@@ -69,7 +71,7 @@ def train_router(
 
 def train_traced(
     traced: TracedModel, scheduler: Any, *, steps: int, settings: RouterSettings | None = None,
-    data: torch.Tensor | None = None, conditioning: Mapping[str, torch.Tensor] | None = None,
+    data: torch.Tensor | None = None, conditioning: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None, every: int = 100, on_step: Callable[[int, int], None] | None = None,
 ) -> Router:  # fmt: skip
     """`train_router`, on the graphs of a traced model, so that it is traced for no signature twice."""
@@ -229,7 +231,7 @@ def _states(
     steps: int,
     settings: RouterSettings,
     data: torch.Tensor | None,
-    conditioning: Mapping[str, torch.Tensor] | None,
+    conditioning: Mapping[str, Any] | None,
 ) -> States:
     """The source of states that the settings ask for."""
     pool, batch, dropout, seed = settings.pool, settings.batch, settings.label_dropout, settings.seed + 2
@@ -256,7 +258,7 @@ def _states(
     )
 
 
-def _digest(data: torch.Tensor | None, conditioning: Mapping[str, torch.Tensor] | None) -> str:
+def _digest(data: torch.Tensor | None, conditioning: Mapping[str, Any] | None) -> str:
     """Hash of the data that the user gave; empty where the model makes its own."""
     tensors = ([] if data is None else [data]) + [value for _, value in sorted((conditioning or {}).items())]
     return hashlib.sha256(b"".join(map(tensor_digest, tensors))).hexdigest()[:16] if tensors else ""

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
+from stepgraph.checks import MOST_ROWS, check_whole, shown
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import ArgumentError, PlanError
-from stepgraph.fingerprint import config_of, dtype_name, fingerprint, model_dtype
+from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
@@ -19,6 +21,7 @@ from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
 from stepgraph.wrapped_models import unwrapped
 
 
+@checked
 def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments of the right shapes for a model's forward, on its device and in its dtype.
 
@@ -33,9 +36,10 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
         ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
     model = unwrapped(model)
+    family = family_of(model)
+    check_whole("batch", batch, 1, MOST_ROWS)
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-    family = family_of(model)
     usual = family.example_inputs(config_of(model), batch, model_dtype(model), device)
     if conditioning is None:
         return usual
@@ -107,6 +111,8 @@ def _like(value: Any, batch: int, batched: bool, device: torch.device, name: str
         return {key: _like(entry, batch, batched, device, f"{name}.{key}") for key, entry in value.items()}
     if not isinstance(value, torch.Tensor):
         return value
+    if not has_data(value):
+        raise ArgumentError(f"conditioning {name} is {shown(value)} on {value.device}; expected a tensor that holds values")
     if not batched:
         return value.to(device)
     if not value.ndim or not value.shape[0]:
@@ -152,6 +158,7 @@ def make_header(
         branches=branches_of(guidance),
         schedule=schedule,
         timestep=marked.family.timestep,
+        adapters=adapters_hash(model).replace("-", ""),
     )
 
 
@@ -176,16 +183,21 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
     flat = flat_inputs(inputs)
     planned, shapes = plan.header.shapes, input_shapes(flat, unbatched)
     if set(planned) != set(shapes):
-        raise PlanError(f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes)}")
+        missing = [f"{name} is missing" for name in planned if name not in shapes]
+        more = [f"{name} is not among them" for name in shapes if name not in planned]
+        raise PlanError(
+            f"the plan is for the tensor inputs {', '.join(planned)}; given are {', '.join(shapes) or 'none'}: "
+            f"{', '.join(missing + more)}; pass just these, or make a plan with example_inputs= as it will be called"
+        )
     batched = {name: flat[name] for name in shapes if name not in unbatched}
     latents = next(iter(batched))
     for name, shape in shapes.items():
         what = _what_differs(name, name in (latents, "img_ids"), planned[name], shape)
         if what == "shape" or (what and rests_on_measurement(plan)):
             sizes = [", ".join([*([] if name in unbatched else ["batch"]), *map(str, s)]) for s in (planned[name], shape)]
-            more = ", measured with conditioning= of these shapes" if what == "number of tokens" else ""
+            measuring = ", measured with conditioning= of these shapes" if what == "number of tokens" else ""
             raise PlanError(
-                f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this {what}{more}"
+                f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this {what}{measuring}"
             )
     if dtype_name(batched[latents].dtype) != plan.header.dtype:
         raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")
@@ -195,7 +207,11 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             f"the input {empty[0]} has no samples: its shape is {list(batched[empty[0]].shape)}, expected [batch, ...]"
         )
     if len({value.shape[0] for value in batched.values()}) != 1:
-        raise PlanError(f"the inputs disagree on the batch size: { {name: v.shape[0] for name, v in batched.items()} }")
+        rows = {name: value.shape[0] for name, value in batched.items()}
+        raise PlanError(
+            f"the inputs disagree on the batch size: {rows}; a graph is made for one size and repeats no row: give every "
+            f"input as many, such as by .expand({max(rows.values())}, ...)"
+        )
 
 
 def _what_differs(name: str, image: bool, planned: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -2,17 +2,18 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
 
+from stepgraph.adapters import active_in
 from stepgraph.compiler.tracing.read_globals import Globals
-from stepgraph.compiler.tracing.strengths import Place, Strengths
-from stepgraph.runtime.program.facts import NOTHING, Facts, Names, Strength, facts_of
-from stepgraph.runtime.program.freeze import LIBRARIES, Frozen, freeze
+from stepgraph.compiler.tracing.strengths import HALVES, Place, Strengths, write_through
+from stepgraph.runtime.program.facts import GATE, NOTHING, STORES, Facts, Strength, facts_of
+from stepgraph.runtime.program.freeze import LIBRARIES, Frozen, root_of
 
 # What every module has, and its calls look at.
 OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
@@ -31,47 +32,65 @@ class Reads:
         self.model, self.strengths, self._again = model, strengths, again
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.values: dict[str, dict[str, Frozen]] = {path: {} for path in self.paths.values()}
-        self.others: dict[int, tuple[nn.Module, dict[str, Frozen]]] = {}
         self.globals = Globals()
+        self._others: list[nn.Module] = []
         self._kinds: set[tuple[type, str]] = set()
         self._seen: set[tuple[int, str]] = set()
         self._thread = threading.get_ident()
 
-    def read(self, module: nn.Module, name: str, value: Any) -> Any:
-        """Take down that an attribute was read; returns what the forward gets for it."""
+    def read(self, module: nn.Module, name: str, value: Any, inside: bool = False) -> Any:
+        """Take down that an attribute was read, maybe inside of an operation; returns what the forward gets for it."""
         if name in OF_EVERY_MODULE or threading.get_ident() != self._thread or name.startswith("__"):
-            return value
+            return self._all(module, value) if name == "__dict__" and threading.get_ident() == self._thread else value
         attributes = object.__getattribute__(module, "__dict__")
         if not self._again and (id(module), name) not in self._seen:
             self._note(module, name, attributes)
         path = self.paths.get(id(module))
-        return self.strengths.read(path, name, value) if path is not None and name in attributes else value
+        if path is None or name not in attributes or inside:
+            return value
+        return self.strengths.read(path, name, value, type(module))
+
+    def _all(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        """What the forward gets for all attributes of a module; torch's own code reads them of every module."""
+        caller = str(sys._getframe(3).f_globals.get("__name__"))
+        if self._again or caller.partition(".")[0] in ("torch", "stepgraph"):
+            return attributes
+        return AttributesRead(attributes, lambda name: self.read(module, name, attributes.get(name)))
 
     def note_absent(self, module: nn.Module, name: str) -> None:
-        """Take down that a module was asked for what it does not have."""
+        """Take down that a module was asked for what is not among its attributes: a tensor, a submodule, or nothing."""
         if not self._again and threading.get_ident() == self._thread and not name.startswith("__"):
             self._note(module, name, object.__getattribute__(module, "__dict__"))
 
     def _note(self, module: nn.Module, name: str, attributes: dict[str, Any]) -> None:
         self._seen.add((id(module), name))
         path = self.paths.get(id(module))
-        values = self.others.setdefault(id(module), (module, {}))[1] if path is None else self.values[path]
+        if path is None:
+            self._of_other(module, name, attributes)
+            return
         if name in attributes:
             if name != "training" or attributes.get("p") != 0.0:
-                values[name] = freeze(attributes[name])
-                self.globals.add_value(attributes[name])
+                self.values[path][name] = self.globals.frozen(attributes[name])
             return
         self._of_class(type(module), name)
-        values[name] = NOTHING
+        # A plain attribute that comes to stand before a tensor or a submodule is a matter of the model's structure.
+        if not any(name in attributes[store] for store in STORES):
+            self.values[path][name] = NOTHING
+
+    def _of_other(self, module: nn.Module, name: str, attributes: dict[str, Any]) -> None:
+        """Take down what was read of a module that is none of the model's, whose tensors nobody else looks after."""
+        self._others.append(module)
+        for store in (attributes, *(attributes[store] for store in STORES)):
+            self.globals.note(f"a {type(module).__name__} in no module: ", store, name)
+            if name in store:
+                return
+        self._of_class(type(module), name)
 
     def _of_class(self, kind: type, name: str) -> None:
         """Take down what the classes of a module have under a name."""
-        for owner in kind.__mro__:
-            if (owner, name) not in self._kinds and owner not in (object, nn.Module):
-                self._kinds.add((owner, name))
-                self.globals.note(f"{owner.__qualname__}.", vars(owner), name)
-            if name in vars(owner):
-                return
+        if (kind, name) not in self._kinds:
+            self._kinds.add((kind, name))
+            self.globals.note_of_class(kind, name)
 
     def note_frames(self) -> None:
         """Take down which functions of the model are running."""
@@ -94,16 +113,95 @@ class Reads:
     def facts(self) -> Facts:
         """All of it; after the forward."""
         for kind in {type(module) for module in self.model.modules()}:
-            if kind.__module__.partition(".")[0] not in LIBRARIES:
-                self._of_class(kind, "forward")
-        others = tuple(Names(f"a {type(m).__name__} in no module: ", vars(m), read) for m, read in self.others.values())
-        strengths = [self._strength(place) for place in sorted(self.strengths.places.keys() - self.strengths.fixed, key=repr)]
+            self._of_class(kind, "forward")
+            if root_of(kind) in LIBRARIES:
+                self._of_leaf(kind)
+        numbers = self.strengths
+        strengths = [self._strength(place) for place in sorted(numbers.places.keys() - numbers.fixed, key=repr)]
         followed = tuple(strength for strength in strengths if strength.constants)
-        return facts_of(self.model, self.values, (*others, *self.globals.names()), followed)
+        unread = frozenset(Strength(*place, 0.0, ()).path for place in numbers.unread - numbers.fixed)
+        return facts_of(self.model, self.values, self.globals.names(), followed, unread)
+
+    def _of_leaf(self, kind: type) -> None:
+        """Take down which functions a class of torch's computes with."""
+        names = names_in_forward(kind)
+        self.globals.add_names(f"{kind.__module__}.", vars(sys.modules[kind.__module__]), sorted(names))
+        for name in names - OF_EVERY_MODULE:
+            if isinstance(getattr(kind, name, None), FunctionType):
+                self._of_class(kind, name)
 
     def _strength(self, place: Place) -> Strength:
-        constants = [constant for (of, _), constant in self.strengths.constants.items() if of == place]
-        return Strength(*place, self.strengths.places[place], tuple(constants))
+        constants = tuple(constant for (of, _), constant in self.strengths.constants.items() if of == place)
+        dtype = self.strengths.halves.get(place)
+        halves = dtype if dtype in HALVES else None
+        asked = place in self.strengths.asked
+        return Strength(*place, self.strengths.places[place], constants, halves, self._is_gated(place), asked)
+
+    def _is_gated(self, place: Place) -> bool:
+        """Whether a strength is of a LoRA prepared for hot-swapping that is all its layer adds: it is off where this is 0."""
+        attributes = vars(self.model.get_submodule(place[0]))
+        active = [name for name in active_in(self.model.get_submodule(place[0])) if name in attributes.get("scaling", {})]
+        places = {(place[0], "scaling", (name,)) for name in active}
+        plain = not attributes.get("lora_variant") and not attributes.get("merged_adapters") and not attributes.get(GATE)
+        followed = {of for of, _ in self.strengths.constants} - self.strengths.fixed
+        return plain and place in self.strengths.tensors and place in places <= followed & self.strengths.tensors
+
+
+class AttributesRead(dict[str, Any]):
+    """The attributes of a module as a dict that tells what is read of it; what is written to it is written to the real one.
+
+    Args:
+        real: The module's own.
+        read: Takes down that one was read; returns what the forward gets.
+    """
+
+    def __init__(self, real: dict[str, Any], read: Callable[[str], Any]) -> None:
+        super().__init__(real)
+        self.real, self._read = real, read
+
+    def __getitem__(self, name: str) -> Any:
+        """Read one."""
+        value = self._read(name)
+        return value if name in self.real else super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one is read, too."""
+        self._read(str(name))
+        return name in self.real
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Read one that may not be there."""
+        self._read(name)
+        return self.real.get(name, default) if name not in self.real else self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Whoever goes through them reads all."""
+        for name in list(self.real):
+            self._read(name)
+            yield name
+
+    def values(self) -> Any:
+        """All of them."""
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        """All of them, by name."""
+        return [(name, self[name]) for name in self]
+
+    def keys(self) -> Any:
+        """All names."""
+        return list(self)
+
+    def copy(self) -> dict[str, Any]:
+        """All of them."""
+        return dict(self.items())
+
+    def note_all(self) -> None:
+        """Take down that all were read."""
+        list(self)
+
+
+write_through(AttributesRead)
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from stepgraph.adapters import in_training
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.compiler.tracing.pause_garbage_collector import older_objects_aside, pause_garbage_collector
 from stepgraph.compiler.tracing.record_facts import Reads
@@ -68,6 +69,11 @@ class Trace:
     facts: Facts
     seconds: float = 0.0
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The constants but for those that stand for strengths."""
+        return {name: value for name, value in self.constants.items() if not name.startswith(STRENGTH)}
+
     def bind(self, model: nn.Module, graph: fx.Graph | None = None) -> fx.GraphModule:
         """The graph (or a rewritten one) on a model's parameters and modules, which are shared and not copied."""
         graph = graph or self.graph
@@ -90,11 +96,17 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
             twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
     """
-    training = next((path or type(model).__name__ for path, module in model.named_modules() if module.training), None)
+    training = in_training(model)
     if training is not None:
         raise TraceError(f"{training} is in training mode, where dropout is random; call model.eval() first")
     for name, value in flat_inputs(inputs).items():
-        if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(leaf, nn.Module) for leaf in leaves):
+            raise TraceError(
+                f"the input {name} brings a module, whose weights and values a graph would not follow; make it a part of "
+                f"the model"
+            )
+        if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TraceError(
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
@@ -128,17 +140,25 @@ def _record_twice(
     """Run the forward twice, the second time with other strengths.
 
     Returns:
-        None where it did something else then.
+        None where it did something else then, or could do nothing with a number that is no float of C.
 
     Raises:
         TraceError: It did something else although there are no strengths.
     """
-    first = _record(model, inputs, made, strengths)
-    followed = frozenset(place for place, _ in strengths.constants) - strengths.fixed
+    try:
+        first = _record(model, inputs, made, strengths)
+    except TraceError:
+        if not strengths.places:
+            raise
+        return None
+    if strengths.fixed & strengths.tensors:
+        # A number is baked in that is written to in place.
+        return None
+    # What was not asked for either: it must make no difference.
+    followed = (frozenset(place for place, _ in strengths.constants) | strengths.unread) - strengths.fixed
     try:
         second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
-        ordinary = {name: value for name, value in first.constants.items() if not name.startswith(STRENGTH)}
-        refuse_other_operations(first.graph, second.graph, ordinary, second.constants)
+        refuse_other_operations(first.graph, second.graph, first.tensors, second.constants)
     except TraceError:
         if not followed:
             raise
@@ -201,17 +221,15 @@ def _run(
         return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
-        try:
-            value = getattribute(module, name)
-        except AttributeError:
+        if not tracer.inside:
             reads.note_absent(module, name)
-            raise
+        value = getattribute(module, name)
         return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
 
     def traced_read(module: nn.Module, name: str) -> Any:
         value = read(module, name)
-        strength = reads.read(module, name, value)
-        return value if tracer.inside else strength
+        # Twins of leaves run within, and modules that are called as they are.
+        return value if tracer.inside and id(module) not in reads.paths else reads.read(module, name, value, tracer.inside)
 
     with ExitStack() as stack:
         stack.callback(restore, model)
@@ -229,12 +247,12 @@ def _run(
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
         stack.enter_context(mock.patch.object(nn.Module, "__getattribute__", traced_read))
         stack.enter_context(tracer)
-        # A model that an executable is attached to is traced as it was before.
-        forward = own_forward(model)
-        run = nn.Module._call_impl if forward is None else lambda _, **arguments: forward(**arguments)
+        # A model that an executable is attached to is traced as it was before. Hooks of the model itself are no part of its
+        # graph: they run around what stands in for its forward.
+        forward = own_forward(model) or model.forward
         try:
-            result = tracer.call_module(run, model, (), like_flat(inputs, placeholders))
-        except TraceError:
+            result = tracer.call_module(lambda _, **arguments: forward(**arguments), model, (), like_flat(inputs, placeholders))
+        except (TraceError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             where = frame_location(error.__traceback__)

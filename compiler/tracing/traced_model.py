@@ -56,10 +56,10 @@ class TracedModel:
             inputs = example_inputs(self.model)
             shapes = input_shapes(inputs, self.family.unbatched)
             for known in self._graphs.values():
-                if input_shapes(known.trace.inputs, self.family.unbatched) == shapes:
+                if input_shapes(known.trace.inputs, self.family.unbatched) == shapes and known.trace.facts.matches(self.model):
                     return known
         key = signature(inputs)
-        if key not in self._graphs:
+        if key not in self._graphs or not self._graphs[key].trace.facts.matches(self.model):
             self._graphs[key] = mark_sites(trace(self.model, inputs), self.family)
         return self._graphs[key]
 

@@ -25,6 +25,7 @@ from stepgraph.compiler.tracing.run_opaque import opaque_modules, run_opaque
 from stepgraph.compiler.tracing.strengths import STRENGTH, WHOLES, StrengthValue, factors
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
+from stepgraph.runtime.program.facts import NOTHING, forward_of
 from stepgraph.weight_kinds import is_plain, kind_of, own_kinds
 
 DATA = vars(torch._C.TensorBase)["data"]
@@ -149,7 +150,7 @@ class Tracer(TorchFunctionMode):
     def scaled(self, tensor: torch.Tensor, strength: StrengthValue) -> Any:
         """The product of a tensor and a strength, which the graph reads of a constant; rounded once, as with a number."""
         device = tensor.device if tensor.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-        constant = strength.owner.constant(strength, device)
+        constant = strength.owner.constant(strength, device, tensor.dtype)
         if id(constant) not in self.attributes:
             name = self.attributes[id(constant)] = f"{STRENGTH}{len(strength.owner.constants) - 1}"
             self.constants[name] = constant
@@ -280,7 +281,7 @@ class Tracer(TorchFunctionMode):
 
         def faked(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
-                return leaf
+                return plain(leaf)
             tensors.append(self.fake(leaf))
             return tensors[-1]
 
@@ -360,7 +361,7 @@ class Tracer(TorchFunctionMode):
         """What stands for a value among a node's arguments."""
         if isinstance(leaf, torch.Tensor):
             return self.node_of(leaf)
-        if isinstance(leaf, StrengthValue):
+        if type(leaf) is StrengthValue:
             return leaf.decay()
         # Generated code spells numbers out, and numpy's spell themselves with a name that is not known there.
         if isinstance(leaf, np.generic):
@@ -405,8 +406,10 @@ class Tracer(TorchFunctionMode):
     def hollow(self, tensor: torch.Tensor) -> FakeTensor:
         """A fake tensor with the layout of another, which is not looked at any further."""
         device = self.device if tensor.device.type == "meta" else tensor.device
-        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(self.mode, meta, device)
+        # There is nothing to count or to fake in making one, which the modes would look at twice.
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+            return FakeTensor(self.mode, meta, device)
 
     @contextmanager
     def pass_through(self) -> Iterator[None]:
@@ -448,7 +451,7 @@ FAKE_ERRORS = (
 
 def plain(leaf: Any) -> Any:
     """A strength as the number that it is, which the graph then holds for; anything else as it is."""
-    return leaf.decay() if isinstance(leaf, StrengthValue) else leaf
+    return leaf.decay() if type(leaf) is StrengthValue else leaf
 
 
 def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -485,9 +488,13 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """torch.nn's own modules are leaves, apart from containers, whose children are visited."""
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    """Modules of torch.nn itself are leaves, but for containers, whose children are visited, and replaced forwards."""
+    kind = type(module)
+    return (
+        kind.__module__.startswith("torch.nn.modules")
+        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and str(getattr(kind.forward, "__globals__", {}).get("__name__")).startswith("torch.")
+        and forward_of(module) is NOTHING
     )
 
 

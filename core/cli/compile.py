@@ -50,6 +50,9 @@ def compile_command(
     ] = True,
     slot_dtype: Annotated[str | None, typer.Option(help=f"keep stored values as {', '.join(SLOT_DTYPES)}")] = None,
     offload: Annotated[bool, typer.Option(help="keep stored values in host memory between uses that are far apart")] = False,
+    respecialize: Annotated[
+        bool, typer.Option(help="where other adapters are on at a run, compile for them; else such runs are refused")
+    ] = True,
     dump: Annotated[Path | None, typer.Option(help="write the readable graph of every variant into this folder")] = None,
     save: Annotated[Path | None, typer.Option(help="write an artifact: a folder, or a file that ends in .zip")] = None,
     with_weights: Annotated[bool, typer.Option("--with-weights", help="put the weights into the artifact")] = False,
@@ -65,8 +68,9 @@ def compile_command(
         cache_plan = CachePlan.load(plan)
         inputs = planned_inputs(loaded, cache_plan.header, batch)
         config = CompileConfig(
-            backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, merge=merge, slot_dtype=slot_dtype, offload=offload
-        )
+            backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, merge=merge, slot_dtype=slot_dtype,
+            offload=offload, respecialize=respecialize,
+        )  # fmt: skip
         executable = compile_plan(loaded, cache_plan, inputs, config, load_factors(plan, factors))
         report("first step", 2, 3)
         started = time.perf_counter()

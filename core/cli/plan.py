@@ -69,6 +69,9 @@ def plan_make(
     dtype: Dtype = "float32",
     schedule: ScheduleOption = None,
     allow_stochastic: AllowStochastic = False,
+    any_adapters: Annotated[
+        bool, typer.Option("--any-adapters", help="declare the plan to hold for any LoRA of the model; said when one is on")
+    ] = False,
     arg: Arguments = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     as_json: Json = False,
@@ -88,6 +91,7 @@ def plan_make(
             allow_stochastic=allow_stochastic, checkpoint=checkpoint,
             on_step=lambda d, t: report("running the model", d, t), schedule=wish, **arguments,
         )  # fmt: skip
+    cache_plan = cache_plan.for_any_adapters() if any_adapters else cache_plan
     cache_plan.save(out)
     checkpoint.unlink(missing_ok=True)
     show_plan(cache_plan, as_json, f"wrote {out}")

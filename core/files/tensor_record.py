@@ -36,7 +36,7 @@ def read_tensor_record(
         with safe_open(str(path), framework="pt") as file:
             described = json.loads((file.metadata() or {}).get("stepgraph", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not a complete {form} file ({error})") from error
     _refuse_other_form(described, path, form, version)
     return described, tensors

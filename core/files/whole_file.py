@@ -6,13 +6,15 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from stepgraph.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +30,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: The folder is missing, read-only or full; what stood at `path` is untouched.
     """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if target.exists() and not target.is_file():
         yield target
         return
@@ -43,7 +49,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        # Where a file stands in place of the folder, there is nothing to remove.
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,8 +111,12 @@ def save_figure(path: str | Path, figure: "Figure", dpi: int = 120) -> None:
     """Write a picture in the format that the path's ending says; it appears whole or not at all.
 
     Raises:
+        ArgumentError: The ending is none of a picture's.
         OSError: The folder is missing, read-only or full.
     """
+    ending, known = Path(path).suffix.removeprefix("."), sorted(figure.canvas.get_supported_filetypes())
+    if ending.lower() not in known:
+        raise ArgumentError(f"{path} does not end as a picture does; expected .png, or one of {', '.join(known)}")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=dpi)
 

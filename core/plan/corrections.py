@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from stepgraph.checked import check_fields
 from stepgraph.checks import LARGEST, check_number, check_whole
 from stepgraph.errors import PlanError
 
@@ -28,6 +29,7 @@ class Forecast:
     coefficients: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "a forecast's ")
         object.__setattr__(self, "terms", tuple(self.terms))
         what = f"the forecast of {list(self.terms)}"
         for coefficient in (coefficient for row in self.coefficients for coefficient in row):
@@ -78,6 +80,7 @@ class Increment:
     bytes: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "an increment's ")
         for path, rank in self.ranks.items():
             check_whole(f"an increment's rank of {path!r}", rank)
         for name in ("projection", "bytes"):

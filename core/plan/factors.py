@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from stepgraph.checks import check_number
+from stepgraph.checked import check_fields, checked
+from stepgraph.checks import check_number, is_finite
 from stepgraph.errors import ArgumentError, FileFormatError, MismatchError, PlanError
 from stepgraph.files.tensor_record import parse_tensor_record, read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import dtype_name, fingerprint, model_dtype, tensor_digest
@@ -60,6 +61,7 @@ class Factors:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "the factors' ")
         if self.method not in (*METHODS, AFFINE, MIXED):
             raise PlanError(f"unknown method {self.method!r} of factors; known: {', '.join((*METHODS, AFFINE, MIXED))}")
         if self.dtype not in DTYPES:
@@ -67,7 +69,7 @@ class Factors:
         for path, (a, b) in self.maps.items():
             _check_map(path, a, b)
         for name, table in self.affine.items():
-            if table.ndim != 2 or table.shape[0] != 2 or table.dtype != torch.float32 or not table.isfinite().all():
+            if table.ndim != 2 or table.shape[0] != 2 or table.dtype != torch.float32 or not is_finite(table):
                 raise PlanError(f"affine {name} is {_shown(table)}; expected finite float32 values [2, C]")
         unknown = sorted(set(self.errors) - set(self.maps))
         if unknown:
@@ -94,10 +96,12 @@ class Factors:
             sha.update(f"{name} {tuple(tensor.shape)}".encode() + tensor_digest(tensor))
         return sha.hexdigest()[:16]
 
+    @checked
     def with_affine(self, affine: Mapping[str, Tensor]) -> "Factors":
         """The same maps with other per-channel corrections."""
         return replace(self, affine=dict(affine))
 
+    @checked
     def merge(self, other: "Factors") -> "Factors":
         """These and other maps of the same model and kind (linear or whole) together; which comes first makes no difference.
 
@@ -128,6 +132,7 @@ class Factors:
             errors={**self.errors, **other.errors},
         )
 
+    @checked
     def refuse_other(self, model: nn.Module) -> None:
         """Compare a model with the one the factors were made of.
 
@@ -147,6 +152,7 @@ class Factors:
                     f"[{module.out_features}, {module.in_features}]"
                 )
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
         names = ("model", "fingerprint", "dtype", "method", "arguments", "errors")
@@ -156,6 +162,7 @@ class Factors:
         )
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Factors":
         """Read a file written by `save`.
 
@@ -166,6 +173,7 @@ class Factors:
         return cls._of_record(*read_tensor_record(path, FORMAT, VERSION, REMEDY), path)
 
     @classmethod
+    @checked
     def parse(cls, data: Contents, where: str) -> "Factors":
         """As `load`, of a file's contents; `where` is what errors call it."""
         return cls._of_record(*parse_tensor_record(data, where, FORMAT, VERSION), where)
@@ -253,8 +261,8 @@ def _check_map(path: str, a: Tensor, b: Tensor) -> None:
         )
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise PlanError(f"the factors of {path!r} are {_shown(a)} and {_shown(b)}; expected float32")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise PlanError(f"the factors of {path!r} hold NaN or infinite values")
+    if not (is_finite(a) and is_finite(b)):
+        raise PlanError(f"the factors of {path!r} hold NaN or infinite values, or none")
 
 
 def _shown(tensor: Tensor) -> str:

@@ -1,10 +1,12 @@
 """What a plan was made for, and the refusal of anything else."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepgraph.checked import check_fields
 from stepgraph.checks import check_whole
 from stepgraph.errors import PlanError
 from stepgraph.plan.json import parse_record
@@ -13,6 +15,9 @@ from stepgraph.schedule import Schedule, TimestepInput
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # A policy measured nothing on the weights, or chose its actions by that.
 NOTHING, CHOICE = MEASURED = ("nothing", "choice")
+# What `adapters` is, or begins with, where a plan is declared to hold for any.
+ANY = "any"
+ADAPTERS = re.compile(rf"({ANY})?( ?[0-9a-f]{{16}})?")
 BRANCHES = {"batched": ("all",), "separate": ("cond", "uncond"), "none": ("all",)}
 
 
@@ -44,6 +49,8 @@ class PlanHeader:
         schedule: What the scheduler's `set_timesteps` is given beside the steps, and at which evaluation the run begins.
         timestep: What pipelines make of the scheduler's timestep for the model; None where the plan does not say, and the
             model's family does.
+        adapters: Hash of the adapters (a LoRA's tensors and strengths) that took part when it was made, empty for none; behind
+            "any" where it is declared to hold for any (`CachePlan.for_any_adapters`).
     """
 
     model: str
@@ -66,17 +73,19 @@ class PlanHeader:
     measured: str = ""
     schedule: Schedule = field(default_factory=Schedule)
     timestep: TimestepInput | None = None
+    adapters: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
+        check_fields(self, "the header's ")
         try:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
         except OverflowError as error:
             raise PlanError(f"the timesteps must be finite numbers; {error}") from error
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "branches", tuple(self.branches))
-        for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):
-            if isinstance(getattr(self, name), Mapping):
-                object.__setattr__(self, name, parse_record(kind, getattr(self, name), name))
         if not self.timesteps:
             raise PlanError("a plan needs at least one timestep; its header has none")
         if not all(map(math.isfinite, self.timesteps)):
@@ -98,6 +107,18 @@ class PlanHeader:
             raise PlanError(
                 f"guidance {self.guidance!r} has the branches {list(BRANCHES[self.guidance])}; got {list(self.branches)}"
             )
+        if not isinstance(self.adapters, str) or not ADAPTERS.fullmatch(self.adapters):
+            raise PlanError(f"adapters is {self.adapters!r}; expected a hash of 16 hexadecimal digits, nothing, or {ANY!r}")
         for name in ("seed", "samples"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 0)
+
+    @property
+    def any_adapters(self) -> bool:
+        """Whether the plan is declared to hold for any adapters."""
+        return self.adapters.startswith(ANY)
+
+    @property
+    def made_with(self) -> str:
+        """Hash of the adapters that took part when it was made; empty for none."""
+        return self.adapters.removeprefix(ANY).strip()

@@ -36,13 +36,14 @@ def rests_on_measurement(plan: CachePlan) -> bool:
     return measured(plan) != NOTHING or bool(plan.forecasts or plan.increments)
 
 
-def refuse_other_values(plan: CachePlan, difference: str, strict: bool) -> str:
+def refuse_other_values(plan: CachePlan, difference: str, strict: bool, adapters: bool = False) -> str:
     """Decide whether a plan runs with other values of the weights than those it was made with.
 
     Args:
         plan: The plan.
         difference: What differs, as the beginning of a sentence.
         strict: Whether a plan whose choice was measured is refused too (`CompileConfig.strict`).
+        adapters: Whether only adapters differ: what they hold, or which are on.
 
     Returns:
         What the user should be told once; empty where nothing was measured.
@@ -51,6 +52,12 @@ def refuse_other_values(plan: CachePlan, difference: str, strict: bool) -> str:
         MismatchError: Numbers of the plan were measured on its weights; or, if `strict`, its choice was.
     """
     policy, kind = plan.header.policy, measured(plan)
+    if adapters and plan.header.any_adapters and kind != NOTHING:
+        what = "the numbers it computes with were" if kind == NUMBERS else f"what it ({policy}) reuses was chosen by what was"
+        return (
+            f"{difference}; the plan is declared to hold for any adapters and goes on, but {what} measured with the former "
+            f"ones: how good images are with others, nobody has measured. Compare some with the eager model's"
+        )
     if kind == NUMBERS:
         raise MismatchError(
             f"{difference}; the plan ({policy}) computes with numbers that were measured on its weights (fitted forecasts or "

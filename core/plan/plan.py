@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.checks import is_whole
+from stepgraph.checked import check_fields, checked
+from stepgraph.checks import check_whole, is_whole, shown
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan.corrections import Forecast, Increment
-from stepgraph.plan.header import PlanHeader
+from stepgraph.plan.header import ANY, PlanHeader
 from stepgraph.plan.json import corrections_in, parse_record, without_duplicates
 from stepgraph.plan.site import (
     COMPUTE,
@@ -63,6 +64,7 @@ class CachePlan:
     increments: Mapping[int, Increment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "the plan's ")
         object.__setattr__(self, "sites", tuple(self.sites))
         object.__setattr__(self, "rows", tuple(self.rows))
         self._check_shape()
@@ -156,6 +158,7 @@ class CachePlan:
             )
 
     @classmethod
+    @checked
     def build(cls, header: PlanHeader, sites: Sequence[Site], actions: Mapping[str, str | Sequence[str]]) -> "CachePlan":
         """A plan from the actions over time of some sites or kinds; whatever is not named is computed at every step.
 
@@ -189,15 +192,18 @@ class CachePlan:
         """T, the number of model evaluations."""
         return len(self.header.timesteps)
 
+    @checked
     def action(self, step: int, site: str) -> Action:
         """The action of a site, by name, at a step."""
+        check_whole("step", step, 0, self.steps - 1)
         return Action(self.rows[step][self.index(site)])
 
+    @checked
     def index(self, site: str) -> int:
         """Position of a site, by name."""
         names = [s.name for s in self.sites]
         if site not in names:
-            raise ArgumentError(f"unknown site {site!r}; the sites are {', '.join(names)}")
+            raise ArgumentError(f"unknown site {shown(site)}; the sites are {', '.join(names)}")
         return names.index(site)
 
     def summary(self) -> "PlanSummary":
@@ -206,12 +212,14 @@ class CachePlan:
 
         return summarize(self)
 
+    @checked
     def plot(self, path: str | Path | None = None) -> "Figure":
         """The steps x sites heat map, one panel per kind; written to `path` where given."""
         from stepgraph.plan.plot import plot_plan
 
         return plot_plan(self, path)
 
+    @checked
     def resample(self, steps: int, scheduler: Any = None) -> "CachePlan":
         """The plan's pattern at another number of steps, with a warning: it is stretched, not calibrated.
 
@@ -222,6 +230,7 @@ class CachePlan:
 
         return resample_plan(self, steps, scheduler)
 
+    @checked
     def tail(self, begin: int) -> "CachePlan":
         """The plan of a run that begins at a later step: what it would read that is not stored then is computed.
 
@@ -250,24 +259,28 @@ class CachePlan:
         sites = ",\n".join(f"    {json.dumps(record)}" for record in records)
         return "{\n" + ",\n".join(lines) + ',\n  "sites": [\n' + sites + "\n  ]\n}\n"
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the plan's JSON; the file appears whole or not at all."""
         with whole_file(path) as partial:
             partial.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "CachePlan":
         """Read and validate a plan file; every error names the file."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise PlanError(f"no plan file at {path}; make one with `stepgraph plan make` or CachePlan.save") from error
-        except IsADirectoryError as error:
-            raise PlanError(f"{path} is a folder; expected a plan file") from error
+        except OSError as error:
+            what = "is a folder" if Path(path).is_dir() else f"cannot be read ({error.strerror})"
+            raise PlanError(f"{path} {what}; expected a plan file") from error
         except (PlanError, UnicodeDecodeError) as error:
             raise FileFormatError(f"{path}: {error}") from error
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> "CachePlan":
         """Parse and validate a plan's JSON."""
         try:
@@ -300,3 +313,11 @@ class CachePlan:
     def with_header(self, **changes: Any) -> "CachePlan":
         """The same actions under a header with some fields changed."""
         return replace(self, header=replace(self.header, **changes))
+
+    def for_any_adapters(self) -> "CachePlan":
+        """The same plan, declared to hold for any LoRA of its model.
+
+        What was measured with the present adapters, or without, then counts for others too: with others it is followed with one
+        warning, also by a plan whose numbers were measured.
+        """
+        return self.with_header(adapters=f"{ANY} {self.header.made_with}".strip())

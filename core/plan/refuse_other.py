@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from stepgraph.adapters import active_adapters, tuners_of
 from stepgraph.errors import MismatchError
-from stepgraph.fingerprint import contents_hash, dtype_name, model_dtype, structure_hash
+from stepgraph.fingerprint import adapters_hash, contents_hash, dtype_name, model_dtype, structure_hash
 from stepgraph.plan.header import NOTHING, PlanHeader
 from stepgraph.plan.measured import measured, refuse_other_values
 from stepgraph.plan.plan import CachePlan
@@ -30,11 +31,16 @@ def refuse_other_structure(header: PlanHeader, model: nn.Module) -> None:
             f"the plan is for a {header.dtype} model; this one is {model_dtype_name}; convert the model or make a plan for it"
         )
     planned, actual = header.fingerprint.split("/")[0], structure_hash(model)
-    if planned != actual:
+    if planned != actual and not _counts_adapters(header, model):
         raise MismatchError(
             f"the plan is for another {header.model}: its configuration or parameter shapes have the hash "
             f"{planned}, this model's {actual}"
         )
+
+
+def _counts_adapters(header: PlanHeader, model: nn.Module) -> bool:
+    """Whether a plan is of before there was a hash of adapters, and was made with those that the model has."""
+    return header.fingerprint.split("/")[0] == structure_hash(model, adapters=True) != structure_hash(model)
 
 
 def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
@@ -44,7 +50,7 @@ def refuse_other_model(header: PlanHeader, model: nn.Module) -> None:
         MismatchError: Class, dtype, structure or weights differ; the message says both sides.
     """
     refuse_other_structure(header, model)
-    difference = other_values(header, model)
+    difference = other_values(header, model) or other_adapters(header, model)
     if difference:
         raise MismatchError(f"{difference}; make a plan for these weights")
 
@@ -61,17 +67,32 @@ def follow_model(plan: CachePlan, model: nn.Module, strict: bool = False) -> str
     refuse_other_structure(plan.header, model)
     if measured(plan) == NOTHING:
         return ""
-    difference = other_values(plan.header, model)
-    return refuse_other_values(plan, difference, strict) if difference else ""
+    weights, adapters = other_values(plan.header, model), other_adapters(plan.header, model)
+    if not (weights or adapters):
+        return ""
+    # Weights that an adapter is merged into cannot be compared without it.
+    merged = any(vars(tuner).get("merged_adapters") for _, tuner in tuners_of(model))
+    return refuse_other_values(plan, weights or adapters, strict, adapters=not weights or merged)
 
 
 def other_values(header: PlanHeader, model: nn.Module) -> str:
     """What differs where a model's weights hold other values than a plan's; empty where nothing does, or none are known."""
     planned = header.fingerprint.split("/")[-1]
-    actual = contents_hash(model) if planned != "-" else "-"
+    actual = contents_hash(model, _counts_adapters(header, model)) if planned != "-" else "-"
     if planned == actual or "-" in (planned, actual):
         return ""
     return f"the plan is for other weights of {header.model} (hash {planned}, this model's {actual})"
+
+
+def other_adapters(header: PlanHeader, model: nn.Module) -> str:
+    """What differs where other adapters take part in a model's forward than in a plan's; empty where nothing does."""
+    actual = "" if _counts_adapters(header, model) else adapters_hash(model)
+    if header.made_with == actual or actual == "-":
+        return ""
+    names = sorted({name for _, name, _ in active_adapters(model)})
+    now = f"this model has {', '.join(map(repr, names))} ({actual})" if actual else "this model has none"
+    before = f"with others (hash {header.made_with})" if header.made_with else "without adapters"
+    return f"the plan was made {before}, {now}"
 
 
 def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow: bool = False) -> None:

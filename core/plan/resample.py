@@ -58,7 +58,7 @@ def resample_plan(plan: CachePlan, steps: int, scheduler: Any = None) -> CachePl
         f"the plan was made for {plan.header.steps} steps and is resampled to {steps}: its pattern is stretched, not measured; "
         f"calibrate for {steps} steps and make the plan again where quality matters"
         + ("; its forecasts were of other steps: give it new ones with stepgraph.forecast" if plan.forecasts else ""),
-        stacklevel=3,
+        stacklevel=4,
     )
     return CachePlan(header, plan.sites, rows, increments=plan.increments)
 

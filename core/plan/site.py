@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from stepgraph.checks import check_whole
-from stepgraph.errors import PlanError
+from stepgraph.checked import check_fields, checked
+from stepgraph.checks import check_whole, shown
+from stepgraph.errors import ArgumentError, PlanError
 
 
 class Action(str, Enum):
@@ -16,6 +17,11 @@ class Action(str, Enum):
     LOWRANK = "L"
     FORECAST = "F"
     DEAD = "."
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Action":
+        known = ", ".join(f"{action.value!r} ({action.name})" for action in cls)
+        raise ArgumentError(f"an action is {shown(value)}; expected one of {known}")
 
 
 COMPUTE, REUSE, LOWRANK, FORECAST, DEAD = (action.value for action in Action)
@@ -53,6 +59,7 @@ class Site:
     bytes: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "a site's ")
         if self.kind not in KINDS:
             raise PlanError(f"site {self.path!r} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}")
         for name in ("call", "output", "macs", "bytes"):
@@ -65,12 +72,15 @@ class Site:
         return (self.path or self.kind) + call + output
 
 
+@checked
 def first_live(sites: Sequence[Site], row: str) -> int:
     """Index of the first site that is not DEAD: a replaced stream value makes every site listed before it dead."""
+    _refuse_other_length(sites, row)
     replaced = [i for i, site in enumerate(sites) if site.kind in STREAM_KINDS and row[i] in REPLACED]
     return replaced[-1] if replaced else 0
 
 
+@checked
 def containers(sites: Sequence[Site], row: str) -> dict[int, int]:
     """Index of every DEAD site -> index of the replaced site that it lies inside.
 
@@ -87,6 +97,7 @@ def containers(sites: Sequence[Site], row: str) -> dict[int, int]:
     return inside
 
 
+@checked
 def joint_calls(sites: Sequence[Site]) -> list[tuple[int, ...]]:
     """Indices of the sites that are outputs of one and the same call, for every call with more than one."""
     calls: dict[tuple[str, int], list[int]] = {}
@@ -96,8 +107,10 @@ def joint_calls(sites: Sequence[Site]) -> list[tuple[int, ...]]:
     return [tuple(members) for members in calls.values() if len(members) > 1]
 
 
+@checked
 def canonical(sites: Sequence[Site], row: str) -> str:
     """The row with every site inside a reused site DEAD, and all outputs of a call computed where one of them is."""
+    _refuse_other_length(sites, row)
     letters = list(row)
     for members in joint_calls(sites):
         if any(letters[i] == COMPUTE for i in members):
@@ -106,3 +119,8 @@ def canonical(sites: Sequence[Site], row: str) -> str:
     for i in containers(sites, "".join(letters)):
         letters[i] = DEAD
     return "".join(letters)
+
+
+def _refuse_other_length(sites: Sequence[Site], row: str) -> None:
+    if len(row) != len(sites):
+        raise ArgumentError(f"a row is {shown(row)}, {len(row)} actions for {len(sites)} sites; expected one letter per site")

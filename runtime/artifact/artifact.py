@@ -30,7 +30,8 @@ class Artifact:
         options: How it is compiled.
         inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), a dict of tensors as a dict
             of these, anything else by its value.
-        model: "class", "fingerprint" and "dtype" of the model, and with weights its "config" and what is "tied".
+        model: "class", "fingerprint" and "dtype" of the model, and with weights its "config", what is "tied", and
+            the "facts" that its forward read (`stated_facts`).
         scheduler: "class", "hash" and, where it was given, "config".
         versions: "stepgraph", "torch", "diffusers", "python" that made it.
         factors: Contents of the file of low-rank factors, where the plan has some.

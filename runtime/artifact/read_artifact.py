@@ -179,7 +179,7 @@ def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple
 def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
     """The model's description; the plan is for the same class and structure."""
     keys = ("class", "fingerprint", "dtype", *(("config", "tied") if with_weights else ()))
-    if not isinstance(value, dict) or set(value) != set(keys):
+    if not isinstance(value, dict) or set(value) - ({"facts"} if with_weights else set()) != set(keys):
         raise FileFormatError(f"model is {value!r}; expected {', '.join(keys)}")
     about = _texts({key: value[key] for key in keys[:3]}, "model", keys[:3])
     header = plan.header
@@ -189,8 +189,9 @@ def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
         )
     if with_weights and not isinstance(value["config"], dict):
         raise FileFormatError(f"the model's config is {type(value['config']).__name__}; expected an object")
-    if with_weights:
-        _texts(value["tied"], "the model's tied", tuple(value["tied"]) if isinstance(value["tied"], dict) else ())
+    for name in ("tied", "facts") if with_weights else ():
+        texts = value.get(name, {})
+        _texts(texts, f"the model's {name}", tuple(texts) if isinstance(texts, dict) else ())
     return value
 
 

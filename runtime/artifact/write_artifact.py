@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.adapters import tuners_of
 from stepgraph.errors import CompileError
 from stepgraph.files.container import write_container
 from stepgraph.files.whole_file import save_tensors
@@ -25,6 +26,8 @@ from stepgraph.runtime.artifact.artifact import (
     current_versions,
     manifest_bytes,
 )
+from stepgraph.runtime.program.stated_facts import stated_facts
+from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.scheduler import prepare_scheduler
@@ -35,7 +38,8 @@ def write_artifact(executable: Compiled, path: str | Path, with_weights: bool = 
     """Write an executable (`Executable.save`)."""
     if executable.example is None:
         raise CompileError("this executable does not know the inputs that it was compiled with; compile it anew to save it")
-    # Weights may have been written to since; what the plan does not follow would be refused when it is loaded.
+    # What runs would refuse is not saved, and what is, is the model as it is now.
+    executable, _, _ = begin_run(executable)
     follow_weights(executable, everything=True)
     if scheduler is not None:
         header = executable.plan.header
@@ -58,6 +62,7 @@ def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[s
         executable.factors.save(work / FACTORS)
         files[FACTORS] = work / FACTORS
     if with_weights:
+        _refuse_adapters(executable.model)
         save_tensors(work / WEIGHTS, weights_of(executable.model))
         files[WEIGHTS] = work / WEIGHTS
     for variant in range(len(executable.default.variants)):
@@ -66,6 +71,16 @@ def _write_parts(executable: Compiled, work: Path, with_weights: bool) -> dict[s
         (work / name).write_text(executable.print_readable(step), encoding="utf-8")
         files[name] = work / name
     return files
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """A model that is built of its configuration has no adapters."""
+    path = next((path for path, _ in tuners_of(model)), None)
+    if path is not None:
+        raise CompileError(
+            f"{path} has adapters, which an artifact with weights cannot hold; fuse and unload them (fuse_lora, unload_lora), "
+            f"or save with with_weights=False, and pass the model to stepgraph.load"
+        )
 
 
 def _described(executable: Compiled, with_weights: bool, scheduler: Any) -> dict[str, Any]:
@@ -79,6 +94,7 @@ def _described(executable: Compiled, with_weights: bool, scheduler: Any) -> dict
         about |= {
             "config": _plain(config_of(model), f"the configuration of {type(model).__name__}"),
             "tied": tied_weights(model),
+            "facts": stated_facts(executable.default.facts),
         }
     sampler = {"class": header.scheduler, "hash": header.scheduler_hash}
     if scheduler is not None:

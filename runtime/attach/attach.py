@@ -12,15 +12,17 @@ from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_structure
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.runs import Runs
-from stepgraph.runtime.session.begin_run import begin_run
+from stepgraph.runtime.program.facts import StandIn
+from stepgraph.runtime.session.begin_run import refuse_other_forward
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.siblings import refuse_unsuited
 from stepgraph.wrapped_models import forward_signature, unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
 
 
-class Attachment:
+class Attachment(StandIn):
     """Stands in for the forward of a transformer that pipelines share.
 
     Attributes:
@@ -36,7 +38,7 @@ class Attachment:
         self.executable, self.owner = executable, owner
         self.replaced, self.compiled = transformer.__dict__.get("forward"), transformer._compiled_call_impl
         self.runs = Runs(executable)
-        self.session = executable.session()
+        self.session = executable.session(around=True)
         self._model = weakref.ref(transformer)
         # Pipelines ask which arguments there are.
         self.__signature__ = forward_signature(executable.model)
@@ -61,6 +63,7 @@ class Attachment:
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)
+        call.refuse_without_values()
         run = self.runs.find(call)
         try:
             answered = run.take(call)
@@ -111,7 +114,8 @@ def attach(executable: Compiled, pipe: Any) -> None:
         return
     refuse_other_structure(executable.plan.header, model)
     runs = executable.on(model)
-    begin_run(runs, runs.default)
+    refuse_unsuited(runs)
+    refuse_other_forward(runs, runs.siblings.kept[0].programs[0])
     attachment = Attachment(runs, executable, transformer)
     attachment.runs.add_user(pipe)
     transformer.forward = attachment

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stepgraph.errors import CompileError
 from stepgraph.runtime.program.program import signature
 
 
@@ -39,6 +40,16 @@ class Call:
         """All other tensors, by name; those inside dicts are not looked at."""
         rest = (item for item in self.inputs.items() if item[0] not in ("timestep", self.latents))
         return {name: value for name, value in rest if isinstance(value, torch.Tensor)}
+
+    def refuse_without_values(self) -> None:
+        """Refuse tensors that hold no values.
+
+        Raises:
+            CompileError: One is on the meta device; the message names it.
+        """
+        for name, value in self.inputs.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                raise CompileError(f"the transformer is called with {name} on the meta device, which holds no values")
 
     def difference(self, before: tuple[Any, ...]) -> str:
         """How the signature differs from another one, by argument; empty where it does not."""

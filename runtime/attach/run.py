@@ -63,7 +63,7 @@ class Run:
         rest, self._joined = self.timesteps.rest, step
         self.steps = len(rest)
         begin = self.timesteps.begin - self.executable.plan.header.schedule.begin + step
-        self.session = self.executable.session(begin=begin, timesteps=rest[step:])
+        self.session = self.executable.session(begin=begin, timesteps=rest[step:], around=True)
 
     @property
     def _awaited(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stepgraph.checked import checked
 from stepgraph.errors import CompileError
 from stepgraph.files.whole_file import whole_folder
 from stepgraph.runtime.export.aoti import write_aoti
@@ -23,6 +24,7 @@ FORMATS: Mapping[str, Writer] = {"pt2": write_programs, "aoti": write_aoti, "onn
 MANIFEST = "schedule.json"
 
 
+@checked
 def export(
     executable: Compiled,
     path: str | Path,
@@ -63,11 +65,9 @@ def export(
             f"{name} is a {kind_of(tensor)}, which the format {format!r} cannot hold; export the model before it is quantised, "
             f"or save an artifact (Executable.save), which is loaded with the quantised model"
         )
-    # What is written are the weights as they are now.
+    # What is written are the weights, the adapters and their strengths as they are now.
+    executable, program, _ = begin_run(executable, inputs)
     follow_weights(executable, everything=True)
-    program = executable.default if inputs is None else executable.program(inputs)
-    # What is written has the model's numbers as they are now.
-    begin_run(executable, program)
     with whole_folder(path) as folder:
         manifest = FORMATS[format](folder, executable, program, scheduler=scheduler, portable=portable)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

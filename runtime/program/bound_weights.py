@@ -14,15 +14,17 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
+from stepgraph.adapters import base_names, changed_by_adapters
 from stepgraph.contents import Scattered, content_sums, plain_tensors
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import has_data
-from stepgraph.weight_kinds import PLAIN
+from stepgraph.weight_kinds import PLAIN, kind_of
 
 # Of a tensor, or of every tensor that it is made of: address, version.
 Mark = tuple[int, ...]
-Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-WHAT = ("dtype", "device", "shape", "strides")
+# A class of its own, if it has one: a quantised weight may look like the one that it was made of.
+Layout = tuple[str, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+WHAT = ("class", "dtype", "device", "shape", "strides")
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,28 @@ class BoundWeights:
             it begins: some values of every tensor, and all bits where something changed.
         changes: How often an address or a value has changed; what is computed of the weights and kept notes it.
         moves: How often an address has: captured graphs note it.
+        modules: The model's modules, by path.
+        base: The names that the first of the tensors have in the model without adapters; those that adapters brought follow.
+        adapters: Names of the tensors whose values adapters have brought or changed.
     """
 
     def __init__(self, model: nn.Module, compiled: Sequence[int] | None = None) -> None:
         self.lock = threading.RLock()
         self.changes = self.moves = 0
         self.warned = False
+        modules = list(model.named_modules())
+        self.modules = dict(modules)
         self._places = [
             (kind, name, f"{path}.{name}" if path else name)
-            for path, module in model.named_modules()
+            for path, module in modules
             for kind in (module._parameters, module._buffers)
             for name in kind
         ]
-        modules = list(model.named_modules())
+        # Digests depend on what lies before: of a model with adapters and without, those of its base are the same.
+        base = base_names(model, [place[2] for place in self._places])
+        self._places.sort(key=lambda place: place[2] not in base)
+        self.adapters = changed_by_adapters(model)
+        self._held: dict[str, Tensor | None] = {}
         self._children = [
             (path, module._modules, list(module._modules.values())) for path, module in modules if module._modules
         ]
@@ -81,14 +92,56 @@ class BoundWeights:
         self._first = [place for place, tensor in enumerate(held) if first.setdefault(id(tensor), place) == place]
         self._same = [first[id(tensor)] for tensor in held]
         self.names = tuple(self._places[place][2] for place in self._first)
+        self.base = tuple(base[name] for name in self.names if name in base)
         self.tensors: list[Tensor] = [held[place] for place in self._first]
         self.filled = all(map(has_data, self.tensors))
         self.later = any(tensor.device.type != "cpu" for tensor in self.tensors)
+        self._take_stock()
+        known = () if compiled is None else tuple(compiled)[: len(self._sums)]
+        self.compiled = (*known, *self._sums[len(known) :])
+
+    def _take_stock(self) -> None:
+        """Take down what the tensors are."""
         self._layouts = [_layout(tensor) for tensor in self.tensors]
         self._marks = [_mark(tensor) for tensor in self.tensors]
         self._scattered = Scattered(self.tensors) if self.filled and not self.later else None
         self._sums: list[int] = content_sums(self.tensors).tolist() if self.filled else [0] * len(self.tensors)
-        self.compiled = tuple(self._sums if compiled is None else compiled)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that `add` was told of."""
+        return self.tensors[len(self.tensors) - len(self._held) :]
+
+    def new_among(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those of some tensors that are not watched yet, and can be: they lie where the weights lie."""
+        known, device = {id(tensor) for tensor in self.tensors}, self.tensors[0].device
+        return [tensor for tensor in tensors if id(tensor) not in known and tensor.device == device] if self.filled else []
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Watch tensors that the forward reads beside parameters and buffers, too; right after a look at everything."""
+        with self.lock:
+            for tensor in tensors:
+                name = f"a tensor {list(tensor.shape)} outside parameters and buffers ({len(self._held)})"
+                self._held[name] = tensor
+                self._same.append(len(self._places))
+                self._first.append(len(self._places))
+                self._places.append((self._held, name, name))
+                self.names += (name,)
+                self.tensors.append(tensor)
+            self._take_stock()
+            self.compiled += tuple(self._sums[len(self.compiled) :])
+
+    def stands(self, model: nn.Module) -> bool:
+        """Whether a model is made of the very modules that it was."""
+        modules = dict(model.named_modules())
+        return modules.keys() == self.modules.keys() and all(map(is_, modules.values(), self.modules.values()))
+
+    def differing(self, others: "BoundWeights") -> list[Tensor]:
+        """The tensors that need not hold what those of the same names in another held when it last looked."""
+        if self.base != others.base:
+            return self.tensors
+        pairs = zip(self.tensors[: len(self.base)], self._sums, others._sums, strict=False)
+        return [*(tensor for tensor, one, other in pairs if one != other), *self.tensors[len(self.base) :]]
 
     @property
     def others(self) -> list[str]:
@@ -107,7 +160,7 @@ class BoundWeights:
             everything: Read all bits of all tensors, and wait for that.
 
         Raises:
-            CompileError: A parameter or buffer is gone, or new; or one is of another dtype, device, shape or strides.
+            CompileError: A parameter or buffer is gone, or new; or one is of another class, dtype, device, shape or strides.
         """
         with self.lock:
             present = self._present()
@@ -192,7 +245,7 @@ class BoundWeights:
 
 
 def refuse_other_layouts(names: Sequence[str], now: Sequence[Layout], then: Sequence[Layout]) -> None:
-    """Compare dtypes, devices, shapes and strides with those that were compiled for.
+    """Compare classes, dtypes, devices, shapes and strides with those that were compiled for.
 
     Raises:
         CompileError: One differs; the message names both and says what to do.
@@ -213,7 +266,8 @@ def _shown(value: object) -> str:
 
 
 def _layout(tensor: Tensor) -> Layout:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    kind = "torch.Tensor" if type(tensor) in PLAIN else kind_of(tensor)
+    return kind, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _mark(tensor: Tensor) -> Mark:

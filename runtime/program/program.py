@@ -1,6 +1,7 @@
 """What an executable runs: the variants of a plan for inputs of one signature, and where their values lie."""
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from stepgraph.plan import CachePlan
 from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
 from stepgraph.runtime.program.facts import Facts
+from stepgraph.runtime.program.freeze import LEAVES, Frozen, difference, freeze
 from stepgraph.runtime.program.region_calls import Run
 from stepgraph.runtime.program.tables import Hoisted
 from stepgraph.runtime.program.watch import Watch
@@ -64,7 +66,8 @@ class Program:
         factor_bytes: Size of the low-rank factors.
         folded: Sites whose stored values are part of another's: a sum takes their place.
         facts: What its graphs depend on beside inputs and the contents of weights.
-        watch: Compares that with a model.
+        tensors: What its graphs read beside inputs, weights and strengths; whoever holds it may write to it.
+        watch: Compares the facts with a model.
     """
 
     plan: CachePlan
@@ -84,6 +87,7 @@ class Program:
     factor_bytes: int = 0
     folded: frozenset[int] = frozenset()
     facts: Facts = field(default_factory=lambda: Facts({}))
+    tensors: tuple[torch.Tensor, ...] = ()
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,12 +149,45 @@ def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: about(value) for name, value in inputs.items()}
 
 
+def zero_inputs(about: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Inputs of which `described` says this."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return torch.zeros(value[0], dtype=value[1], device=device)
+        return zero_inputs(value, device) if isinstance(value, dict) else value
+
+    return {name: made(value) for name, value in about.items()}
+
+
 def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is specific to: the tensors' shapes, dtypes and devices, inside dicts too, and all else by its value."""
     return tuple(
-        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, repr(value))
+        (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (name, _by_value(value))
         for name, value in sorted(flat_inputs(inputs).items())
     )
+
+
+def _by_value(value: Any) -> Hashable:
+    """What equals another value's where a graph that has baked it in holds for both: texts of objects need not say all."""
+    return repr(value) if isinstance(value, LEAVES) else _Argument(freeze(value), reprlib.repr(value))
+
+
+@dataclass(frozen=True, eq=False)
+class _Argument:
+    """An argument that is neither a tensor nor a plain value, as it was: a list, an array, an object that steers attention."""
+
+    frozen: Frozen
+    text: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Argument) and difference("", self.frozen, other.frozen, frozenset()) is None
+
+    def __hash__(self) -> int:
+        return hash((self.frozen.kind, self.frozen.text))
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def refuse_nan_weights(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stepgraph.contents import content_sums
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.schedule import TimestepInput
@@ -67,7 +68,7 @@ class Tables:
 
     def __init__(self, hoisted: Hoisted, timesteps: Sequence[float], batched: bool) -> None:
         self.hoisted, self.timesteps, self.batched = hoisted, timesteps, batched
-        self._seen: list[tuple[torch.Tensor, int, torch.Tensor | None]] | None = None
+        self._seen: _Seen | None = None
         self._prompt: tuple[torch.Tensor, ...] = ()
         self._stacked: tuple[torch.Tensor, ...] = ()
         self._rows: list[tuple[torch.Tensor, ...]] = []
@@ -76,14 +77,19 @@ class Tables:
         self._late: torch.Tensor | None = None
         self._changes = 0
 
+    def forget(self) -> None:
+        """Compute everything anew at the next step, for strengths have changed."""
+        self._seen = None
+
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """The values that a step reads, in the order of `Hoisted.tables`."""
         values = [inputs[name] for name in self.hoisted.inputs]
-        if not self._seen_before(values):
+        if self._seen is None or not self._seen.unchanged(values):
             # A caller who makes the conditioning anew at every step would have all steps computed each time.
             self.batched = self.batched and self._changes < 2
             self._changes += 1
-            self._seen = [_mark(value) for value in values]
+            self._finish_conditioning()
+            self._seen = _Seen(values)
             self._prompt = self.hoisted.prompt(*values)
             self._rows = []
         if not any(table.per_step for table in self.hoisted.tables):
@@ -94,9 +100,6 @@ class Tables:
         if self._rows and self._matches(step, timestep):
             return self._prompt + self._rows[step]
         return self._prompt + self.hoisted.timestep(timestep, *values, *self._prompt)
-
-    def _seen_before(self, given: Sequence[torch.Tensor]) -> bool:
-        return self._seen is not None and all(_unchanged(v, *seen) for v, seen in zip(given, self._seen, strict=True))
 
     def _compute_all(self, step: int, timestep: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
         """All steps in one batch, if `timestep` is what pipelines give the model at this step."""
@@ -128,16 +131,67 @@ class Tables:
         return True
 
     def finish(self) -> None:
-        """The end of the run: on an accelerator, where timesteps are compared without waiting, say what the comparisons found.
+        """The end of the run: on an accelerator, where nothing is waited for, say what the comparisons found.
 
         Raises:
-            CompileError: The timesteps were others than the scheduler's.
+            CompileError: The timesteps were others than the scheduler's, or conditioning changed past its version.
         """
+        self._finish_conditioning()
         if self._late is not None and bool(self._late):
             raise CompileError(
                 "the timesteps of this run were not the scheduler's that the plan was made for; tables had been computed for "
                 "those. Pass the scheduler's own timesteps, or compile with hoist=False"
             )
+
+    def _finish_conditioning(self) -> None:
+        if self._seen is not None and self._seen.late is not None and bool(self._seen.late):
+            raise CompileError(
+                "conditioning was written to within this run in a way that torch does not count (.data, numpy, a view without "
+                "a version), so that tables of its former values were read. Write to the tensor itself, give another one, or "
+                "compile with hoist=False"
+            )
+
+
+class _Seen:
+    """Inputs as they were when tables were made of them.
+
+    Args:
+        values: The inputs.
+
+    Attributes:
+        late: On an accelerator, whether one holds other values than its version says; not waited for.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self.late: torch.Tensor | None = None
+        self._values = [value if _counts(value) else value.clone() for value in values]
+        self._versions = [value._version if _counts(value) else 0 for value in values]
+        self._sums = self._digests(values)
+
+    @staticmethod
+    def _digests(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        counted = [value for value in values if _counts(value)]
+        return content_sums(counted) if counted else None
+
+    def unchanged(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether inputs are what they were, without waiting for an accelerator where that can be known."""
+        for value, seen, version in zip(values, self._values, self._versions, strict=True):
+            if _counts(seen):
+                if value is not seen or value._version != version:
+                    return False
+            elif value.dtype != seen.dtype or value.device != seen.device or not torch.equal(value, seen):
+                return False
+        digests = self._digests(values)
+        if digests is not None:
+            assert self._sums is not None
+            differs = (digests != self._sums).any()
+            self.late = differs if self.late is None else self.late | differs
+        return True
+
+
+def _counts(value: torch.Tensor) -> bool:
+    """Whether an input is told by its version, which misses what `.data` writes: where comparing values would wait."""
+    return waits(value.device) and not value.is_inference()
 
 
 class FixedTables:
@@ -217,21 +271,6 @@ def rows_of(stacked: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 def waits(device: torch.device) -> bool:
     """Whether reading a result would wait for a device that works on its own."""
     return device.type != "cpu"
-
-
-def _mark(value: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-    """A tensor, its version, and for one that has none a copy."""
-    return (value, 0, value.clone()) if value.is_inference() else (value, value._version, None)
-
-
-def _unchanged(value: torch.Tensor, seen: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
-    """Whether an input is what it was, without waiting for an accelerator where that can be known."""
-    if copy is not None:
-        return torch.equal(value, copy)
-    untouched = not seen.is_inference() and seen._version == version
-    if value is seen:
-        return untouched
-    return untouched and not waits(value.device) and value.shape == seen.shape and torch.equal(value, seen)
 
 
 def _every_timestep(given: torch.Tensor, step: int, timesteps: Sequence[float], convert: TimestepInput) -> torch.Tensor | None:

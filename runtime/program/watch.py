@@ -2,7 +2,7 @@
 
 import operator
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.runtime.program.facts import HOOKS, Difference, Facts
-from stepgraph.runtime.program.freeze import Containers, content_of, freeze
+from stepgraph.runtime.program.facts import HOOKS, Difference, Facts, Strength
+from stepgraph.runtime.program.freeze import Containers, bytes_of, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
 from stepgraph.wrapped_models import refuse_offload
 
@@ -19,17 +19,19 @@ Space = Mapping[str, Any]
 # Where libraries keep what moves or casts a module's weights while it runs; they replace its forward as well, but for the
 # model's own that is not looked at.
 OFFLOADS = ("_hf_hook", "_diffusers_hook")
+# From how many spaces on it is faster to look a name up in all of them at once than with their other names.
+MANY = 16
 
 
 class Watch:
     """Compares facts with a model, and lets strengths follow; from any number of threads.
 
     Attributes:
-        others: Strengths that have other numbers than at the trace, with these, as the last comparison found them.
+        others: Strengths that have other numbers than at the trace, each with what to say of it, as the last comparison found.
     """
 
     def __init__(self, facts: Facts) -> None:
-        self.facts, self.others = facts, tuple[str, ...]()
+        self.facts, self.others = facts, tuple[tuple[Strength, str], ...]()
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
 
@@ -56,6 +58,16 @@ class Watch:
                 self._snapshot = snapshot
             return differences
 
+    def strengths_hold(self, model: nn.Module) -> bool:
+        """Whether strengths are the numbers that the last comparison found, as far as these are not tensors; for every step."""
+        snapshot = self._snapshot
+        return snapshot is None or snapshot.model is not model or snapshot.strengths_hold()
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often strengths have been written to where the graph reads them."""
+        return tuple(constant._version for strength in self.facts.strengths for constant in strength.constants)
+
     def _follow(self, model: nn.Module) -> None:
         """Write the strengths of a model to where the graph reads them."""
         others = []
@@ -63,7 +75,8 @@ class Watch:
             for strength in self.facts.strengths:
                 value = strength.value(model)
                 if repr(value) != repr(strength.compiled):
-                    others.append(f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled")
+                    said = f"{strength.path} is {value}, and was {strength.compiled} when the plan was compiled"
+                    others.append((strength, said))
                 for constant in strength.constants:
                     _write(constant, value)
         self.others = tuple(others)
@@ -89,7 +102,7 @@ class _Snapshot:
         self._empty: list[Mapping[Any, Any]] = []
         filled: list[Mapping[Any, Any]] = []
         self._absent: dict[str, list[Space]] = defaultdict(list)
-        spaces: dict[tuple[str, ...], list[Space]] = defaultdict(list)
+        spaces: list[tuple[Space, tuple[str, ...]]] = []
         containers = Containers()
 
         def watch(space: Space, names: Iterable[str]) -> None:
@@ -97,9 +110,7 @@ class _Snapshot:
             for name in present:
                 if name not in (*HOOKS, *OFFLOADS):
                     freeze(space[name], containers)
-            if present:
-                # A single name is not looked up as a tuple.
-                spaces[present if len(present) > 1 else present * 2].append(space)
+            spaces.append((space, present))
             for name in names:
                 if name not in space:
                     self._absent[name].append(space)
@@ -113,17 +124,36 @@ class _Snapshot:
         for names in facts.names:
             watch(names.space, names.values)
 
-        self._getters = [_Look(operator.itemgetter(*names), group) for names, group in spaces.items()]
+        self._looks = _looks(operator.itemgetter, spaces) + _looks(operator.attrgetter, containers.members.values())
+        # A plain attribute that is new may hide a tensor or a submodule.
+        self._attributes = [vars(module) for module in modules.values()]
+        self._sizes = list(map(len, self._attributes))
+        self._unset = containers.absent
         self._values = _Contents(filled)
         self._empty += [container for container in containers.dicts.values() if not container]
         self._contents = _Keyed([container for container in containers.dicts.values() if container])
         self._lists = [(container, list(container)) for container in containers.lists.values()]
         self._sets = [(container, set(container)) for container in containers.sets.values()]
-        self._arrays = [(array, array.copy()) for array in containers.arrays.values()]
+        self._buffers = [(buffer, bytes_of(buffer)) for buffer in containers.buffers.values()]
         self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
         self._process = process_state()
         self._constants = [constant for strength in facts.strengths for constant in strength.constants]
+        complete = _complete(modules, facts)
+        places = [_place(modules, strength) for strength in facts.strengths] if complete else []
+        self._holders: list[Space] = [holder for holder, _ in places]
+        self._names = [name for _, name in places]
+        # Strengths that peft's hot-swapping writes to in place are tensors.
+        held = self._strengths = list(map(operator.getitem, self._holders, self._names))
+        self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
+        self._numbers = _numbers(self._tensors)
         self.note_versions()
+
+    def strengths_hold(self) -> bool:
+        """Whether strengths are the same objects still."""
+        try:
+            return all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._strengths))
+        except KeyError:
+            return False
 
     def note_versions(self) -> None:
         """Take down how often strengths have been written: another program may read the same ones."""
@@ -133,42 +163,81 @@ class _Snapshot:
         """Whether everything is the same object still."""
         return (
             list(map(type, self._modules)) == self._kinds
+            and list(map(len, self._attributes)) == self._sizes
             and not any(self._empty)
             and self._values.hold()
-            and all(look.holds() for look in self._getters)
+            and all(look.holds() for look in self._looks)
             and not any(any(map(operator.contains, spaces, repeat(name))) for name, spaces in self._absent.items())
             and self._contents.hold()
             and self._members_hold()
             and process_state() == self._process
             and [constant._version for constant in self._constants] == self._versions
+            and _numbers(self._tensors) == self._numbers
         )
 
     def _members_hold(self) -> bool:
-        """Whether lists, sets, arrays and closures hold what they held."""
+        """Whether lists, sets, arrays, closures and slots hold what they held."""
         return (
             all(len(now) == len(before) and all(map(operator.is_, now, before)) for now, before in self._lists)
             and all(now == before for now, before in self._sets)
-            and all(now.tobytes() == before.tobytes() for now, before in self._arrays)
+            and all(bytes_of(now) == before for now, before in self._buffers)
+            and not any(hasattr(value, name) for value, name in self._unset)
             and all(content_of(cell) is before for cell, before in self._cells)
         )
 
 
+def _complete(modules: Mapping[str, nn.Module], facts: Facts) -> bool:
+    """Whether every strength is where it was."""
+    for strength in facts.strengths:
+        holder = vars(modules[strength.module]).get(strength.name) if strength.module in modules else None
+        if holder is None or (strength.key and strength.key[0] not in holder):
+            return False
+    return True
+
+
+def _place(modules: Mapping[str, nn.Module], strength: Strength) -> tuple[Space, Any]:
+    """Where a strength is looked up, and under which name."""
+    attributes = vars(modules[strength.module])
+    return (attributes[strength.name], strength.key[0]) if strength.key else (attributes, strength.name)
+
+
+def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """What tensors [] hold."""
+    return torch.stack([tensor.detach().to(tensors[0]) for tensor in tensors]).tolist() if tensors else []
+
+
 class _Look:
-    """Some names in spaces that have them all."""
+    """A name, or some names, in spaces or objects that have them all."""
 
-    def __init__(self, getter: Callable[[Any], tuple[Any, ...]], spaces: Sequence[Space]) -> None:
-        self._getter, self._spaces = getter, spaces
-        self._before = self._now()
+    def __init__(self, getter: Callable[[Any], Any], spaces: Sequence[Any], several: bool) -> None:
+        self._getter, self._spaces, self._several = getter, spaces, several
+        self._before = list(self._now())
 
-    def _now(self) -> list[Any]:
-        return list(chain.from_iterable(map(self._getter, self._spaces)))
+    def _now(self) -> Iterable[Any]:
+        values = map(self._getter, self._spaces)
+        return chain.from_iterable(values) if self._several else values
 
     def holds(self) -> bool:
         """Whether they mean the same objects still."""
         try:
-            return all(map(operator.is_, chain.from_iterable(map(self._getter, self._spaces)), self._before))
-        except KeyError:
+            return all(map(operator.is_, self._now(), self._before))
+        except (KeyError, AttributeError):
             return False
+
+
+def _looks(getter: Callable[..., Any], spaces: Iterable[tuple[Any, tuple[str, ...]]]) -> list[_Look]:
+    """Looks at spaces for names: one name in all spaces where these are many, all names of alike spaces where they are few."""
+    spaces = list(spaces)
+    counts = Counter(chain.from_iterable(names for _, names in spaces))
+    groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for space, names in spaces:
+        for name in names:
+            if counts[name] >= MANY:
+                groups[(name,)].append(space)
+        few = tuple(name for name in names if counts[name] < MANY)
+        if few:
+            groups[few].append(space)
+    return [_Look(getter(*names), group, len(names) > 1) for names, group in groups.items()]
 
 
 class _Contents:

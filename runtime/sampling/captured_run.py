@@ -12,7 +12,7 @@ from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import Update
-from stepgraph.runtime.session.begin_run import follow_facts
+from stepgraph.runtime.session.begin_run import follow_facts, refuse_around
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import finish_run
 from stepgraph.runtime.session.session import Session
@@ -119,6 +119,7 @@ class CapturedRun:
         # A model that has changed is followed or refused as by every run.
         for program in self._programs:
             follow_facts(self._executable, program)
+            refuse_around(self._executable, program)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         with self._recorder.turn(), torch.no_grad():
             self._noise.copy_(noise)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from stepgraph.checked import checked
 from stepgraph.checks import check_number
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.measured import rests_on_measurement
@@ -24,11 +25,13 @@ from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.runtime.session.siblings import suited
 from stepgraph.schedule import Schedule, schedule_of, timestep_of
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
 
 
 @torch.no_grad()
+@checked
 def sample(
     runner: Compiled | nn.Module,
     scheduler: Any,
@@ -106,6 +109,7 @@ def sample(
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         look = Look()
         if not attempt.refusal and isinstance(runner, Compiled):
+            runner = suited(runner)
             look = follow_weights(runner)
             key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared), begin)
             attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))

@@ -1,26 +1,49 @@
 """The beginning of a run: what changed since the compilation is followed, or refused before anything is computed."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from stepgraph.adapters import is_tuner
 from stepgraph.errors import CompileError
 from stepgraph.runtime.program.bound_weights import Look
-from stepgraph.runtime.program.facts import Changed, Difference
+from stepgraph.runtime.program.facts import hooks_of
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
+from stepgraph.runtime.session.refuse_difference import refuse
+from stepgraph.runtime.session.siblings import suited
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def begin_run(executable: "Compiled", program: Program) -> Look:
-    """Let a program follow its model, what its forward reads and what its weights hold, or refuse the run.
+def begin_run(
+    executable: "Compiled", inputs: Mapping[str, Any] | None = None, begin: int = 0, around: bool = False
+) -> tuple["Compiled", Program, Look]:
+    """Let an executable follow its model, what its forward reads and what its weights hold, or refuse the run.
+
+    Args:
+        executable: Any of its siblings.
+        inputs: The forward's arguments; else those that the plan was compiled with.
+        begin: The plan's step with which the run begins.
+        around: Whether the model itself is called, as where the executable is attached: its hooks, and whatever replaced its
+            forward meanwhile, run around the program.
+
+    Returns:
+        The executable for the adapters that the model has, its program for the inputs, and what was found of the weights.
 
     Raises:
-        CompileError: See `follow_facts` and `follow_weights`.
-        MismatchError: See `follow_weights`.
+        CompileError: See `suited`, `refuse_around`, `follow_facts` and `follow_weights`.
+        MismatchError: The same.
     """
-    follow_facts(executable, program)
-    return follow_weights(executable)
+    looked_at = executable.siblings.present.known(inputs, begin)
+    present = suited(executable, inputs, begin)
+    program = present.default if inputs is None else present.find_program(inputs, begin)
+    if program is not looked_at:
+        refuse(present, program.watch.differences(present.model))
+    if not around:
+        refuse_around(present, program)
+    _follow_strengths(present, program)
+    return present, program, follow_weights(present)
 
 
 def follow_facts(executable: "Compiled", program: Program) -> None:
@@ -31,20 +54,60 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
             the message names it.
         MismatchError: The plan does not follow another strength, which changes what the model computes as its weights do.
     """
-    for difference in program.watch.differences(executable.model):
-        _refuse(executable, difference)
-    if program.watch.others:
-        follow_values(executable, program.watch.others[0])
+    refuse(executable, program.watch.differences(executable.model))
+    _follow_strengths(executable, program)
 
 
-def _refuse(executable: "Compiled", difference: Difference) -> None:
-    name = type(executable.model).__name__
-    if difference.kind is Changed.VALUE:
+def refuse_changed_within(executable: "Compiled", programs: Sequence[Program]) -> None:
+    """The end of a run: see that what the forward reads is still what it was when the run began.
+
+    Strengths are followed at every call; numbers of theirs that have changed since the last one count for the next run.
+
+    Raises:
+        CompileError: Something else changed, at a step that is not known: what was computed since is not the model's.
+    """
+    for program in programs:
+        differences = program.watch.differences(executable.model)
+        if differences:
+            one = differences[0]
+            raise CompileError(
+                f"{type(executable.model).__name__} was changed within the run: {one.path} was {one.old} when it began, and is "
+                f"{one.new}. Steps compute with what a run began with, so its result is not this model's; run again, or change "
+                f"it between runs"
+            )
+
+
+def refuse_other_forward(executable: "Compiled", program: Program) -> None:
+    """See that the model's own forward is the one that was traced.
+
+    Raises:
+        CompileError: It was replaced, which the program knows nothing of.
+    """
+    difference = program.watch.facts.other_forward(executable.model)
+    if difference is not None:
+        refuse(executable, [difference])
+
+
+def refuse_around(executable: "Compiled", program: Program) -> None:
+    """Refuse a run that is no call of the model where something else than the traced forward would run in one.
+
+    Raises:
+        CompileError: See `refuse_other_forward`; or the model itself has hooks.
+    """
+    refuse_other_forward(executable, program)
+    hook = next(iter(hooks_of(executable.model)), None)
+    if hook is not None:
+        name = type(executable.model).__name__
         raise CompileError(
-            f"{name} was compiled with {difference.path} = {difference.old}, which its forward reads; now it is "
-            f"{difference.new}. Set it back, or detach, and compile again"
+            f"{name} itself has the hook {hook!r}, which runs around the model's calls, and this is none of them; remove it, "
+            f"or attach the executable and call the model"
         )
-    raise CompileError(
-        f"{name} is made of other parts than when it was compiled, such as {difference.path!r} (before {difference.old}, now "
-        f"{difference.new}; a LoRA, a hook or another change of its modules?); detach, and compile again"
-    )
+
+
+def _follow_strengths(executable: "Compiled", program: Program) -> None:
+    if executable.changed:
+        follow_values(executable, executable.changed, adapters=True)
+    others = program.watch.others
+    if others:
+        adapters = all(is_tuner(type(executable.model.get_submodule(strength.module))) for strength, _ in others)
+        follow_values(executable, others[0][1], adapters)

@@ -11,16 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from stepgraph.checked import checked
+from stepgraph.checks import check_whole
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
+from stepgraph.errors import CompileError
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
-from stepgraph.runtime.program.program import Macs, Memory, Program, signature
-from stepgraph.runtime.session.follow_weights import follow_weights
-from stepgraph.runtime.session.put_on_model import put_on_model
+from stepgraph.runtime.program.program import Macs, Memory, Program, signature, zero_inputs
+from stepgraph.runtime.session.follow_weights import follow_weights, watch_tensors
 from stepgraph.runtime.session.session import Session
+from stepgraph.runtime.session.siblings import Siblings, put_on, suited
 from stepgraph.weight_kinds import weight_bytes
 
 # Of how many beginnings above 0 programs are kept.
@@ -43,24 +46,38 @@ class Compiled:
         plan: The plan.
         config: The compile options.
         build: Makes the program of a model and a plan (this one, or the rest of it) for inputs of a signature.
-        default: The program for the inputs it was compiled with.
         example: The inputs it was compiled with, for saving, as `described` has them.
         factors: The low-rank factors it was compiled with, for saving.
         weights: The model's parameters and buffers, and what has become of them since.
+        changed: What adapters have made other than when the plan was compiled, as the beginning of a sentence; empty where
+            nothing is.
         captured: What was captured of it in graphs.
+        siblings: The same plan for the model with other adapters.
     """
 
     model: nn.Module
     plan: CachePlan
     config: CompileConfig
     build: Callable[[nn.Module, Mapping[str, Any], CachePlan], Program]
-    default: Program
     weights: BoundWeights
+    _default: Program | None = None
     example: Mapping[str, Any] | None = None
     factors: Saves | None = None
     _programs: dict[tuple[Any, ...], Program] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    changed: str = ""
     captured: Captured = field(default_factory=Captured, repr=False)
+    siblings: Siblings = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "siblings", Siblings(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a program is bound to the memory of its model's weights."""
+        raise CompileError(
+            "an executable is not copied or pickled: save it with Executable.save and read it with stepgraph.load, or put it "
+            "on another model with Executable.on"
+        )
 
     def __repr__(self) -> str:
         """Model, plan and backend in one line."""
@@ -68,7 +85,10 @@ class Compiled:
         plan = f"{header.policy} plan of {self.plan.steps} steps"
         return f"<Executable: {header.model}, {plan}, {variants} variants, {self.config.backend}>"
 
-    def session(self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None) -> "Session":
+    @checked
+    def session(
+        self, capture: bool = True, begin: int = 0, timesteps: Sequence[float] | None = None, around: bool = False
+    ) -> "Session":
         """A fresh run of the plan, with no stored values.
 
         Args:
@@ -77,19 +97,33 @@ class Compiled:
             begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is
                 computed.
             timesteps: The scheduler's, of every step of the run, where they are not the plan's.
+            around: Whether calls of the model itself end here, so that its own hooks have run.
 
         Raises:
             PlanError: The plan has no such step, or a forecast reads what the run does not have.
         """
-        return Session(self, capture, begin, timesteps)
+        return Session(self, capture, begin, timesteps, around=around)
+
+    @property
+    def default(self) -> Program:
+        """The program for the inputs that the plan was compiled with."""
+        if self._default is None:
+            device = next(self.model.parameters()).device
+            object.__setattr__(self, "_default", self.program(zero_inputs(self.example or {}, device)))
+        assert self._default is not None
+        return self._default
 
     @property
     def programs(self) -> list[Program]:
-        """All programs, the default's first."""
-        return list({id(program): program for program in (self.default, *self._programs.values())}.values())
+        """All programs that are compiled, the default's first."""
+        programs = (self._default, *self._programs.values())
+        return list({id(program): program for program in programs if program is not None}.values())
 
+    @checked
     def on(self, model: nn.Module) -> "Compiled":
-        """The same plan and programs on another model of the same structure, such as a copy; nothing is traced.
+        """The same plan and programs on another model of the same structure, such as a copy.
+
+        Nothing is traced, unless the model has other adapters than any that there are programs for.
 
         Raises:
             CompileError: The model is made of other parts, or its weights have another dtype, device, shape or strides.
@@ -97,7 +131,7 @@ class Compiled:
         """
         if model is self.model:
             return self
-        return put_on_model(self, model)
+        return put_on(self, model)
 
     def verify(self) -> tuple[str, ...]:
         """Read every weight in full, and follow what no run has noticed: single values that were written through `.data`.
@@ -110,8 +144,9 @@ class Compiled:
             CompileError: A weight is gone, new, or of another dtype, device, shape or strides.
             MismatchError: The plan does not follow other values.
         """
-        return follow_weights(self, everything=True).written
+        return follow_weights(suited(self), everything=True).written
 
+    @checked
     def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
         """The program for inputs of this signature; compiled when it is met for the first time.
 
@@ -123,7 +158,11 @@ class Compiled:
             PlanError: Shapes (apart from the batch) or dtype differ from what the plan was made for.
             CompileError: The inputs are on another device than the model.
         """
-        key = (signature(inputs), begin) if begin else signature(inputs)
+        return self.find_program(inputs, begin)
+
+    def find_program(self, inputs: Mapping[str, Any], begin: int) -> Program:
+        """See `program`; for sessions, which ask at every call and whose arguments have names."""
+        key = _key(inputs, begin)
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
         program = self._programs.get(key)
         if program is not None:
@@ -136,9 +175,15 @@ class Compiled:
                 plan = self.plan.tail(begin)
                 program = self.build(self.model, inputs, plan)
                 self._make_room(begin)
+                watch_tensors(self, program)
                 self._programs[key] = program
                 self._log_compiled(inputs, plan, begin, time.perf_counter() - started)
             return self._programs[key]
+
+    def known(self, inputs: Mapping[str, Any] | None, begin: int) -> Program:
+        """A compiled program: the one for these inputs, where there is one, else any."""
+        program = None if inputs is None else self._programs.get(_key(inputs, begin))
+        return self.programs[0] if program is None else program
 
     def _make_room(self, begin: int) -> None:
         """Drop the programs of the oldest beginning where there are too many of them."""
@@ -151,6 +196,9 @@ class Compiled:
     def _log_compiled(self, inputs: Mapping[str, Any], plan: CachePlan, begin: int, seconds: float) -> None:
         shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         log = get_logger("executable")
+        if len(self._programs) == 1 and self.changed:
+            log.warning("compiled for the model's adapters as they are, in %.1f s: %s", seconds, self.changed)
+            return
         if not begin:
             log.warning("compiled for inputs of other shapes, %s, in %.1f s", shapes, seconds)
             return
@@ -187,9 +235,13 @@ class Compiled:
             calls.update(variant.providers)
         return dict(sorted(calls.items()))
 
+    @checked
     def print_readable(self, step: int) -> str:
         """The Python source of the graph that a step runs, with shapes and dtypes."""
-        if not 0 <= step < self.plan.steps:
-            raise IndexError(f"step {step} is out of range: the plan has steps 0 to {self.plan.steps - 1}")
+        check_whole("step", step, 0, self.plan.steps - 1, tail=f": the plan has steps 0 to {self.plan.steps - 1}")
         source: str = self.default.variants[self.default.rows[step]].graph.print_readable(print_output=False)
         return source
+
+
+def _key(inputs: Mapping[str, Any], begin: int) -> tuple[Any, ...]:
+    return (signature(inputs), begin) if begin else signature(inputs)

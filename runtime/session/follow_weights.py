@@ -6,6 +6,7 @@ from stepgraph.env import get_logger, read_env
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan.measured import refuse_other_values
 from stepgraph.runtime.program.bound_weights import Look
+from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.program.rebind import rebind
 
 if TYPE_CHECKING:
@@ -40,6 +41,15 @@ def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
     return look
 
 
+def watch_tensors(executable: "Compiled", program: Program) -> None:
+    """Look at what a new program reads beside weights as at the weights, from now on."""
+    tensors = executable.weights.new_among(program.tensors)
+    if tensors:
+        with executable.weights.lock:
+            follow_weights(executable, everything=True)
+            executable.weights.add(tensors)
+
+
 def finish_run(executable: "Compiled", look: Look) -> Look:
     """The end of a run: what the device found of the weights in the meantime.
 
@@ -64,20 +74,22 @@ def _follow(executable: "Compiled", look: Look) -> None:
     if not others:
         return
     more = f" and {len(others) - 1} more weights" if len(others) > 1 else ""
-    follow_values(executable, f"{others[0]}{more} hold other values than when the plan was compiled")
+    difference = f"{others[0]}{more} hold other values than when the plan was compiled"
+    follow_values(executable, difference, weights.adapters.issuperset(others))
 
 
-def follow_values(executable: "Compiled", difference: str) -> None:
+def follow_values(executable: "Compiled", difference: str, adapters: bool = False) -> None:
     """See whether the plan follows other values than those that it was compiled with; says so once, if it should be known.
 
     Args:
         executable: Whose plan.
         difference: What differs, as the beginning of a sentence.
+        adapters: Whether it is one of adapters, for any of which a plan can be declared.
 
     Raises:
         MismatchError: Numbers of the plan were measured on the former values; or its choice was, and it is strict.
     """
-    warning = refuse_other_values(executable.plan, difference, executable.config.strict)
-    if warning and not executable.weights.warned:
+    warning = refuse_other_values(executable.plan, difference, executable.config.strict, adapters)
+    if warning and not any(one.weights.warned for one in executable.siblings.kept):
         executable.weights.warned = True
         get_logger("weights").warning("%s", warning)

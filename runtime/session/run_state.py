@@ -20,12 +20,14 @@ class BranchState:
         slots: Its stored values; none before its first step.
         tables: What is computed before the loop; none before its first step, and where nothing is hoisted.
         constants: Per step, coefficients of forecasts that stand in for the program's.
+        strengths: How often strengths had been written when the tables were computed.
     """
 
     program: Program | None = None
     slots: SlotTable | None = None
     tables: Tables | FixedTables | None = None
     constants: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    strengths: tuple[int, ...] = ()
 
 
 @dataclass

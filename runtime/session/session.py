@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from stepgraph.checked import checked
+from stepgraph.checks import check_whole, is_finite, shown
 from stepgraph.env import get_logger, read_env
-from stepgraph.errors import CaptureError, CompileError
+from stepgraph.errors import ArgumentError, CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
@@ -15,8 +17,8 @@ from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
-from stepgraph.runtime.session.begin_run import begin_run
-from stepgraph.runtime.session.follow_weights import finish_run
+from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_changed_within
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
@@ -32,6 +34,7 @@ class Session:
         begin: The plan's step with which the run begins; the run's own steps count from there.
         timesteps: The scheduler's timestep of every step of the run.
         checked: Whether what changed of the model is looked at when the run begins.
+        around: Whether calls of the model itself end here (`begin_run`).
     """
 
     def __init__(
@@ -41,10 +44,16 @@ class Session:
         begin: int = 0,
         timesteps: Sequence[float] | None = None,
         checked: bool = True,
+        around: bool = False,
     ) -> None:
-        self.executable, self.capture, self.begin, self.checked = executable, capture, begin, checked
+        self.executable, self.capture, self.begin = executable, capture, begin
+        self.checked, self.around = checked, around
         self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
         self._state = self._fresh_state()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a run is bound to the memory of its executable."""
+        raise CompileError("a session is not copied or pickled; start a new one with Executable.session")
 
     def _fresh_state(self) -> RunState:
         return RunState([BranchState() for _ in self.executable.plan.header.branches], read_env().check)
@@ -100,15 +109,22 @@ class Session:
         programs = {id(branch.program): branch.program for branch in self._state.branches if branch.program is not None}
         return tuple(programs.values())
 
+    @checked
     def use_memory(self, memory: Mapping[int, SlotMemory]) -> None:
         """Work in the memory of another session, which is over; before the first step."""
         self._state.memory = dict(memory)
 
+    @checked
     def use_tables(self, tables: Sequence[FixedTables | None]) -> None:
         """Read the tables of every branch from there, in place of computing them; before the first step."""
+        if len(tables) != len(self._state.branches):
+            raise ArgumentError(
+                f"there are {len(tables)} tables; expected one for each of {len(self._state.branches)} branches"
+            )
         for branch, fixed in zip(self._state.branches, tables, strict=True):
             branch.tables = fixed
 
+    @checked
     def use_constant(self, step: int, branch: int, number: int, coefficients: torch.Tensor) -> None:
         """Take other coefficients of a forecast than the executable's, in this run.
 
@@ -118,19 +134,28 @@ class Session:
             number: Of the step's constants.
             coefficients: [terms], or [terms, C], like the constant's own; they are copied.
         """
-        state = self._state.branches[branch]
+        check_whole("step", step, 0, len(self.timesteps) - 1)
+        state = self._state.branches[self._checked_branch(branch)]
         constants = list(state.constants.get(step, self.executable.default.constants[step][branch]))
+        check_whole("number", number, 0, len(constants) - 1, where=f" of step {step}'s constants")
+        if coefficients.shape != constants[number].shape or not is_finite(coefficients):
+            raise ArgumentError(f"coefficients is {shown(coefficients)}; expected finite values, {shown(constants[number])}")
         constants[number] = torch.empty_like(constants[number]).copy_(coefficients)
         state.constants[step] = tuple(constants)
 
+    @checked
     def stored(self, branch: int) -> dict[Read, tuple[torch.Tensor, ...]]:
         """What the present step of a branch reads, by site, part and age, before it has run; not to be written to."""
-        state = self._state.branches[branch]
+        state = self._state.branches[self._checked_branch(branch)]
         program, table = state.program, state.slots
         if program is None or table is None or self.finished:
             return {}
         reads = traffic(program.plan, program.folded)[self.step].reads
         return {read: table.read(slot) for read, slot in zip(reads, program.slots.steps[self.step].reads, strict=True)}
+
+    def _checked_branch(self, branch: int) -> int:
+        check_whole("branch", branch, 0, len(self._state.branches) - 1)
+        return branch
 
     def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
         """Run the next call of the plan: the next branch of this step, or the first of the next.
@@ -140,8 +165,8 @@ class Session:
             **inputs: The model's forward arguments.
 
         Raises:
-            CompileError: The run is over, or the inputs' shapes changed within it; or at its beginning, the model is another
-                one than when it was compiled (`begin_run`).
+            CompileError: The run is over, the inputs' shapes changed within it, or an input requires a gradient; or at the
+                beginning, the model is another one than when it was compiled (`begin_run`).
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
@@ -163,6 +188,8 @@ class Session:
                 "autocast is on, but the graphs were traced without it; convert the model to the lower precision and "
                 "compile that"
             )
+        if torch.is_grad_enabled():
+            _refuse_gradients(dict(zip(program.input_names, arguments, strict=True)))
         if self._state.check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
@@ -194,6 +221,8 @@ class Session:
                 if tables is not None:
                     tables.finish()
             self._release()
+            if self.checked:
+                refuse_changed_within(self.executable, self.programs)
             finish_run(self.executable, state.look)
 
     def _call(
@@ -256,19 +285,45 @@ class Session:
         if present.tables is None:
             batched = not self.executable.config.exact
             present.tables = Tables(program.hoisted, self.timesteps, batched)
+            present.strengths = program.watch.versions
+        elif isinstance(present.tables, Tables) and present.strengths != program.watch.versions:
+            present.tables.forget()
+            present.strengths = program.watch.versions
         values = present.tables.at(self.step, inputs)
         return [values[table] for table in variant.tables]
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        program, begun = self.executable.program(inputs, self.begin), self._state.present.program
+        begun = self._state.present.program
+        if self.checked and not self.programs:
+            self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)
+            self._state.present.program = program
+            return program
+        program = self.executable.find_program(inputs, self.begin)
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
                 f"{program.batch} now); start a new session"
             )
         if self.checked and all(program is not branch.program for branch in self._state.branches):
-            look = begin_run(self.executable, program)
-            self._state.look = look if self.step == self.branch == 0 else self._state.look
+            follow_facts(self.executable, program)
+            follow_weights(self.executable)
+        elif self.checked and not program.watch.strengths_hold(self.executable.model):
+            # As where a callback fades a LoRA out.
+            follow_facts(self.executable, program)
         self._state.present.program = program
         return program
+
+
+def _refuse_gradients(arguments: Mapping[str, torch.Tensor]) -> None:
+    """Refuse inputs that gradients are wanted of: steps compute none, and a guidance by gradients would lose the model's.
+
+    Raises:
+        CompileError: The message names the input.
+    """
+    name = next((name for name, value in arguments.items() if value.requires_grad), None)
+    if name is not None:
+        raise CompileError(
+            f"{name} requires a gradient, which executables do not compute; detach it, or call in torch.no_grad(), or, for a "
+            f"guidance by gradients, detach the executable and let the model answer"
+        )

@@ -4,8 +4,10 @@ import math
 import re
 
 import pytest
+import torch
+from torch import nn
 
-from stepgraph.checks import check_flag, check_number, check_numbers, check_whole, is_number, is_whole
+from stepgraph.checks import check_flag, check_number, check_numbers, check_whole, is_number, is_whole, shown
 from stepgraph.errors import ArgumentError
 
 
@@ -19,7 +21,7 @@ def test_what_is_no_whole_number(value):
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, -math.inf, 10**400])
 def test_what_is_no_finite_number(value):
     assert not is_number(value)
-    with pytest.raises(ArgumentError, match=f"^x is {value!r}; expected a number of at least 0$"):
+    with pytest.raises(ArgumentError, match=f"^x is {shown(value)}; expected a number of at least 0$"):
         check_number("x", value)
 
 
@@ -27,6 +29,14 @@ def test_what_is_no_finite_number(value):
 def test_what_is_no_flag(value):
     with pytest.raises(ArgumentError, match=f"^f is {value!r}; expected True or False$"):
         check_flag("f", value)
+
+
+def test_values_are_shown_shortly():
+    assert shown(10**400) == "a number of about 400 digits"
+    assert shown(torch.zeros(2, 3)) == "a float32 tensor [2, 3]"
+    assert shown([torch.zeros(1)] * 9) == "[" + "a float32 tensor [1], " * 4 + "...]"
+    assert shown("x" * 500) == "'" + "x" * 116 + "..."
+    assert shown(nn.Linear(1, 1)) == "a Linear"
 
 
 def test_what_is_taken():

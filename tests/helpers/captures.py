@@ -62,4 +62,4 @@ def with_calls(exe, change) -> sg.Executable:
     program = exe.default
     variants = tuple(replace(variant, run=change(variant.run)) for variant in program.variants)
     changed = replace(program, variants=variants)
-    return replace(exe, default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=Captured())
+    return replace(exe, _default=changed, _programs=dict.fromkeys(exe._programs, changed), captured=Captured())

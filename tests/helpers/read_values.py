@@ -1,7 +1,12 @@
 """A module tree that reads every kind of Python value in its forward."""
 
+import argparse
+import contextvars
 import enum
 import functools
+from collections import UserDict
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +38,40 @@ class Processor:
         return x * self.gain if self.backend is None else x
 
 
+@dataclass(slots=True)
+class Slotted:
+    """Without a dict of attributes."""
+
+    shift: float = 0.5
+
+
+class Inner:
+    def __init__(self, gain):
+        self.gain = gain
+
+
+class Helper:
+    """No module, and not called itself: its methods are."""
+
+    inner = Inner(0.25)
+
+    def moved(self, x):
+        return x + self.inner.gain + self.amount
+
+    @property
+    def amount(self):
+        return AMOUNT
+
+    def unread_method(self):
+        return 0
+
+
+AMOUNT, IN_DICT = 0.125, 2.0
+BEHIND = {"a": 0.5}
+PROXY = MappingProxyType(BEHIND)
+CONTEXT = contextvars.ContextVar("context", default=0.5)
+# Its parameters are in no module's tree.
+HIDDEN = [nn.Linear(6, 6).requires_grad_(False)]
 SCALE = 3.0
 TABLE = {"bias": 0.25}
 
@@ -49,6 +88,10 @@ def doubled(x, factor=2):
     return x * factor
 
 
+def defaulted(x, shift=0.5, *, more=0.25):
+    return x + shift + more
+
+
 class Layer(nn.Module):
     """Whose result depends on all of its attributes but `unread`."""
 
@@ -62,6 +105,14 @@ class Layer(nn.Module):
         self.items, self.pair, self.names, self.entries = [1, 2], (3, 4), {"x"}, {"a": 1, "b": 2}
         self.act, self.part, self.options, self.processor = F.silu, functools.partial(doubled, factor=3), Options(), Processor()
         self.closed, self.held, self.strength, self.scaling = closing_over(4), torch.ones(6), 1.0, {"one": 0.5}
+        self.args, self.slotted, self.user, self.private = (
+            argparse.Namespace(shift=0.5),
+            Slotted(),
+            UserDict(a=0.5),
+            {"_a": 0.5},
+        )
+        self.helper, self.functions, self.direct, self.got = Helper(), {"f": lambda x: x + IN_DICT}, 0.5, 0.25
+        self.register_buffer("kept", torch.ones(6))
         self.unread = 1.0
 
     def forward(self, x):
@@ -74,7 +125,16 @@ class Layer(nn.Module):
         x = self.closed(self.part(self.act(x.to(self.dtype_of)[..., self.cut].reshape(*x.shape[:-1], *self.size))))
         x = x + self.options.nested["deep"][1] + self.options.shift if self.options.name == "a" else x
         x = x - 1 if hasattr(self, "extra") else x
+        x = self.beyond(x) + self.kept
         return helper(self.processor(self, x)) + self.held
+
+    def beyond(self, x):
+        """Values in objects of the standard library, and what is found where a function runs."""
+        from helpers.read_late import late
+
+        x = x + self.args.shift + self.slotted.shift + self.user["a"] + self.private["_a"] + PROXY["a"] + CONTEXT.get()
+        x = self.functions["f"](self.helper.moved(x)) + vars(self)["direct"] + self.__dict__.get("got", 0.0)
+        return HIDDEN[0](defaulted(late(x)))
 
 
 class Beside(nn.Module):

@@ -150,7 +150,7 @@ def test_print_readable_takes_the_steps_of_the_plan(model: DiTTransformer2DModel
     if inside:
         assert "def forward(self, hidden_states" in executable.print_readable(step)
     else:
-        with pytest.raises(IndexError, match="the plan has steps 0 to 3"):
+        with pytest.raises(sg.PlanError, match="the plan has steps 0 to 3"):
             executable.print_readable(step)
 
 
@@ -183,7 +183,7 @@ def test_a_plan_from_stats_has_the_guidance_it_is_made_for(model: DiTTransformer
     [
         ({"hoist": "no"}, "hoist is 'no'; expected True or False"),
         ({"offload": 1}, "offload is 1; expected True or False"),
-        ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected megabytes"),
+        ({"hoist_limit_mb": "big"}, "hoist_limit_mb is 'big'; expected a number, or None"),
         ({"cuda_graphs": "auto"}, "cuda_graphs is 'auto'; expected True or False, or None"),
         ({"cuda_graphs": 1}, "cuda_graphs is 1; expected True or False, or None"),
     ],

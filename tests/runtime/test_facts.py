@@ -1,5 +1,6 @@
 """What was read while tracing is compared at the beginning of every run: nothing goes unnoticed, nothing else is refused."""
 
+import argparse
 import copy
 import functools
 
@@ -12,16 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stepgraph as sg
-from helpers import read_values
+from helpers import read_late, read_values
 from helpers.families import FLUX, UVIT, flux_inputs, uvit_inputs
 from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, sd3_inputs
 from helpers.read_values import Beside, Mode, Processor, closing_over, doubled, tree
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
+from stepgraph.compiler.tracing import read_globals
 from stepgraph.compiler.tracing.read_globals import Globals
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import CompileError, MismatchError
 from stepgraph.runtime.program import facts, watch
+from stepgraph.runtime.program import freeze as freezing
+from stepgraph.runtime.program.freeze import freeze
 from stepgraph.runtime.program.watch import Watch
 
 X = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
@@ -48,6 +52,20 @@ def entry(reach, key, value):
 
 def hook(monkeypatch, model):
     model.first.linear.register_forward_hook(lambda *_: None)
+
+
+def ordinary():
+    """Take back what no patch does."""
+    torch.set_default_dtype(torch.float32)
+    read_values.CONTEXT.set(0.5)
+
+
+class Other(argparse.Namespace):
+    pass
+
+
+def other(x, shift=0.5, *, more=0.25):
+    return x
 
 
 VALUES = {
@@ -94,6 +112,38 @@ VALUES = {
     "default dtype": (lambda patch, _: torch.set_default_dtype(torch.float64), "torch.get_default_dtype()"),
     "hook": (hook, "first.linear (forward hook 0)"),
     "replaced forward": (lambda _, m: setattr(m.first, "forward", lambda x: x), "first.forward"),
+    "namespace": (lambda _, m: setattr(m.first.args, "shift", 1.0), "first.args.shift"),
+    "slots": (lambda _, m: setattr(m.first.slotted, "shift", 1.0), "first.slotted.shift"),
+    "user's dict": (lambda _, m: m.first.user.__setitem__("a", 1.0), "first.user.data['a']"),
+    "key that begins with _": (entry(lambda m: m.first.private, "_a", 1.0), "first.private['_a']"),
+    "dict behind a proxy": (entry(lambda m: read_values.BEHIND, "a", 1.0), "helpers.read_values.PROXY['a']"),
+    "variable of a context": (lambda *_: read_values.CONTEXT.set(1.0), "helpers.read_values.CONTEXT.get()"),
+    "in vars()": (layer("direct", 1.0), "first.direct"),
+    "in __dict__": (layer("got", 1.0), "first.got"),
+    "another dict of an object": (lambda _, m: setattr(m.first.options, "__dict__", {"name": "b"}), "first.options.name"),
+    "another class of an object": (lambda _, m: setattr(m.first.args, "__class__", Other), "first.args"),
+    "helper's method": (inside(lambda m: read_values.Helper, "moved", lambda self, x: x), "Helper.moved"),
+    "helper's property": (inside(lambda m: read_values.Helper, "amount", 3), "Helper.amount"),
+    "global of a helper's property": (inside(lambda m: read_values, "AMOUNT", 1.0), "helpers.read_values.AMOUNT"),
+    "object of a helper's class": (inside(lambda m: read_values.Helper.inner, "gain", 1.0), "Helper.inner.gain"),
+    "over a helper's class": (lambda _, m: setattr(m.first.helper, "inner", 1), "first.helper.inner"),
+    "global of a function in a dict": (inside(lambda m: read_values, "IN_DICT", 1.0), "helpers.read_values.IN_DICT"),
+    "function imported when it runs": (inside(lambda m: read_late, "late", lambda x: x), "helpers.read_late.late"),
+    "global of that": (inside(lambda m: read_late, "LATE", 1.0), "helpers.read_late.LATE"),
+    "default": (inside(lambda m: read_values.defaulted, "__defaults__", (1.0,)), "helpers.read_values.defaulted (default 0)"),
+    "default by name": (
+        entry(lambda m: read_values.defaulted.__kwdefaults__, "more", 1.0),
+        "helpers.read_values.defaulted (default of more)",
+    ),
+    "code": (inside(lambda m: read_values.defaulted, "__code__", other.__code__), "helpers.read_values.defaulted"),
+    "weight of a module in no tree": (
+        entry(lambda m: read_values.HIDDEN[0]._parameters, "weight", torch.zeros(6, 6)),
+        "a Linear in no module: weight",
+    ),
+    "before a buffer": (lambda _, m: vars(m.first).__setitem__("kept", torch.zeros(6)), "first.kept"),
+    "forward of torch's": (inside(lambda m: torch.nn.LayerNorm, "forward", lambda self, x: x), "LayerNorm.forward"),
+    "what torch's forward calls": (inside(lambda m: F, "layer_norm", lambda x, *_: x), "torch.nn.functional.layer_norm"),
+    "method of tensors": (inside(lambda m: torch.Tensor, "clamp", lambda x, **_: x), "torch.Tensor.clamp"),
     "replaced submodule": (lambda _, m: setattr(m.first, "linear", torch.nn.Identity()), "first.linear"),
 }
 
@@ -106,7 +156,7 @@ def traced_tree():
 @pytest.fixture(autouse=True)
 def _settings():
     yield
-    torch.set_default_dtype(torch.float32)
+    ordinary()
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -136,15 +186,13 @@ def test_what_changes_under_a_watched_model_is_noticed(monkeypatch, kind):
 def test_a_snapshot_and_the_full_comparison_notice_the_same(monkeypatch):
     """The cheap comparison of objects may find too much, and never less than the one of values."""
     for kind, (change, _) in VALUES.items():
-        if kind in ("global function", "processor's code", "function of torch"):
-            continue
         model = tree()
         with monkeypatch.context() as patch:
             snapshot = watch._Snapshot(model, trace_of(model))
             assert snapshot.holds()
             change(patch, model)
             assert not snapshot.holds(), kind
-        torch.set_default_dtype(torch.float32)
+        ordinary()
 
 
 _facts = {}
@@ -269,7 +317,7 @@ def test_every_kind_of_value_is_noticed_within_the_families(name):
         with pytest.MonkeyPatch.context() as patch:
             change(patch, other.get_submodule(path))
             found = [difference.path for difference in recorded.differences(other)]
-        torch.set_default_dtype(torch.float32)
+        ordinary()
         unnoticed += [] if found and any(each.endswith(changed) for each in found) else [(kind, found)]
     assert unnoticed == []
 
@@ -299,7 +347,7 @@ def test_every_kind_of_fact_of_the_families_is_noticed(name, monkeypatch):
         with monkeypatch.context() as patch:
             change(patch)
             assert list(watcher.differences(model)) != [], what
-        torch.set_default_dtype(torch.float32)
+        ordinary()
         adapter.active[:] = ["style"]
         assert list(watcher.differences(model)) == [], f"after {what}"
 
@@ -379,10 +427,18 @@ def test_attaching_to_another_model_looks_at_its_values():
 
 
 RECORDERS = {
-    "attributes": (Reads, "read", lambda self, module, name, value: value, "int"),
+    "attributes": (Reads, "read", lambda self, module, name, value, inside=False: value, "int"),
     "absent attributes": (Reads, "note_absent", lambda self, module, name: None, "what was not there"),
     "classes": (Reads, "_of_class", lambda self, kind, name: None, "class of a module"),
     "globals": (Globals, "add_code", lambda self, code, space: None, "global number"),
+    "imports": (read_globals, "_imports", lambda code, space: (), "function imported when it runs"),
+    "classes of objects": (Globals, "_of_kind", lambda self, kind, made: (), "helper's method"),
+    "functions in values": (Globals, "frozen", lambda self, value: freeze(value), "global of a helper's property"),
+    "dicts of attributes": (Reads, "_all", lambda self, module, attributes: attributes, "in vars()"),
+    "modules in no tree": (Reads, "_of_other", lambda self, module, name, attributes: None, "weight of a module in no tree"),
+    "torch's own forwards": (Reads, "_of_leaf", lambda self, kind: None, "what torch's forward calls"),
+    "attributes of objects": (freezing, "_attributes", lambda value, containers: (), "slots"),
+    "hidden tensors": (facts, "shadows_of", lambda module: (), "before a buffer"),
     "process": (facts, "process_state", dict, "default dtype"),
     "hooks": (facts, "hooks_of", lambda module: (), "hook"),
     "forwards": (facts, "forward_of", lambda module, containers=None: facts.NOTHING, "replaced forward"),
@@ -396,7 +452,7 @@ def test_each_recorder_is_what_notices(monkeypatch, name):
     model = tree()
     recorded = trace(model, X).facts
     monkeypatch.undo()
-    if name in ("hooks", "forwards", "process"):
+    if name in ("hooks", "forwards", "process", "attributes of objects", "hidden tensors"):
         monkeypatch.setattr(owner, function, nothing)
     with monkeypatch.context() as patch:
         VALUES[kind][0](patch, model)

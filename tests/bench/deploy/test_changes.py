@@ -18,6 +18,9 @@ def test_the_page_has_a_row_for_every_change_and_none_is_wrong():
     ("what", "outcome"),
     [
         ("a LoRA's strength (`set_scale`)", FOLLOWED),
+        ("two LoRAs set at once (`set_adapters`)", FOLLOWED),
+        ("a first LoRA loaded after compiling", FOLLOWED),
+        ("a LoRA prepared for hot-swapping, swapped for another", FOLLOWED),
         ("weights written through `.data`", FOLLOWED),
         ("a forward hook on a layer", "refused: DiTTransformer2DModel is made of other parts"),
     ],

@@ -1,7 +1,10 @@
 """Strengths: what multiplies tensors is followed with the bits of the eager model; all else is held to its number."""
 
+import decimal
 import math
+import numbers
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +80,12 @@ DECIDING = {
     "by C": lambda m, x: x * math.sqrt(m.strength),
     "by C, and multiplied": lambda m, x: x * math.sqrt(m.strength) * m.strength,
     "fmax": lambda m, x: x * m.strength * math.fmod(m.strength, 0.2),
+    "isclose": lambda m, x: x if math.isclose(m.strength, 0.25) else x * m.strength + 1,
+    "isclose, of one object": lambda m, x: (lambda s: x if math.isclose(s, 0.25) else x * s)(m.strength),
+    "percent": lambda m, x: x * m.strength + {"0.2": 3.0}.get("%.1f" % m.strength, 0.0),  # noqa: UP031
+    "of numpy": lambda m, x: x * m.strength + float(np.clip(m.strength, 0.26, 1.0)),
+    "of a C float only": lambda m, x: x * m.strength + float(decimal.Decimal(m.strength)),
+    "in a list": lambda m, x: x * m.strength + torch.tensor([m.strength] * 6),
     "in a leaf": lambda m, x: nn.functional.leaky_relu(x, m.strength),
     "dict's": lambda m, x: x + m.scaling["one"],
 }
@@ -92,6 +101,24 @@ def test_a_number_that_anything_else_depends_on_is_held_to(name):
     model.strength = model.scaling["one"] = 0.25
     found = [difference.path for difference in watch.differences(model)]
     assert found == ["scaling['one']" if name == "dict's" else "strength"]
+
+
+ASKING = {
+    "isinstance": lambda m, x: x * m.strength if isinstance(m.strength, float) else x,
+    "of numbers": lambda m, x: x * m.strength if isinstance(m.strength, numbers.Real) else x,
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_one_whose_class_was_asked_stays_a_float(name):
+    model, x = Scaled(ASKING[name]).eval(), torch.randn(4, 6)
+    graph, watch, paths = followed(model, x)
+    assert paths == ["strength"]
+    model.strength = 0.5
+    assert not watch.differences(model)
+    assert torch.equal(graph(x)[0], model(x))
+    model.strength = 2
+    assert [difference.path for difference in watch.differences(model)] == ["strength"]
 
 
 def test_one_that_decides_does_not_keep_another_from_being_followed():

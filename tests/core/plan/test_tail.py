@@ -77,7 +77,7 @@ def test_forecasts_of_what_is_not_stored_are_computed_and_of_other_values_refuse
 
 @pytest.mark.parametrize("begin", [-1, 4, 1.5, True])
 def test_a_beginning_that_is_no_step_is_refused(begin):
-    with pytest.raises(PlanError, match=r"begin is .*expected a whole number in 0\.\.3: a step of the plan"):
+    with pytest.raises(PlanError, match=r"begin is .*expected a whole number"):
         plan({"ff": "CRRC"}).tail(begin)
 
 

@@ -18,7 +18,7 @@ from helpers.artifacts import rewrite
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.cli.main import app
 from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler
-from stepgraph.errors import CompileError, MismatchError, PlanError
+from stepgraph.errors import ArgumentError, CompileError, MismatchError, PlanError
 from stepgraph.runtime.artifact.read_artifact import read_artifact
 
 FORMS = ("artifact", "artifact.zip")
@@ -90,6 +90,7 @@ def test_an_artifact_holds_no_weights_no_tables_and_no_code(made, tmp_path: Path
 OPTIONS = {
     "backend": "eager", "exact": True, "hoist": False, "hoist_limit_mb": 64, "regions": False, "prepack": False, "merge": False,
     "slot_dtype": "bfloat16", "offload": True, "cuda_graphs": None, "max_autotune": True, "strict": True,
+    "respecialize": False,
 }  # fmt: skip
 
 
@@ -164,8 +165,12 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(made, dit, tmp_
     assert torch.equal(images(sg.load(tmp_path / "artifact", dit)), images(made))
 
 
-def test_a_model_stays_where_it_is(made, dit, tmp_path: Path):
+def test_a_model_stays_where_it_is(made, dit, tmp_path: Path, monkeypatch):
     made.save(tmp_path / "artifact")
+    with pytest.raises(ArgumentError, match="device is 'cuda:9', and no such device holds values here; expected cpu"):
+        sg.load(tmp_path / "artifact", dit, device="cuda:9")
+    # As if there were a card.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(CompileError, match="the model is on cpu, but device is cuda; move the model, or leave device out"):
         sg.load(tmp_path / "artifact", dit, device="cuda")
 

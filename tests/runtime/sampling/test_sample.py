@@ -132,7 +132,7 @@ def test_readable_source_of_a_step(executable):
     assert "slot_transformer_blocks_0_attn1" in executable.print_readable(1)
     assert "slot_" not in executable.print_readable(0)
     for step in (-1, 4):
-        with pytest.raises(IndexError, match="the plan has steps 0 to 3"):
+        with pytest.raises(sg.PlanError, match="the plan has steps 0 to 3"):
             executable.print_readable(step)
 
 

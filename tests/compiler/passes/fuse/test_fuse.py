@@ -19,6 +19,7 @@ from stepgraph.compiler.passes.fuse.fuse_gated_residual import fuse_gated_residu
 from stepgraph.compiler.passes.fuse.fuse_modulated_norm import fuse_modulated_norm
 from stepgraph.compiler.tracing.mark_sites import bound_copy
 from stepgraph.csrc.library import native
+from stepgraph.errors import OpError
 from stepgraph.node_facts import op_of
 from stepgraph.ops import OPS, gated_residual, lowrank_delta, modulated_norm
 
@@ -156,7 +157,6 @@ def test_a_shared_norm_stays(dit):
 
 
 def test_an_op_that_nobody_takes_does_not_compile(dit, monkeypatch):
-    from stepgraph.errors import OpError
 
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
     with pytest.raises(OpError, match=r"no provider takes .*: triton"):
@@ -226,10 +226,10 @@ def test_every_pass_is_right_on_the_shipped_model(monkeypatch):
 @pytest.mark.parametrize("pair", [{"scale": torch.zeros(1, 8)}, {"gate": torch.zeros(1, 8)}])
 def test_half_a_pair_is_refused(pair):
     x = torch.zeros(1, 3, 8)
-    with pytest.raises(ValueError, match="only one of a pair is given"):
+    with pytest.raises(OpError, match="only one of a pair is given"):
         OPS["lowrank_delta"].reference(x, [x], torch.zeros(1, 3, 2), [torch.zeros(8, 2)], torch.zeros(2, 8), **pair)
 
 
 def test_as_many_coefficients_as_values():
-    with pytest.raises(ValueError, match="4 coefficients for 2 values; expected as many, or one more"):
+    with pytest.raises(OpError, match="4 coefficients for 2 values; expected as many, or one more"):
         OPS["linear_combination"].reference([torch.zeros(3)] * 2, torch.zeros(4))

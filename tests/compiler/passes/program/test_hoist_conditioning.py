@@ -207,6 +207,25 @@ def test_an_accelerators_wrong_timesteps_are_refused_at_the_end(dit, monkeypatch
         held.finish()
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "at the end"])
+def test_conditioning_that_is_written_to_past_its_version_is_noticed(dit, monkeypatch, later):
+    """On an accelerator, played through on the CPU, digests are compared and the run is refused when it ends."""
+    exe = compiled(dit, every=1)
+    monkeypatch.setattr(tables, "waits", lambda device: later)
+    held, fresh = (tables.Tables(exe.default.hoisted, exe.plan.header.timesteps, batched=False) for _ in range(2))
+    sequence, label = run_inputs(), torch.tensor([1, 2])
+    held.at(0, {**sequence[0], "class_labels": label})
+    label.numpy()[:] = 3
+    values = held.at(1, {**sequence[1], "class_labels": label})
+    if later:
+        with pytest.raises(CompileError, match="conditioning was written to within this run"):
+            held.finish()
+        return
+    for value, wanted in zip(values, fresh.at(1, {**sequence[1], "class_labels": label}), strict=True):
+        assert torch.equal(value, wanted)
+    held.finish()
+
+
 def test_the_end_of_a_run_is_checked_where_its_last_step_reads_no_table(dit, monkeypatch):
     actions = {"output": "C" * (STEPS - 1) + "R"}
     plan = sg.make_plan("manual", model=dit, scheduler=tiny_scheduler("ddim"), steps=STEPS, actions=actions)

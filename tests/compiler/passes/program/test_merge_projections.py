@@ -38,7 +38,7 @@ def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
         variant.graph.recompile()
         variants.append(replace(variant, run=GraphCall(variant.graph.forward, exe.default.results)))
     program = replace(exe.default, variants=tuple(variants))
-    return replace(exe, default=program, _programs={signature(given): program}), counts
+    return replace(exe, _default=program, _programs={signature(given): program}), counts
 
 
 def parts_of(gm) -> list[int]:

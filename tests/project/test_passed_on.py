@@ -1,0 +1,71 @@
+"""Errors that are not ours to word pass unchanged: of the model's own forward, of memory that is out, and an interruption."""
+
+import pytest
+import torch
+
+import stepgraph as sg
+from helpers.pipes import images, tiny_pipe
+from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
+from stepgraph.errors import TraceError
+
+
+class OwnError(Exception):
+    """What no code of ours knows."""
+
+
+def fails_with(model, error):
+    """A model whose feed-forward fails from now on."""
+
+    def failing(*_, **__):
+        raise error
+
+    model.transformer_blocks[1].ff.forward = failing
+    return model
+
+
+@pytest.mark.traces
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, OwnError])
+@pytest.mark.parametrize("call", ["make_plan", "compile", "calibrate"])
+def test_while_a_forward_is_traced(kind, call, ddim):
+    model, error = tiny_dit(), kind("of the model")
+    plan = sg.make_plan("full", model=model, scheduler=ddim, steps=2)
+    fails_with(model, error)
+    calls = {
+        "make_plan": lambda: sg.make_plan("full", model=model, scheduler=ddim, steps=2),
+        "compile": lambda: sg.compile(model, plan, inputs(), backend="eager"),
+        "calibrate": lambda: sg.calibrate(model, ddim, steps=2, samples=1),
+    }
+    # What fails only because values are stood in for, and what always fails, look the same there.
+    with pytest.raises(TraceError if kind is OwnError else kind) as caught:
+        calls[call]()
+    assert error in (caught.value, caught.value.__cause__)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, OwnError])
+@pytest.mark.parametrize("call", ["sample", "sample with a model", "attached"])
+def test_while_a_plan_runs(kind, call):
+    error, done = kind("in a step"), []
+    pipe = tiny_pipe(tiny_dit())
+    exe = sg.compile(
+        pipe.transformer,
+        sg.make_plan("full", model=pipe.transformer, scheduler=pipe.scheduler, steps=2),
+        inputs(2),
+        backend="eager",
+    )
+
+    def failing(*_):
+        done.append(True)
+        raise error
+
+    def run():
+        if call == "attached":
+            exe.attach(pipe)
+            pipe.scheduler.scale_model_input = failing
+            images(pipe, steps=2)
+        runner, steps = (exe, None) if call == "sample" else (fails_with(pipe.transformer, error), 2)
+        sg.sample(runner, tiny_scheduler("ddim"), noise(), steps=steps, on_step=failing, **labels(3))
+
+    with pytest.raises(kind) as caught:
+        run()
+    assert caught.value is error
+    exe.detach()
