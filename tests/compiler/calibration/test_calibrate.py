@@ -374,10 +374,8 @@ def test_heun_counts_every_evaluation():
 
 
 def test_no_samples_are_refused(dit, ddim):
-    for samples in (0, -1, 1.5, True):
-        with pytest.raises(
-            PlanError, match=f"samples is {samples}; expected a whole number of at least 1, because every table"
-        ):
+    for samples, expected in ((0, r" in 1\.\.1048576, because every table"), (-1, r" in 1\.\.1048576"), (1.5, ""), (True, "")):
+        with pytest.raises(PlanError, match=f"samples is {samples}; expected a whole number{expected}"):
             sg.calibrate(dit, ddim, steps=2, samples=samples)
     with pytest.raises(PlanError, match="guidance_scale is -1; expected a number of at least 0"):
         sg.calibrate(dit, ddim, steps=2, samples=1, guidance_scale=-1)

@@ -312,7 +312,7 @@ BAD = {
         bad(lambda p, m, s: (sg.make_plan("full", model=m, scheduler=s, steps=6), m, s)),
         r"the plan skips no step: .* make_plan\('interval', kinds=\['output'\]",
     ),
-    "samples": (bad(lambda *a: a, samples=0), "samples is 0; expected a whole number of at least 1"),
+    "samples": (bad(lambda *a: a, samples=0), r"samples is 0; expected a whole number in 1\.\."),
     "target": (bad(lambda *a: a, target="truth"), "target is 'truth'; expected state, full or own"),
     "ridge": (bad(lambda *a: a, ridge=0), "ridge is 0; expected a number above 0 and below 1"),
     "terms": (bad(lambda *a: a, terms=["y2", "x0"]), "step 1, site output: 1 values are stored, too few for the terms"),

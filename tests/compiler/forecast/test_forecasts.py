@@ -173,7 +173,7 @@ BAD = {
     "rule": (lambda p: sg.forecast(p, "tylor"), "unknown rule 'tylor' of forecasts; known: taylor, polynomial, adams_bash"),
     "order": (lambda p: sg.forecast(p, order=5), r"the order is 5; expected a whole number in 0\.\.4"),
     "kind": (lambda p: sg.forecast(p, kinds=["nose"]), "unknown kind 'nose'; this model has attn, ff"),
-    "kinds": (lambda p: sg.forecast(p, kinds="ff"), "kinds is 'ff'; expected a list of names"),
+    "kinds": (lambda p: sg.forecast(p, kinds="ff"), "kinds is 'ff'; expected a list, each entry a text"),
     "site": (lambda p: sg.forecast(p, sites=["nose"]), "unknown site 'nose'; the sites are"),
     "nothing": (lambda p: sg.forecast(p, kinds=["attn"]), "nothing to forecast: the chosen sites are nowhere R or F"),
     "stream": (lambda p: sg.lowrank(p, kinds=["hidden"]), "hidden is no module, and has no linear maps to correct"),

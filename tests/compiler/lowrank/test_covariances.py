@@ -204,8 +204,6 @@ ATTN = "transformer_blocks.0.attn1"
         ({f"yx/{ATTN}": torch.zeros(32, 31)}, {}, rf"yx/{ATTN} is float32 \[32, 31\]; expected float32 \[rows, 32\]"),
         ({"yx/nose": torch.zeros(32, 32)}, {}, "yx/nose is given, but no input of 'nose'"),
         ({}, {FF: {"rows": 1, "trace": 1.0}}, rf"the numbers of '{FF}' are .*; expected a finite number 'fourth' among them"),
-        ({}, {FF: {"rows": 1, "trace": "1", "fourth": 1}}, "expected a finite number 'trace'"),
-        ({}, {FF: None}, rf"the numbers of '{FF}' are None; expected a finite number 'rows'"),
         ({}, {ATTN: {}}, rf"the numbers of '{ATTN}' are .*; expected a finite number"),
     ],
 )
@@ -215,6 +213,18 @@ def test_refuses_damaged_tensors_and_numbers(whole, tmp_path, tensors, numbers, 
     replace(whole, tensors=kept, numbers={**whole.numbers, **numbers}).save(path)
     with pytest.raises(PlanError, match=r"covariances\.safetensors: .*" + message):
         Covariances.load(path)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"rows": 1, "trace": "1", "fourth": 1}, r"\['trace'\] is '1'; expected a number"),
+        (None, " is None; expected a mapping by name"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_where_they_are_given(whole, numbers, message):
+    with pytest.raises(PlanError, match="the covariances' numbers.*" + message):
+        replace(whole, numbers={**whole.numbers, FF: numbers})
 
 
 def test_a_covariance_of_another_size_than_its_map_is_refused(dit, whole):
