@@ -56,7 +56,6 @@ def test_more_blocks_are_not_more_regions(regions):
     assert compiled(tiny_dit(num_layers=3)).default.regions == regions.default.regions
 
 
-@pytest.mark.slow
 def test_regions_change_nothing_but_rounding(dit, regions):
     eager = sampled(compiled(dit, backend="eager"))
     assert error(sampled(regions), eager) < 1e-5
