@@ -23,14 +23,19 @@ def attention_maps(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def torchao_dit(config: str, **options) -> diffusers.DiTTransformer2DModel:
-    """Every linear map quantised by torchao."""
+def torchao_quantise(model: nn.Module, config: str, **options) -> None:
+    """Quantise every linear map of a model by torchao."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao import quantization
 
-        model = tiny_dit()
         quantization.quantize_(model, getattr(quantization, config)(**options))
+
+
+def torchao_dit(config: str, **options) -> diffusers.DiTTransformer2DModel:
+    """Every linear map quantised by torchao."""
+    model = tiny_dit()
+    torchao_quantise(model, config, **options)
     return model
 
 

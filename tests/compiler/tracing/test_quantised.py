@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import stepgraph as sg
-from helpers.quantised import MAKERS, FourBit, QuantState, four_bit_dit, gguf_dit, torchao_dit
+from helpers.quantised import MAKERS, FourBit, QuantState, four_bit_dit, gguf_dit, torchao_dit, torchao_quantise
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import ArgumentError, CompileError, MismatchError, TraceError
@@ -219,3 +219,12 @@ def test_memory_counts_what_is_kept():
     figures = [dataclasses.asdict(compiled(one, backend="eager", exact=True).memory()) for one in (model, plain)]
     weights = [next(value for key, value in figure.items() if "weight" in key) for figure in figures]
     assert weights[0] == sum(map(weight_bytes, model.parameters())) < weights[1]
+
+
+def test_weights_that_are_quantised_after_compiling_are_refused_by_their_class():
+    model = tiny_dit()
+    exe = compiled(model)
+    exe.session()(**inputs(2))
+    torchao_quantise(model, "Int8WeightOnlyConfig")
+    with pytest.raises(CompileError, match=r"has the class torchao\..*; the executable was compiled for Tensor"):
+        exe.session()(**inputs(2))

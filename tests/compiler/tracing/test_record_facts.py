@@ -166,3 +166,20 @@ def test_two_programs_that_share_a_trace_do_not_mislead_each_other():
         model.strength = value
         assert not watch.differences(model)
         assert torch.equal(graph(x)[0], model(x))
+
+
+@pytest.mark.parametrize("place", ["class", "module", "hook"])
+def test_what_replaces_a_leafs_forward_before_tracing_is_traced(monkeypatch, place):
+    model, x = Scaled(lambda m, x: m.inner(x)).eval(), torch.randn(4, 6)
+    with torch.no_grad():
+        plain, original = model(x), nn.Linear.forward
+    if place == "class":
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * original(self, x))
+    elif place == "module":
+        model.inner.forward = lambda x: 2 * original(model.inner, x)
+    else:
+        model.inner.register_forward_hook(lambda module, args, result: 2 * result)
+    graph, _, _ = followed(model, x)
+    with torch.no_grad():
+        assert torch.equal(graph(x)[0], model(x))
+        assert torch.equal(graph(x)[0], 2 * plain)
