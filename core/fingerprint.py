@@ -31,8 +31,11 @@ def has_data(tensor: torch.Tensor) -> bool:
 def config_of(owner: Any) -> dict[str, Any]:
     """The public entries of a diffusers model's or scheduler's configuration."""
     config = getattr(owner, "config", None)
-    config = config if isinstance(config, Mapping) else {}
-    return {k: v for k, v in sorted(config.items()) if not k.startswith("_")}
+    if config is not None and not isinstance(config, Mapping):
+        raise MismatchError(
+            f"the config of {shown(owner)} is {shown(config)}, whose entries are not told from others; expected a mapping"
+        )
+    return {k: v for k, v in sorted((config or {}).items()) if not k.startswith("_")}
 
 
 @checked

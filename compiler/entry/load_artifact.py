@@ -69,9 +69,9 @@ def compile_artifact(
         raise FileFormatError(f"{path}: {error}") from error
     difference = other_facts(artifact.model.get("facts", {}), stated_facts(executable.default.facts)) if built else None
     if difference is not None:
-        place_of, saved, rebuilt = difference
+        fact, saved, rebuilt = difference
         raise MismatchError(
-            f"{path}: the model that was saved had {place_of} = {saved}, one of its class and configuration has {rebuilt}; "
+            f"{path}: the model that was saved had {fact} = {saved}, one of its class and configuration has {rebuilt}; "
             f"make the model as it was, load its weights, and pass it: stepgraph.load(path, model)"
         )
     others = {name: (recorded, now) for name, recorded, now in _versions(artifact) if recorded != now}

@@ -1,6 +1,5 @@
 """The tracer: what happens while a model's forward runs on traced tensors. `trace` is how it is used."""
 
-import enum
 import operator
 import weakref
 from collections import Counter
@@ -22,6 +21,7 @@ from stepgraph.compiler.tracing.known_results import KnownResults, leaf_operatio
 from stepgraph.compiler.tracing.model_location import model_frame, model_location
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.run_opaque import opaque_modules, run_opaque
+from stepgraph.compiler.tracing.spell_calls import ARGUMENTS, mapped, plain, spelled
 from stepgraph.compiler.tracing.strengths import STRENGTH, WHOLES, StrengthValue, factors
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
@@ -133,12 +133,12 @@ class Tracer(TorchFunctionMode):
             product = factors(func, args, kwargs)
             if product is not None:
                 return self.scaled(*product)
-            args, kwargs = _mapped(plain, tuple(args), kwargs)
+            args, kwargs = mapped(plain, tuple(args), kwargs)
         if self.kinds:
             asked = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.kinds]
             if asked:
                 return self.ask(func, args, kwargs, asked[0])
-        op, target, arguments = _spelling(func, args)
+        op, target, arguments = spelled(func, args)
         known = self.known(op, target, arguments, kwargs)
         if known is not None:
             return self.record(op, target, arguments, kwargs, *earlier_of(known))
@@ -173,7 +173,7 @@ class Tracer(TorchFunctionMode):
             return leaf.node.name if isinstance(leaf, TracedTensor) else leaf
 
         wanted = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.name)
-        return node if repr(_mapped(named, tuple(args), kwargs)) == repr((tuple(wanted[0]), dict(wanted[1]))) else None
+        return node if repr(mapped(named, tuple(args), kwargs)) == repr((tuple(wanted[0]), dict(wanted[1]))) else None
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Inline a module, or record it as one node where it is one of torch.nn's own."""
@@ -223,7 +223,7 @@ class Tracer(TorchFunctionMode):
             return torch.zeros(leaf.value.shape, dtype=leaf.value.dtype, device=leaf.value.device)
 
         with self.pass_through(), _disable_current_modes():
-            args, kwargs = _mapped(like, args, kwargs)
+            args, kwargs = mapped(like, args, kwargs)
             result, macs = run_opaque(module, path, args, kwargs)
         with self.pass_through():
             return pytree.tree_map_only(torch.Tensor, self.mode.from_tensor, result), frozenset(), macs
@@ -285,7 +285,7 @@ class Tracer(TorchFunctionMode):
             tensors.append(self.fake(leaf))
             return tensors[-1]
 
-        args, kwargs = _mapped(faked, args, kwargs)
+        args, kwargs = mapped(faked, args, kwargs)
         key = self.results.key(operation, args, kwargs)
         with self.pass_through():
             known = self.results.find(key)
@@ -341,7 +341,7 @@ class Tracer(TorchFunctionMode):
         macs: int = 0,
     ) -> Any:
         """Append a node; returns the traced tensor for its value, or the like of it for a tuple of tensors."""
-        args, kwargs = _mapped(self.argument, args, kwargs)
+        args, kwargs = mapped(self.argument, args, kwargs)
         if any(torch.is_autocast_enabled(device) for device in self.devices):
             raise TraceError(
                 f"{model_location()}: the forward switches autocast on, which a static graph cannot carry; convert the model "
@@ -438,20 +438,10 @@ class Tracer(TorchFunctionMode):
         return traced.node
 
 
-# What a node's arguments can hold beside nodes.
-ARGUMENTS = (
-    fx.Node, int, float, complex, str, type(None), type(...), slice, range, enum.Enum,
-    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
-)  # fmt: skip
 FAKE_ERRORS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
-
-
-def plain(leaf: Any) -> Any:
-    """A strength as the number that it is, which the graph then holds for; anything else as it is."""
-    return leaf.decay() if type(leaf) is StrengthValue else leaf
 
 
 def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -462,23 +452,9 @@ def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
-PLAIN = (torch.Tensor, fx.Node, int, float, complex, str, type(None), type(...), torch.dtype, torch.device)
-
-
 def earlier_of(node: fx.Node) -> tuple[Any, frozenset[int], int]:
     """Value, written storages and multiply-accumulates of a node of an earlier trace."""
     return node.meta["val"], node.meta[MUTATES], node.meta[MACS]
-
-
-def _mapped(apply: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Positional and keyword arguments with every leaf replaced; most hold no containers, and need no tree to be built."""
-    if type(args) is tuple and all(isinstance(leaf, PLAIN) for leaf in args):
-        if not kwargs:
-            return tuple(map(apply, args)), {}
-        if all(isinstance(leaf, PLAIN) for leaf in kwargs.values()):
-            return tuple(map(apply, args)), {name: apply(leaf) for name, leaf in kwargs.items()}
-    mapped: tuple[Any, Any] = pytree.tree_map(apply, (args, kwargs))
-    return mapped
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -500,38 +476,6 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
-
-
-def _spelling(func: Any, args: Any) -> tuple[str, Any, Any]:
-    """How a node writes an intercepted call: (op, target, args)."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return "call_function", getattr, (args[0], func.__self__.__name__)
-    if name in OPERATORS:
-        return "call_function", OPERATORS[name], args
-    # Methods that torch.Tensor writes in Python, such as unflatten, are none for torch; inductor takes them only as methods.
-    if torch.overrides.is_tensor_method_or_property(func) or vars(torch.Tensor).get(name) is func:
-        return "call_method", name, args
-    return "call_function", func, args
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    f"__{name}__": getattr(operator, name)
-    for name in (
-        "getitem",
-        "setitem",
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-    )
-}
 
 
 def _nodes(values: Any) -> tuple[fx.Node, ...]:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from stepgraph.runtime.program.facts import NOTHING, Facts, Part, dotted
 from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, Frozen
 
+# Behind the path of a module: what runs around its forward, and what stands in for it.
+AROUND, INSTEAD = " (hooks)", " (forward)"
+
 
 def stated_facts(facts: Facts) -> dict[str, str]:
     """What a graph depends on, by path: classes, hooks, replaced forwards, values; of objects the class and what they hold.
@@ -31,20 +34,17 @@ def other_facts(before: dict[str, str], now: dict[str, str]) -> tuple[str, str, 
         if path in now and now[path] != text:
             return path, text, now[path]
     for path in dict.fromkeys([*before, *now]):
-        if path.endswith((HOOKS, FORWARD)) and not (path in before and path in now):
+        if path.endswith((AROUND, INSTEAD)) and not (path in before and path in now):
             return path, before.get(path, "nothing"), now.get(path, "nothing")
     return None
-
-
-HOOKS, FORWARD = " (hooks)", " (forward)"
 
 
 def _of_part(path: str, part: Part) -> Iterator[tuple[str, str]]:
     yield path, _name(part.kind)
     if part.hooks:
-        yield path + HOOKS, ", ".join(_name(hook) for hook in part.hooks)
+        yield path + AROUND, ", ".join(_name(hook) for hook in part.hooks)
     if part.forward is not NOTHING:
-        yield from _of_value(path + FORWARD, part.forward)
+        yield from _of_value(path + INSTEAD, part.forward)
     for name, value in part.values.items():
         yield from _of_value(dotted(path, name), value)
 

@@ -78,7 +78,12 @@ class Tables:
         self._changes = 0
 
     def forget(self) -> None:
-        """Compute everything anew at the next step, for strengths have changed."""
+        """Compute everything anew at the next step, for strengths have changed.
+
+        Raises:
+            CompileError: Conditioning had changed past its version before.
+        """
+        self._finish_conditioning()
         self._seen = None
 
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -1,11 +1,14 @@
 """Fingerprints: what changes them, what does not, and that they notice writes."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
 from torch import nn
 
 from helpers.tiny import TINY, tiny_dit
+from stepgraph.errors import MismatchError
 from stepgraph.fingerprint import config_of, fingerprint, has_data, hash_config, tensor_digest
 
 
@@ -100,6 +103,10 @@ def test_configurations_are_compared_by_value():
     assert "_class_name" not in config_of(diffusers.DDIMScheduler())
     assert config_of(diffusers.DDIMScheduler())["num_train_timesteps"] == 1000
     assert config_of(nn.Linear(1, 1)) == {}
+    owner = nn.Linear(1, 1)
+    owner.config = SimpleNamespace(layers=2)
+    with pytest.raises(MismatchError, match=r"the config of a Linear is a SimpleNamespace, .*expected a mapping"):
+        config_of(owner)
 
 
 def test_a_change_of_the_whole_tensor_through_data_is_noticed():

@@ -5,7 +5,6 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import stepgraph as sg
-from helpers.pipes import pipe  # noqa: F401
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
 from stepgraph.errors import CompileError, MismatchError, PlanError
 
@@ -82,7 +81,7 @@ def test_a_model_that_runs_would_refuse_is_not_saved(tmp_path):
     assert not (tmp_path / "artifact").exists()
 
 
-def test_accelerate_keeps_a_plan_for_what_the_forward_reads(pipe, tmp_path):  # noqa: F811
+def test_accelerate_keeps_a_plan_for_what_the_forward_reads(pipe, tmp_path):
     def kept():
         executable = sg.accelerate(pipe, steps=4, policy="smoothcache", alpha=0.3, samples=1, backend="eager", cache=tmp_path)
         executable.detach()
