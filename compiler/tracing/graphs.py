@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
-from stepgraph.compiler.tracing.tracer import storage_key
+from stepgraph.compiler.tracing.traced_tensor import storage_key
 from stepgraph.node_facts import MACS, MARKER, MUTATES
 
 

@@ -6,7 +6,8 @@ import weakref
 from types import FunctionType, ModuleType
 from typing import Any
 
-from stepgraph.compiler.tracing.tracer import NO_PAST, TracedTensor
+from stepgraph.compiler.tracing.traced_tensor import TracedTensor
+from stepgraph.compiler.tracing.tracer import NO_PAST
 from stepgraph.errors import TraceError
 
 

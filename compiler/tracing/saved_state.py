@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepgraph.compiler.tracing.tracer import TracedTensor
+from stepgraph.compiler.tracing.traced_tensor import TracedTensor
 
 # How many containers and objects deep a module's attributes are looked at.
 DEEP = 8

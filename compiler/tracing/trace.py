@@ -35,7 +35,8 @@ from stepgraph.compiler.tracing.refuse_other_operations import refuse_other_oper
 from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_survivors
 from stepgraph.compiler.tracing.saved_state import SavedState, drop_traced
 from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths, restore
-from stepgraph.compiler.tracing.tracer import ModuleCall, TracedTensor, Tracer
+from stepgraph.compiler.tracing.traced_tensor import TracedTensor
+from stepgraph.compiler.tracing.tracer import ModuleCall, Tracer
 from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
@@ -221,7 +222,7 @@ def _run(
         return tracer.call_module(nn.Module._call_impl, module, args, kwargs) if mine else call(module, *args, **kwargs)
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
-        if not tracer.inside:
+        if not tracer.values.passing:
             reads.note_absent(module, name)
         value = getattribute(module, name)
         return tracer.get_attribute(value) if threading.get_ident() == this_thread else value
@@ -229,7 +230,7 @@ def _run(
     def traced_read(module: nn.Module, name: str) -> Any:
         value = read(module, name)
         # What twins of leaves read is noted of the leaves; modules that are called as they are read it in every run.
-        return value if tracer.inside else reads.read(module, name, value)
+        return value if tracer.values.passing else reads.read(module, name, value)
 
     with ExitStack() as stack:
         stack.callback(restore, model)
@@ -239,9 +240,9 @@ def _run(
         for kind in tracer.devices:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(mode)
-        stack.enter_context(tracer.flops)
+        stack.enter_context(tracer.values.flops)
         placeholders = {
-            name: tracer.record("placeholder", name, (), {}, tracer.fake(value)) for name, value in examples.items()
+            name: tracer.record("placeholder", name, (), {}, tracer.values.of(value)) for name, value in examples.items()
         }
         stack.enter_context(mock.patch.object(nn.Module, "__call__", traced_call))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))

@@ -3,8 +3,7 @@
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from stepgraph.compiler.tracing.known_results import KnownResults, leaf_operation
+from stepgraph.compiler.tracing.fake_values import FakeValues
+from stepgraph.compiler.tracing.known_results import leaf_operation
 from stepgraph.compiler.tracing.model_location import model_frame, model_location
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.run_opaque import opaque_modules, run_opaque
 from stepgraph.compiler.tracing.spell_calls import ARGUMENTS, mapped, plain, spelled
 from stepgraph.compiler.tracing.strengths import STRENGTH, WHOLES, StrengthValue, factors
+from stepgraph.compiler.tracing.traced_tensor import TracedTensor, storage_key
 from stepgraph.errors import TraceError
 from stepgraph.node_facts import MACS, MUTATES, output_of
 from stepgraph.runtime.program.facts import NOTHING, forward_of
-from stepgraph.weight_kinds import is_plain, kind_of, own_kinds
+from stepgraph.weight_kinds import kind_of, own_kinds
 
 DATA = vars(torch._C.TensorBase)["data"]
 NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
@@ -47,30 +47,6 @@ class ModuleCall:
     outputs: tuple[fx.Node, ...]
     before: fx.Node
     last: fx.Node
-
-
-class TracedTensor(torch.Tensor):
-    """Stands for a tensor during tracing: `value` is its fake tensor, `node` the graph node that makes it."""
-
-    value: FakeTensor
-    node: fx.Node
-
-    @staticmethod
-    def __new__(cls: type["TracedTensor"], value: FakeTensor, node: fx.Node) -> "TracedTensor":
-        """A wrapper of the value's shape, strides, dtype and device, without storage."""
-        traced: TracedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
-            device=value.device,
-        )  # fmt: skip
-        traced.value, traced.node = value, node
-        return traced
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function here and calls a class method
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Reached only by code that goes around torch's function protocol."""
-        raise TraceError(f"{func} was called on a traced tensor past torch's function protocol, at {model_location()}")
 
 
 @dataclass
@@ -101,18 +77,12 @@ class Tracer(TorchFunctionMode):
         # Weights that are no plain tensors; the forward sees them as they are, and can ask for shapes and dtypes.
         self.kinds = {id(tensor): name for name, tensor in own_kinds(self.model).items()}
         self.attribute_nodes: dict[str, TracedTensor] = {}
-        self.fakes: dict[int, FakeTensor] = {}
-        self.kept_alive: list[torch.Tensor] = []
         self.stack: dict[str, tuple[str, type]] = {}
-        self.inside = False
+        self.values = FakeValues(self.mode, self.device, self.refuse_parameter_write)
         # Every traced tensor that was made, to see afterwards which of them something outside still holds.
         self.made: list[weakref.ref[TracedTensor]] = []
         self.devices = {"cpu", self.device.type}
-        # Attention on the CPU is one operator that torch's counter does not know by this name.
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        self.flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
         self.call_counts: Counter[str] = Counter()
-        self.results = KnownResults(self.hollow)
         # A tensor that is written to in place can change its shape too, so that its value is not yet what it is at the end.
         nodes = list(self.earlier.nodes) if self.earlier is not None else []
         self.expected = nodes if not any(node.meta.get(MUTATES) for node in nodes) else []
@@ -121,7 +91,7 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every torch function, tensor method and tensor property that runs during the trace."""
-        return func(*args, **(kwargs or {})) if self.inside else self.call_torch(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if self.values.passing else self.call_torch(func, args, kwargs or {})
 
     def call_torch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation on fake values; record it unless what it returns is plain Python, such as a shape."""
@@ -142,7 +112,7 @@ class Tracer(TorchFunctionMode):
         known = self.known(op, target, arguments, kwargs)
         if known is not None:
             return self.record(op, target, arguments, kwargs, *earlier_of(known))
-        value, mutates, macs = self.run(func, args, kwargs, func)
+        value, mutates, macs = self.values.run(func, args, kwargs, func)
         if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return value
         return self.record(op, target, arguments, kwargs, value, mutates, macs)
@@ -178,7 +148,7 @@ class Tracer(TorchFunctionMode):
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Inline a module, or record it as one node where it is one of torch.nn's own."""
         path = self.paths.get(id(module))
-        if self.inside or path is None:
+        if self.values.passing or path is None:
             return original(module, *args, **kwargs)
         call_index = self.call_counts[path]
         self.call_counts[path] += 1
@@ -205,7 +175,7 @@ class Tracer(TorchFunctionMode):
         """What the forward asks of a weight that is no plain tensor, such as its dtype; its numbers are its module's affair."""
         leaves = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(leaf, TracedTensor) for leaf in leaves):
-            with self.pass_through(), _disable_current_modes():
+            with self.values.pass_through(), _disable_current_modes():
                 answer = func(*args, **kwargs)
             if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(answer)):
                 return answer
@@ -222,20 +192,20 @@ class Tracer(TorchFunctionMode):
                 return leaf
             return torch.zeros(leaf.value.shape, dtype=leaf.value.dtype, device=leaf.value.device)
 
-        with self.pass_through(), _disable_current_modes():
+        with self.values.pass_through(), _disable_current_modes():
             args, kwargs = mapped(like, args, kwargs)
             result, macs = run_opaque(module, path, args, kwargs)
-        with self.pass_through():
-            return pytree.tree_map_only(torch.Tensor, self.mode.from_tensor, result), frozenset(), macs
+        with self.values.pass_through():
+            return pytree.tree_map_only(torch.Tensor, self.values.mode.from_tensor, result), frozenset(), macs
 
     def run_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
         """As `run`, of one of torch.nn's own modules, on fake parameters."""
-        twin = self.twin(module)
+        twin = self.values.twin(module)
         before = {**vars(twin)}
         if self.reads is not None:
             self.reads.note_leaf(module)
         weights = [*twin._parameters.items(), *twin._buffers.items()]
-        result = self.run(twin, args, kwargs, self.results.key(leaf_operation(module), weights, {}))
+        result = self.values.run(twin, args, kwargs, self.values.results.key(leaf_operation(module), weights, {}))
         changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
         if changed:
             raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
@@ -246,77 +216,18 @@ class Tracer(TorchFunctionMode):
         last: fx.Node = output_of(self.graph)
         return last
 
-    def twin(self, module: nn.Module) -> nn.Module:
-        """The module with fake parameters; the module itself may be running in another thread."""
-        twin = object.__new__(type(module))
-        tensors = {
-            kind: {name: None if t is None else self.fake(t) for name, t in getattr(module, kind).items()}
-            for kind in ("_parameters", "_buffers")
-        }
-        children = {name: None if child is None else self.twin(child) for name, child in module._modules.items()}
-        twin.__dict__ = {**vars(module), **tensors, "_modules": children}
-        return twin
-
     def get_attribute(self, value: Any) -> Any:
         """What an attribute read of a module gives during the trace: parameters and buffers become graph nodes."""
-        name = self.attributes.get(id(value)) if not self.inside and isinstance(value, torch.Tensor) else None
+        name = self.attributes.get(id(value)) if not self.values.passing and isinstance(value, torch.Tensor) else None
         if name is None or id(value) in self.kinds:
             return value
         if name not in self.attribute_nodes:
             known = self.known("get_attr", name, (), {})
-            fake = self.fake(value) if known is None else known.meta["val"]
+            fake = self.values.of(value) if known is None else known.meta["val"]
             self.attribute_nodes[name] = self.record("get_attr", name, (), {}, fake)
         return self.attribute_nodes[name]
 
     # -- recording ---------------------------------------------------------------------------------------------------
-
-    def run(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, operation: Hashable | None = None
-    ) -> tuple[Any, frozenset[int], int]:
-        """The operation's result on fake values, the storages it wrote to, and its multiply-accumulates.
-
-        What is called `operation`, if anything, is run once for arguments of the same kinds.
-        """
-        tensors: list[FakeTensor] = []
-
-        def faked(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return plain(leaf)
-            tensors.append(self.fake(leaf))
-            return tensors[-1]
-
-        args, kwargs = mapped(faked, args, kwargs)
-        key = self.results.key(operation, args, kwargs)
-        with self.pass_through():
-            known = self.results.find(key)
-        if known is not None:
-            return known
-        versions, flops = [t._version for t in tensors], self.total_flops
-        try:
-            with self.pass_through():
-                value = func(*args, **kwargs)
-        except TraceError:
-            raise
-        except RuntimeError as error:
-            name = getattr(func, "__name__", type(func).__name__)
-            if not isinstance(error, FAKE_ERRORS) and "tensor subclasses" not in str(error):
-                raise
-            raise TraceError(
-                f"{model_location()}: {name.strip('_')}() needs the tensor's values, so the result depends on data and "
-                f"cannot be part of a static graph; compute it from shapes, or outside the model's forward"
-            ) from error
-        with self.pass_through():
-            written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
-        for tensor in written:
-            self.refuse_parameter_write(tensor)
-        result = value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
-        self.results.keep(key, result, tensors)
-        return result
-
-    @property
-    def total_flops(self) -> int:
-        """What has been counted so far: two for every multiply-accumulate."""
-        return int(self.flops.get_total_flops())
 
     def refuse_parameter_write(self, written: torch.Tensor) -> None:
         """An operation in place on a parameter or buffer would make a later call depend on an earlier one."""
@@ -324,8 +235,8 @@ class Tracer(TorchFunctionMode):
         if any(key == storage_key(node.meta["val"]) for node in self.graph.nodes if node.op == "placeholder"):
             return
         hollow = [t for t in [*self.model.parameters(), *self.model.buffers()] if isinstance(t, FakeTensor)]
-        for owner in [*self.kept_alive, *hollow]:
-            if storage_key(self.fake(owner)) == key:
+        for owner in [*self.values.kept_alive, *hollow]:
+            if storage_key(self.values.of(owner)) == key:
                 name = self.attributes.get(id(owner))
                 what = f"the model's own {name!r}" if name else "a tensor that it holds"
                 raise TraceError(f"{model_location()}: the forward writes to {what}; {NO_PAST}")
@@ -384,42 +295,6 @@ class Tracer(TorchFunctionMode):
             return {k: self.record("call_function", operator.getitem, (node, k), {}, v) for k, v in value.items()}
         return value
 
-    def fake(self, tensor: torch.Tensor) -> FakeTensor:
-        """The fake value of any tensor that turns up during the trace."""
-        if isinstance(tensor, TracedTensor):
-            return tensor.value
-        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode and not tensor.requires_grad:
-            return tensor
-        if id(tensor) not in self.fakes:
-            self.kept_alive.append(tensor)
-            if not is_plain(tensor):
-                raise TraceError(
-                    f"{model_location()}: a {kind_of(tensor)} is used here, which is neither a plain tensor nor a weight of "
-                    f"the model; convert it with .as_subclass(torch.Tensor), or register it in the module that uses it"
-                )
-            with self.pass_through():
-                # Meta tensors stand for ones on the device; inference tensors have no version counter, their fakes need one.
-                hollow = tensor.device.type == "meta" or tensor.is_inference()
-                self.fakes[id(tensor)] = self.hollow(tensor) if hollow else self.mode.from_tensor(_without_grad(tensor))
-        return self.fakes[id(tensor)]
-
-    def hollow(self, tensor: torch.Tensor) -> FakeTensor:
-        """A fake tensor with the layout of another, which is not looked at any further."""
-        device = self.device if tensor.device.type == "meta" else tensor.device
-        # There is nothing to count or to fake in making one, which the modes would look at twice.
-        with torch._C._DisableTorchDispatch():
-            meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-            return FakeTensor(self.mode, meta, device)
-
-    @contextmanager
-    def pass_through(self) -> Iterator[None]:
-        """Within it, operations run as they are and are not recorded."""
-        previous, self.inside = self.inside, True
-        try:
-            yield
-        finally:
-            self.inside = previous
-
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """The node of a traced tensor; a plain tensor becomes a constant of the graph."""
         if isinstance(tensor, TracedTensor):
@@ -431,36 +306,16 @@ class Tracer(TorchFunctionMode):
                     f"{model_location()}: a tensor without data that is neither a parameter nor a registered buffer "
                     f"is used here; trace the model with its weights, or register the tensor as a buffer"
                 )
-            self.kept_alive.append(tensor)
+            self.values.kept_alive.append(tensor)
             name = self.attributes[id(tensor)] = f"_tensor_constant{len(self.constants)}"
             self.constants[name] = tensor
         traced: TracedTensor = self.get_attribute(tensor)
         return traced.node
 
 
-FAKE_ERRORS = (
-    torch._subclasses.fake_tensor.DataDependentOutputException,
-    torch._subclasses.fake_tensor.DynamicOutputShapeException,
-)
-
-
-def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory; views that a forward takes of parameters would ask for a gradient function."""
-    if not tensor.requires_grad:
-        return tensor
-    with _disable_current_modes():
-        return tensor.detach()
-
-
 def earlier_of(node: fx.Node) -> tuple[Any, frozenset[int], int]:
     """Value, written storages and multiply-accumulates of a node of an earlier trace."""
     return node.meta["val"], node.meta[MUTATES], node.meta[MACS]
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """The same number for all views of one (fake) storage, while one of them lives."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -472,10 +327,6 @@ def is_leaf(module: nn.Module) -> bool:
         and str(getattr(kind.forward, "__globals__", {}).get("__name__")).startswith("torch.")
         and forward_of(module) is NOTHING
     )
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
 
 
 def _nodes(values: Any) -> tuple[fx.Node, ...]:

@@ -38,7 +38,7 @@ def test_the_graph_is_that_of_a_trace_that_runs_everything(family, monkeypatch):
     )
     runs = []
     run_leaf = Tracer.run_leaf
-    monkeypatch.setattr(Tracer, "run_leaf", lambda self, *args: runs.append(self.results) or run_leaf(self, *args))
+    monkeypatch.setattr(Tracer, "run_leaf", lambda self, *args: runs.append(self.values.results) or run_leaf(self, *args))
     quick = facts_of(trace(model, given))
     # The second block's linear maps are the first's.
     assert 0 < sum(len(results._results) for results in {id(results): results for results in runs}.values()) < len(quick)

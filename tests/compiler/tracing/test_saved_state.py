@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.tracing.trace import trace
-from stepgraph.compiler.tracing.tracer import TracedTensor
+from stepgraph.compiler.tracing.traced_tensor import TracedTensor
 from stepgraph.errors import TraceError
 
 SEEN: list[torch.Tensor] = []
