@@ -14,13 +14,13 @@ from stepgraph.adapters import settle
 from stepgraph.compiler.interfaces.pass_context import PassContext
 from stepgraph.compiler.interfaces.program_context import ProgramContext
 from stepgraph.compiler.lowering.lower import lower
+from stepgraph.compiler.marking.describe import refuse_other_inputs, refuse_other_sites
+from stepgraph.compiler.marking.graphs import macs_of
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.specializing.bind_factors import bind_factors
 from stepgraph.compiler.specializing.coefficients import coefficients_of
 from stepgraph.compiler.specializing.specialize import rewrite_model, rewrite_program, specialize
-from stepgraph.compiler.tracing.describe import refuse_other_inputs, refuse_other_sites
-from stepgraph.compiler.tracing.graphs import macs_of
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError

@@ -27,13 +27,13 @@ from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.forecast.fit_forecasts import fit_forecast, fit_whole_step, residual_affine
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.import_plan import import_plan
 from stepgraph.compiler.planning.list_policies import policies
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import RouterSettings
 from stepgraph.compiler.routers.train_router import train_router
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError, PlanError, StepgraphError, TraceError
 from stepgraph.plan import Action, CachePlan, PlanHeader, Site

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from helpers.shared_graphs import trace_anew, trace_once
 from helpers.tiny import tiny_dit, tiny_scheduler
-from stepgraph.compiler.tracing import traced_model
+from stepgraph.compiler.marking import traced_model
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=15,

@@ -26,9 +26,9 @@ from stepgraph.bench.tables import show_facts
 from stepgraph.compiler.entry.load_artifact import load_artifact
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.import_plan import import_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.runtime.executable import Executable
 

@@ -29,8 +29,8 @@ from torch import nn
 from stepgraph.bench.record import CHECKOUT
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import StepgraphError
 from stepgraph.files.whole_file import whole_file

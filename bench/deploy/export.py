@@ -28,9 +28,9 @@ from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.import_plan import import_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.fingerprint import dtype_name
 from stepgraph.metrics import relative_l2

@@ -30,8 +30,8 @@ from stepgraph.compiler.entry.load_artifact import build_model, build_scheduler,
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import lowrank
 from stepgraph.compiler.lowrank.factorize import factorize
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.files.container import write_container

@@ -24,8 +24,8 @@ from stepgraph.assets.glyphs import NULL_CLASS
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.files.whole_file import save_figure
 from stepgraph.runtime.executable import Executable

@@ -14,11 +14,11 @@ from torch import nn
 from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
 from stepgraph.bench.glyphs.glyph_data import render
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_router
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.metrics import frechet_distance, psnr, relative_errors
 from stepgraph.plan import CachePlan

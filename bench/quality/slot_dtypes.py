@@ -17,8 +17,8 @@ from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.forecast.correct_plan import forecast
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.metrics import relative_errors
 from stepgraph.plan import CachePlan

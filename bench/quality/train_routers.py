@@ -19,10 +19,10 @@ from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_states import Trajectories
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 

@@ -19,9 +19,9 @@ from stepgraph.bench.speed.books import NAMES, PUBLISHED
 from stepgraph.bench.speed.contenders import Setting
 from stepgraph.bench.speed.runtime_costs import overheads
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError
 

@@ -18,11 +18,11 @@ from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_facts
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.compiler.tracing.trace import trace
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.config import CompileConfig
 from stepgraph.fingerprint import model_dtype
 from stepgraph.runtime.sampling.sample import sample

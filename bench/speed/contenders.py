@@ -17,8 +17,8 @@ from torch import nn
 from stepgraph.bench.speed.books import BOOK, L2C, PUBLISHED, gates, plan_named
 from stepgraph.bench.speed.hook_runtime import HookRuntime, sharing_weights
 from stepgraph.bench.speed.peer_cache_dit import CacheDit, FirstBlockAndResidual
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError
 from stepgraph.plan import CachePlan

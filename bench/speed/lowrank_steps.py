@@ -21,8 +21,8 @@ from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.plan import PlanHeader
 from stepgraph.plan.factors import Factors

@@ -15,8 +15,8 @@ import torch
 
 from stepgraph.bench.speed.contenders import Setting
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError
 from stepgraph.plan import CachePlan

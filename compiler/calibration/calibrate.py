@@ -17,9 +17,9 @@ from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.calibration.time_sites import time_sites
-from stepgraph.compiler.tracing.describe import complete_conditioning, example_inputs, latents_shape, make_header, own_inputs
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.traced_model import TracedModel
+from stepgraph.compiler.marking.describe import complete_conditioning, example_inputs, latents_shape, make_header, own_inputs
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import config_of, model_dtype

@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from stepgraph.compiler.calibration.rates import Metric, over
 from stepgraph.compiler.calibration.stats import table_shapes
-from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.watched_graph import watched_graph
+from stepgraph.compiler.marking.maps_of_sites import maps_of_sites
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.watched_graph import watched_graph
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
 STACK = 2**24

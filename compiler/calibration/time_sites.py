@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import markers
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, savings
+from stepgraph.compiler.marking.mark_sites import MarkedGraph, savings
 
 
 def time_sites(model: nn.Module, marked: MarkedGraph, inputs: Mapping[str, torch.Tensor], repeats: int = 3) -> torch.Tensor:

@@ -12,11 +12,11 @@ from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
 from stepgraph.compiler.interfaces.family import Family
+from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.list_policies import describe_policy
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.tracing.describe import example_inputs, make_header
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import ArgumentError, CompileError, PlanError

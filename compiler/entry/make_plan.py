@@ -12,11 +12,11 @@ from torch import nn
 from stepgraph.checked import checked
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
+from stepgraph.compiler.marking.describe import branches_of, make_header
+from stepgraph.compiler.marking.describe import example_inputs as inputs_like
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
 from stepgraph.compiler.policies import POLICIES
-from stepgraph.compiler.tracing.describe import branches_of, make_header
-from stepgraph.compiler.tracing.describe import example_inputs as inputs_like
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule

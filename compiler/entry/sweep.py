@@ -11,10 +11,10 @@ from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.calibrate import conditioning_of
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced
+from stepgraph.compiler.marking.describe import example_inputs
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
-from stepgraph.compiler.tracing.describe import example_inputs
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.fingerprint import model_dtype

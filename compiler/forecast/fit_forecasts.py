@@ -17,7 +17,7 @@ from stepgraph.compiler.forecast.fit_in_closed_loop import (
     fit_in_closed_loop,
     with_affine,
 )
-from stepgraph.compiler.tracing.traced_model import TracedModel
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, FORECAST, REUSE, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast

@@ -18,9 +18,9 @@ from stepgraph.compiler.calibration.trajectory import Trajectory
 from stepgraph.compiler.forecast.correct_plan import with_cells
 from stepgraph.compiler.forecast.least_squares import least_squares
 from stepgraph.compiler.forecast.site_values import SiteValues
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.specializing.coefficients import numbered_forecasts
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import model_dtype

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.watched_graph import watched_graph
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.watched_graph import watched_graph
 from stepgraph.node_facts import MARKER
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stepgraph.compiler.tracing.graphs import written_storages
+from stepgraph.compiler.marking.graphs import written_storages
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import op_of
 from stepgraph.ops import gated_residual

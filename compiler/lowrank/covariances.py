@@ -15,8 +15,8 @@ from stepgraph.compiler.lowrank.check_moments import check_moments
 from stepgraph.compiler.lowrank.covariance_passes import PassResults, new_sum, plan_passes
 from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled_rows
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
-from stepgraph.compiler.tracing.describe import example_inputs, make_header
-from stepgraph.compiler.tracing.traced_model import TracedModel
+from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import model_dtype

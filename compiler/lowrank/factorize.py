@@ -24,8 +24,8 @@ from stepgraph.compiler.lowrank.decompose import (
 )
 from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites
 from stepgraph.compiler.lowrank.map_errors import error_on
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.plan.factors import METHODS, Factors, as_json, refuse_model

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from stepgraph.checks import shown
 from stepgraph.compiler.calibration.calibrate import conditioning_of
-from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.traced_model import TracedModel
-from stepgraph.compiler.tracing.watched_graph import Watched, watched_graph
+from stepgraph.compiler.marking.maps_of_sites import maps_of_sites
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.traced_model import TracedModel
+from stepgraph.compiler.marking.watched_graph import Watched, watched_graph
 from stepgraph.errors import ArgumentError
 from stepgraph.plan import MODULE_KINDS
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from stepgraph.compiler.calibration.trajectory import Trajectory
 from stepgraph.compiler.lowrank.increments import Target, Watcher
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.plan import COMPUTE, LOWRANK, CachePlan

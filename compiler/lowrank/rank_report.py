@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.compiler.lowrank.factorize import Source, check_arguments, check_rank, decompositions, find_paths
 from stepgraph.compiler.lowrank.map_errors import error_on, made_for, mean_error, worse_ranks
-from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.errors import ArgumentError
 from stepgraph.plan.factors import refuse_model
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from stepgraph.checked import checked
 from stepgraph.compiler.importers import IMPORTERS
-from stepgraph.compiler.tracing.describe import make_header
-from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.compiler.marking.describe import make_header
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.plan import FORMAT, CachePlan
 from stepgraph.plan.header import NOTHING

@@ -12,11 +12,11 @@ from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.forecast.fit_forecasts import fit_traced
 from stepgraph.compiler.forecast.fit_in_closed_loop import STATE, Runs
+from stepgraph.compiler.marking.describe import example_inputs, input_shapes
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_traced
-from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
 from stepgraph.schedule import Schedule

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, slot_name
+from stepgraph.compiler.marking.graphs import written_storages
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.watched_graph import watched_graph
 from stepgraph.compiler.passes.sites.soften_site import beta_name, soften_site
-from stepgraph.compiler.tracing.graphs import written_storages
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.watched_graph import watched_graph
 from stepgraph.errors import CompileError
 from stepgraph.plan import COMPUTE, MODULE_KINDS
 from stepgraph.plan.liveness import VALUE, Read

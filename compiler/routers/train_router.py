@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from stepgraph.checked import checked
+from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
 from stepgraph.compiler.routers.router_states import NoisedLatents, States, Trajectories, clean_latents
-from stepgraph.compiler.tracing.describe import example_inputs, make_header
-from stepgraph.compiler.tracing.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader

@@ -7,9 +7,9 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import MapGroup, coefficient_dtype
-from stepgraph.compiler.tracing.graphs import live_nodes, macs_of
-from stepgraph.compiler.tracing.maps_of_sites import maps_of_sites
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.graphs import live_nodes, macs_of
+from stepgraph.compiler.marking.maps_of_sites import maps_of_sites
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
 from stepgraph.env import get_logger
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import model_dtype

@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import MapGroup, PassContext
 from stepgraph.compiler.interfaces.program_context import ModelContext, ProgramContext, RowGraphs
+from stepgraph.compiler.marking.graphs import written_storages
+from stepgraph.compiler.marking.mark_sites import MarkedGraph, bound_copy, sized
 from stepgraph.compiler.specializing.check_pass import Constants, ModelCheck, ProgramCheck, RowCheck
 from stepgraph.compiler.specializing.coefficients import numbered_forecasts
 from stepgraph.compiler.specializing.passes import MODEL_PASSES, PROGRAM_PASSES, ROW_PASSES
 from stepgraph.compiler.specializing.run_passes import run_passes
-from stepgraph.compiler.tracing.graphs import written_storages
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, bound_copy, sized
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import CompileError

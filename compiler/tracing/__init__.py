@@ -1,1 +1,1 @@
-"""From a model's forward to one graph with markers on its sites."""
+"""From a model's forward to a graph of its operations, exact or refused."""

@@ -24,8 +24,8 @@ from stepgraph.cli.options import (
     show,
 )
 from stepgraph.compiler.entry.load_model import load_model
+from stepgraph.compiler.marking.describe import planned_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import whole_file, writable_folder

@@ -32,8 +32,8 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.files.whole_file import save_figure, writable_folder
 from stepgraph.metrics import psnr, relative_l2

@@ -23,8 +23,8 @@ from stepgraph.cli.options import (
     show,
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.marking.describe import planned_inputs
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.fingerprint import model_dtype
 from stepgraph.plan import CachePlan

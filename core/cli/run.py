@@ -27,9 +27,9 @@ from stepgraph.cli.options import (
     show,
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.marking.describe import planned_inputs
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.pipeline import compile_plan
-from stepgraph.compiler.tracing.describe import planned_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_tensors, whole_file, writable_folder

@@ -128,8 +128,8 @@ def test_published_costs_of_dit_xl():
     Its figures are rounded, and diffusers embeds the timestep in every block, which is 5e-5 T.
     """
     from stepgraph.compiler.entry.load_model import load_model
+    from stepgraph.compiler.marking.traced_model import marked_graph
     from stepgraph.compiler.specializing.bind_factors import group_maps, increment_of
-    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     model = load_model("dit-xl-2-256:random", "meta")
     marked = marked_graph(model, None)

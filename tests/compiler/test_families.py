@@ -26,8 +26,8 @@ from helpers.families import (
 from helpers.oracle_families import FluxOracle, UVitOracle, run_flow
 from stepgraph.compiler.calibration.time_sites import time_sites
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler, load_to_plan
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models import FAMILIES, family_of
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan import CachePlan
 

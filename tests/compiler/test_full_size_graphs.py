@@ -12,12 +12,12 @@ from torch import fx, nn
 from helpers.paths import PUBLISHED
 from stepgraph.compiler.entry.load_model import load_scheduler, load_to_plan
 from stepgraph.compiler.importers import invardiff_flux_book
+from stepgraph.compiler.marking.describe import make_header
+from stepgraph.compiler.marking.graphs import macs_of
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.passes.program.merge_projections import merge_maps
 from stepgraph.compiler.specializing.specialize import rewrite_model, specialize
-from stepgraph.compiler.tracing.describe import make_header
-from stepgraph.compiler.tracing.graphs import macs_of
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.config import CompileConfig
 from stepgraph.node_facts import op_of
 from stepgraph.ops import gated_residual, modulated_norm

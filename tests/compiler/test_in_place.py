@@ -9,8 +9,8 @@ from torch import nn
 from helpers.oracle import Oracle
 from helpers.plans import random_rows
 from stepgraph.compiler.interfaces.family import Family, Stack
+from stepgraph.compiler.marking.mark_sites import mark_sites
 from stepgraph.compiler.specializing.specialize import specialize
-from stepgraph.compiler.tracing.mark_sites import mark_sites
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.liveness import traffic

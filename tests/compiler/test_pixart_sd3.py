@@ -14,8 +14,8 @@ from helpers.families import compare, random_rows
 from helpers.oracle import run_loop
 from helpers.oracle_families import PixArtOracle, SD3Oracle
 from helpers.pixart_sd3 import IMAGE, PIXART, SD3, STEPS, TEXT, WIDTH, pixart_inputs, planned, scheduler_of, sd3_inputs
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.node_facts import op_of
 from stepgraph.plan import MODULE_KINDS, CachePlan

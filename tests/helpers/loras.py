@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import stepgraph as sg
 from helpers.pixart_sd3 import SD3, planned, sd3_inputs
-from stepgraph.compiler.tracing import traced_model
+from stepgraph.compiler.marking import traced_model
 
 TARGETS = ("to_q", "to_v")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.compiler.tracing import traced_model
+from stepgraph.compiler.marking import traced_model
 from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.runtime.program.program import signature
 

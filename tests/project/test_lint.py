@@ -24,6 +24,7 @@ FLOORS = (
     ("compiler/interfaces",),
     ("compiler/models", "compiler/policies", "compiler/importers"),
     ("compiler/tracing",),
+    ("compiler/marking",),
     ("compiler/passes", "compiler/passes/sites", "compiler/passes/fuse", "compiler/passes/program"),
     ("compiler/specializing", "compiler/lowering"),
     ("compiler",),

@@ -3,7 +3,7 @@
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.tracing.graphs import live_nodes
+from stepgraph.compiler.marking.graphs import live_nodes
 from stepgraph.node_facts import output_of
 
 

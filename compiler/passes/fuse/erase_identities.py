@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.node_facts import output_of
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 
 # What makes a tensor of one number like another -> the number, or which argument it is.
 NUMBERS = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread, factors_of
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.node_facts import MACS, SLOT
 from stepgraph.ops import gated_residual
 

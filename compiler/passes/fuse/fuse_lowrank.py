@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.ops import gated_residual, lowrank_delta, modulated_norm
 
 

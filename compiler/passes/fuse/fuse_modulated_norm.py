@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, erase_unread, factors_of, is_call
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.node_facts import MACS, MUTATES
 from stepgraph.ops import modulated_norm
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
-from stepgraph.compiler.tracing.graphs import live_nodes, storages_of, written_storages
+from stepgraph.compiler.marking.graphs import live_nodes, storages_of, written_storages
 from stepgraph.env import get_logger
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
-from stepgraph.compiler.tracing.graphs import storages_of, written_storages
+from stepgraph.compiler.marking.graphs import storages_of, written_storages
 from stepgraph.node_facts import MACS
 from stepgraph.runtime.program.packed_linear import merged_linear
 

@@ -3,7 +3,7 @@
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.tracing.mark_sites import unmark
+from stepgraph.compiler.marking.mark_sites import unmark
 
 
 def erase_markers(gm: fx.GraphModule, ctx: PassContext) -> int:

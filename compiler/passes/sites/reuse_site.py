@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, find_input, markers, slot_name
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.plan import REUSE
 
 

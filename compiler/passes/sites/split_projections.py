@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stepgraph.compiler.interfaces.pass_context import erase_unread
 from stepgraph.compiler.interfaces.program_context import ModelContext
-from stepgraph.compiler.tracing.mark_sites import site_value
+from stepgraph.compiler.marking.mark_sites import site_value
 from stepgraph.node_facts import MACS, MARKER
 from stepgraph.plan import COMPUTE, DEAD, LOWRANK, REUSE, CachePlan
 

@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext, markers
-from stepgraph.compiler.tracing.graphs import storages_of
+from stepgraph.compiler.marking.graphs import storages_of
 from stepgraph.node_facts import PROJECTION, output_of
 from stepgraph.plan.liveness import INPUT, MAPS
 

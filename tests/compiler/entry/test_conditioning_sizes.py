@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stepgraph as sg
 from helpers.families import FLUX
 from helpers.pixart_sd3 import PIXART, SD3
-from stepgraph.compiler.tracing.describe import planned_inputs
+from stepgraph.compiler.marking.describe import planned_inputs
 from stepgraph.errors import ArgumentError
 
 TEXT = 9

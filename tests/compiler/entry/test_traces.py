@@ -9,9 +9,9 @@ import torch
 import stepgraph as sg
 from helpers.pipes import images
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
+from stepgraph.compiler.marking import traced_model
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.tracing import trace as trace_file
-from stepgraph.compiler.tracing import traced_model
-from stepgraph.compiler.tracing.traced_model import TracedModel
 
 pytestmark = pytest.mark.traces
 

@@ -15,7 +15,7 @@ from stepgraph.compiler.lowrank.covariance_sums import SketchSum
 from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
 from stepgraph.compiler.lowrank.factorize import factorize
 from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites, find_targets
-from stepgraph.compiler.tracing.traced_model import marked_graph
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.errors import PlanError
 from stepgraph.runtime.sampling.sample import sample
 

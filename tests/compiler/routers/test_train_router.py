@@ -226,10 +226,10 @@ def test_the_other_settings_train_too(model, changes):
 
 def test_longer_runs_read_what_the_step_before_mixed(model):
     """With run 2, the second routed step's loss depends on the first one's logits."""
+    from stepgraph.compiler.marking.describe import example_inputs, make_header
+    from stepgraph.compiler.marking.traced_model import marked_graph
     from stepgraph.compiler.routers.mixed_model import MixedModel
     from stepgraph.compiler.routers.train_router import _Training
-    from stepgraph.compiler.tracing.describe import example_inputs, make_header
-    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     settings = replace(SMALL, run=2, batch=4)
     marked = marked_graph(model, example_inputs(model, 4))

@@ -7,11 +7,11 @@ import stepgraph as sg
 from helpers.oracle import Oracle, run_loop
 from helpers.tiny import inputs, labels, noise, tiny_scheduler
 from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.marking.graphs import written_storages
+from stepgraph.compiler.marking.mark_sites import bound_copy
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.specializing.passes import ROW_PASSES, is_wanted
 from stepgraph.compiler.specializing.specialize import specialize
-from stepgraph.compiler.tracing.graphs import written_storages
-from stepgraph.compiler.tracing.mark_sites import bound_copy
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.config import CompileConfig
 from stepgraph.node_facts import output_of
 from stepgraph.plan.liveness import VALUE, Read, traffic

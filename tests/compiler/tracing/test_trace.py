@@ -17,8 +17,8 @@ import stepgraph as sg
 from helpers.tiny import TINY, inputs, tiny_dit
 from helpers.traced import Small, assert_exact, run_traced
 from stepgraph.compiler.entry.load_model import load_model
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.tracing.trace import trace
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.errors import TraceError
 
 # -- DiT -----------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from helpers.oracle_families import FluxOracle, run_flow
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.marking.mark_sites import bound_copy
 from stepgraph.compiler.passes.fuse.erase_identities import erase_identities
 from stepgraph.compiler.passes.fuse.fuse_gated_residual import fuse_gated_residual
 from stepgraph.compiler.passes.fuse.fuse_modulated_norm import fuse_modulated_norm
-from stepgraph.compiler.tracing.mark_sites import bound_copy
 from stepgraph.csrc.library import native
 from stepgraph.errors import OpError
 from stepgraph.node_facts import op_of
@@ -70,9 +70,9 @@ def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
 
 def rewritten(model, given) -> tuple[torch.fx.GraphModule, PassContext]:
     """A traced model without markers."""
+    from stepgraph.compiler.marking.graphs import written_storages
+    from stepgraph.compiler.marking.traced_model import marked_graph
     from stepgraph.compiler.passes.sites.erase_markers import erase_markers
-    from stepgraph.compiler.tracing.graphs import written_storages
-    from stepgraph.compiler.tracing.traced_model import marked_graph
 
     marked = marked_graph(model, given)
     gm = bound_copy(marked, model)

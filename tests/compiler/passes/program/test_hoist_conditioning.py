@@ -12,10 +12,10 @@ from helpers.families import STEPS as FLUX_STEPS
 from helpers.pixart_sd3 import PIXART, pixart_inputs, planned
 from helpers.tiny import NULL_CLASS, TINY, inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.marking.graphs import written_storages
 from stepgraph.compiler.passes.fuse.fold_constants import fold_constants
 from stepgraph.compiler.passes.program.hoist_conditioning import Inputs, Level, levels_of
 from stepgraph.compiler.specializing.passes import is_wanted
-from stepgraph.compiler.tracing.graphs import written_storages
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError

@@ -6,11 +6,11 @@ import torch
 import stepgraph as sg
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.compiler.marking.graphs import written_storages
+from stepgraph.compiler.marking.mark_sites import bound_copy
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.passes.sites.soften_site import beta_name, soften_site
 from stepgraph.compiler.routers.mixed_model import MixedModel
-from stepgraph.compiler.tracing.graphs import written_storages
-from stepgraph.compiler.tracing.mark_sites import bound_copy
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.plan.liveness import VALUE, Read
 
 MODULES = (0, 1, 3, 4)

@@ -13,9 +13,9 @@ from helpers.families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_
 from helpers.oracle_families import FluxOracle, run_flow
 from stepgraph.compiler.lowering.cut import cut
 from stepgraph.compiler.lowering.lift_region import lift_region
+from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.specializing.specialize import rewrite_model
-from stepgraph.compiler.tracing.traced_model import marked_graph
 from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast

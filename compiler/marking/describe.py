@@ -9,8 +9,8 @@ from torch import nn
 
 from stepgraph.checked import checked
 from stepgraph.checks import MOST_ROWS, check_whole, shown
+from stepgraph.compiler.marking.mark_sites import MarkedGraph, same_sites
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, same_sites
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.inputs import flat_inputs, like_flat

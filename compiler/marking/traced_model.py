@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from stepgraph.compiler.interfaces.family import Family
+from stepgraph.compiler.marking.describe import example_inputs, input_shapes
+from stepgraph.compiler.marking.mark_sites import MarkedGraph, mark_sites
 from stepgraph.compiler.models import family_of
-from stepgraph.compiler.tracing.describe import example_inputs, input_shapes
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, mark_sites
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.runtime.program.program import signature
 

@@ -2,7 +2,7 @@
 
 from torch import fx, nn
 
-from stepgraph.compiler.tracing.mark_sites import LiveGraph, MarkedGraph
+from stepgraph.compiler.marking.mark_sites import LiveGraph, MarkedGraph
 from stepgraph.node_facts import MARKER, SITE
 from stepgraph.plan import MODULE_KINDS
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from stepgraph.compiler.interfaces.family import Family, Stack
-from stepgraph.compiler.tracing.graphs import inputs_of, live_nodes, macs_of, storages_of, written_storages
+from stepgraph.compiler.marking.graphs import inputs_of, live_nodes, macs_of, storages_of, written_storages
 from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import MACS, MARKER, MUTATES, SITE, output_of

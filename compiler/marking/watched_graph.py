@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 from torch import fx, nn
 
-from stepgraph.compiler.tracing.graphs import storages_of, written_storages
-from stepgraph.compiler.tracing.mark_sites import MarkedGraph, bound_copy, unmark
+from stepgraph.compiler.marking.graphs import storages_of, written_storages
+from stepgraph.compiler.marking.mark_sites import MarkedGraph, bound_copy, unmark
 from stepgraph.node_facts import MARKER, output_of
 
 # A value in the marked graph, and the node that reads it; None for the value as it is right after it was made.
