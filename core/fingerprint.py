@@ -132,8 +132,8 @@ def structure_hash(model: nn.Module, adapters: bool = False) -> str:
 def contents_hash(model: nn.Module, adapters: bool = False, like: str = "") -> str:
     """The second half of `fingerprint`: a hash of every tensor's name, dtype and sums (`content_sums`).
 
-    Sums are computed where a tensor lies, with little memory beside it (one that is not contiguous is copied), and are the same
-    on every device, which is waited for once. Other values are taken for the same by a chance of about 2^-64, but for those that
+    Sums are computed where a tensor lies, with little memory beside it (what is not contiguous is copied), and are the same on
+    every device, which is waited for once. Other values are taken for the same by a chance of about 2^-64, but for those that
     `content_sums` names; nothing of this holds against intent.
 
     Args:
