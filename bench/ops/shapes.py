@@ -73,7 +73,7 @@ def cases(
         ops: Only these operations; all where empty.
         forms: Only these forms of `lowrank_delta`; all where empty.
     """
-    builders = {
+    builders: dict[str, Callable[[Op, Shape, _Maker], Iterator[Case]]] = {
         "lowrank_input": _inputs, "lowrank_delta": partial(_deltas, only=forms), "modulated_norm": _norms,
         "gated_residual": _residuals,
         "linear_combination": _combinations,

@@ -44,16 +44,17 @@ class Measuring:
 
     def _run(self, runner: Any, **options: Any) -> torch.Tensor:
         work = self.work
+        options |= work.conditioning
         if not isinstance(runner, Executable):
             options["steps"] = work.steps
-        return sample(runner, work.scheduler, work.noise, work.scale, **options, **work.conditioning)
+        return sample(runner, work.scheduler, work.noise, work.scale, **options)
 
     def seconds(self, run: Callable[[], torch.Tensor], most: float = 8.0) -> dict[str, Any]:
         """Seconds of a call: the best of up to three begun within `most` seconds, after one that warms up."""
         warm, latents = _timed(run)
         if self.build_only:
             return {"warm_s": warm}
-        begun, times = time.perf_counter(), []
+        begun, times = time.perf_counter(), list[float]()
         while not times or (len(times) < 3 and time.perf_counter() - begun < most):
             spent, latents = _timed(run)
             times.append(spent)

@@ -95,7 +95,7 @@ def dit(images: int, options: argparse.Namespace) -> Work:
     """DiT-XL/2-256, DDIM 50, guidance 4."""
     name, device = "dit-xl-2-256:random", options.device
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    model = _tiny(DiTTransformer2DModel, TINY_DIT) if options.tiny else load_model(name, device, dtype)
+    model: Any = _tiny(DiTTransformer2DModel, TINY_DIT) if options.tiny else load_model(name, device, dtype)
     side = model.config.sample_size
     noise = torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     labels = torch.arange(images, device=device)
@@ -108,7 +108,7 @@ def dit(images: int, options: argparse.Namespace) -> Work:
 def flux(options: argparse.Namespace) -> Work:
     """FLUX.1-dev's shape at 1024 x 1024 pixels, 28 steps, one image."""
     device, dtype = options.device, torch.float32 if options.tiny else torch.bfloat16
-    model = _tiny(FluxTransformer2DModel, TINY_FLUX) if options.tiny else load_model("flux-dev:random", device, dtype)
+    model: Any = _tiny(FluxTransformer2DModel, TINY_FLUX) if options.tiny else load_model("flux-dev:random", device, dtype)
     side, text = (4, 5) if options.tiny else (64, 512)
     generator, size = torch.Generator().manual_seed(0), model.config
 

@@ -132,7 +132,8 @@ def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(cast)
+    # What it returns is registered in place of the parameter, though its annotation says that it returns nothing.
+    hook = register_module_parameter_registration_hook(cast)  # type: ignore[arg-type]
     try:
         yield
     finally:
