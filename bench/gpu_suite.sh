@@ -5,8 +5,14 @@ set -uo pipefail
 usage() {
     cat >&2 <<'TEXT'
 usage: bench/gpu_suite.sh PART OUT [WHEELS]
+       bench/gpu_suite.sh prove [--only NAME,...] [--tiny] OUT [WHEELS] [PLANS]
+       bench/gpu_suite.sh wheels OUT [NAME...]
 
-  PART    tests    pytest -m gpu
+  PART    prove    everything that a GPU has to show, within 6 minutes: tests, dit1, flux, dit16, kernels, whole; --only repeats
+                   some of these; --tiny rehearses them on a CPU. OUT holds 7 files of at most 16 MiB each, among them
+                   prove.json, the record, and prove.txt, the table of what was measured against its bar
+          wheels   collect in OUT the wheels for Python 3.12 that such a machine lacks, or those of these names; needs a network
+          tests    pytest -m gpu
           demo     stepgraph demo
           compile  how long compilation takes
           ops      fused operations against plain torch, torch.compile and the machine's ceilings
@@ -15,16 +21,38 @@ usage: bench/gpu_suite.sh PART OUT [WHEELS]
           train    train glyph-dit-l; exit status 3 says that a checkpoint was left: run it again
           all      tests, demo, ops, lowrank, runtime and compile
   OUT     folder for logs, results and suite.json
-  WHEELS  folder of wheel files; what this checkout needs and Python lacks is installed from it
+  WHEELS  folder of wheel files; what this checkout needs and Python lacks is installed from it; '' for none
+  PLANS   folder of published plans (invardiff_dit_xl2_50_slow.json, invardiff_flux_28_fast.json); plans of an interval of 3
+          stand in for those that it lacks
 
-A call ends within 8 minutes. PYTHON names the interpreter (python3 unless set); its torch, triton and numpy are kept.
+A call ends within 8 minutes, prove within 6. PYTHON names the interpreter (python3 unless set); its torch, triton and numpy are kept.
 The exit status is 0 only if every part succeeded.
 TEXT
     exit 2
 }
 
-[[ $# -eq 2 || $# -eq 3 ]] || usage
+command_line="bench/gpu_suite.sh $*"
+prove_options=() tiny=
+if [[ ${1:-} == prove ]]; then
+    shift
+    while [[ ${1:-} == --* ]]; do
+        case $1 in
+        --only) prove_options+=(--only "${2:-}") && shift ;;
+        --tiny) prove_options+=(--tiny) && tiny=yes ;;
+        *) usage ;;
+        esac
+        shift || usage
+    done
+    set -- prove "$@"
+    [[ $# -ge 2 && $# -le 4 ]] || usage
+elif [[ ${1:-} == wheels ]]; then
+    [[ $# -ge 2 ]] || usage
+else
+    [[ $# -eq 2 || $# -eq 3 ]] || usage
+fi
 case $1 in
+prove) parts=(prove) limit=355 ;;
+wheels) parts=() limit=0 ;;
 tests | demo | compile | ops | lowrank | runtime | train) parts=("$1") limit=460 ;;
 all) parts=(tests demo ops lowrank runtime compile) limit=120 ;;
 *)
@@ -32,20 +60,31 @@ all) parts=(tests demo ops lowrank runtime compile) limit=120 ;;
     usage
     ;;
 esac
-command_line="bench/gpu_suite.sh $*"
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu_suite: no ${PYTHON:-python3}" >&2 && exit 2; }
 [[ $python == /* ]] || python=$PWD/$python
 deadline=470 # seconds for the whole call, set-up included
+[[ $1 == prove ]] && deadline=355
 started=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 SECONDS=0
 
 mkdir -p "$2" || exit 2
 out=$(cd "$2" && pwd)
 wheels=
-if [[ $# -eq 3 ]]; then
+if [[ $1 != wheels && -n ${3:-} ]]; then
     wheels=$(cd "$3" && pwd) || exit 2
 fi
+if [[ $1 == prove && -n ${4:-} ]]; then
+    prove_options+=(--plans "$(cd "$4" && pwd)") || exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+# What images with PyTorch for CUDA were found to lack; versions are those that the tests run with (constraints.txt).
+if [[ $1 == wheels ]]; then
+    shift 2
+    [[ $# -gt 0 ]] || set -- diffusers importlib-metadata zipp lazy-importer cache-dit pydot
+    exec "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -c constraints.txt -d "$out" "$@"
+fi
 rows=() # per part: name, status, exit status, seconds, command
 worst=0
 
@@ -107,8 +146,9 @@ PYTHON
 
 is_this_checkout() {
     "$python" -c '
-import pathlib, sys, stepgraph
-sys.exit(pathlib.Path(stepgraph.__file__).resolve().parent != pathlib.Path("core").resolve())' 2>/dev/null
+import importlib.util, pathlib, sys
+spec = importlib.util.find_spec("stepgraph")
+sys.exit(spec is None or pathlib.Path(spec.origin or "").resolve().parent != pathlib.Path("core").resolve())' 2>/dev/null
 }
 
 # Make `import stepgraph` mean this checkout: an editable install, or else a copy of the folders on PYTHONPATH.
@@ -174,12 +214,20 @@ run_runtime() {
     run_part runtime "$out/runtime.txt" "$python" -m stepgraph.bench.speed.runtime --device cuda --part table overhead memory \
         --rounds 3 --out "$out"
 }
+# Its parts have limits of their own, and end before this one does.
+run_prove() {
+    run_part prove "$out/prove.txt" "$python" -m stepgraph.bench.prove "$out" --seconds $((deadline - SECONDS - 10)) \
+        "${prove_options[@]}"
+    cat "$out/prove.txt" >&2
+    local log=$out/prove.log
+    [[ $(wc -c <"$log") -le 8000000 ]] || { tail -c 8000000 "$log" >"$log.end" && mv "$log.end" "$log"; }
+}
 run_train() {
     run_part train "$out/train.txt" \
         "$python" -m stepgraph.bench.glyphs.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
 }
 
-if has_cuda; then
+if [[ -n $tiny ]] || has_cuda; then
     # A system's Python may refuse to be installed into unless told; other Pythons do not look at this.
     export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     {
@@ -189,6 +237,7 @@ if has_cuda; then
     grep -E '^(still lacking|the editable)' "$out/setup.log" >&2
     for name in "${parts[@]}"; do
         case $name in
+        prove) run_prove ;;
         tests) run_tests ;;
         demo) run_demo ;;
         compile) run_compile ;;

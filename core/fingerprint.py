@@ -3,7 +3,8 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,16 @@ from stepgraph.adapters import active_adapters, base_names, tensors_of
 from stepgraph.checked import checked
 from stepgraph.checks import shown
 from stepgraph.contents import content_sums
+from stepgraph.env import get_logger
 from stepgraph.errors import MismatchError
 from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_of
 
-# Digest of a tensor's contents, kept while the tensor lives, with the sum of its bits.
+# What contents that are told by sums begin with; those of files of before are SHA-256, and begin with a digit.
+SUMS = "s"
+# SHA-256 of a tensor's bytes, kept while the tensor lives, with the sum of its bits.
 _digests = WeakTensorKeyDictionary()
+# Models whose contents were hashed with SHA-256, for files of before.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @checked
@@ -52,25 +58,35 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     Raises:
         MismatchError: It does not say which tensors it is made of, or holds no values.
     """
+    parts = _parts_of(tensor)
+    if is_plain(tensor):
+        return _digest_of(tensor, tensor)
+    digest = hashlib.sha256(describe_kind(tensor).encode())
+    for name, part in parts.items():
+        # A weight's own bytes are looked at through another tensor each time.
+        digest.update(f" {name} {tuple(part.shape)} {part.dtype}".encode() + _digest_of(part, part if name else tensor))
+    return digest.digest()
+
+
+def _parts_of(tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """The plain tensors that a tensor is made of.
+
+    Raises:
+        MismatchError: It does not say which, or holds no values.
+    """
     if tensor.layout != torch.strided:
         raise MismatchError(f"{shown(tensor)} has the layout {tensor.layout}, whose contents are not told apart; make it dense")
     if not has_data(tensor):
         raise MismatchError(
             f"{shown(tensor)} holds no values that could be told from others (it is fake, or on the meta device)"
         )
-    if is_plain(tensor):
-        return _digest_of(tensor, tensor)
     parts = inner_tensors(tensor)
     if not parts:
         raise MismatchError(
             f"a weight is a {kind_of(tensor)}, which does not say what it is made of (it has no __tensor_flatten__, and no "
             f"tensors among its attributes), so that there is no telling it from others; convert it to plain tensors"
         )
-    digest = hashlib.sha256(describe_kind(tensor).encode())
-    for name, part in parts.items():
-        # A weight's own bytes are looked at through another tensor each time.
-        digest.update(f" {name} {tuple(part.shape)} {part.dtype}".encode() + _digest_of(part, part if name else tensor))
-    return digest.digest()
+    return parts
 
 
 def _digest_of(tensor: torch.Tensor, keeper: torch.Tensor) -> bytes:
@@ -89,14 +105,18 @@ def _digest_of(tensor: torch.Tensor, keeper: torch.Tensor) -> bytes:
 
 
 @checked
-def fingerprint(model: nn.Module) -> str:
-    """ "structure/contents" of a model without its adapters, 16 hexadecimal digits each.
+def fingerprint(model: nn.Module, like: str = "") -> str:
+    """ "structure/contents" of a model without its adapters: 16 hexadecimal digits each, and "s" before those of the contents.
 
     The structure covers class, configuration, parameter and buffer names and shapes (not dtypes, which plans record on
     their own); the contents cover dtypes and values, and are "-" for a model without data (fake or meta tensors). What peft's
     tuner layers add counts for nothing here (`adapters_hash`), and what they stand in for has the name that it had before.
+
+    Args:
+        model: The model.
+        like: A fingerprint that this one is compared with: contents are in its form.
     """
-    return f"{structure_hash(model)}/{contents_hash(model)}"
+    return f"{structure_hash(model)}/{contents_hash(model, like=like.split('/')[-1])}"
 
 
 @checked
@@ -109,11 +129,55 @@ def structure_hash(model: nn.Module, adapters: bool = False) -> str:
 
 
 @checked
-def contents_hash(model: nn.Module, adapters: bool = False) -> str:
-    """The second half of `fingerprint`; with adapters as parts of the model, if these are to count."""
-    contents, tensors = hashlib.sha256(), named_tensors(model, adapters)
+def contents_hash(model: nn.Module, adapters: bool = False, like: str = "") -> str:
+    """The second half of `fingerprint`: a hash of every tensor's name, dtype and sums (`content_sums`).
+
+    Sums are computed where a tensor lies, with little memory beside it (what is not contiguous is copied), and are the same on
+    every device, which is waited for once. Other values are taken for the same by a chance of about 2^-64, but for those that
+    `content_sums` names; nothing of this holds against intent.
+
+    Args:
+        model: The model.
+        adapters: Whether they count, as parts of the model.
+        like: Contents that these are compared with; those of a file of before are SHA-256, for which all weights are brought to
+            the CPU, once.
+    """
+    tensors = named_tensors(model, adapters)
     if not all(has_data(tensor) for _, tensor in tensors):
         return "-"
+    if like not in ("", "-") and not like.startswith(SUMS):
+        return _contents_of_before(model, tensors)
+    described, sums = [], []
+    for name, tensor in tensors:
+        parts = _parts_of(tensor)
+        described.append(name if is_plain(tensor) else f"{name} {describe_kind(tensor)}")
+        for inner, part in parts.items():
+            described.append(f"{inner} {tuple(part.shape)} {part.dtype}")
+            sums.append(content_sums([part]))
+    contents = hashlib.sha256(repr((described, _brought(sums))).encode())
+    return f"{SUMS}{contents.hexdigest()[:16]}"
+
+
+def _brought(sums: Sequence[torch.Tensor]) -> list[int]:
+    """Numbers from their devices, each of which is waited for once."""
+    numbers = [0] * len(sums)
+    for device in {each.device for each in sums}:
+        places = [place for place, each in enumerate(sums) if each.device == device]
+        for place, value in zip(places, torch.cat([sums[place] for place in places]).tolist(), strict=True):
+            numbers[place] = value
+    return numbers
+
+
+def _contents_of_before(model: nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """What files of before have as contents: SHA-256 of all weights."""
+    if model not in _told:
+        _told.add(model)
+        get_logger("fingerprint").info(
+            "compared with a file that states SHA-256 of the weights of %s: all of them are read on the CPU, once; files that "
+            "are written now do without",
+            type(model).__name__,
+        )
+    contents = hashlib.sha256()
     for name, tensor in tensors:
         contents.update(f"{name} {tensor.dtype}".encode() + tensor_digest(tensor))
     return contents.hexdigest()[:16]

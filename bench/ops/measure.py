@@ -29,10 +29,10 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     for name, provider in case.op.providers.items():
         if not provider.declines(**case.arguments):
             runs[name] = lambda name=name: case.run(name)  # type: ignore[misc]
-    expected = _flat(_float64(case))
+    expected = float64_results(case)
     for name, run in runs.items():
         if name != "full linear":
-            refuse_wrong(name, case, _flat(run()), expected)
+            refuse_wrong(name, case, results_of(run()), expected)
     return runs
 
 
@@ -58,16 +58,19 @@ def refuse_wrong(name: str, case: Case, given: list[torch.Tensor], expected: lis
             raise RuntimeError(f"{name} is wrong on {case.op.name} {case.name}: relative error {error:.2e}")
 
 
-def _float64(case: Case) -> Any:
+def float64_results(case: Case) -> list[torch.Tensor]:
+    """What the reference gives for the arguments in double precision."""
+
     def wide(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.double()
         return [wide(v) for v in value] if isinstance(value, list) else value
 
-    return case.op.providers[REFERENCE].run(**{name: wide(value) for name, value in case.arguments.items()})
+    return results_of(case.op.providers[REFERENCE].run(**{name: wide(value) for name, value in case.arguments.items()}))
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
+def results_of(result: Any) -> list[torch.Tensor]:
+    """One result or several, as a list."""
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
@@ -105,11 +108,18 @@ def _cuda_seconds(run: Callable[[], Any], repeats: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """What the machine can do: bytes per second of a large copy (read and written), FLOP/s of a large matrix product."""
-    size = 2048 if device == "cpu" else 8192
+def ceilings(dtype: torch.dtype, device: str, size: int = 0, seconds: float = 1.0) -> dict[str, float]:
+    """What the machine can do: bytes per second of a large copy (read and written), FLOP/s of a large matrix product.
+
+    Args:
+        dtype: Of the product.
+        device: The machine's.
+        size: Rows of its matrices; the usual ones unless given. What is copied has 16 size^2 bytes, at most 512 MiB.
+        seconds: Of the measurement.
+    """
+    size = size or (2048 if device == "cpu" else 8192)
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    big = torch.empty(2**26 if device == "cpu" else 2**29, dtype=torch.uint8, device=device)
+    big = torch.empty(min(16 * size**2, 2**29), dtype=torch.uint8, device=device)
     target = torch.empty_like(big)
-    times = interleaved({"copy": lambda: target.copy_(big), "product": lambda: one @ other}, device)
+    times = interleaved({"copy": lambda: target.copy_(big), "product": lambda: one @ other}, device, seconds)
     return {"copy": 2 * big.nbytes / times["copy"], "product": 2 * size**3 / times["product"]}

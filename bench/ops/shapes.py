@@ -1,6 +1,6 @@
 """The shapes that fused operations meet in full-size models, and arguments of those shapes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,17 +61,29 @@ class Case:
         return self.op.providers[provider].run(**self.arguments)
 
 
-def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """All cases of a shape: every operation of the registry, and of the low-rank ones every form and rank."""
-    builders = {
-        "lowrank_input": _inputs, "lowrank_delta": _deltas, "modulated_norm": _norms, "gated_residual": _residuals,
+def cases(
+    shape: Shape, dtype: torch.dtype, device: str, ops: Collection[str] = (), forms: Collection[str] = ()
+) -> Iterator[Case]:
+    """The cases of a shape: every operation of the registry, and of the low-rank ones every form and rank.
+
+    Args:
+        shape: Tokens and widths.
+        dtype: Of the arguments.
+        device: Where they lie.
+        ops: Only these operations; all where empty.
+        forms: Only these forms of `lowrank_delta`; all where empty.
+    """
+    builders: dict[str, Callable[[Op, Shape, _Maker], Iterator[Case]]] = {
+        "lowrank_input": _inputs, "lowrank_delta": partial(_deltas, only=forms), "modulated_norm": _norms,
+        "gated_residual": _residuals,
         "linear_combination": _combinations,
     }  # fmt: skip
     missing = sorted(set(OPS) - set(builders))
     if missing:
         raise SystemExit(f"the operation {missing[0]} has no benchmark; add its cases to bench/ops/shapes.py")
     for name, build in builders.items():
-        yield from build(OPS[name], shape, _Maker(shape, dtype, device))
+        if not ops or name in ops:
+            yield from build(OPS[name], shape, _Maker(shape, dtype, device))
 
 
 class _Maker:
@@ -109,7 +121,7 @@ def _projected(x: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, b).float()
 
 
-def _deltas(op: Op, shape: Shape, make: _Maker) -> Iterator[Case]:
+def _deltas(op: Op, shape: Shape, make: _Maker, only: Collection[str] = ()) -> Iterator[Case]:
     """Square maps plain and between a norm and a gate; q, k and v; into and out of the feed-forward."""
     wide, narrow = shape.hidden, shape.channels
     forms = {
@@ -118,7 +130,7 @@ def _deltas(op: Op, shape: Shape, make: _Maker) -> Iterator[Case]:
     }  # fmt: skip
     for form, (c_in, c_out, ada) in forms.items():
         for rank in RANKS:
-            if rank <= narrow:
+            if rank <= narrow and (not only or form in only):
                 yield _delta(op, f"{form} {shape.name} r{rank}", make, c_in, c_out, rank, ada)
 
 

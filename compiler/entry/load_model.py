@@ -1,6 +1,8 @@
 """Models and schedulers by the names that the command line takes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from stepgraph.assets.glyphs import ASSETS
 from stepgraph.compiler.models import FAMILIES
@@ -29,8 +32,8 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     """A model in evaluation mode.
 
     Args:
-        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights (seed
-            0).
+        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights
+            (seed 0), drawn where they will lie: other ones than on a CPU.
         device: Where its weights go; "meta" makes a model without any, to plan for.
         dtype: Of its weights.
 
@@ -113,10 +116,28 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
     for family in FAMILIES:
         if name in family.random:
             torch.manual_seed(0)
-            with torch.device(device if str(device) == "meta" else "cpu"):
+            # On CPUs values are drawn in float32 and rounded; elsewhere where they will lie, as there may be no room for more.
+            with torch.device(device), _parameters_in(torch.float32 if torch.device(device).type == "cpu" else dtype):
                 model = model_class(family.classes[0], name).from_config(dict(family.random[name]))
             return _ready(model, device, dtype)
     raise CompileError(f"unknown size {name!r} for random weights; known: {', '.join(_random_names())}")
+
+
+@contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Floating-point parameters are of this dtype from the moment on when a module registers them, before values are drawn."""
+
+    def cast(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not parameter.is_floating_point() or parameter.dtype == dtype:
+            return None
+        return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+
+    # What it returns is registered in place of the parameter, though its annotation says that it returns nothing.
+    hook = register_module_parameter_registration_hook(cast)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -25,6 +26,7 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
+from torch._inductor.async_compile import CompiledTritonKernels
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InvalidCxxCompiler
@@ -40,6 +42,9 @@ RECORD = "record"
 # What stands behind the kernels in inductor's sources.
 BINDINGS = b"// Python bindings"
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+# Where regions are kept: a record has native libraries, or Triton's binaries.
+DEVICES = ("cpu", "cuda")
+PROPERTIES = ("name", "major", "minor", "gcnArchName", "multi_processor_count", "total_memory", "L2_cache_size")
 # The folder that inductor works in is a setting of the whole process.
 LOCK = threading.RLock()
 
@@ -75,9 +80,8 @@ def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches:
     except (CompileError, OSError) as error:
         log.warning("%s; regions are not kept", error)
         store = None
-    # Records of Triton kernels are not tried yet.
-    on_cpu = all(tensor.device.type == "cpu" for tensor in examples)
-    key = region_key(gm, examples, patches) if store is not None and on_cpu else None
+    keepable = all(tensor.device.type in DEVICES for tensor in examples)
+    key = region_key(gm, examples, patches) if store is not None and keepable else None
     if store is None or key is None:
         run: Any = compile_fx(gm, list(examples), config_patches=patches)
         run(*examples)
@@ -109,8 +113,9 @@ def _restore(files: dict[str, bytes], work: Path) -> Callable[..., Any]:
 def _compile_and_keep(
     gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: dict[str, Any] | None, work: Path, store: Store, key: str
 ) -> Callable[..., Any]:
-    # What this process has loaded from another folder would not be written into this one.
+    # What this process has loaded from another folder would not be written into this one, nor be part of the record.
     CppPythonBindingsCodeCache.cache_clear()
+    CompiledTritonKernels.cache_clear()
     # torch keeps records of graphs of its own operations only, not of Python functions.
     flat = make_fx(gm, tracing_mode="fake")(*examples)
     run = standalone_compile(
@@ -148,7 +153,9 @@ def region_key(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches: di
         get_logger("regions").info("a region is not kept: %s", error)
         return None
     facts = [f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" for t in examples]
-    digest = hashlib.sha256("\n".join([*lines, *facts, repr(sorted((patches or {}).items())), *_surroundings()]).encode())
+    settings = repr(sorted((patches or {}).items()))
+    devices = [_accelerator(device) for device in sorted({t.device for t in examples if t.device.type != "cpu"}, key=str)]
+    digest = hashlib.sha256("\n".join([*lines, *facts, settings, *_surroundings(), *devices]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -198,6 +205,17 @@ def _surroundings() -> list[str]:
     ]  # fmt: skip
     versions = [sys.version, str(torch.__version__), torch.version.git_version or ""]
     return [*versions, _processor(), _sources(), repr(settings), repr(inductor_config.save_config_portable())]
+
+
+@lru_cache
+def _accelerator(device: torch.device) -> str:
+    """What Triton and inductor compile for, and choose kernels by; and the compilers.
+
+    Triton's variables do not count: inductor sets some of them when it first compiles.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    facts = [getattr(properties, name, None) for name in PROPERTIES]
+    return repr([facts, torch.version.cuda, torch.version.hip, version("triton")])
 
 
 @lru_cache

@@ -100,7 +100,7 @@ class ModelServices:
             if not isinstance(file, (str, Path)):
                 raise ArgumentError(f"router is {file!r}; expected the name of a file of trained routers")
             router = Router.load(file)
-            router.refuse_other(self.header, str(file))
+            router.refuse_other(self.header, str(file), None if self.traced is None else self.traced.model)
             return router
         if self.traced is None or self.scheduler is None:
             raise ArgumentError(

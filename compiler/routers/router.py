@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepgraph.checked import check_fields, checked
 from stepgraph.checks import check_number, is_finite
@@ -14,6 +15,7 @@ from stepgraph.compiler.routers.router_settings import RouterSettings, full_step
 from stepgraph.errors import FileFormatError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.files.whole_file import whole_file
+from stepgraph.fingerprint import fingerprint
 from stepgraph.plan import PlanHeader, Site
 from stepgraph.plan.described import described_sites
 
@@ -60,14 +62,22 @@ class Router:
         return (torch.sigmoid(self.logits.float()) <= theta) & ~torch.tensor(self.full)[:, None]
 
     @checked
-    def refuse_other(self, header: PlanHeader, what: str) -> None:
+    def refuse_other(self, header: PlanHeader, what: str, model: nn.Module | None = None) -> None:
         """Compare with the model and schedule that a plan is made for.
+
+        Args:
+            header: The plan's.
+            what: The routers in words.
+            model: That the header is of; routers of before there were sums of contents (`fingerprint`) cannot be compared
+                without it.
 
         Raises:
             PlanError: They are not the ones that the routers were trained for.
         """
         for name in ("model", "fingerprint", "scheduler", "scheduler_hash", "steps", "timesteps", "shapes", "dtype"):
             trained, wanted = getattr(self.header, name), getattr(header, name)
+            if name == "fingerprint" and model is not None:
+                wanted = fingerprint(model, trained)
             if trained != wanted:
                 raise MismatchError(f"{what}: trained for {name} {trained}, but the plan is for {wanted}; train routers for it")
 

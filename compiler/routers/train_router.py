@@ -89,7 +89,7 @@ def train_traced(
     training = _Training(MixedModel(model, marked), states, header, chosen)
     digest = _digest(data, conditioning)
     if checkpoint is not None and Path(checkpoint).exists():
-        training.resume(checkpoint, digest)
+        training.resume(checkpoint, digest, model)
     with _frozen(model):
         while training.done < chosen.iterations:
             training.iterate()
@@ -196,14 +196,14 @@ class _Training:
         }  # fmt: skip
         write_router(path, CHECKPOINT, self.header, self.soft.sites, self.settings, tensors, data=digest)
 
-    def resume(self, path: str | Path, digest: str) -> None:
-        """Go on from a checkpoint.
+    def resume(self, path: str | Path, digest: str, model: nn.Module) -> None:
+        """Go on from a checkpoint of the training of a model.
 
         Raises:
             PlanError: It is of another training; the message says what differs.
         """
         header, sites, settings, tensors, described = read_router(path, CHECKPOINT, TABLES)
-        Router(header, sites, tensors["logits"], settings).refuse_other(self.header, str(path))
+        Router(header, sites, tensors["logits"], settings).refuse_other(self.header, str(path), model)
         for name in RouterSettings.__dataclass_fields__:
             before, now = getattr(settings, name), getattr(self.settings, name)
             if before != now and name != "iterations":

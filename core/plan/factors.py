@@ -225,7 +225,7 @@ def refuse_model(whose: str, expected: tuple[str, str, str], model: nn.Module) -
     model_dtype_name = dtype_name(model_dtype(model))
     if model_dtype_name != dtype:
         raise MismatchError(f"{whose} of a {dtype} model; this one is {model_dtype_name}; convert the model or make them anew")
-    stated, actual = print_.split("/"), fingerprint(model).split("/")
+    stated, actual = print_.split("/"), fingerprint(model, print_).split("/")
     if stated[0] != actual[0]:
         raise MismatchError(
             f"{whose} of another {name}: its configuration or parameter shapes have the hash {stated[0]}, this model's "

@@ -78,7 +78,7 @@ def follow_model(plan: CachePlan, model: nn.Module, strict: bool = False) -> str
 def other_values(header: PlanHeader, model: nn.Module) -> str:
     """What differs where a model's weights hold other values than a plan's; empty where nothing does, or none are known."""
     planned = header.fingerprint.split("/")[-1]
-    actual = contents_hash(model, _counts_adapters(header, model)) if planned != "-" else "-"
+    actual = contents_hash(model, _counts_adapters(header, model), planned) if planned != "-" else "-"
     if planned == actual or "-" in (planned, actual):
         return ""
     return f"the plan is for other weights of {header.model} (hash {planned}, this model's {actual})"

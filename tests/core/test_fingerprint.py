@@ -1,5 +1,6 @@
 """Fingerprints: what changes them, what does not, and that they notice writes."""
 
+import hashlib
 from types import SimpleNamespace
 
 import diffusers
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny import TINY, tiny_dit
+from helpers.captures import planned
+from helpers.tiny import TINY, tiny_dit, tiny_scheduler
 from stepgraph.errors import MismatchError
-from stepgraph.fingerprint import config_of, fingerprint, has_data, hash_config, tensor_digest
+from stepgraph.fingerprint import config_of, fingerprint, has_data, hash_config, structure_hash, tensor_digest
+from stepgraph.plan.factors import refuse_model
+from stepgraph.plan.refuse_other import refuse_other_model
 
 
 def parts(model: nn.Module) -> list[str]:
@@ -19,8 +23,8 @@ def parts(model: nn.Module) -> list[str]:
 def test_equal_models_have_equal_fingerprints(dit):
     structure, contents = parts(dit)
     assert parts(tiny_dit()) == [structure, contents]
-    assert len(structure) == len(contents) == 16
-    assert int(structure, 16) != int(contents, 16)
+    assert len(structure) == len(contents.removeprefix("s")) == 16
+    assert int(structure, 16) != int(contents[1:], 16)
 
 
 CHANGES = {
@@ -43,6 +47,68 @@ def test_what_changes_a_fingerprint(case):
         change(model)
     after = parts(model)
     assert [a != b for a, b in zip(before, after, strict=True)] == [structure, contents]
+
+
+def contents_written_out(model: nn.Module) -> str:
+    """SHA-256 of names, dtypes and bytes, as plans had it before there were sums."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    contents = hashlib.sha256()
+    for name in sorted(tensors):
+        raw = tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        contents.update(f"{name} {tensors[name].dtype}".encode() + hashlib.sha256(raw).digest())
+    return contents.hexdigest()[:16]
+
+
+def test_files_of_before_are_compared_by_what_they_state(caplog, monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_LOG", "info")
+    model = tiny_dit().bfloat16()
+    stated = f"{structure_hash(model)}/{contents_written_out(model)}"
+    with caplog.at_level("INFO", "stepgraph.fingerprint"):
+        assert fingerprint(model, stated) == fingerprint(model, stated) == stated
+    assert [record.message for record in caplog.records if "SHA-256 of the weights of DiT" in record.message] != []
+    assert len(caplog.records) == 1
+    assert fingerprint(model, "0/-") == fingerprint(model, fingerprint(model)) == fingerprint(model) != stated
+    plan = planned(model, tiny_scheduler("ddim"))
+    old = plan.with_header(fingerprint=stated)
+    refuse_other_model(old.header, model)
+    refuse_model("the factors are", ("DiTTransformer2DModel", stated, "bfloat16"), model)
+    with torch.no_grad():
+        model.proj_out_2.bias[0].add_(1.0)
+    with pytest.raises(MismatchError, match=rf"other weights .*\(hash {stated.split('/')[1]}, this model's [0-9a-f]{{16}}\)"):
+        refuse_other_model(old.header, model)
+    with pytest.raises(MismatchError, match="other weights"):
+        refuse_model("the factors are", ("DiTTransformer2DModel", stated, "bfloat16"), model)
+
+
+def test_contents_tell_where_values_stand():
+    """Words that trade places, within a tensor and between two, and two tensors of one sum."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    prints = {fingerprint(model)}
+    with torch.no_grad():
+        model[0].weight[[3, 4]] = model[0].weight[[4, 3]]
+        prints.add(fingerprint(model))
+        model[1].weight[:, [6, 8]] = model[1].weight[:, [8, 6]]
+        prints.add(fingerprint(model))
+        model[0].weight.data, model[1].weight.data = model[1].weight.data, model[0].weight.data
+        prints.add(fingerprint(model))
+        model[0].bias.view(torch.int64)[0] += 1
+        model[0].bias.view(torch.int64)[1] -= 1
+        prints.add(fingerprint(model))
+    assert len(prints) == 5
+
+
+def test_contents_do_not_depend_on_how_a_weight_lies():
+    model = tiny_dit()
+    before = fingerprint(model)
+    linear = model.proj_out_2
+    with torch.no_grad():
+        linear.weight.data = linear.weight.t().contiguous().t()
+        # Not at a multiple of a word.
+        storage = torch.zeros(linear.bias.numel() + 1)
+        linear.bias.data = storage[1:].copy_(linear.bias)
+    assert not linear.weight.is_contiguous()
+    assert linear.bias.data_ptr() % 8 == 4
+    assert fingerprint(model) == before
 
 
 def test_configuration_and_class_are_part_of_the_structure(dit):

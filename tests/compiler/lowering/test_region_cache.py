@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from helpers.paths import TESTS
-from helpers.region import region
+from helpers.region import product, region
 from stepgraph.cli.main import app
 from stepgraph.compiler.lowering import region_cache
 from stepgraph.compiler.lowering.region_cache import compile_kept, region_key, region_store
@@ -129,6 +130,39 @@ def test_keys_tell_regions_apart():
     assert len({key, *others}) == 7
 
 
+class OnCuda:
+    """What a key asks of an example, of a tensor that lies on a card."""
+
+    shape, dtype = torch.Size((4, 8)), torch.float32
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+
+    def stride(self) -> tuple[int, ...]:
+        return (8, 1)
+
+
+def test_keys_tell_cards_and_their_compilers_apart(monkeypatch):
+    def key(index: int = 0, **changes: object) -> str | None:
+        region_cache._accelerator.cache_clear()
+        properties = {"name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 150_000}
+        with monkeypatch.context() as patch:
+            facts = SimpleNamespace(**(properties | changes))
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+            patch.setattr(region_cache, "version", lambda name: changes.get("triton", "3.6.0"))
+            return region_key(region(), (OnCuda(index), OnCuda(index)), None)
+
+    keys = [
+        key(), key(1), key(name="NVIDIA H100", total_memory=80_000), key(minor=3), key(multi_processor_count=114),
+        key(triton="3.7.0"), region_key(region(), (torch.zeros(4, 8), torch.zeros(4, 8)), None),
+    ]  # fmt: skip
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    # Inductor sets this one in the process that compiles; the next process has to find the region without.
+    monkeypatch.setenv("TRITON_LIBDEVICE_PATH", "/somewhere")
+    assert key() == keys[0]
+
+
 def test_code_without_a_name_and_values_inside_are_not_kept():
     graph = fx.Graph()
     graph.output((graph.call_function(lambda x: x + 1, (graph.placeholder("x"),)),))
@@ -170,6 +204,36 @@ def test_a_kept_region_is_not_compiled_again_unless_it_is_damaged(counted: list[
     assert torch.equal(compile_kept(region(), (x, y), None)(x, y)[0], x * 2 + y)
     assert len(counted) == 3
     assert {name: os.environ.get(name) for name in given} == given
+
+
+def test_regions_for_devices_of_no_known_kind_are_not_kept(counted: list[str], monkeypatch):
+    monkeypatch.setattr(region_cache, "DEVICES", ("cuda",))
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    assert torch.equal(compile_kept(region(), (x, y), None)(x, y)[0], x * 2 + y)
+    assert counted == []
+    assert region_store().entries() == []
+
+
+@pytest.mark.gpu
+def test_a_region_on_cuda_is_kept_with_its_kernels(counted: list[str], tmp_path: Path):
+    """By the process that compiled it, and by one that has nothing but the record, and cannot compile a region."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, y = torch.ones(4, 8, device="cuda"), torch.ones(4, 8, device="cuda")
+    assert torch.equal(compile_kept(product(), (x, y), None)(x, y)[0], x * 2 + y)
+    assert len(counted) == 1
+    script = (
+        f"import sys, torch; sys.path.insert(0, {str(TESTS)!r})\n"
+        "from helpers.region import product\n"
+        "from stepgraph.compiler.lowering import region_cache\n"
+        "region_cache._compile_and_keep = None\n"
+        "x = torch.ones(4, 8, device='cuda')\n"
+        "print(*region_cache.compile_kept(product(), (x, x), None)(x, x)[0].unique().tolist())\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
+    alone = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.split() == ["3.0"]
 
 
 ALONE = """

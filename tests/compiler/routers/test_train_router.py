@@ -13,6 +13,7 @@ from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import PRESETS, RouterSettings, full_steps, settings_of
 from stepgraph.compiler.routers.router_states import NoisedLatents, Trajectories
 from stepgraph.errors import PlanError
+from stepgraph.fingerprint import fingerprint
 
 SMALL = settings_of("quick", {"iterations": 6, "batch": 8, "pool": 8})
 
@@ -411,6 +412,16 @@ def test_a_router_of_another_model_or_schedule_is_refused(router, tmp_path):
         sg.make_plan("l2c", model=tiny_dit(seed=1), steps=4, **options)
     with pytest.raises(PlanError, match="trained for steps 4, but the plan is for 6"):
         sg.make_plan("l2c", model=tiny_dit(), steps=6, **options)
+    # One that was trained before contents were told by sums fits its model still.
+    old = replace(router, header=replace(router.header, fingerprint=fingerprint(tiny_dit(), like="0/0")))
+    old.save(tmp_path / "router.safetensors")
+    plans = [sg.make_plan("l2c", model=tiny_dit(), steps=4, **options)]
+    router.save(tmp_path / "router.safetensors")
+    plans.append(sg.make_plan("l2c", model=tiny_dit(), steps=4, **options))
+    assert plans[0].rows == plans[1].rows
+    old.save(tmp_path / "router.safetensors")
+    with pytest.raises(PlanError, match="trained for fingerprint"):
+        sg.make_plan("l2c", model=tiny_dit(seed=1), steps=4, **options)
 
 
 def test_presets_are_the_papers_settings():
