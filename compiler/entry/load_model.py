@@ -121,12 +121,16 @@ def _random_model(name: str, device: str | torch.device, dtype: torch.dtype) -> 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     import diffusers
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # Its bases: what its HTTP client raises, which is an OSError with some clients only.
+    of_hub = (*HfHubHTTPError.__bases__, OSError, ImportError, SafetensorError)
+    of_contents = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
-    except (MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except (*of_hub, *of_contents) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error
     return _ready(pipeline.transformer, device, dtype)

@@ -8,6 +8,7 @@ import atexit
 import hashlib
 import operator
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -40,6 +41,11 @@ RECORD = "record"
 # What stands behind the kernels in inductor's sources.
 BINDINGS = b"// Python bindings"
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+# What a record raises that is whole, and yet of no use here: another build of torch, a library that cannot be loaded.
+OF_NO_USE = (
+    RuntimeError, OSError, ImportError, EOFError, pickle.UnpicklingError, AssertionError, AttributeError, LookupError,
+    TypeError, ValueError,
+)  # fmt: skip
 # The folder that inductor works in is a setting of the whole process.
 LOCK = threading.RLock()
 
@@ -89,10 +95,9 @@ def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches:
                 restored = _restore(files, work)
                 restored(*examples)
                 return restored
-            except InvalidCxxCompiler:
+            except (InvalidCxxCompiler, torch.OutOfMemoryError):
                 raise
-            except Exception as error:
-                # Whole, and yet of no use here: another build of torch, a library that cannot be loaded.
+            except OF_NO_USE as error:
                 log.warning("the kept region %s cannot be used (%s: %s); it is compiled anew", key, type(error).__name__, error)
         return _compile_and_keep(gm, examples, patches, work, store, key)
 
