@@ -10,6 +10,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 FOLDER = Path(__file__).parent / "csrc"
 FLAGS = [
@@ -42,7 +43,7 @@ class BuildNative(build_ext):
         ext.extra_link_args = ["-fopenmp"]
         try:
             return super().build_extension(ext)
-        except Exception as error:
+        except (CompileError, LinkError) as error:
             self.warn(f"no OpenMP, so one thread: {error}")
         ext.extra_compile_args, ext.extra_link_args = FLAGS, []
         return super().build_extension(ext)

@@ -30,14 +30,18 @@ from stepgraph.node_facts import PROVIDER, output_of
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
+from stepgraph.plan.header import NOTHING
 from stepgraph.plan.liveness import MAPS
+from stepgraph.plan.measured import measured, refuse_other_values
 from stepgraph.plan.refuse_other import follow_model
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.memory.layout import kept_dtype, lay_out
 from stepgraph.runtime.memory.slots import assign_slots
 from stepgraph.runtime.program.bound_weights import BoundWeights
+from stepgraph.runtime.program.facts import Facts
 from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
+from stepgraph.runtime.program.stated_facts import other_facts_of_plan
 from stepgraph.runtime.session.follow_weights import watch_tensors
 from stepgraph.wrapped_models import unwrapped
 
@@ -74,6 +78,10 @@ def compile_plan(
     program = build(model, inputs, plan)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
+    other = _follow_facts(plan, program.facts, config)
+    if other and not warning:
+        get_logger("weights").warning("%s", other)
+        weights.warned = True
     programs = {signature(inputs): program}
     executable = Executable(model, plan, config, build, weights, program, described(inputs), factors, programs)
     watch_tensors(executable, program)
@@ -91,6 +99,7 @@ def build_program(
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
     marked = traced.marked(inputs)
     refuse_other_sites(plan, marked)
+    _follow_facts(plan, marked.trace.facts, config)
     # What the plan stores of some values becomes another value there.
     example = flat_inputs(inputs)
     marked = rewrite_model(marked, model, plan, config, example)
@@ -163,6 +172,21 @@ def tensors_stored(
 def providers_of(gm: fx.GraphModule) -> dict[str, int]:
     """The fused operations of a graph and who runs them, with the number of calls."""
     return dict(Counter(str(node.meta[PROVIDER]) for node in gm.graph.nodes if PROVIDER in node.meta))
+
+
+def _follow_facts(plan: CachePlan, facts: Facts, config: CompileConfig) -> str:
+    """Compare what a forward reads with what the plan was made under; it counts like the values of weights.
+
+    Returns:
+        What the user should be told, once (`stepgraph.plan.measured.refuse_other_values`).
+
+    Raises:
+        MismatchError: Something differs, and the plan measured what does not follow.
+    """
+    if measured(plan) == NOTHING:
+        return ""
+    difference = other_facts_of_plan(plan.header.facts, facts)
+    return refuse_other_values(plan, difference, config.strict) if difference else ""
 
 
 def _refuse_other_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -282,6 +282,10 @@ def _scheduler(pipe: Any) -> None:
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
 
+def _configuration(pipe: Any) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+
+
 CHANGES = (
     Change("nothing", lambda pipe: None),
     Change("a LoRA's strength (`set_scale`)", _each(lambda layer: layer.set_scale("first", 0.25))),
@@ -321,6 +325,7 @@ CHANGES = (
     Change("a forward hook on a layer", _hook),
     Change("another number of steps", lambda pipe: None, {"num_inference_steps": 5}),
     Change("another scheduler", _scheduler),
+    Change("another configuration of the scheduler", _configuration),
     Change("no guidance", lambda pipe: None, {"guidance_scale": 1.0}),
     Change("another guidance scale", lambda pipe: None, {"guidance_scale": 2.0}),
 )

@@ -161,9 +161,10 @@ def taken(artifact: Path, original: str) -> str:
         outcome = "same contents" if digest == original else "other valid contents"
     except (PlanError, CompileError) as error:
         outcome = "refused" if str(error) else "crash: an error without words"
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        # What a fuzzer is for: panics of libraries and memory that is out are crashes too.
         outcome = f"crash: {type(error).__name__}: {error}"
     return "crash: hang" if time.perf_counter() - started > HANG else outcome
 

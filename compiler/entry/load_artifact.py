@@ -30,6 +30,10 @@ from stepgraph.wrapped_models import unwrapped
 
 # Larger settings make tables that no scheduler of this list needs.
 LARGEST_SETTING = 100_000
+# What diffusers' constructors raise for values that they do not check: settings of a wrong kind, size or name.
+OF_CONFIGURATIONS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load_artifact(
@@ -139,10 +143,9 @@ def build_model(artifact: Artifact, device: str | torch.device = "cpu") -> nn.Mo
     try:
         with torch.device("meta"):
             model: nn.Module = kind(**about["config"])
-    except (MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        # The configuration is data from outside; whatever diffusers makes of it is said, not thrown.
+    except OF_CONFIGURATIONS as error:
         raise FileFormatError(f"{path}: no {about['class']} can be made of its configuration ({error})") from error
     _tie(model, about["tied"], path)
     _assign(model, {name: tensor.to(device) for name, tensor in tensors.items()}, path)
@@ -224,7 +227,5 @@ def build_scheduler(artifact: Artifact) -> Any:
         )
     try:
         return getattr(diffusers, name).from_config(dict(config))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
+    except OF_CONFIGURATIONS as error:
         raise FileFormatError(f"{artifact.path}: no {name} can be made of its configuration ({error})") from error

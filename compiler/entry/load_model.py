@@ -142,12 +142,18 @@ def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     import diffusers
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # Its bases: what its HTTP client raises, which is an OSError with some clients only.
+    of_client = tuple(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
+    failures: tuple[type[Exception], ...] = (
+        *of_client, OSError, ImportError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+    )  # fmt: skip
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
-    except (MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except failures as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error
     return _ready(pipeline.transformer, device, dtype)

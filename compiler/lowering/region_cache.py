@@ -8,6 +8,7 @@ import atexit
 import hashlib
 import operator
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -45,6 +46,11 @@ PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.mem
 # Where regions are kept: a record has native libraries, or Triton's binaries.
 DEVICES = ("cpu", "cuda")
 PROPERTIES = ("name", "major", "minor", "gcnArchName", "multi_processor_count", "total_memory", "L2_cache_size")
+# What a record raises that is whole, and yet of no use here: another build of torch, a library that cannot be loaded.
+OF_NO_USE = (
+    RuntimeError, OSError, ImportError, EOFError, pickle.UnpicklingError, AssertionError, AttributeError, LookupError,
+    TypeError, ValueError,
+)  # fmt: skip
 # The folder that inductor works in is a setting of the whole process.
 LOCK = threading.RLock()
 
@@ -93,10 +99,9 @@ def _compile_kept(gm: fx.GraphModule, examples: Sequence[torch.Tensor], patches:
                 restored = _restore(files, work)
                 restored(*examples)
                 return restored
-            except InvalidCxxCompiler:
+            except (InvalidCxxCompiler, torch.OutOfMemoryError):
                 raise
-            except Exception as error:
-                # Whole, and yet of no use here: another build of torch, a library that cannot be loaded.
+            except OF_NO_USE as error:
                 log.warning("the kept region %s cannot be used (%s: %s); it is compiled anew", key, type(error).__name__, error)
         return _compile_and_keep(gm, examples, patches, work, store, key)
 

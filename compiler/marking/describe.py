@@ -16,6 +16,7 @@ from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerpr
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
+from stepgraph.runtime.program.stated_facts import facts_of_plan
 from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
 from stepgraph.wrapped_models import unwrapped
@@ -159,6 +160,7 @@ def make_header(
         schedule=schedule,
         timestep=marked.family.timestep,
         adapters=adapters_hash(model).replace("-", ""),
+        facts=facts_of_plan(marked.trace.facts),
     )
 
 

@@ -20,7 +20,7 @@ from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
-from stepgraph.wrapped_models import unwrapped
+from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
@@ -62,6 +62,7 @@ def train_router(
     Raises:
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
             is not finite.
+        CompileError: Autocast is on.
     """
     return train_traced(
         TracedModel(unwrapped(model)), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
@@ -79,6 +80,7 @@ def train_traced(
     chosen = settings or RouterSettings()
     prepared = prepare_scheduler(scheduler, steps)
     example = example_inputs(model, chosen.batch)
+    refuse_autocast(example["timestep"].device)
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
     example["timestep"] = prepared.timesteps[0].to(example["timestep"].device).expand(chosen.batch)

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from stepgraph.adapters import in_training
-from stepgraph.compiler.tracing.model_location import frame_location
+from stepgraph.compiler.tracing.forward_errors import ForwardErrors, own_error
 from stepgraph.compiler.tracing.pause_garbage_collector import older_objects_aside, pause_garbage_collector
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.refuse_changed_state import module_attributes, refuse_changed_state
@@ -96,6 +96,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Raises:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
             twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
+        Exception: Whatever the model's own code raises (`forward_errors.is_own`), as it is.
     """
     training = in_training(model)
     if training is not None:
@@ -122,15 +123,21 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             forget_in_memos(made)
             drop_traced(made)
 
+        recorded, error = None, None
         try:
             recorded = _record_twice(model, inputs, made, Strengths())
             if recorded is None:
                 leave_no_trace()
                 recorded = _record_twice(model, inputs, made, Strengths(denied=None))
-        except BaseException:
+        except BaseException as refusal:
             # The model that was refused is still the user's, to run without us.
             leave_no_trace()
-            raise
+            error = own_error(refusal)
+            if error is None:
+                raise
+    if error is not None:
+        # Outside of the handler, so that it does not name the refusal as what it came from.
+        raise error
     assert recorded is not None
     return replace(recorded, seconds=time.perf_counter() - started)
 
@@ -251,13 +258,8 @@ def _run(
         # A model that an executable is attached to is traced as it was before. Hooks of the model itself are no part of its
         # graph: they run around what stands in for its forward.
         forward = own_forward(model) or model.forward
-        try:
+        with ForwardErrors():
             result = tracer.call_module(lambda _, **arguments: forward(**arguments), model, (), like_flat(inputs, placeholders))
-        except (TraceError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            where = frame_location(error.__traceback__)
-            raise TraceError(f"{where}: the forward cannot be traced: {type(error).__name__}: {error}") from error
     refuse_changed_state(model, before)
     leaves, spec = pytree.tree_flatten(result)
     if not all(isinstance(leaf, TracedTensor) for leaf in leaves):

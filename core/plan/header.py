@@ -51,6 +51,8 @@ class PlanHeader:
             model's family does.
         adapters: Hash of the adapters (a LoRA's tensors and strengths) that took part when it was made, empty for none; behind
             "any" where it is declared to hold for any (`CachePlan.for_any_adapters`).
+        facts: What the model was made of and what its forward read of it (a strength of a module of the user's own) when the
+            plan was made, by path; empty where the plan does not say.
     """
 
     model: str
@@ -74,6 +76,7 @@ class PlanHeader:
     schedule: Schedule = field(default_factory=Schedule)
     timestep: TimestepInput | None = None
     adapters: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in (("schedule", Schedule), ("timestep", TimestepInput)):

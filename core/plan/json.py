@@ -51,6 +51,7 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "sigmas": (list, (int, float)), "mu": ((int, float, type(None)), object), "begin": WHOLE,
     "schedule": (dict, object), "timestep": ((dict, type(None)), object), "operations": (list, str),
     "terms": (list, str), "coefficients": (list, list), "ranks": (dict, int), "saved": WHOLE, "projection": WHOLE,
+    "facts": (dict, str),
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def parse_record(kind: Any, values: Any, what: str) -> Any:
         outer, inner = FIELD_TYPES.get(name, (str, object))
         members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if isinstance(value, bool) or not isinstance(value, outer) or not all(_is(m, inner) for m in members):
-            raise FileFormatError(f"{what}: {name} is {value!r}, which is not of the type this field has")
+            raise FileFormatError(f"{what}: {name} is {value!r:.200}, which is not of the type this field has")
     try:
         return kind(**values)
     except TypeError as error:

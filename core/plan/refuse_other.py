@@ -102,7 +102,7 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow:
         header: The plan's.
         scheduler: Set to the steps of its whole schedule, of which the plan's run may be the rest.
         what: The scheduler in words.
-        follow: Whether the plan holds for any timesteps, as one that rests on no measurement does.
+        follow: Whether the plan holds for any schedule of its length, as one that rests on no measurement does.
 
     Raises:
         MismatchError: Class, number of steps, configuration or timesteps differ; the message says both sides.
@@ -116,13 +116,15 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow:
             f"compiled for {header.steps} inference steps ({len(header.timesteps)} evaluations), but {what} is set to "
             f"{evaluations} evaluations; ask for {header.steps} steps or compile a plan for the other number"
         )
+    if follow:
+        return
     if facts["scheduler_hash"] != header.scheduler_hash:
         raise MismatchError(
             f"compiled for another configuration of {header.scheduler} (hash {header.scheduler_hash}, {what} has "
             f"{facts['scheduler_hash']}); compile a plan for this configuration"
         )
     for step, (planned, actual) in enumerate(zip(header.timesteps, facts["timesteps"], strict=True)):
-        if abs(planned - actual) > NEAR and not follow:
+        if abs(planned - actual) > NEAR:
             raise MismatchError(
                 f"compiled for timestep {planned:g} at step {step}, but {what} has {actual:g} there; measure the plan with "
                 f"what the sampler sets, schedule={{'sigmas': ..., 'mu': ..., 'timesteps': ...}} (now {header.schedule}; "

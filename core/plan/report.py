@@ -127,6 +127,8 @@ def diff_plans(old: CachePlan, new: CachePlan) -> dict[str, Any]:
     Plans of different T have no steps in common: `pairs_changed` is None then.
     """
     before, after = asdict(old.header), asdict(new.header)
+    for facts, others in ((before, new.header.facts), (after, old.header.facts)):
+        facts["facts"] = {path: text for path, text in facts["facts"].items() if others.get(path) != text}
     header = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     columns = [{site.name: "".join(row[i] for row in plan.rows) for i, site in enumerate(plan.sites)} for plan in (old, new)]
     shared = [name for name in columns[0] if name in columns[1]]

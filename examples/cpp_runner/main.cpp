@@ -1,10 +1,10 @@
 // Samples an "aoti" export of stepgraph without Python.
 //
-//   sample EXPORT conditioning.safetensors latents.safetensors [--guidance 4] [--picture images.ppm]
+//   sample EXPORT conditioning.safetensors latents.safetensors [--guidance 4] [--picture images.ppm] [--no-verify]
 //
 // conditioning.safetensors holds the noise [B, C, ...] as `noise` and the model's inputs behind latents and timestep, batch
 // first, by their names; with guidance the unconditional ones as negative_<name>. The picture is for models whose latents are
-// pixels.
+// pixels. The weights are compared with their hash in the schedule, and others refused; --no-verify saves reading them all.
 
 #include <c10/core/InferenceMode.h>
 
@@ -18,11 +18,12 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: sample EXPORT conditioning.safetensors latents.safetensors [--guidance 4] [--picture images.ppm]";
+    "usage: sample EXPORT conditioning.safetensors latents.safetensors [--guidance 4] [--picture images.ppm] [--no-verify]";
 
 struct Arguments {
   std::string folder, conditioning, latents, picture;
   double guidance = 1;
+  bool verify = true;
 };
 
 double number(const std::string& text) {
@@ -33,20 +34,25 @@ double number(const std::string& text) {
 }
 
 Arguments parse(int argc, char** argv) {
-  if (argc < 4 || argc % 2 != 0) throw std::runtime_error(kUsage);
+  if (argc < 4) throw std::runtime_error(kUsage);
   Arguments made{argv[1], argv[2], argv[3], ""};
-  for (int i = 4; i < argc; i += 2) {
-    const std::string name = argv[i], value = argv[i + 1];
-    if (name == "--guidance") made.guidance = number(value);
-    else if (name == "--picture") made.picture = value;
-    else throw std::runtime_error("unknown option " + name + "\n" + kUsage);
+  for (int i = 4; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--no-verify") {
+      made.verify = false;
+      continue;
+    }
+    if (name != "--guidance" && name != "--picture") throw std::runtime_error("unknown option " + name + "\n" + kUsage);
+    if (++i == argc) throw std::runtime_error(kUsage);
+    if (name == "--guidance") made.guidance = number(argv[i]);
+    else made.picture = argv[i];
   }
   return made;
 }
 
 void run(const Arguments& arguments) {
   const c10::InferenceMode inference;
-  Runner runner(arguments.folder);
+  Runner runner(arguments.folder, arguments.verify);
   Tensors given;
   for (const auto& [name, tensor] : read_tensors(arguments.conditioning)) given[name] = tensor.to(runner.device());
   if (!given.count("noise")) throw std::runtime_error(arguments.conditioning + " has no noise");

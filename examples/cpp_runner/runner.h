@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "json.h"
+#include "sha256.h"
 #include "tensors.h"
 
 using Values = std::vector<at::Tensor>;
@@ -23,13 +24,15 @@ inline void append(Values& values, const Values& more) { values.insert(values.en
 
 class Runner {
  public:
-  explicit Runner(const std::string& folder)
+  // Compares the weights with their hash, which reads all of them, unless `verify` is false; programs always are.
+  explicit Runner(const std::string& folder, bool verify = true)
       : schedule(Json::parse(read_text(folder + "/schedule.json"))), folder_(folder) {
     const std::string format = schedule["format"].string();
     const int64_t version = schedule["version"].integer();
     if (format != "stepgraph-aoti" || version != 1)
       throw std::runtime_error(folder + " is of the format " + format + ", version " + std::to_string(version) +
                                "; this runner reads version 1 of stepgraph-aoti");
+    if (verify) refuse_damaged(schedule["weights"].string());
     const at::Device device = this->device();
     for (const auto& [name, tensor] : read_tensors(folder + "/" + schedule["weights"].string()))
       weights_[name] = tensor.to(device);
@@ -48,9 +51,11 @@ class Runner {
     for (const at::Tensor& tensor : inputs) given.push_back(tensor.contiguous());
     for (const Json& key : program["weights"].array()) given.push_back(weight(key.string()));
     auto& loader = programs_[name];
-    if (!loader)
+    if (!loader) {
+      refuse_damaged(program["file"].string());
       loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
           folder_ + "/" + program["file"].string(), "model", false, 1, device().index());
+    }
     return loader->run(given);
   }
 
@@ -59,6 +64,15 @@ class Runner {
   const Json schedule;
 
  private:
+  void refuse_damaged(const std::string& file) const {
+    if (!schedule.has("sha256") || !schedule["sha256"].has(file))
+      throw std::runtime_error("schedule.json has no SHA-256 of " + file + "; export again");
+    const std::string wanted = schedule["sha256"][file].string(), actual = sha256_of(folder_ + "/" + file);
+    if (actual != wanted)
+      throw std::runtime_error(folder_ + "/" + file + " is not what was exported: its SHA-256 is " + actual + ", expected " +
+                               wanted + "; copy it again");
+  }
+
   std::string folder_;
   Tensors weights_;
   std::map<std::string, std::unique_ptr<torch::inductor::AOTIModelPackageLoader>> programs_;

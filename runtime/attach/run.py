@@ -142,6 +142,14 @@ class Run:
         following = min(self.step + 1, self.steps - 1)
         planned = self.timesteps.begin - self.executable.plan.header.schedule.begin + following
         expected = self.timesteps.expected(call.timestep, following)
+        if self.step >= 0 and self.is_at(call, asked, 0):
+            raise PlanError(
+                f"a second run of the transformer begins, at timestep {_read(call, asked):g}, while one is under way in this "
+                f"thread that has come to step {planned - 1} of the plan and whose next call is to be at {expected:g}: another "
+                f"pipeline was called within it (in a callback?), or its own loop began again. Both runs are refused from here "
+                f"on. Call one pipeline after the other, or each in a thread of its own, with a scheduler of its own, and "
+                f"attach both; a loop begins again with its scheduler's set_timesteps"
+            )
         raise PlanError(
             f"step {planned} of the plan is at timestep {expected:g}, but the pipeline asks for timestep "
             f"{_read(call, asked):g}; the plan's timesteps must be visited in order, with {self._calls()} of the "

@@ -171,10 +171,14 @@ class Runs:
         """Refuse a call in the middle of a schedule that has not been set for it.
 
         Raises:
-            PlanError: It is none of the plan's first step.
+            PlanError: It is none of the plan's first step; where it fits a run that was given up, for the reason of that.
         """
         placed, header = self._place(call, watch.scheduler.timesteps, watch), self.executable.plan.header
         if placed is None or placed.begin > header.schedule.begin:
+            thread = threading.get_ident()
+            for given_up in reversed(self._aside):
+                if given_up.thread == thread and given_up.beginning.refusal and given_up.fits(call):
+                    raise PlanError(given_up.beginning.refusal)
             run = placed or RunTimesteps(watch.scheduler.timesteps, header.timestep)
             raise PlanError(
                 f"the plan begins at timestep {run.expected(call.timestep, header.schedule.begin - run.begin):g}, but the "
@@ -214,16 +218,25 @@ class Runs:
         """
         if run is None:
             return
+        first, second = self._name_of(run.beginning), self._name_of(beginning)
         reason = (
-            f"two runs of the transformer are under way in this thread, and both compute their timesteps, so that nothing "
-            f"tells their calls apart; this one, at step {run.step}, was given up. Run one after the other, or each in a "
-            f"thread, and begin anew with set_timesteps"
+            f"two runs of the transformer are under way in this thread: that of {first} had had its call at step {run.step} of "
+            f"{run.steps} when that of {second} began (within a callback?). Both compute their timesteps, so that nothing "
+            f"tells their calls apart, and the first was given up: its result would be wrong. Call one pipeline after the "
+            f"other, or each in a thread of its own, and call {first} anew"
         )
         self.give_up(run, reason)
         if beginning.number in run.rivals:
             # The first call may have been either's.
             beginning.refusal = reason
             raise PlanError(reason)
+
+    def _name_of(self, beginning: Beginning) -> str:
+        """The pipeline that a run belongs to, in words."""
+        for place, (pipe, watch) in enumerate(self.users):
+            if watch.holds(beginning):
+                return f"pipeline {place + 1} of {len(self.users)} attached ({type(pipe).__name__})"
+        return "a pipeline that is not attached"
 
     def _schedule_of(self, timestep: Any) -> torch.Tensor | None:
         """The tensor of a scheduler that nobody watches, if a timestep is an entry of one which holds the plan's."""

@@ -185,6 +185,16 @@ class BoundWeights:
             self.changes += bool(unseen)
             return Look(replaced, moved, tuple(self.names[number] for number in written), bool(unseen))
 
+    def displaced(self) -> tuple[str, ...]:
+        """Names of the tensors that are other objects now than at the last look, or lie elsewhere.
+
+        Raises:
+            CompileError: See `look`.
+        """
+        with self.lock:
+            together = zip(self.names, self._present(), self.tensors, self._marks, strict=True)
+            return tuple(name for name, now, then, mark in together if now is not then or _mark(now)[::2] != mark[::2])
+
     def finish(self, look: Look) -> Look:
         """The end of a run that began with a look: wait for the digests, if it left any, and say what they found."""
         if look.later is None:
@@ -273,4 +283,9 @@ def _layout(tensor: Tensor) -> Layout:
 def _mark(tensor: Tensor) -> Mark:
     if type(tensor) not in PLAIN:
         return tuple(part for plain in plain_tensors(tensor) for part in _mark(plain))
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version_of(tensor)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; those of inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version

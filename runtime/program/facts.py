@@ -172,7 +172,7 @@ class Facts:
         now = {path: _part(module, {}, path == "") for path, module in modules.items()}
         then, places = dict(self.parts), {path: path for path in modules}
         if base:
-            then, now, places = _without_adapters(then)[0], *_without_adapters(now)
+            then, now, places = without_adapters(then)[0], *without_adapters(now)
         followed: set[str] = {strength.path for strength in self.strengths if strength.is_followed(model)}
         followed |= self.unread | {strength.gate for strength in self.strengths if strength.gated}
         later: list[Difference] = []
@@ -235,7 +235,7 @@ def forward_of(module: nn.Module, containers: Containers | None = None) -> Froze
     return NOTHING if forward is None or same else freeze(forward, containers)
 
 
-def _without_adapters(parts: Mapping[str, Part]) -> tuple[dict[str, Part], dict[str, str]]:
+def without_adapters(parts: Mapping[str, Part]) -> tuple[dict[str, Part], dict[str, str]]:
     """The parts of a model's base, by their paths in it; and by these, the paths in the model."""
     places = {base: path for path, base in base_paths({path: part.kind for path, part in parts.items()}).items()}
 

@@ -1,12 +1,23 @@
 """Facts as texts, to compare a model with one in another process, or one that is built anew."""
 
-from collections.abc import Iterator
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
-from stepgraph.runtime.program.facts import NOTHING, Facts, Part, dotted
+from stepgraph.runtime.program.facts import ACTIVE, GATE, NOTHING, Facts, Part, dotted, without_adapters
 from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, Frozen
 
 # Behind the path of a module: what runs around its forward, and what stands in for it.
 AROUND, INSTEAD = " (hooks)", " (forward)"
+# A block's number in a path.
+NUMBER = re.compile(r"\.\d+(?=[.\[ ]|$)")
+# What stands in modules and defaults of these is theirs, and other with another version.
+LIBRARIES = frozenset(
+    {*sys.stdlib_module_names, "torch", "numpy", "packaging", "diffusers", "transformers", "accelerate", "peft"}
+)
+# Attributes that fingerprints cover: diffusers' configuration, whether there are adapters, and which are on.
+COVERED = frozenset({"_internal_dict", "_hf_peft_config_loaded", ACTIVE, GATE})
 
 
 def stated_facts(facts: Facts) -> dict[str, str]:
@@ -37,6 +48,71 @@ def other_facts(before: dict[str, str], now: dict[str, str]) -> tuple[str, str, 
         if path.endswith((AROUND, INSTEAD)) and not (path in before and path in now):
             return path, before.get(path, "nothing"), now.get(path, "nothing")
     return None
+
+
+def facts_of_plan(facts: Facts) -> dict[str, str]:
+    """What a plan keeps of the facts it was made under: what modules are, and numbers, texts and flags that are read of them.
+
+    Adapters are left out, as a plan has a hash of theirs, and so is what belongs to the process. What is the same in all blocks
+    stands once, with "*" in the place of their numbers.
+    """
+    alike: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, text in _plain_facts(facts).items():
+        alike[_alike(path)][path] = text
+    kept: dict[str, str] = {}
+    for pattern, texts in alike.items():
+        kept |= {pattern: next(iter(texts.values()))} if len(set(texts.values())) == 1 else texts
+    return kept
+
+
+def other_facts_of_plan(before: Mapping[str, str], facts: Facts) -> str:
+    """What differs first between what a plan was made under and a trace, in words; empty where nothing does.
+
+    What only one of them has read is no difference, as in `other_facts`; neither is anything for a plan that does not say.
+    """
+    now = _plain_facts(facts) if before else {}
+    for path, text in now.items():
+        known = before.get(path, before.get(_alike(path), "nothing" if path.endswith((AROUND, INSTEAD)) else text))
+        if known != text:
+            return f"{path} is {text}, and was {known!a} when the plan was made"
+    for path, text in before.items():
+        if path.endswith((AROUND, INSTEAD)) and all(path not in (one, _alike(one)) for one in now):
+            return f"{path!a} is nothing, and was {text!a} when the plan was made"
+    return ""
+
+
+def _alike(path: str) -> str:
+    return NUMBER.sub(".*", path, count=1)
+
+
+def _plain_facts(facts: Facts) -> dict[str, str]:
+    """Classes, hooks, replaced forwards and values of a model's base, by path."""
+    stated: dict[str, str] = {}
+    for path, part in without_adapters(facts.parts)[0].items():
+        stated[path] = part.kind.__qualname__
+        if part.hooks:
+            stated[path + AROUND] = ", ".join(_name(hook) for hook in part.hooks)
+        if part.forward is not NOTHING:
+            stated[path + INSTEAD] = _name(part.forward.kind)
+        for name, value in part.values.items():
+            if name not in COVERED:
+                stated |= _plain(dotted(path, name), value)
+    for names in facts.names:
+        if names.label.partition(".")[0] not in LIBRARIES:
+            for name, value in names.values.items():
+                stated |= _plain(names.label + name, value)
+    return stated
+
+
+def _plain(path: str, value: Frozen) -> Iterator[tuple[str, str]]:
+    """Leaves of a value, and the classes of objects in it; not what Python's own containers, functions and defaults are."""
+    if value is not NOTHING and issubclass(value.kind, LEAVES):
+        yield path, f"{value.text} ({value.kind.__name__})"
+    elif value.kind.__module__ != "builtins":
+        yield path, value.kind.__qualname__
+    for name, part in value.parts:
+        if not name.startswith(" (default"):
+            yield from _plain(path + name, part)
 
 
 def _of_part(path: str, part: Part) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.runtime.program.bound_weights import version_of
 from stepgraph.runtime.program.facts import HOOKS, Difference, Facts, Strength
 from stepgraph.runtime.program.freeze import Containers, bytes_of, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
@@ -46,6 +47,7 @@ class Watch:
         """
         snapshot = self._snapshot
         if snapshot is not None and snapshot.model is model and snapshot.holds():
+            snapshot.note_tensors()
             return ()
         with self._lock:
             # Taken first: what changes meanwhile is noticed the next time.
@@ -59,7 +61,7 @@ class Watch:
             return differences
 
     def strengths_hold(self, model: nn.Module) -> bool:
-        """Whether strengths are the numbers that the last comparison found, as far as these are not tensors; for every step."""
+        """Whether strengths are what the last comparison found; for every step, so tensors go by their versions."""
         snapshot = self._snapshot
         return snapshot is None or snapshot.model is not model or snapshot.strengths_hold()
 
@@ -146,14 +148,20 @@ class _Snapshot:
         held = self._strengths = list(map(operator.getitem, self._holders, self._names))
         self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
         self._numbers = _numbers(self._tensors)
+        self.note_tensors()
         self.note_versions()
 
     def strengths_hold(self) -> bool:
-        """Whether strengths are the same objects still."""
+        """Whether strengths are the same objects still, and were not written to."""
         try:
-            return all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._strengths))
+            same = all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._strengths))
         except KeyError:
             return False
+        return same and list(map(version_of, self._tensors)) == self._written
+
+    def note_tensors(self) -> None:
+        """Take down how often the tensors among the strengths have been written to."""
+        self._written = list(map(version_of, self._tensors))
 
     def note_versions(self) -> None:
         """Take down how often strengths have been written: another program may read the same ones."""

@@ -58,23 +58,39 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
     _follow_strengths(executable, program)
 
 
-def refuse_changed_within(executable: "Compiled", programs: Sequence[Program]) -> None:
+def refuse_changed_within(executable: "Compiled", programs: Sequence[Program], moves: int) -> None:
     """The end of a run: see that what the forward reads is still what it was when the run began.
 
-    Strengths are followed at every call; numbers of theirs that have changed since the last one count for the next run.
+    Strengths are followed at every call.
+
+    Args:
+        executable: Whose run.
+        programs: That ran.
+        moves: How often weights had been found to be others, or elsewhere, when the run began (`BoundWeights.moves`).
 
     Raises:
         CompileError: Something else changed, at a step that is not known: what was computed since is not the model's.
     """
     for program in programs:
+        followed = program.watch.versions
         differences = program.watch.differences(executable.model)
         if differences:
             one = differences[0]
-            raise CompileError(
-                f"{type(executable.model).__name__} was changed within the run: {one.path} was {one.old} when it began, and is "
-                f"{one.new}. Steps compute with what a run began with, so its result is not this model's; run again, or change "
-                f"it between runs"
-            )
+            raise _changed_within(executable, f"{one.path} was {one.old} when it began, and is {one.new}")
+        if program.watch.versions != followed:
+            raise _changed_within(executable, "a strength was written to past its version, so that no call noticed")
+    displaced = executable.weights.displaced()
+    if displaced or executable.weights.moves != moves:
+        names = displaced or ("a weight",)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise _changed_within(executable, f"{names[0]}{more} became another tensor, or came to lie elsewhere")
+
+
+def _changed_within(executable: "Compiled", what: str) -> CompileError:
+    return CompileError(
+        f"{type(executable.model).__name__} was changed within the run: {what}. Steps compute with what a run began with, so "
+        f"its result is not this model's; run again, or change it between runs"
+    )
 
 
 def refuse_other_forward(executable: "Compiled", program: Program) -> None:

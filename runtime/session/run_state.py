@@ -42,6 +42,7 @@ class RunState:
         memory: By program, where its stored values lie.
         captured: By program, the captured steps that the run has for itself.
         look: What was found of the weights when the run began.
+        moves: How often weights had been others, or elsewhere, until the run began.
         peak_slot_bytes: The most bytes of stored values so far.
     """
 
@@ -52,6 +53,7 @@ class RunState:
     memory: dict[int, SlotMemory] = field(default_factory=dict)
     captured: dict[int, CapturedSteps] = field(default_factory=dict)
     look: Look = field(default_factory=Look)
+    moves: int = 0
     peak_slot_bytes: int = 0
 
     @property

@@ -222,7 +222,7 @@ class Session:
                     tables.finish()
             self._release()
             if self.checked:
-                refuse_changed_within(self.executable, self.programs)
+                refuse_changed_within(self.executable, self.programs, state.moves)
             finish_run(self.executable, state.look)
 
     def _call(
@@ -297,7 +297,7 @@ class Session:
         begun = self._state.present.program
         if self.checked and not self.programs:
             self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)
-            self._state.present.program = program
+            self._state.present.program, self._state.moves = program, self.executable.weights.moves
             return program
         program = self.executable.find_program(inputs, self.begin)
         if begun is not None and program is not begun:

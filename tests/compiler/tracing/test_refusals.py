@@ -186,10 +186,6 @@ def hand_a_generator(m, x):
     return x + torch.randn(6, generator=torch.Generator().manual_seed(0))
 
 
-def raise_an_error(m, x):
-    return x + [1, 2][len(x)]
-
-
 def assign_data(m, x):
     y = m.inner(x)
     y.data = y * 2
@@ -202,7 +198,6 @@ def assign_data(m, x):
         (assign_data, "assigning to a tensor's .data"),
         (switch_autocast_on, "switches autocast on"),
         (hand_a_generator, "a Generator cannot be an argument"),
-        (raise_an_error, "cannot be traced: IndexError"),
     ],
 )
 def test_what_else_cannot_be_traced_is_named_by_file_and_line(forward, said):

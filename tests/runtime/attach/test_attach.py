@@ -112,10 +112,6 @@ REFUSED = {
         lambda pipe: setattr(pipe, "scheduler", tiny_scheduler("euler")), STEPS,
         "compiled for DDIMScheduler, but the pipeline's scheduler has EulerDiscreteScheduler",
     ),
-    "configuration": (
-        lambda pipe: setattr(pipe, "scheduler", diffusers.DDIMScheduler(beta_end=0.05)), STEPS,
-        "compiled for another configuration of DDIMScheduler",
-    ),
 }  # fmt: skip
 
 
@@ -129,6 +125,52 @@ def test_another_schedule_is_refused_and_leaves_the_executable_usable(pipe, case
     with pytest.raises(PlanError, match=message):
         images(pipe, steps=steps)
     pipe.scheduler = scheduler
+    assert torch.equal(images(pipe), wanted)
+
+
+# The pipeline's scheduler and another of its class.
+REPLACED = {
+    "ddim, other betas": ("ddim", {"beta_schedule": "scaled_linear"}),
+    "ddim, other spacing": ("ddim", {"timestep_spacing": "trailing"}),
+    "ddim, another prediction": ("ddim", {"prediction_type": "v_prediction"}),
+    "euler, karras": ("euler", {"use_karras_sigmas": True}),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_a_plan_that_measured_nothing_takes_over_a_replaced_scheduler_s_schedule(pipe, case):
+    name, changes = REPLACED[case]
+    pipe.scheduler = tiny_scheduler(name)
+    former, other = pipe.scheduler, type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    exe = compiled(pipe)
+    before = oracle_images(pipe, exe.plan)
+    pipe.scheduler = other
+    wanted = oracle_images(pipe, exe.plan)
+    pipe.scheduler = former
+    exe.attach(pipe)
+    assert torch.equal(images(pipe), before)
+    pipe.scheduler = other
+    assert torch.equal(images(pipe), wanted)
+    assert not torch.equal(wanted, before)
+    pipe.scheduler = former
+    assert torch.equal(images(pipe), before)
+    exe.detach()
+    # Without a pipeline: the loop, and a session in a loop of one's own.
+    oracle = Oracle.of(pipe.transformer, exe.plan)
+    expected, _ = run_loop(oracle, other, noise(2), STEPS, cond=labels(1, 2))
+    assert torch.equal(sg.sample(exe, other, noise(2), **labels(1, 2)), expected)
+    assert torch.equal(run_loop(exe.session(), other, noise(2), STEPS, cond=labels(1, 2))[0], expected)
+
+
+def test_a_calibrated_plan_refuses_a_replaced_scheduler(pipe):
+    exe = compiled(pipe)
+    plan = exe.plan.with_header(measured="choice")
+    exe = sg.compile(pipe.transformer, plan, inputs(2), backend="eager", exact=True).attach(pipe)
+    wanted, former = images(pipe), pipe.scheduler
+    pipe.scheduler = diffusers.DDIMScheduler(beta_end=0.05)
+    with pytest.raises(PlanError, match="compiled for another configuration of DDIMScheduler"):
+        images(pipe)
+    pipe.scheduler = former
     assert torch.equal(images(pipe), wanted)
 
 

@@ -146,6 +146,34 @@ def test_a_loop_that_goes_on_unseen_is_refused(pipe):
     exe.detach()
 
 
+@pytest.mark.parametrize("both", [True, False], ids=["both attached", "one attached"])
+def test_a_run_that_begins_within_another_is_refused_by_both_names(pipe, both):
+    """As in a callback of the first; what each is told says which runs they are, and what to do."""
+    exe, twin = compiled(pipe), shared(pipe)
+    wanted = expected(pipe, exe, 2)
+    exe.attach(pipe)
+    if both:
+        exe.attach(twin)
+    first = loop(pipe.transformer, pipe.scheduler, 1, computed=True)
+    second = loop(pipe.transformer, twin.scheduler, 2, computed=True)
+    # To behind its second step.
+    for _ in range(5):
+        next(first)
+    if both:
+        said = (
+            r"that of pipeline 1 of 2 attached \(DiTPipeline\) had had its call at step 1 of 4 when that of pipeline 2 of 2 "
+            r"attached \(DiTPipeline\) began.*Call one pipeline after the other, or each in a thread of its own"
+        )
+        assert torch.equal(last(second), wanted)
+    else:
+        said = r"a second run of the transformer begins, at timestep 750, while one .* has come to step 1.*attach both"
+        with pytest.raises(PlanError, match=said):
+            last(second)
+    with pytest.raises(PlanError, match=said):
+        last(first)
+    exe.detach()
+
+
 def test_a_beginning_whose_run_ended_is_nobody_elses(pipe):
     exe, *twins = compiled(pipe), shared(pipe), shared(pipe)
     for one in (pipe, *twins):

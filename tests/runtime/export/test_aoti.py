@@ -1,5 +1,6 @@
 """AOTInductor exports, sampled by the exported Python runner and by the C++ runner in examples/cpp_runner."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -89,11 +90,30 @@ def test_a_process_without_python_makes_the_same_images(glyphs, binary, tmp_path
     save_file(GIVEN | {"class_labels": torch.tensor([3.0, 7.0])}, tmp_path / "given.safetensors")
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env={})
     assert "class_labels is of Float; exported for Long" in result.stderr
+    save_file(GIVEN, tmp_path / "given.safetensors")
+    refuses_other_files(command, folder, tmp_path / "copy")
     # Neither the runner nor the programs ask for Python's libraries.
     for held in (binary.read_bytes(), *libraries(folder)):
         assert b"libtorch_cpu" in held
         assert b"libtorch_python" not in held
         assert b"libpython" not in held
+
+
+def refuses_other_files(command: list[object], folder: Path, copy: Path) -> None:
+    """One bit of the weights or of a program is another: the C++ runner says which file, or runs the weights when told to."""
+    first = json.loads((folder / "schedule.json").read_text())["programs"]["prompt"]["file"]
+    for file, more, expected in (("weights.safetensors", [], 1), ("weights.safetensors", ["--no-verify"], 0), (first, [], 1)):
+        shutil.copytree(folder, copy)
+        contents = bytearray((copy / file).read_bytes())
+        contents[-3] ^= 1
+        (copy / file).write_bytes(contents)
+        parts = [str(part) for part in (command[0], copy, *command[2:], *more)]
+        result = subprocess.run(parts, capture_output=True, text=True, check=False, env={})
+        assert result.returncode == expected, result.stderr
+        wanted, actual = (hashlib.sha256((place / file).read_bytes()).hexdigest() for place in (folder, copy))
+        said = f"{copy / file} is not what was exported: its SHA-256 is {actual}, expected {wanted}; copy it again"
+        assert (said in result.stderr) == (expected == 1)
+        shutil.rmtree(copy)
 
 
 def libraries(folder: Path) -> list[bytes]:

@@ -1,10 +1,15 @@
 """What a callback changes within a run: strengths are followed from the next call on, anything else is refused at the end."""
 
+import copy
+
 import pytest
 import torch
 
 import stepgraph as sg
+from helpers.loras import eager, load, tiny_sd3
+from helpers.pixart_sd3 import planned, sd3_inputs
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
+from stepgraph.adapters import is_tuner
 from stepgraph.errors import CompileError, MismatchError
 
 STEPS = 4
@@ -89,3 +94,78 @@ def test_what_decides_is_refused_at_the_end_of_the_run_it_changed_in():
     layers[0].offset = 1.0
     with pytest.raises(CompileError, match=r"was compiled with .*to_v\.offset = 0\.0"):
         exe.session()(**call)
+
+
+def exchange_module(model):
+    model.proj_out_2 = copy.deepcopy(model.proj_out_2)
+    model.proj_out_2.weight.data.mul_(2)
+
+
+def assign(model):
+    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()}, assign=True)
+
+
+def replace_data(model):
+    model.proj_out_2.weight.data = model.proj_out_2.weight * 2
+
+
+def test_a_module_that_is_exchanged_is_refused_at_the_end():
+    model = tiny_dit()
+    exe = compiled(model)
+    session, (*most, last) = exe.session(), calls()
+    for call in most:
+        session(**call)
+    exchange_module(model)
+    with pytest.raises(CompileError, match="made of other parts than when it was compiled, such as 'proj_out_2'"):
+        session(**last)
+
+
+@pytest.mark.parametrize("change", [assign, replace_data], ids=lambda change: change.__name__)
+def test_weights_that_become_others_are_refused_at_the_end(change):
+    model = tiny_dit()
+    exe = compiled(model)
+    session, (*most, last) = exe.session(), calls()
+    for step, call in enumerate(most):
+        if step == 2:
+            change(model)
+        session(**call)
+    with pytest.raises(CompileError, match=r"changed within the run: [a-z_0-9.]+( and \d+ more)? became another tensor"):
+        session(**last)
+    # The next run is the model's as it is now.
+    session = exe.session()
+    for call in calls():
+        with torch.no_grad():
+            assert torch.equal(session(**call).sample, model(**call).sample)
+
+
+def test_weights_that_another_run_has_followed_meanwhile_are_refused_too():
+    model = tiny_dit()
+    exe = compiled(model)
+    session, other, (*most, last) = exe.session(), exe.session(), calls()
+    for call in most:
+        session(**call)
+    replace_data(model)
+    other(**most[0])
+    with pytest.raises(CompileError, match="changed within the run: a weight became another tensor"):
+        session(**last)
+
+
+def test_a_strength_in_a_tensor_is_followed_within_a_run():
+    model = tiny_sd3()
+    model.enable_lora_hotswap(target_rank=2)
+    load(model, "style", 1)
+    held = [module.scaling["style"] for module in model.modules() if is_tuner(type(module))]
+    assert all(isinstance(strength, torch.Tensor) for strength in held)
+    exe = sg.compile(model, planned(model, sd3_inputs(), {}, steps=3), sd3_inputs(), backend="eager", exact=True)
+    session, results = exe.session(), []
+    for number in (1.0, 0.25):
+        for strength in held:
+            strength.fill_(number)
+        results.append(session(**sd3_inputs(), return_dict=False)[0])
+        assert torch.equal(results[-1], eager(model))
+    assert not torch.equal(*results)
+    # Past the version, nothing but the number tells.
+    held[0].data.fill_(3.0)
+    with pytest.raises(CompileError, match="changed within the run: a strength was written to past its version"):
+        session(**sd3_inputs())
+    assert torch.equal(exe.session()(**sd3_inputs(), return_dict=False)[0], eager(model))
