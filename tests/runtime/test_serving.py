@@ -291,6 +291,7 @@ LEAK = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
+import helpers.few_imports
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 import stepgraph as sg
 from stepgraph.bench.deploy.leak import growth, watch
