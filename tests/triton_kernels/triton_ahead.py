@@ -4,8 +4,8 @@
 
 The launchers run on tensors without storage, under a driver that knows nothing but its target; the configs that they could
 choose are compiled, and one line of JSON a kernel says what came out. "shipped" compiles what `amount_of` says of a target and
-a dtype: all configs in bfloat16 of the targets that most run on, and on others of the most used launches; "used" one config of
-each of these in bfloat16; "all" adds uncommon shapes and compiles everything in all three dtypes.
+a dtype: all configs in bfloat16 of the targets that most run on, and on others of the most used launches; "all" adds uncommon
+shapes and compiles everything in all three dtypes.
 A process of its own: the interpreter of other tests and the compiler exclude each other.
 """
 
@@ -224,8 +224,7 @@ def amount_of(target: str, dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1]
+    shipped = sys.argv[1] == "shipped"
     for target in sys.argv[2:] or TARGETS:
-        for dtype in ("bf16",) if wanted == "used" else DTYPES:
-            amount = {"shipped": amount_of(target, dtype), "used": "least"}.get(wanted, wanted)
-            compile_all(target, dtype, amount)
+        for dtype in ("bf16",) if shipped and target in ALIKE else DTYPES:
+            compile_all(target, dtype, amount_of(target, dtype) if shipped else sys.argv[1])
