@@ -34,7 +34,7 @@ class Cancelled(BaseException):
     """Like KeyboardInterrupt and asyncio's CancelledError: no Exception."""
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def made(request, dit):
     """For batches of one: reused, forecast and corrected rows, or with inductor, where each costs seconds, reused ones."""
     ddim = tiny_scheduler("ddim")

@@ -272,6 +272,7 @@ def test_least_squares_against_numpy():
 # -- what it is good for, and what is refused --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_fitted_rule_beats_taylor():
     model, scheduler = load_model("glyph-dit"), load_scheduler("glyph-dit", "ddim")
     start = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -349,6 +350,7 @@ def test_terms_and_targets_belong_to_kinds(dit, ddim):
         sg.make_plan("whole-step", model=dit, scheduler=ddim, steps=4, every=1)
 
 
+@pytest.mark.slow
 def test_the_command_line_corrects_plans(tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "corrected.json"
     invoke("plan", "make", "--policy", "interval", "--steps", 4, "-a", "every=2", "-o", plan)
