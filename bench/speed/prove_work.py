@@ -14,10 +14,10 @@ from stepgraph.bench.speed.books import BOOK, plan_named
 from stepgraph.bench.speed.peer_cache_dit import REPEATED
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.models.flux import positions
 from stepgraph.compiler.planning.import_plan import import_plan
-from stepgraph.compiler.tracing.describe import example_inputs
 from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
 

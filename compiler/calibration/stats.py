@@ -50,6 +50,9 @@ class CalibrationStats:
 
     def __post_init__(self) -> None:
         check_fields(self, "the statistics' ")
+        measured = self.tables["mse"].shape[:1] if "mse" in self.tables else ()
+        if measured and measured[0] != len(self.sites):
+            raise ArgumentError(f"the statistics' sites are {len(self.sites)}; their tables are of {measured[0]}")
 
     @property
     def magnitude(self) -> torch.Tensor:

@@ -84,6 +84,10 @@ class Covariances:
             PlanError: It was not measured, or the increments are not finite or all zero.
         """
         name = self.name_of(path)
+        if name not in self.numbers or not {f"sketch/{name}", f"xx/{name}"} & set(self.tensors):
+            raise PlanError(
+                f"the covariances lack the tensor or the numbers of {name!r}, which {path!r} reads; measure them anew"
+            )
         trace = self.numbers[name]["trace"]
         if f"sketch/{name}" in self.tensors:
             sketch = self.tensors[f"sketch/{name}"].double()

@@ -11,7 +11,7 @@ from stepgraph.checked import checked
 from stepgraph.checks import MOST_ROWS, check_whole, shown
 from stepgraph.compiler.marking.mark_sites import MarkedGraph, same_sites
 from stepgraph.compiler.models import family_of
-from stepgraph.errors import ArgumentError, PlanError
+from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
@@ -33,13 +33,15 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
             (text tokens, masks, positions). The family's usual sizes unless given.
 
     Raises:
-        CompileError: No adapter covers the model's class.
+        CompileError: No adapter covers the model's class, or the model has no parameters.
         ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
     model = unwrapped(model)
     family = family_of(model)
     check_whole("batch", batch, 1, MOST_ROWS)
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise CompileError(f"{type(model).__name__} has no parameters; expected a model with its weights")
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     usual = family.example_inputs(config_of(model), batch, model_dtype(model), device)
     if conditioning is None:

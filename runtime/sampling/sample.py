@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
 from stepgraph.checks import check_number
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.captured import Attempt
@@ -79,8 +79,11 @@ def sample(
         PlanError: The scheduler is not the one the plan was made for, an input is missing, the scale is no number, or
             `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
         CompileError: `capture` is asked of a run that cannot be captured.
+        ArgumentError: The noise is on meta.
     """
     check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
+    if noise.device.type == "meta":
+        raise ArgumentError("noise is on meta, without data; expected latents on the model's device")
     prepared, begin, separate = _scheduler_for(runner, scheduler, steps, schedule, noise)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:

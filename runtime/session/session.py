@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
-from stepgraph.checks import check_whole, is_finite, shown
+from stepgraph.checks import check_flag, check_whole, is_finite, shown
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import ArgumentError, CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
@@ -170,6 +170,7 @@ class Session:
 
         An exception inside a step resets the session, so that nothing stale is left.
         """
+        check_flag("return_dict", return_dict)
         try:
             results, spec = self._run({name: value for name, value in inputs.items() if value is not None})
         except BaseException:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepgraph as sg
@@ -39,8 +39,9 @@ def test_lowrank_plans_equal_the_oracle(dit, actions, whole):
     got, wanted, exe = both(dit, plan_of(dit, actions), maps)
     # The oracle takes B (x - C(x)), the graphs B x - B C(x).
     assert error(got, wanted) < 1e-6
-    stale = both(dit, plan_of(dit, {kind: letters.replace("L", "R") for kind, letters in actions.items()}))[0]
-    assert error(stale, wanted) > 1e-4
+    if not whole:
+        stale = both(dit, plan_of(dit, {kind: letters.replace("L", "R") for kind, letters in actions.items()}))[0]
+        assert error(stale, wanted) > 1e-4
     assert set(exe.providers()) == {"lowrank_delta by reference", "lowrank_input by reference"}
 
 
@@ -310,6 +311,7 @@ def test_steps_with_the_same_terms_share_a_graph(dit):
     assert len({exe.default.rows[step] for step in (2, 4, 5)}) == 1
 
 
+@settings(max_examples=10)
 @given(data=st.data())
 def test_random_plans_equal_the_oracle(dit, data):
     model = dit

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 from torch import nn
 
 # Files that the calls write: they are other ones from call to call.
@@ -119,20 +119,19 @@ def _brief(value: object) -> str:
     return "10**5000" if isinstance(value, int) and value > 2**100 else repr(value)[:60]
 
 
-@st.composite
-def malformed(draw, value: object, junk: list[Junk], depth: int = 3) -> Junk:
+def malformed(draw: random.Random, value: object, junk: list[Junk], depth: int = 3) -> Junk:
     """Something else in a value's place, or the value with something wrong in it."""
     ways = _ways(value) if depth else []
-    way = draw(st.sampled_from([None, *ways]))
+    way = draw.choice([None, *ways])
     if way is None:
-        return draw(st.sampled_from(junk))
+        return draw.choice(junk)
     if way in ("entry", "added", "dropped", "renamed"):
-        return draw(_other_container(value, junk, depth, way))
+        return _other_container(draw, value, junk, depth, way)
     if way == "field":
-        name = draw(st.sampled_from([field.name for field in fields(value)]))
-        return _wrong_field(value, name, draw(malformed(getattr(value, name), junk, depth - 1)))
+        name = draw.choice([field.name for field in fields(value)])
+        return _wrong_field(value, name, malformed(draw, getattr(value, name), junk, depth - 1))
     if isinstance(value, Path):
-        return draw(_other_file(value, junk))
+        return _other_file(draw, value, junk)
     changed = way(value)
     return Junk(f"{_shown(value)} changed to {_shown(changed)}", changed)
 
@@ -156,23 +155,22 @@ def _ways(value: object) -> list[object]:
     return []
 
 
-@st.composite
-def _other_container(draw, value, junk: list[Junk], depth: int, way: str) -> Junk:
+def _other_container(draw: random.Random, value, junk: list[Junk], depth: int, way: str) -> Junk:
     """A mapping or list with an entry more, less, under another name, or malformed."""
     if isinstance(value, Mapping):
         changed, keys = dict(value), list(value)
-        key = draw(st.sampled_from(keys)) if keys else "nose"
-        entry = draw(malformed(changed.get(key), junk, depth - 1))
+        key = draw.choice(keys) if keys else "nose"
+        entry = malformed(draw, changed.get(key), junk, depth - 1)
         if way == "dropped":
             changed.pop(key, None)
             return Junk(f"without {key!r}", changed)
         if way == "renamed":
             changed = {("nose" if name == key else name): held for name, held in changed.items()}
             return Junk(f"{key!r} called 'nose'", changed)
-        key = draw(st.sampled_from(["nose", "", 1, None])) if way == "added" else key
+        key = draw.choice(["nose", "", 1, None]) if way == "added" else key
         return Junk(f"with {key!r}: {entry}", changed | {key: entry.value})
-    place = draw(st.integers(0, len(value) - 1))
-    entry = draw(malformed(value[place], junk, depth - 1))
+    place = draw.randrange(len(value))
+    entry = malformed(draw, value[place], junk, depth - 1)
     listed = list(value)
     listed[place : place + 1] = {"dropped": [], "added": [value[place], entry.value], "renamed": [entry.value] * 2}.get(
         way, [entry.value]
@@ -190,45 +188,43 @@ def _wrong_field(value, name: str, entry: Junk) -> Junk:
         return entry
 
 
-@st.composite
-def _other_file(draw, path: Path, junk: list[Junk]) -> Junk:
+def _other_file(draw: random.Random, path: Path, junk: list[Junk]) -> Junk:
     """A file that is cut, that has other bytes, or (JSON) another leaf."""
     if not path.is_file() or path.stem in WRITTEN:
-        return draw(st.sampled_from([entry for entry in junk if isinstance(entry.value, (Path, str))]))
+        return draw.choice([entry for entry in junk if isinstance(entry.value, (Path, str))])
     content = path.read_bytes()
-    place = draw(st.integers(0, 2**30)) % len(content)
-    how = draw(st.sampled_from(["cut", "byte", "more", "leaf", "leaf", "leaf"]))
+    place = draw.randrange(len(content))
+    how = draw.choice(["cut", "byte", "more", "leaf", "leaf", "leaf"])
     other = path.with_name("malformed" + path.suffix)
     if how == "leaf" and content[:1] in (b"{", b"["):
-        note, text = draw(other_json(content.decode(), junk))
+        note, text = _other_json(draw, content.decode(), junk)
         other.write_text(text)
         return Junk(f"{path.name} with {note}", other)
     if how == "leaf":
         how = "byte"
-    changed = {"cut": content[:place], "byte": content[:place] + bytes([draw(st.integers(0, 255))]) + content[place + 1 :],
+    changed = {"cut": content[:place], "byte": content[:place] + bytes([draw.randrange(256)]) + content[place + 1 :],
                "more": content + b"more"}[how]  # fmt: skip
     other.write_bytes(changed)
     return Junk(f"{path.name} {how} at {place}", other)
 
 
-@st.composite
-def other_json(draw, text: str, junk: list[Junk]) -> tuple[str, str]:
+def _other_json(draw: random.Random, text: str, junk: list[Junk]) -> tuple[str, str]:
     """JSON in which one leaf is another one, gone, or there twice, and what was changed."""
     plain = [entry for entry in junk if _is_json(entry.value)]
     document = json.loads(text)
     place, at = document, []
     while isinstance(place, (dict, list)) and place:
-        key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
         at.append(key)
-        if not isinstance(place[key], (dict, list)) or draw(st.integers(0, 4)) == 0:
+        if not isinstance(place[key], (dict, list)) or draw.randrange(5) == 0:
             break
         place = place[key]
     if not at or not isinstance(place, (dict, list)) or not place:
         return "nothing", text
-    if draw(st.integers(0, 4)) == 0:
+    if draw.randrange(5) == 0:
         del place[at[-1]]
         return f"{at} gone", json.dumps(document)
-    entry = draw(malformed(place[at[-1]], plain, 1))
+    entry = malformed(draw, place[at[-1]], plain, 1)
     entry = entry if _is_json(entry.value) else Junk("None", None)
     place[at[-1]] = entry.value
     return f"{at} = {entry}", json.dumps(document)

@@ -34,7 +34,7 @@ class Cancelled(BaseException):
     """Like KeyboardInterrupt and asyncio's CancelledError: no Exception."""
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def made(request, dit):
     """For batches of one: reused, forecast and corrected rows, or with inductor, where each costs seconds, reused ones."""
     ddim = tiny_scheduler("ddim")
@@ -291,6 +291,7 @@ LEAK = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
+import helpers.few_imports
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 import stepgraph as sg
 from stepgraph.bench.deploy.leak import growth, watch

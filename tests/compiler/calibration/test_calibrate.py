@@ -1,20 +1,19 @@
 """Calibration: its tables against forward hooks on the eager model, and its file."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 
 import diffusers
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 import stepgraph as sg
 from helpers.families import FLUX, flux_inputs
 from helpers.oracle import run_loop
 from helpers.oracle_families import run_flow
-from helpers.paths import TESTS
 from helpers.tiny import tiny_dit, tiny_scheduler
 from helpers.watched import SAMPLES, SEED, STEPS, watched_values
 from stepgraph.errors import PlanError
@@ -212,40 +211,29 @@ def same_tables(first, second, **tolerance):
             assert torch.allclose(table, other, **tolerance) if tolerance else torch.equal(table, other), name
 
 
-WORKER = """
-import sys
-from pathlib import Path
-from torch import distributed
-sys.path.insert(0, sys.argv[1])
-from helpers.tiny import tiny_dit, tiny_scheduler
-import torch
-import stepgraph as sg
-torch.set_num_threads(1)
-distributed.init_process_group("gloo")
-stats = sg.calibrate(tiny_dit(), tiny_scheduler("ddim"), steps=3, samples=3, seed=4)
-if distributed.get_rank() == 1:
-    stats.save(sys.argv[2])
-try:
-    sg.calibrate(tiny_dit(), tiny_scheduler("ddim"), steps=3, samples=1)
-except sg.PlanError as error:
-    print(f"rank {distributed.get_rank()}: {error}")
-distributed.destroy_process_group()
-"""
+def calibrate_in_group(folder, rank):
+    """A forked child, one of two."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    stats = sg.calibrate(tiny_dit(), tiny_scheduler("ddim"), steps=3, samples=3, seed=4)
+    if rank == 1:
+        stats.save(folder / "stats.safetensors")
+    with pytest.raises(PlanError, match="samples is 1; expected at least 2, because each of the 2 processes runs its own"):
+        sg.calibrate(tiny_dit(), tiny_scheduler("ddim"), steps=3, samples=1)
+    distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_two_processes_give_what_one_gives(dit, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(TESTS), str(tmp_path / "stats.safetensors")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=calibrate_in_group, args=(tmp_path, rank), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
     one = sg.calibrate(dit, tiny_scheduler("ddim"), steps=3, samples=3, seed=4)
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     two = sg.CalibrationStats.load(tmp_path / "stats.safetensors")
     same_tables(two, one, rtol=1e-12, atol=1e-15)
-    assert result.stdout.count("samples is 1; expected at least 2, because each of the 2 processes runs its own") == 2
 
 
 STOCHASTIC = [

@@ -11,6 +11,7 @@ import torch
 import stepgraph as sg
 from helpers.command_line import error_of, invoke
 from helpers.oracle import Oracle, run_loop
+from helpers.small_glyphs import save_small_glyph_dit
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from helpers.watched import watched_values
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
@@ -271,18 +272,19 @@ def test_least_squares_against_numpy():
 # -- what it is good for, and what is refused --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_fitted_rule_beats_taylor():
     model, scheduler = load_model("glyph-dit"), load_scheduler("glyph-dit", "ddim")
-    start = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    given = {"class_labels": torch.arange(4)}
-    full = sg.sample(model, scheduler, start, steps=20, **given)
+    start = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    given = {"class_labels": torch.arange(2)}
+    full = sg.sample(model, scheduler, start, steps=12, **given)
 
     def error(plan):
-        exe = sg.compile(model, plan, sg.example_inputs(model, 4), backend="eager")
+        exe = sg.compile(model, plan, sg.example_inputs(model, 2), backend="eager")
         return float(relative_errors(sg.sample(exe, scheduler, start, **given), full).mean())
 
-    setting = {"model": model, "scheduler": scheduler, "steps": 20, "every": 3}
-    fitted = sg.make_plan("whole-step", **setting, samples=4, seed=77)
+    setting = {"model": model, "scheduler": scheduler, "steps": 12, "every": 3}
+    fitted = sg.make_plan("whole-step", **setting, samples=2, seed=77)
     taylor = sg.forecast(sg.make_plan("interval", **setting))
     assert error(fitted) < 0.9 * error(taylor)
     assert fitted.header.policy == "whole-step"
@@ -348,6 +350,7 @@ def test_terms_and_targets_belong_to_kinds(dit, ddim):
         sg.make_plan("whole-step", model=dit, scheduler=ddim, steps=4, every=1)
 
 
+@pytest.mark.slow
 def test_the_command_line_corrects_plans(tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "corrected.json"
     invoke("plan", "make", "--policy", "interval", "--steps", 4, "-a", "every=2", "-o", plan)
@@ -364,8 +367,10 @@ def test_the_command_line_corrects_plans(tmp_path):
 
 def test_the_command_line_keeps_factors_beside_the_plan(tmp_path):
     plan, out, again = tmp_path / "plan.json", tmp_path / "affine.json", tmp_path / "again.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 4, "-a", "every=2", "-a", 'kinds=["stack_residual"]', "-o", plan)
-    text = invoke("plan", "correct", plan, "glyph-dit", "--fit", "residual-affine", "--samples", 1, "-o", out)
+    small = save_small_glyph_dit(tmp_path / "model")
+    arguments = ("-a", "every=2", "-a", 'kinds=["stack_residual"]')
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 4, *arguments, "-o", plan)
+    text = invoke("plan", "correct", plan, small, "--fit", "residual-affine", "--samples", 1, "-o", out)
     assert "residual_affine" in text
     factors = sg.Factors.load(tmp_path / "affine.factors.safetensors")
     assert sorted(factors.affine) == ["stack_residual/1", "stack_residual/3"]
@@ -373,12 +378,13 @@ def test_the_command_line_keeps_factors_beside_the_plan(tmp_path):
     beside = tmp_path / "affine.factors.safetensors"
     invoke("plan", "correct", plan, "--forecast", "taylor", "--factors", beside, "-o", again)
     assert sg.Factors.load(tmp_path / "again.factors.safetensors").digest == factors.digest
-    assert "y1 and a constant" in error_of("plan", "correct", plan, "glyph-dit", "--fit", "residual-affine", "--term", "x0")
+    assert "y1 and a constant" in error_of("plan", "correct", plan, small, "--fit", "residual-affine", "--term", "x0")
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "corrected.json"
-    invoke("plan", "make", "--policy", "interval", "--steps", 4, "-o", plan)
+    small = save_small_glyph_dit(tmp_path / "model")
+    invoke("plan", "make", "--model", small, "--policy", "interval", "--steps", 4, "-o", plan)
     correct = ("plan", "correct", plan, "-o", out)
     assert error_of(*correct) == "give one of --forecast, --fit and --lowrank; got none"
     assert "got --forecast and --lowrank" in error_of(*correct, "--forecast", "taylor", "--lowrank")
@@ -397,5 +403,5 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
     assert "--fit runs the model: name it" in error_of(*correct, "--fit", "sites")
     assert "unknown fit 'all'; known: whole-step, sites" in error_of(*correct, "glyph-dit", "--fit", "all")
     assert "--kind and --site go with --fit sites" in error_of(*correct, "glyph-dit", "--fit", "whole-step", "--kind", "ff")
-    assert "the plan skips no step" in error_of(*correct, "glyph-dit", "--fit", "whole-step")
+    assert "the plan skips no step" in error_of(*correct, small, "--fit", "whole-step")
     assert not out.exists()

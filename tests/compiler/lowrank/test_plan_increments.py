@@ -55,31 +55,38 @@ def states_of(model, plan, maps) -> list[list[list[dict[str, torch.Tensor]]]]:
     return runs
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
 @torch.no_grad()
-def increments(model, plan, maps, path: str, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, C] float64 of a module's input and output in the full model, at the steps that correct the site."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hook = model.get_submodule(path).register_forward_hook(
-        lambda _, args, kwargs, out: seen.append(((args or [kwargs["hidden_states"]])[0].double(), out.double())),
-        with_kwargs=True,
-    )
-    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+def increments(model, plan, maps, site_of: dict[str, str]) -> dict[str, Pair]:
+    """By module path, [rows, C] float64 of a module's input and output in the full model, where its site is corrected."""
+    seen: dict[str, Pair] = {}
+
+    def see(path: str):
+        def hook(_, args, kwargs, out):
+            seen[path] = ((args or [kwargs["hidden_states"]])[0].double(), out.double())
+
+        return model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+
+    hooks, found = [see(path) for path in site_of], {path: ([], []) for path in site_of}
     for run in states_of(model, plan, maps):
         for branch in range(len(plan.header.branches)):
-            stored: list[tuple[torch.Tensor, torch.Tensor]] = []
+            stored: dict[str, list[Pair]] = {path: [] for path in site_of}
             for step, given in enumerate(run):
-                seen.clear()
                 model(**given[branch])
-                letter, i = plan.rows[step][plan.index(site)], plan.index(site)
-                if letter == "L":
-                    weights = plan.forecasts[step, i].coefficients[branch] if (step, i) in plan.forecasts else (1.0,)
-                    for side in (0, 1):
-                        then = sum(c * stored[-1 - age][side] for age, c in enumerate(weights))
-                        found[side].append((seen[0][side] - then).flatten(0, -2))
-                if letter == "C":
-                    stored.append(seen[0])
-    hook.remove()
-    return torch.cat(found[0]), torch.cat(found[1])
+                for path, site in site_of.items():
+                    letter, i = plan.rows[step][plan.index(site)], plan.index(site)
+                    if letter == "L":
+                        weights = plan.forecasts[step, i].coefficients[branch] if (step, i) in plan.forecasts else (1.0,)
+                        for side in (0, 1):
+                            then = sum(c * stored[path][-1 - age][side] for age, c in enumerate(weights))
+                            found[path][side].append((seen[path][side] - then).flatten(0, -2))
+                    if letter == "C":
+                        stored[path].append(seen[path])
+    for hook in hooks:
+        hook.remove()
+    return {path: (torch.cat(read), torch.cat(gave)) for path, (read, gave) in found.items()}
 
 
 @pytest.mark.parametrize("method", ["cov", "whole"])
@@ -87,9 +94,9 @@ def increments(model, plan, maps, path: str, site: str) -> tuple[torch.Tensor, t
 def test_increments_are_those_at_the_plans_own_states(dit, first, method, guidance, around):
     plan, factors = corrected(dit, guidance, around), first[method]
     found = measure_covariances(dit, tiny_scheduler("ddim"), plan=plan, factors=factors, whole=method == "whole", **RUNS)
-    for path in found.inputs:
-        site = next(site for site in SITES if path.startswith(site))
-        dx, dy = increments(dit, plan, factors.maps, path, site)
+    site_of = {path: next(site for site in SITES if path.startswith(site)) for path in found.inputs}
+    for path, (dx, dy) in increments(dit, plan, factors.maps, site_of).items():
+        site = site_of[path]
         wanted = dx.T @ dx / len(dx)
         assert found.numbers[found.name_of(path)]["rows"] == len(dx), path
         assert torch.allclose(found.matrix(path), wanted, rtol=1e-3, atol=1e-4 * float(wanted.diagonal().max())), path
