@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,8 @@ PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu":
 
 # The environment that choices depend on: what is set there is read at every call.
 SETTINGS = ("STEPGRAPH_PROVIDERS", "TRITON_INTERPRET")
+# Mapped over lists of tensors, they take no Python.
+_facts, _strides = attrgetter("shape", "dtype", "device"), Tensor.stride
 # How many kinds of arguments an operation remembers its choice for.
 MOST_CHOICES = 4096
 
@@ -119,7 +122,11 @@ class Op:
             OpError: None does; the message gives each one's reason.
         """
         kind = _kind_of_call(args, kwargs)
-        provider = self._choices.get(kind)
+        try:
+            provider = self._choices.get(kind)
+        except TypeError:
+            # No argument of an operation, or sizes that are symbols.
+            return self._ask(args, kwargs)
         if provider is None:
             provider = self._ask(args, kwargs)
             if len(self._choices) >= MOST_CHOICES:
@@ -186,18 +193,16 @@ def _kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable 
     """All that a choice depends on; None for arguments of which that cannot be told, such as sparse tensors."""
     environment = os.environ
     try:
-        kind = (*[environment.get(name) for name in SETTINGS], *map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
-        hash(kind)
-    except (RuntimeError, TypeError):
+        return (*[environment.get(name) for name in SETTINGS], *map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
+    except (RuntimeError, AttributeError, TypeError):
         return None
-    return kind
 
 
 def _kind(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (list, tuple)):
-        return (type(value), *map(_kind, value))
+        return (type(value), *map(type, value), *map(_facts, value), *map(_strides, value))
     return type(value), value
 
 
@@ -279,7 +284,7 @@ def _all_contiguous(values: Iterable[Any]) -> bool:
         if isinstance(value, Tensor):
             if not value.is_contiguous():
                 return False
-        elif isinstance(value, (list, tuple)) and not _all_contiguous(value):
+        elif isinstance(value, (list, tuple)) and not all(map(Tensor.is_contiguous, value)):
             return False
     return True
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -126,7 +127,7 @@ class Launches(Generic[L]):
 
 
 # Of a tensor; mapped, they take no Python.
-_shape, _strides = torch.Tensor.shape.__get__, torch.Tensor.stride
+_shape, _strides = attrgetter("shape"), Tensor.stride
 
 
 def layout_of(*tensors: Tensor) -> Hashable:
