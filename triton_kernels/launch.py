@@ -83,7 +83,8 @@ class Launch:
         """
         self._device = device if device.type == "cuda" else None
         self._start, self._fixed = kernel[grid], fixed
-        self._named = {**constants, **config.block, "num_warps": config.warps, "num_stages": config.stages}
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        self._named: dict[str, object] = {**constants, **config.block, **options}
 
     def __call__(self, *tensors: object) -> None:
         """Launch it on the tensors' device, whichever is the current one."""

@@ -1,6 +1,7 @@
 """Tune the kernels of graphs while they are compiled, so that no run has to."""
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def tune_kernels(graphs: Sequence[fx.GraphModule]) -> int:
         for gm in graphs:
             for node in gm.graph.nodes:
                 if node.op == "call_function" and node.target in TUNED:
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, gm=gm: _value(gm, n))
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), partial(_value, gm))
                     layout = (node.target, *map(_layout, pytree.tree_leaves((args, kwargs))))
                     if layout not in seen:
                         seen.add(layout)
