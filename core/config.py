@@ -32,7 +32,8 @@ class CompileConfig:
             copies run beside the steps.
         cuda_graphs: On CUDA, replay runs of `sample`, and each distinct call of a variant in other runs, as CUDA graphs,
             compared with the work itself when they are captured. None: from the second use on, where that goes and `exact`
-            does not ask for the eager model's bits. True: from the first, or refuse. False: launch every kernel.
+            does not ask for the eager model's bits; what does not go is said once and launched. True: from the first, or
+            refuse. False: launch every kernel.
         strict: Refuse weights that hold other values than those by which the plan's actions were chosen; else they are
             followed, with a warning.
         respecialize: Where other adapters are on than when it was compiled (a LoRA loaded, switched, fused or deleted), compile
@@ -49,7 +50,7 @@ class CompileConfig:
     merge: bool = True
     slot_dtype: str | None = None
     offload: bool = False
-    cuda_graphs: bool | None = False
+    cuda_graphs: bool | None = None
     max_autotune: bool = False
     strict: bool = False
     respecialize: bool = True

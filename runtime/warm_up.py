@@ -11,10 +11,10 @@ from torch import Tensor
 from stepgraph.env import get_logger
 from stepgraph.errors import ArgumentError
 from stepgraph.runtime.program.program import zero_inputs
-from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.sampling.captured_run import CapturedRun
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.session.lease_captured_steps import wants_graphs
 from stepgraph.schedule import timestep_of
 from stepgraph.scheduler import latents_name
 from stepgraph.tuning import tuning
@@ -40,21 +40,22 @@ def warm_up(executable: Compiled, scheduler: Any, guidance_scale: float | None, 
     device = next(executable.model.parameters()).device
     started, before = time.perf_counter(), _held(device)
     # What is captured from the second use on is captured by the second.
-    passes = 2 if executable.config.cuda_graphs is None and waits(device) else 1
+    passes = 2 if executable.config.cuda_graphs is None and wants_graphs(executable.config, device) else 1
     with tuning():
         for _ in range(passes):
             if scheduler is None:
                 _run_steps(executable, inputs, device)
             else:
                 _run_whole(executable, scheduler, guidance_scale, inputs, device)
-        if waits(device) and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
     memory = executable.memory()
     grown = _held(device) - before if device.type == "cuda" else memory.arena_bytes + memory.table_bytes
     warmed = WarmedUp(time.perf_counter() - started, grown, _captured(executable))
     get_logger("executable").info(
-        "warmed up in %.1f s, %.1f MB more: %s", warmed.seconds, warmed.bytes / 1e6, warmed.captured or "no graphs"
-    )
+        "warmed up in %.1f s, %.1f MB more: %s, of which captures hold %.1f MB beside their scratch",
+        warmed.seconds, warmed.bytes / 1e6, warmed.captured or "no graphs", executable.captured.nbytes / 1e6,
+    )  # fmt: skip
     return warmed
 
 

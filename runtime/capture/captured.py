@@ -3,17 +3,33 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from logging import INFO, WARNING
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 from stepgraph.env import get_logger
 from stepgraph.errors import CaptureError
 from stepgraph.runtime.capture.cudagraph import RECORDERS, Recorder
+from stepgraph.runtime.memory.slot_table import SlotMemory
 
-T = TypeVar("T")
-# How many captures of a kind an executable keeps: each holds the memory of a run.
+
+class Capture(Protocol):
+    """What is kept.
+
+    Attributes:
+        programs: That it runs; it goes with any of them.
+    """
+
+    programs: tuple[object, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds for itself, beside the scratch of the graphs, which all of a recorder's share."""
+
+
+T = TypeVar("T", bound=Capture)
+# How many captures of a kind an executable keeps: runs, and programs whose calls are.
 LIMITS = {"run": 4, "steps": 8}
 # How many keys are remembered that were only asked for, or refused.
 MOST_NOTES = 64
@@ -40,10 +56,17 @@ class Attempt(Generic[T]):
 
 
 class Captured:
-    """What was captured for an executable, by its kind and what it was captured for; the oldest of a kind makes room."""
+    """What was captured for an executable, by its kind and what it was captured for; the oldest of a kind makes room.
+
+    Attributes:
+        run_memory: By program, where whole runs have their stored values. Nothing lasts in it from one run to the next, and
+            they take turns: all runs of a program share it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.run_memory: WeakValueDictionary[int, SlotMemory] = WeakValueDictionary()
+        self._said: set[str] = set()
         self._recorders: dict[torch.device, Recorder] = {}
         self._attempts: dict[tuple[Any, ...], Attempt[Any]] = {}
 
@@ -59,7 +82,7 @@ class Captured:
 
         Args:
             key: Its kind, and what it is captured for.
-            make: Captures it, or raises a CaptureError; then it is not tried again.
+            make: Captures it, or raises a CaptureError, or has no memory; then it is not tried again.
             valid: Whether it can still be replayed; else it is captured anew.
             at_once: Capture when it is asked for the first time; else when it is asked for again, so that what runs once
                 only does not pay for it.
@@ -75,14 +98,39 @@ class Captured:
             del known
             try:
                 return self._keep(key, Attempt(make()))
-            except CaptureError as error:
-                get_logger("capture").log(INFO if at_once else WARNING, "not captured: %s", error)
-                return self._keep(key, Attempt(refusal=str(error)))
+            except (CaptureError, torch.OutOfMemoryError) as error:
+                return self._keep(key, Attempt(refusal=str(error).splitlines()[0]))
 
-    def captures(self) -> list[Any]:
+    def decline(self, reason: str, instead: str) -> None:
+        """Say that something is not a replay, once for each reason.
+
+        Args:
+            reason: Why.
+            instead: What is done in its place.
+        """
+        with self._lock:
+            if reason in self._said:
+                return
+            self._said.add(reason)
+        get_logger("capture").warning("not captured: %s; %s", reason, instead)
+
+    def forget(self, program: object) -> None:
+        """Drop what was captured of a program that is kept no longer."""
+        with self._lock:
+            for key, attempt in list(self._attempts.items()):
+                if attempt.capture is not None and any(program is one for one in attempt.capture.programs):
+                    del self._attempts[key]
+
+    def captures(self) -> list[Capture]:
         """What was captured, and is kept."""
         with self._lock:
             return [attempt.capture for attempt in self._attempts.values() if attempt.capture is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of it holds, beside the scratch of the graphs."""
+        with self._lock:
+            return sum(one.nbytes for one in self.captures()) + sum(one.arena.memory.nbytes for one in self.run_memory.values())
 
     def _keep(self, key: tuple[Any, ...], attempt: Attempt[T]) -> Attempt[T]:
         self._attempts.pop(key, None)

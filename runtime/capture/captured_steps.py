@@ -29,13 +29,20 @@ class CapturedSteps:
 
     Inputs, tables and coefficients are copied into buffers where they are other tensors than at the last call; stored values
     lie in memory that all calls share, so one run at a time can use them.
+
+    Attributes:
+        memory: Where stored values lie.
+        refused: Why nothing is captured any more; empty where it is.
+        programs: The program. While they are kept, no other one can lie at its address, by which they are found.
     """
 
-    def __init__(self, recorder: Recorder, memory: SlotMemory, moves: Callable[[], int], at_once: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, memory: SlotMemory, program: object, moves: Callable[[], int], at_once: bool
+    ) -> None:
         # What runs once only does not pay for a capture.
         self._at_once, self._met = at_once, set[Hashable]()
         self.memory, self.refused = memory, ""
-        self.program: object = None
+        self.programs: tuple[object, ...] = (program,)
         # How often weights have come to lie elsewhere.
         self._recorder, self._moves, self._captured_at = recorder, moves, moves()
         self._lock = threading.Lock()
@@ -43,6 +50,12 @@ class CapturedSteps:
         self._buffers: dict[Hashable, Tensor] = {}
         self._seen: dict[Hashable, tuple[Tensor, int]] = {}
         self._steps: dict[Hashable, _Step] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored values, and of the buffers of inputs and results."""
+        results = [result for step in self._steps.values() for result in step.results]
+        return self.memory.arena.memory.nbytes + sum(tensor.nbytes for tensor in (*self._buffers.values(), *results))
 
     def lease(self, owner: object) -> bool:
         """Take it for a run; False where another run has it, or nothing can be captured."""

@@ -168,6 +168,11 @@ def signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def program_key(inputs: Mapping[str, Any], begin: int) -> tuple[Any, ...]:
+    """What an executable finds a program by: the signature, and the plan's step with which runs begin where that is above 0."""
+    return (signature(inputs), begin) if begin else signature(inputs)
+
+
 def _by_value(value: Any) -> Hashable:
     """What equals another value's where a graph that has baked it in holds for both: texts of objects need not say all."""
     return repr(value) if isinstance(value, LEAVES) else _Argument(freeze(value), reprlib.repr(value))

@@ -9,6 +9,7 @@ import torch
 from stepgraph.contents import content_sums
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.runtime.program.bound_weights import version_of
 from stepgraph.schedule import TimestepInput
 
 Graph = Callable[..., tuple[torch.Tensor, ...]]
@@ -152,8 +153,8 @@ class Tables:
         if self._seen is not None and self._seen.late is not None and bool(self._seen.late):
             raise CompileError(
                 "conditioning was written to within this run in a way that torch does not count (.data, numpy, a view without "
-                "a version), so that tables of its former values were read. Write to the tensor itself, give another one, or "
-                "compile with hoist=False"
+                "a version, inference mode), so that tables of its former values were read. Write to the tensor itself, give "
+                "another one, or compile with hoist=False"
             )
 
 
@@ -169,20 +170,21 @@ class _Seen:
 
     def __init__(self, values: Sequence[torch.Tensor]) -> None:
         self.late: torch.Tensor | None = None
-        self._values = [value if _counts(value) else value.clone() for value in values]
-        self._versions = [value._version if _counts(value) else 0 for value in values]
+        self._values = [value if waits(value.device) else value.clone() for value in values]
+        self._versions = [version_of(value) for value in values]
         self._sums = self._digests(values)
 
     @staticmethod
     def _digests(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        counted = [value for value in values if _counts(value)]
+        counted = [value for value in values if waits(value.device)]
         return content_sums(counted) if counted else None
 
     def unchanged(self, values: Sequence[torch.Tensor]) -> bool:
         """Whether inputs are what they were, without waiting for an accelerator where that can be known."""
         for value, seen, version in zip(values, self._values, self._versions, strict=True):
-            if _counts(seen):
-                if value is not seen or value._version != version:
+            # By the version, which misses what `.data` and inference mode write, where comparing values would wait.
+            if waits(seen.device):
+                if value is not seen or version_of(value) != version:
                     return False
             elif value.dtype != seen.dtype or value.device != seen.device or not torch.equal(value, seen):
                 return False
@@ -192,11 +194,6 @@ class _Seen:
             differs = (digests != self._sums).any()
             self.late = differs if self.late is None else self.late | differs
         return True
-
-
-def _counts(value: torch.Tensor) -> bool:
-    """Whether an input is told by its version, which misses what `.data` writes: where comparing values would wait."""
-    return waits(value.device) and not value.is_inference()
 
 
 class FixedTables:
@@ -222,6 +219,11 @@ class FixedTables:
         self._prompt = tuple(torch.empty_like(value) for value in prompt)
         self._stacked = () if every is None else tuple(torch.empty_like(value) for value in stacked)
         self._rows = rows_of(self._stacked)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(value.nbytes for value in (*self._prompt, *self._stacked))
 
     def compute(self) -> None:
         """Write the tables of what is in the inputs' buffers now."""

@@ -23,6 +23,9 @@ class CapturedRun:
 
     Latents and conditioning are copied into buffers of its own, and the result out of one, so that callers on several threads
     take turns. Tables are a graph of their own, replayed where the conditioning is another than the last call's.
+
+    Attributes:
+        programs: That it runs.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class CapturedRun:
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
-            session = loop_session(executable, loop, checked=False)
+            session, shared = loop_session(executable, loop, checked=False), executable.captured.run_memory
+            session.use_memory(dict(shared))
             expected = recorder.warm_up(lambda: loop.run(session, update.at_first_step(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
-            self._programs = session.programs
+            self.programs = session.programs
+            shared.update(self._memory)
             self._tables = self._fixed_tables(session.tables)
             self._capture()
             self._compare(expected)
@@ -116,7 +121,7 @@ class CapturedRun:
             Latents [B, C, ...] of their own.
         """
         # A model that has changed is followed or refused as by every run.
-        for program in self._programs:
+        for program in self.programs:
             follow_facts(self._executable, program)
             refuse_around(self._executable, program)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
@@ -149,7 +154,7 @@ class CapturedRun:
 
     def _changes(self) -> tuple[int, ...]:
         """How often weights and strengths have changed."""
-        strengths = (strength for program in self._programs for strength in program.facts.strengths)
+        strengths = (strength for program in self.programs for strength in program.facts.strengths)
         return (
             self._executable.weights.changes,
             *(constant._version for strength in strengths for constant in strength.constants),
@@ -160,6 +165,13 @@ class CapturedRun:
             for name, value in call.items():
                 if isinstance(value, Tensor):
                     buffers[name].copy_(value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers of latents, conditioning, result and tables; stored values lie in memory that runs share."""
+        inputs = [value for call in self._calls for value in call.values() if isinstance(value, Tensor)]
+        tables = sum(one.nbytes for one in self._tables if one is not None)
+        return tables + sum(tensor.nbytes for tensor in (self._noise, self._result, *inputs))
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graph reads them."""

@@ -120,7 +120,7 @@ def _on_cpu(scheduler: Any) -> Any:
 
 def _probed(scheduler: Any, arguments: dict[str, float], begin: int) -> LinearSteps | str:
     """See `linear_steps`; the scheduler is stepped through."""
-    timesteps = run_timesteps(scheduler, begin)
+    timesteps, generator = run_timesteps(scheduler, begin), torch.get_rng_state()
     steps = len(timesteps)
     lanes = _lanes(steps)  # [2, T, lanes]
     scaled, moved = torch.empty_like(lanes)
@@ -134,7 +134,7 @@ def _probed(scheduler: Any, arguments: dict[str, float], begin: int) -> LinearSt
     if wrong.any():
         return (
             f"step {int(wrong.nonzero()[0])} of {type(scheduler).__name__} is no fixed linear combination of latents and model "
-            f"outputs; {_cause(scheduler, arguments)}"
+            f"outputs; {_cause(scheduler, arguments, not torch.equal(generator, torch.get_rng_state()))}"
         )
     return LinearSteps(tuple(scales.tolist()), tuple(_terms(step, row) for step, row in enumerate(weights.tolist())))
 
@@ -158,11 +158,19 @@ def _differ(found: Tensor, weights: Tensor, given: Tensor) -> Tensor:
     return ~(error <= TOLERANCE * (weights.abs() @ values.abs())).all(dim=1)
 
 
-def _cause(scheduler: Any, arguments: dict[str, float]) -> str:
-    """What a step that is not linear is likely due to."""
+def _cause(scheduler: Any, arguments: dict[str, float], drawn: bool) -> str:
+    """What a step that is not linear is likely due to.
+
+    Args:
+        scheduler: It.
+        arguments: Of its step.
+        drawn: Whether random numbers were drawn.
+    """
     settings = config_of(scheduler) | arguments
-    guesses = [f"{name}={settings[name]}" for name in ("clip_sample", "thresholding", "eta") if settings.get(name)]
-    return f"set with {', '.join(guesses)}" if guesses else "it adds noise, clips, or is of a kind of its own"
+    guesses = [f"set with {name}={settings[name]}" for name in ("clip_sample", "thresholding", "eta") if settings.get(name)]
+    if drawn:
+        guesses.append("it draws random numbers, as ancestral samplers do")
+    return ", ".join(guesses) or "it clips, or is of a kind of its own"
 
 
 def _terms(step: int, weights: list[float]) -> tuple[Term, ...]:

@@ -1,6 +1,7 @@
 """The plain sampling loop, and what a plan records of a scheduler."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,20 +12,21 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
 from stepgraph.checks import check_number
+from stepgraph.env import get_logger
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule
-from stepgraph.runtime.capture.captured import Attempt
+from stepgraph.runtime.capture.captured import LIMITS, Attempt
 from stepgraph.runtime.capture.cudagraph import why_not
 from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import signature
-from stepgraph.runtime.program.tables import waits
 from stepgraph.runtime.sampling.captured_run import CapturedRun, loop_session
 from stepgraph.runtime.sampling.linear_steps import scheduler_state
 from stepgraph.runtime.sampling.loop import Loop
 from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import follow_weights
+from stepgraph.runtime.session.lease_captured_steps import wants_graphs
 from stepgraph.runtime.session.siblings import suited
 from stepgraph.schedule import Schedule, schedule_of, timestep_of
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
@@ -66,8 +68,9 @@ def sample(
         capture: On CUDA, replay the whole run as one CUDA graph, which waits for nothing; the first replay is compared with the
             loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
             True: at once, or refuse. False: the loop, without graphs of its steps either. None: as the executable was
-            compiled (`CompileConfig.cuda_graphs`); where that is None too, from the second run with the same scheduler, scale
-            and shapes on. Where the whole run cannot be one graph then, its steps are.
+            compiled (`CompileConfig.cuda_graphs`); where that is None too, which is the default, from the second run with the
+            same scheduler, scale and shapes on. Where the whole run cannot be one graph then, which is said once, its steps
+            are.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -102,22 +105,22 @@ def sample(
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
 
-    whole = capture is True
-    if capture is None and isinstance(runner, Compiled):
-        capture = runner.config.cuda_graphs
-    graphs = capture is not False
-    if capture or (capture is None and waits(noise.device)):
+    whole, graphs = capture is True, capture is not False
+    if whole or (graphs and isinstance(runner, Compiled) and wants_graphs(runner.config, noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         look = Look()
         if not attempt.refusal and isinstance(runner, Compiled) and isinstance(update, FusedUpdate):
             runner = suited(runner)
             look = follow_weights(runner)
             key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared), begin)
-            attempt = _captured_run(runner, key, loop, update, noise, calls, bool(capture))
+            at_once = whole or bool(runner.config.cuda_graphs)
+            attempt = _captured_run(runner, key, loop, update, noise, calls, at_once)
         if attempt.capture is not None:
             return attempt.capture(noise, conditioning, calls, look)
         if whole:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
+        if attempt.refusal and isinstance(runner, Compiled):
+            runner.captured.decline(attempt.refusal, "a run of sample is a loop, not one graph")
         # Without a refusal, the second run will be captured as a whole.
         graphs = bool(attempt.refusal)
     predict: Callable[..., Any] = loop_session(runner, loop, graphs) if isinstance(runner, Compiled) else runner
@@ -136,7 +139,13 @@ def _captured_run(
     """The captured run of a key, captured now where it is time for that."""
 
     def make() -> CapturedRun:
-        return CapturedRun(executable, loop, update, executable.captured.recorder(noise.device), noise, calls())
+        started = time.perf_counter()
+        run = CapturedRun(executable, loop, update, executable.captured.recorder(noise.device), noise, calls())
+        get_logger("capture").info(
+            "captured a run of %d steps from latents %s in %.1f s, %.1f MB for itself; the last %d are kept",
+            len(loop.planned), list(noise.shape), time.perf_counter() - started, run.nbytes / 1e6, LIMITS["run"],
+        )  # fmt: skip
+        return run
 
     return executable.captured.obtain(("run", *key), make, CapturedRun.valid, at_once)
 

@@ -20,14 +20,14 @@ from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
-from stepgraph.runtime.program.program import Macs, Memory, Program, signature, zero_inputs
+from stepgraph.runtime.program.program import Macs, Memory, Program, program_key, zero_inputs
 from stepgraph.runtime.session.follow_weights import follow_weights, watch_tensors
 from stepgraph.runtime.session.session import Session
 from stepgraph.runtime.session.siblings import Siblings, put_on, suited
 from stepgraph.weight_kinds import weight_bytes
 
-# Of how many beginnings above 0 programs are kept.
-TAILS = 8
+# Of how many beginnings above 0 programs are kept; and for how many signatures (batch sizes) each, beside the default.
+TAILS, SIGNATURES = 8, 8
 
 
 class Saves(Protocol):
@@ -148,7 +148,7 @@ class Compiled:
 
     @checked
     def program(self, inputs: Mapping[str, Any], begin: int = 0) -> Program:
-        """The program for inputs of this signature; compiled when it is met for the first time.
+        """The program for inputs of this signature; compiled when it is met, and kept while it is among the last `SIGNATURES`.
 
         Args:
             inputs: The forward's arguments.
@@ -162,7 +162,7 @@ class Compiled:
 
     def find_program(self, inputs: Mapping[str, Any], begin: int) -> Program:
         """See `program`; for sessions, which ask at every call and whose arguments have names."""
-        key = _key(inputs, begin)
+        key, dropped = program_key(inputs, begin), list[Program]()
         # What is there is found without the lock: runs of other sizes do not wait for one that is compiled.
         program = self._programs.get(key)
         if program is not None:
@@ -174,24 +174,37 @@ class Compiled:
                 follow_weights(self)
                 plan = self.plan.tail(begin)
                 program = self.build(self.model, inputs, plan)
-                self._make_room(begin)
+                dropped = self._make_room(begin)
                 watch_tensors(self, program)
                 self._programs[key] = program
                 self._log_compiled(inputs, plan, begin, time.perf_counter() - started)
-            return self._programs[key]
+            program = self._programs[key]
+        # Without the lock: a capture holds the other one while it asks for programs.
+        for old in dropped:
+            self.captured.forget(old)
+        return program
 
     def known(self, inputs: Mapping[str, Any] | None, begin: int) -> Program:
         """A compiled program: the one for these inputs, where there is one, else any."""
-        program = None if inputs is None else self._programs.get(_key(inputs, begin))
+        program = None if inputs is None else self._programs.get(program_key(inputs, begin))
         return self.programs[0] if program is None else program
 
-    def _make_room(self, begin: int) -> None:
-        """Drop the programs of the oldest beginning where there are too many of them."""
+    def _make_room(self, begin: int) -> list[Program]:
+        """Drop the programs of the oldest beginning and the oldest for a beginning where there are too many of them.
+
+        Returns:
+            What was dropped.
+        """
         begin, whole = begin + self.plan.header.schedule.begin, self.plan.header.schedule.begin
         begins = list(dict.fromkeys(program.begin for program in self._programs.values() if program.begin != whole))
+        old = []
         if begin not in (whole, *begins) and len(begins) >= TAILS:
-            for key in [key for key, program in self._programs.items() if program.begin == begins[0]]:
-                del self._programs[key]
+            old = [key for key, program in self._programs.items() if program.begin == begins[0]]
+        same = [key for key, one in self._programs.items() if one.begin == begin and one is not self._default]
+        old += same[: max(0, len(same) + 1 - SIGNATURES)]
+        if old:
+            get_logger("executable").info("%d programs, the oldest, make room", len(old))
+        return [self._programs.pop(key) for key in old]
 
     def _log_compiled(self, inputs: Mapping[str, Any], plan: CachePlan, begin: int, seconds: float) -> None:
         shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -241,7 +254,3 @@ class Compiled:
         check_whole("step", step, 0, self.plan.steps - 1, tail=f": the plan has steps 0 to {self.plan.steps - 1}")
         source: str = self.default.variants[self.default.rows[step]].graph.print_readable(print_output=False)
         return source
-
-
-def _key(inputs: Mapping[str, Any], begin: int) -> tuple[Any, ...]:
-    return (signature(inputs), begin) if begin else signature(inputs)

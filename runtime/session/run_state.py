@@ -1,6 +1,7 @@
 """What changes in the course of a sampling run."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ class BranchState:
 
     Attributes:
         program: What the branch runs; none before its first step.
+        key: What it is the program for.
         slots: Its stored values; none before its first step.
         tables: What is computed before the loop; none before its first step, and where nothing is hoisted.
         constants: Per step, coefficients of forecasts that stand in for the program's.
@@ -24,6 +26,7 @@ class BranchState:
     """
 
     program: Program | None = None
+    key: tuple[Any, ...] = ()
     slots: SlotTable | None = None
     tables: Tables | FixedTables | None = None
     constants: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)

@@ -8,18 +8,18 @@ from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
 from stepgraph.checks import check_flag, check_whole, is_finite, shown
-from stepgraph.env import get_logger, read_env
+from stepgraph.env import read_env
 from stepgraph.errors import ArgumentError, CaptureError, CompileError
 from stepgraph.inputs import flat_inputs
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
 from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
-from stepgraph.runtime.program.program import Program, Variant, refuse_nan
+from stepgraph.runtime.program.program import Program, Variant, program_key, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_changed_within
 from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
-from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
+from stepgraph.runtime.session.lease_captured_steps import LAUNCHED, lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class Session:
             if self.executable.config.cuda_graphs:
                 raise
             steps.refused = str(error)
-            get_logger("capture").warning("not captured: %s", error)
+            self.executable.captured.decline(steps.refused, LAUNCHED)
         return work(*arguments, *constants, *tables)
 
     def _table(self, program: Program, device: torch.device) -> SlotTable:
@@ -295,12 +295,15 @@ class Session:
 
     def _program(self, inputs: dict[str, Any]) -> Program:
         """The program of this branch; stored values have the shapes of the one the run began with."""
-        begun = self._state.present.program
+        begun, key = self._state.present.program, program_key(inputs, self.begin)
         if self.checked and not self.programs:
             self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)
             self._state.present.program, self._state.moves = program, self.executable.weights.moves
+            self._state.present.key = key
             return program
-        program = self.executable.find_program(inputs, self.begin)
+        # A run goes on with its programs, also where they have made room for others.
+        present = {branch.key: branch.program for branch in self._state.branches}
+        program = present.get(key) or self.executable.find_program(inputs, self.begin)
         if begun is not None and program is not begun:
             raise CompileError(
                 f"the inputs' shapes, dtypes or options changed within a run, at step {self.step} (batch {begun.batch} before, "
@@ -312,7 +315,7 @@ class Session:
         elif self.checked and not program.watch.strengths_hold(self.executable.model):
             # As where a callback fades a LoRA out.
             follow_facts(self.executable, program)
-        self._state.present.program = program
+        self._state.present.program, self._state.present.key = program, key
         return program
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.devices import count_as_accelerator
 from helpers.tape import Tape
 from helpers.tiny import NULL_CLASS, labels, noise
 from stepgraph.runtime.capture import cudagraph
@@ -40,6 +41,12 @@ def tape(monkeypatch) -> list[Tape]:
 
     monkeypatch.setitem(cudagraph.RECORDERS, "cpu", recorder)
     return made
+
+
+@pytest.fixture
+def accelerator(monkeypatch) -> None:
+    """The CPU counts as one: with the tape, graphs are what happens without a wish."""
+    count_as_accelerator(monkeypatch)
 
 
 def planned(dit, scheduler, actions=REUSED, guidance="none") -> sg.CachePlan:

@@ -1,5 +1,6 @@
-"""What devices say of themselves, for kernels that choose by it where there is none."""
+"""What devices say of themselves, and a CPU that counts as an accelerator, for what chooses by it where there is none."""
 
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,3 +33,10 @@ def machine_of(card: str):
 
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=SHEETS[card]):
         return machine.__wrapped__(torch.device("cuda", 0))
+
+
+def count_as_accelerator(monkeypatch) -> None:
+    """From now on a CPU is waited for like a device that works on its own, wherever that is asked."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("stepgraph.") and "waits" in vars(module):
+            monkeypatch.setattr(module, "waits", lambda device: True)

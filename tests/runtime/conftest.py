@@ -1,6 +1,6 @@
 """Fixtures of several rooms of the runtime."""
 
-from helpers.captures import tape
+from helpers.captures import accelerator, tape
 from helpers.pipes import pipe
 
-__all__ = ["pipe", "tape"]
+__all__ = ["accelerator", "pipe", "tape"]

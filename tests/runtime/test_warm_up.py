@@ -8,20 +8,15 @@ from helpers.captures import SCHEDULERS, STEPS, planned, with_calls
 from helpers.oracle import run_loop
 from helpers.tiny import NULL_CLASS, inputs, labels, noise
 from stepgraph.errors import ArgumentError
-from stepgraph.runtime import warm_up
 from stepgraph.runtime.memory.arena import Arena
-from stepgraph.runtime.sampling import sample as sampler
-from stepgraph.runtime.session import lease_captured_steps
 from stepgraph.tuning import may_tune
 
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
 
 
 @pytest.fixture(params=[True, None])
-def graphs(request, monkeypatch) -> bool | None:
-    """The CPU counts as an accelerator, with a tape for its graphs."""
-    for module in (lease_captured_steps, sampler, warm_up):
-        monkeypatch.setattr(module, "waits", lambda device: True)
+def graphs(request, accelerator) -> bool | None:
+    """The wish, on an accelerator."""
     return request.param
 
 

@@ -14,8 +14,6 @@ from helpers.pipes import images, oracle_images
 from helpers.tape import Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
 from stepgraph.runtime.capture import cudagraph
-from stepgraph.runtime.sampling import sample as sampler
-from stepgraph.runtime.session import lease_captured_steps
 
 DDIM = diffusers.DDIMScheduler
 ROW = {"backend": "eager", "cuda_graphs": True}
@@ -118,14 +116,7 @@ def test_runs_at_the_same_time_do_not_share_places(dit, tape):
     assert len(tape[0].replayed) == 1 + 4 * STEPS
 
 
-@pytest.fixture
-def on_an_accelerator(monkeypatch):
-    """The CPU counts as one."""
-    for module in (lease_captured_steps, sampler):
-        monkeypatch.setattr(module, "waits", lambda device: True)
-
-
-def test_without_a_wish_a_call_is_captured_at_its_second_use(dit, tape, on_an_accelerator):
+def test_without_a_wish_a_call_is_captured_at_its_second_use(dit, tape, accelerator):
     exe = compiled(dit, cuda_graphs=None)
     wanted = runs(exe, capture=False)
     assert tape == []
@@ -138,9 +129,9 @@ def test_without_a_wish_a_call_is_captured_at_its_second_use(dit, tape, on_an_ac
     assert len(tape) == 1
 
 
-def test_samples_second_run_is_captured_as_a_whole(dit, tape, on_an_accelerator):
+def test_samples_second_run_is_captured_as_a_whole(dit, tape, accelerator):
     scheduler, given = DDIM(clip_sample=False), labels(1, 2)
-    exe = sg.compile(dit, planned(dit, scheduler), inputs(2), backend="eager", cuda_graphs=None)
+    exe = sg.compile(dit, planned(dit, scheduler), inputs(2), backend="eager")
     wanted = sg.sample(exe, scheduler, noise(2), capture=False, **given)
     for recorded in (0, 2, 2):
         assert torch.equal(sg.sample(exe, scheduler, noise(2), **given), wanted)
@@ -190,7 +181,7 @@ def reading(call):
     return lambda *given: call(*given) if given[0][0].sum().item() < 1e9 else ()
 
 
-def test_a_host_read_is_refused_or_leaves_the_run_as_it_was(dit, caplog, on_an_accelerator):
+def test_a_host_read_is_refused_or_leaves_the_run_as_it_was(dit, caplog, accelerator):
     exe = with_calls(compiled(dit), reading)
     with pytest.raises(sg.CompileError, match="the step cannot be captured: item while recording"):
         runs(exe, capture=True)
