@@ -136,4 +136,4 @@ def _tiny(kind: Any, config: Mapping[str, Any]) -> Any:
 
 
 def _config(options: argparse.Namespace) -> CompileConfig:
-    return CompileConfig("eager" if options.tiny else "inductor", cuda_graphs=None)
+    return CompileConfig("eager" if options.tiny else "inductor")

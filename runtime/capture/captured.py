@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging import WARNING
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -101,18 +102,19 @@ class Captured:
             except (CaptureError, torch.OutOfMemoryError) as error:
                 return self._keep(key, Attempt(refusal=str(error).splitlines()[0]))
 
-    def decline(self, reason: str, instead: str) -> None:
+    def decline(self, reason: str, instead: str, level: int = WARNING) -> None:
         """Say that something is not a replay, once for each reason.
 
         Args:
             reason: Why.
             instead: What is done in its place.
+            level: Of the logging module; lower where the caller asked for what stands against it.
         """
         with self._lock:
             if reason in self._said:
                 return
             self._said.add(reason)
-        get_logger("capture").warning("not captured: %s; %s", reason, instead)
+        get_logger("capture").log(level, "not captured: %s; %s", reason, instead)
 
     def forget(self, program: object) -> None:
         """Drop what was captured of a program that is kept no longer."""

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from logging import INFO, WARNING
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def sample(
         if whole:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         if attempt.refusal and isinstance(runner, Compiled):
-            runner.captured.decline(attempt.refusal, "a run of sample is a loop, not one graph")
+            level = INFO if on_step is not None or fused_update is False else WARNING
+            runner.captured.decline(attempt.refusal, "a run of sample is a loop, not one graph", level)
         # Without a refusal, the second run will be captured as a whole.
         graphs = bool(attempt.refusal)
     predict: Callable[..., Any] = loop_session(runner, loop, graphs) if isinstance(runner, Compiled) else runner

@@ -89,7 +89,7 @@ def test_an_artifact_holds_no_weights_no_tables_and_no_code(made, tmp_path: Path
 
 OPTIONS = {
     "backend": "eager", "exact": True, "hoist": False, "hoist_limit_mb": 64, "regions": False, "prepack": False, "merge": False,
-    "slot_dtype": "bfloat16", "offload": True, "cuda_graphs": None, "max_autotune": True, "strict": True,
+    "slot_dtype": "bfloat16", "offload": True, "cuda_graphs": False, "max_autotune": True, "strict": True,
     "respecialize": False,
 }  # fmt: skip
 

@@ -129,17 +129,18 @@ def test_without_a_wish_a_call_is_captured_at_its_second_use(dit, tape, accelera
     assert len(tape) == 1
 
 
-def test_samples_second_run_is_captured_as_a_whole(dit, tape, accelerator):
+def test_samples_second_run_is_captured_as_a_whole(dit, tape, accelerator, caplog):
     scheduler, given = DDIM(clip_sample=False), labels(1, 2)
     exe = sg.compile(dit, planned(dit, scheduler), inputs(2), backend="eager")
     wanted = sg.sample(exe, scheduler, noise(2), capture=False, **given)
     for recorded in (0, 2, 2):
         assert torch.equal(sg.sample(exe, scheduler, noise(2), **given), wanted)
         assert len(tape[0].recorded if tape else []) == recorded
-    # What cannot be captured as a whole is captured step by step.
+    # What cannot be captured as a whole is captured step by step; the caller knows why.
     for recorded in (3, 7, 7):
         assert torch.equal(sg.sample(exe, scheduler, noise(2), **given, on_step=lambda done, steps: None), wanted)
         assert len(tape[0].recorded) == recorded
+    assert "not captured" not in caplog.text
 
 
 def test_slots_hold_what_is_planned(dit):
