@@ -10,10 +10,13 @@ what has three; a modulation (scale, shift, gate) is [B, C], or what broadcasts 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +33,13 @@ from stepgraph.errors import OpError
 REFERENCE = "reference"
 # Who is asked on a device, in this order, where STEPGRAPH_PROVIDERS does not say.
 PRIORITY: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", REFERENCE), "cpu": ("cpu", REFERENCE)}
+
+# The environment that choices depend on: what is set there is read at every call.
+SETTINGS = ("STEPGRAPH_PROVIDERS", "TRITON_INTERPRET")
+# Mapped over lists of tensors, they take no Python.
+_facts, _strides = attrgetter("shape", "dtype", "device"), Tensor.stride
+# How many kinds of arguments an operation remembers its choice for.
+MOST_CHOICES = 4096
 
 # Who registers providers when imported. A package may have `describe()`: what `doctor` shows of it, and advice.
 PACKAGES = ("stepgraph.triton_kernels", "stepgraph.csrc")
@@ -70,8 +80,11 @@ class Op:
     fake: Callable[..., Any]
     misfit: Callable[..., str]
     providers: dict[str, Provider] = field(default_factory=dict)
+    _choices: dict[Hashable, Provider] = field(default_factory=dict, repr=False)
 
-    def register(self, name: str, run: Callable[..., Any], declines: Callable[..., str], into: bool = False) -> None:
+    def register(
+        self, name: str, run: Callable[..., Any], declines: Callable[..., str], into: bool = False, tuned: bool = False
+    ) -> None:
         """Add a provider; `run` becomes the torch operator `stepgraph::<op>_<provider>`.
 
         Args:
@@ -79,6 +92,7 @@ class Op:
             run: Called like the reference.
             declines: What of arguments that belong together the kernels cannot do, see `Provider`.
             into: Whether `run` also takes the memory for its result, `out`: then `INTO` has the operator that writes there.
+            tuned: Whether `run` times its kernels where it may (`stepgraph.tuning`): then `TUNED` has the operator.
 
         Raises:
             OpError: There is one of that name.
@@ -95,15 +109,34 @@ class Op:
             return self.misfit(*args, **kwargs) or declines(*args, **kwargs)
 
         self.providers[name] = Provider(name, registered, _by_rows(declined))
+        self._choices.clear()
+        if tuned:
+            TUNED.add(registered)
         if into:
             INTO[registered] = _writing(operator, run)
 
     def choose(self, *args: Any, **kwargs: Any) -> Provider:
-        """The first provider in order of priority that takes these arguments.
+        """The first provider in order of priority that takes these arguments; asked once for arguments of a kind.
 
         Raises:
             OpError: None does; the message gives each one's reason.
         """
+        kind = _kind_of_call(args, kwargs)
+        try:
+            provider = self._choices.get(kind)
+        except TypeError:
+            # No argument of an operation, or sizes that are symbols.
+            return self._ask(args, kwargs)
+        if provider is None:
+            provider = self._ask(args, kwargs)
+            if len(self._choices) >= MOST_CHOICES:
+                self._choices.clear()
+            if kind is not None:
+                self._choices[kind] = provider
+        return provider
+
+    def _ask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Provider:
+        """See `choose`."""
         self._check_types(args, kwargs)
         load_providers()
         wanted = read_env().providers or PRIORITY.get(_device(args, kwargs), (REFERENCE,))
@@ -112,7 +145,8 @@ class Op:
             provider = self.providers.get(name)
             reason = provider.declines(*args, **kwargs) if provider else f"{self.name} has no such provider"
             if provider and not reason:
-                log.debug("%s: %s%s", self.name, name, "".join(f"; {r}" for r in reasons))
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug("%s: %s%s", self.name, name, "".join(f"; {r}" for r in reasons))
                 return provider
             reasons.append(f"{name} declines ({reason})")
         raise OpError(
@@ -155,6 +189,29 @@ class Op:
         return f"<op {self.name}: {', '.join(self.providers)}>"
 
 
+def _kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
+    """All that a choice depends on; None for arguments of which that cannot be told, such as sparse tensors."""
+    environment = os.environ
+    try:
+        return (*[environment.get(name) for name in SETTINGS], *map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
+    except (RuntimeError, AttributeError, TypeError):
+        return None
+
+
+def _kind(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(type, value), *map(_facts, value), *map(_strides, value))
+    return type(value), value
+
+
+def forget_choices() -> None:
+    """Ask providers anew: for whoever changes what they go by, beside the environment."""
+    for op in OPS.values():
+        op._choices.clear()
+
+
 def forced() -> bool:
     """Whether STEPGRAPH_PROVIDERS leaves no reference to fall back to: then being slower is no reason to decline."""
     wanted = read_env().providers
@@ -179,6 +236,8 @@ def _writing(operator: str, run: Callable[..., Any]) -> Any:
 
 # Operators of providers -> operators that do the same and write to memory they are given.
 INTO: dict[Any, Any] = {}
+# Operators whose first call with arguments of a kind may try its configurations.
+TUNED: set[Any] = set()
 LIBRARY = torch.library.Library("stepgraph", "DEF")
 OPS: dict[str, Op] = {}
 
@@ -220,6 +279,16 @@ def _side_by_side(value: Tensor) -> bool:
     return not value.ndim or value.stride(-1) == 1 or value.shape[-1] == 1
 
 
+def _all_contiguous(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_contiguous():
+                return False
+        elif isinstance(value, (list, tuple)) and not all(map(Tensor.is_contiguous, value)):
+            return False
+    return True
+
+
 def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
     """A provider (or its `declines`) that gets every tensor with its channels side by side.
 
@@ -228,11 +297,13 @@ def _by_rows(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def by_rows(value: Any) -> Any:
         if isinstance(value, Tensor):
-            # The first question answers nearly always, and calls of operations are short.
-            return value if value.is_contiguous() or _side_by_side(value) else value.contiguous()
+            return value if _side_by_side(value) else value.contiguous()
         return [by_rows(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
     def called(*args: Any, **kwargs: Any) -> Any:
+        # Nearly always there is nothing to do, and calls of operations are short.
+        if _all_contiguous(args) and (not kwargs or _all_contiguous(kwargs.values())):
+            return run(*args, **kwargs)
         return run(*map(by_rows, args), **{name: by_rows(value) for name, value in kwargs.items()})
 
     return called

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stepgraph.ops import forget_choices
+
 FOLDER = Path(__file__).parent
 # In the order of `Level` in native.h. The last computes in plain C++ what AMX tiles would, for tests on any CPU.
 LEVELS = ("none", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "emulated_tiles")
@@ -112,7 +114,9 @@ def at_level(name: str) -> Iterator[None]:
     if name not in levels():
         raise ValueError(f"level {name!r} cannot run here; levels: {', '.join(levels())}")
     _limits.append(name)
+    forget_choices()
     try:
         yield
     finally:
         _limits.pop()
+        forget_choices()

@@ -9,6 +9,7 @@ from stepgraph.runtime.artifact.write_artifact import write_artifact
 from stepgraph.runtime.attach.attach import attach, detach
 from stepgraph.runtime.export.export import export
 from stepgraph.runtime.session.compiled import Compiled
+from stepgraph.runtime.warm_up import WarmedUp, warm_up
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +43,27 @@ class Executable(Compiled):
             OSError: The place cannot be written.
         """
         write_artifact(self, path, with_weights, scheduler)
+
+    @checked
+    def warm_up(self, scheduler: Any = None, guidance_scale: float | None = None, **inputs: Any) -> WarmedUp:
+        """Do now what otherwise happens in the first runs: load kernels and tune them, take memory, capture CUDA graphs.
+
+        Runs with arguments of the same shapes neither tune nor capture nor allocate on the device afterwards.
+
+        Args:
+            scheduler: Warm up `stepgraph.sample` with it; without one, the calls that pipelines and sessions make.
+            guidance_scale: Of these runs; the graph of a run is for one scale.
+            **inputs: What the runs will be given, where shapes are others than those compiled for: the model's inputs, or
+                with a scheduler `noise` and the conditioning, as `sample` has them. Missing ones are zeros.
+
+        Returns:
+            Seconds and bytes that it took, and what was captured; they are logged as well.
+
+        Raises:
+            ArgumentError: The plan is for guidance, and there is a scheduler without a scale.
+            CompileError: `cuda_graphs=True`, and nothing can be captured.
+        """
+        return warm_up(self, scheduler, guidance_scale, inputs)
 
     @checked
     def export(self, path: str | Path, format: str = "pt2", **options: Any) -> Path:

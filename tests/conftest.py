@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from helpers.shared_graphs import trace_anew, trace_once
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.compiler.marking import traced_model
+from stepgraph.ops import forget_choices
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=15,
@@ -75,5 +76,6 @@ def _surroundings(tmp_path_factory):
 def _surroundings_of_each(request, monkeypatch, tmp_path):
     """Nothing that one test keeps is there for another; tests marked `traces` trace for themselves."""
     monkeypatch.setenv("STEPGRAPH_CACHE", str(tmp_path / "stepgraph-cache"))
+    forget_choices()
     if request.node.get_closest_marker("traces"):
         monkeypatch.setattr(traced_model, "trace", trace_anew)

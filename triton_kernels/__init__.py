@@ -7,6 +7,7 @@ the operation first runs, and `declines.py` answers for which arguments a kernel
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from stepgraph.ops import OPS
@@ -27,11 +28,13 @@ INTO = frozenset({"gated_residual"})
 def _launcher(name: str) -> Callable[..., Any]:
     """The launcher of that name, out of the file of that name, imported at the first call."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"stepgraph.triton_kernels.{name}"), name)(*args, **kwargs)
+    @cache
+    def launcher() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"stepgraph.triton_kernels.{name}"), name)
+        return found
 
-    return run
+    return lambda *args, **kwargs: launcher()(*args, **kwargs)
 
 
 for _name, _declines in DECLINES.items():
-    OPS[_name].register(PROVIDER, _launcher(_name), _declines, into=_name in INTO)
+    OPS[_name].register(PROVIDER, _launcher(_name), _declines, into=_name in INTO, tuned=True)

@@ -1,20 +1,32 @@
 """x + sum_i gate_i * value_i in one pass over all of them."""
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.triton_kernels.launch import Config, as_rows, fastest, launch, modulation_strides, row_strides
+from stepgraph.triton_kernels.launch import (
+    Config,
+    Launch,
+    Launches,
+    as_rows,
+    empty_rows,
+    fastest,
+    layout_of,
+    modulation_strides,
+    row_strides,
+)
 from stepgraph.triton_kernels.settings import MAX_VALUES
 from stepgraph.triton_kernels.tiles import load_modulation, load_tile, store_tile, stream_configs, tile
+
+LAUNCHES = Launches[Launch]()
 
 
 @triton.jit
 def gated_residual_kernel(
-    x_ptr, x_strides, gate_ptrs, gate_strides, value_ptrs, value_strides, out_ptr, tokens, channels, COUNT: tl.constexpr,
+    x_ptr, gate_ptrs, value_ptrs, out_ptr, x_strides, gate_strides, value_strides, tokens, channels, COUNT: tl.constexpr,
     PER_TOKEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of one batch. Unless PER_TOKEN, a tile's tokens share their gates."""
@@ -30,23 +42,22 @@ def gated_residual_kernel(
     store_tile(out_ptr, batch * tokens + token, channels, channel, total, mask)
 
 
-def _run(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> Tensor:
-    """At most MAX_VALUES values."""
+def _prepare(x: Tensor, gates: Sequence[Tensor], values: Sequence[Tensor]) -> Launch:
+    """Of at most MAX_VALUES values."""
     batch, tokens, channels = as_rows(x).shape
     gate_strides = tuple(modulation_strides(gate, x) for gate in gates)
     per_token = any(token for _, token, _ in gate_strides)
 
-    def run(config: Config) -> None:
+    def make(config: Config) -> Launch:
         blocks = triton.cdiv(tokens, config.block["BLOCK_N"]) * triton.cdiv(channels, config.block["BLOCK_C"])
-        launch(
-            x.device, gated_residual_kernel, (batch * blocks,), config, x, row_strides(x), tuple(gates), gate_strides,
-            tuple(values), tuple(row_strides(value) for value in values), out, tokens, channels, COUNT=len(values),
-            PER_TOKEN=per_token,
+        return Launch(
+            x.device, gated_residual_kernel, (batch * blocks,), config, row_strides(x), gate_strides,
+            tuple(row_strides(value) for value in values), tokens, channels, COUNT=len(values), PER_TOKEN=per_token,
         )  # fmt: skip
 
     key = ("gated_residual", batch, tokens, channels, len(values), per_token, x.dtype, x.device)
-    run(fastest(key, stream_configs(channels), run))
-    return out
+    # The second pass reads what it writes to.
+    return fastest(key, stream_configs(channels), make, lambda: (x, tuple(gates), tuple(values), empty_rows(x)))
 
 
 def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out: Tensor | None = None) -> Tensor:
@@ -54,7 +65,10 @@ def gated_residual(x: Tensor, gates: list[Tensor], values: list[Tensor], out: Te
 
     The result is written to `out`, if given; later passes read there what earlier ones wrote, each element by who writes it.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = empty_rows(x) if out is None else out
     for start in range(0, len(values) if x.numel() else 0, MAX_VALUES):
-        x = _run(x, gates[start : start + MAX_VALUES], values[start : start + MAX_VALUES], out)
+        some, their = values[start : start + MAX_VALUES], gates[start : start + MAX_VALUES]
+        launch = LAUNCHES.obtain(layout_of(x, *their, *some), partial(_prepare, x, their, some))
+        launch(x, tuple(their), tuple(some), out)
+        x = out
     return out

@@ -1,5 +1,6 @@
 """y_i + A_i (B_i x - p_i): both products in one kernel, or in two where there are few rows or high ranks."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,18 +10,24 @@ from torch import Tensor
 
 from stepgraph.triton_kernels.launch import (
     Config,
+    Launch,
+    Launches,
     as_rows,
+    empty_rows,
     fastest,
     input_precision,
-    launch,
+    layout_of,
     machine,
     modulation_strides,
     power_of_2,
+    precision_setting,
     row_strides,
 )
 from stepgraph.triton_kernels.lowrank_tiles import MIN_BLOCK, expand_configs, row_block, single_configs, takes_single
-from stepgraph.triton_kernels.projection import project, prologue, run_project
+from stepgraph.triton_kernels.projection import prepare_project, project, prologue, row_moments
 from stepgraph.triton_kernels.tiles import load_modulation, load_tile, store_tile
+
+LAUNCHES = Launches["Correction"]()
 
 
 @triton.jit
@@ -34,8 +41,8 @@ def finish(result, gate_ptr, gate_strides, residual, out_ptr, row, column, mask,
 
 @triton.jit
 def delta_kernel(
-    x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptrs, p_ptrs, p_stride, a_ptrs, y_ptrs,
-    y_strides, gate_ptr, gate_strides, residual_ptr, residual_strides, out_ptrs, ranks, columns, total, tokens, channels,
+    x_ptr, moments_ptr, scale_ptr, shift_ptr, b_ptrs, p_ptrs, a_ptrs, y_ptrs, gate_ptr, residual_ptr, out_ptrs, x_strides,
+    scale_strides, shift_strides, p_stride, y_strides, gate_strides, residual_strides, ranks, columns, total, tokens, channels,
     MAPS: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, ONE_BATCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +92,7 @@ def delta_kernel(
 
 @triton.jit
 def expand_kernel(
-    t_ptrs, t_stride, a_ptrs, y_ptrs, y_strides, gate_ptr, gate_strides, residual_ptr, residual_strides, out_ptrs, ranks,
+    t_ptrs, a_ptrs, y_ptrs, gate_ptr, residual_ptr, out_ptrs, t_stride, y_strides, gate_strides, residual_strides, ranks,
     columns, total, tokens, MAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,55 +120,85 @@ def expand_kernel(
             finish(result, gate_ptr, gate_strides, residual, out_ptrs[i], row, column, mask, tokens, columns[i])
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What is launched for one layout of arguments.
+
+    Attributes:
+        first: B x - p into memory of its own, where there are two kernels.
+        last: Both products in one kernel, or the second.
+        ranks: Of the maps.
+    """
+
+    first: Launch | None
+    last: Launch
+    ranks: tuple[int, ...]
+
+
 def _parts(stacked: Tensor, ranks: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
     """What belongs to each map."""
-    return tuple(stacked.split(ranks, dim=dim))
+    return (stacked,) if len(ranks) == 1 else tuple(stacked.split(ranks, dim=dim))
 
 
 def _after(gate: Tensor | None, residual: Tensor | None) -> list[Any]:
-    """The kernel arguments of the epilogue; None for each where there is none."""
+    """The strides of the epilogue; None for each where there is none."""
     if gate is None or residual is None:
-        return [None] * 4
-    return [gate, modulation_strides(gate, residual), residual, row_strides(residual)]
+        return [None, None]
+    return [modulation_strides(gate, residual), row_strides(residual)]
 
 
-def _run_single(
-    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, before: list[Any], one_batch: bool, after: list[Any],
-    outs: list[Tensor],
-) -> None:  # fmt: skip
+def _prepare_single(
+    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None, shift: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None,
+) -> Correction:  # fmt: skip
     batch, tokens, channels = as_rows(x).shape
     total, ranks = batch * tokens, tuple(factor.shape[1] for factor in a)
-    columns = tuple(factor.shape[0] for factor in a)
+    columns, limits = tuple(factor.shape[0] for factor in a), machine(x.device)
     padded = tuple(max(MIN_BLOCK, power_of_2(rank)) for rank in ranks)
+    before, one_batch = prologue(x, scale, shift, row_block(total, x.dtype, limits)[0])
 
-    def run(config: Config) -> None:
+    def make(config: Config) -> Launch:
         grid = (triton.cdiv(total, config.block["BLOCK_M"]) * len(a) * config.block["SPLITS"],)
-        launch(
-            x.device, delta_kernel, grid, config, x, row_strides(x), *before, _parts(b, ranks, 0), _parts(p, ranks, -1),
-            b.shape[0], tuple(a), tuple(y), tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns,
-            total, tokens, channels, MAPS=len(a), RANKS=padded, ONE_BATCH=one_batch, PRECISION=input_precision(x),
+        return Launch(
+            x.device, delta_kernel, grid, config, row_strides(x), *before, b.shape[0],
+            tuple(row_strides(stored) for stored in y), *_after(gate, residual), ranks, columns, total, tokens, channels,
+            MAPS=len(a), RANKS=padded, ONE_BATCH=one_batch, PRECISION=input_precision(x),
         )  # fmt: skip
 
-    key = ("delta", total, channels, ranks, columns, x.dtype, x.device, before[0] is not None, after[0] is not None)
-    run(fastest(key, single_configs(total, ranks, x.dtype, machine(x.device)), run))
+    def trial() -> list[Any]:
+        moments = torch.zeros(total, 2, dtype=torch.float32, device=x.device) if scale is not None else None
+        outs = tuple(empty_rows(stored) for stored in y)
+        return [
+            x, moments, scale, shift, _parts(b, ranks, 0), _parts(p, ranks, -1), tuple(a), tuple(y), gate, residual, outs,
+        ]  # fmt: skip
+
+    key = ("delta", total, channels, ranks, columns, x.dtype, x.device, scale is not None, gate is not None)
+    return Correction(None, fastest(key, single_configs(total, ranks, x.dtype, limits), make, trial), ranks)
 
 
-def _run_expand(t: Tensor, y: list[Tensor], a: list[Tensor], after: list[Any], outs: list[Tensor]) -> None:
-    batch, tokens, _ = as_rows(y[0]).shape
+def _prepare_two(
+    x: Tensor, y: list[Tensor], p: Tensor, a: list[Tensor], b: Tensor, scale: Tensor | None, shift: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None,
+) -> Correction:  # fmt: skip
+    batch, tokens, _ = as_rows(x).shape
     total, ranks = batch * tokens, tuple(factor.shape[1] for factor in a)
     columns = tuple(factor.shape[0] for factor in a)
 
-    def run(config: Config) -> None:
+    def make(config: Config) -> Launch:
         blocks = triton.cdiv(max(columns), config.block["BLOCK_N"])
         grid = (triton.cdiv(total, config.block["BLOCK_M"]) * blocks, len(a))
-        launch(
-            t.device, expand_kernel, grid, config, _parts(t, ranks, -1), t.shape[-1], tuple(a), tuple(y),
-            tuple(row_strides(stored) for stored in y), *after, tuple(outs), ranks, columns, total, tokens, MAPS=len(a),
-            PRECISION=input_precision(t),
+        return Launch(
+            x.device, expand_kernel, grid, config, b.shape[0], tuple(row_strides(stored) for stored in y),
+            *_after(gate, residual), ranks, columns, total, tokens, MAPS=len(a), PRECISION=input_precision(x),
         )  # fmt: skip
 
-    key = ("expand", total, ranks, columns, t.dtype, t.device, after[0] is not None)
-    run(fastest(key, expand_configs(total, t.dtype, machine(t.device)), run))
+    def trial() -> list[Any]:
+        outs = tuple(empty_rows(stored) for stored in y)
+        return [_parts(torch.zeros_like(p, dtype=x.dtype), ranks, -1), tuple(a), tuple(y), gate, residual, outs]
+
+    first = prepare_project(x, b, p, torch.empty_like(p, dtype=x.dtype), scale, shift)
+    key = ("expand", total, ranks, columns, x.dtype, x.device, gate is not None)
+    return Correction(first, fastest(key, expand_configs(total, x.dtype, machine(x.device)), make, trial), ranks)
 
 
 def lowrank_delta(
@@ -169,15 +206,26 @@ def lowrank_delta(
     eps: float = 1e-6, gate: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See `stepgraph.ops.lowrank_delta`."""
-    outs = [torch.empty_like(stored, memory_format=torch.contiguous_format) for stored in y]
-    rows, limits = x.numel() // x.shape[-1], machine(x.device)
-    if rows == 0:
+    outs = [empty_rows(stored) for stored in y]
+    if p.numel() == 0:
         return outs
-    before, one_batch = prologue(x, scale, shift, eps, row_block(rows, x.dtype, limits)[0])
-    after = _after(gate, residual)
-    if takes_single(rows, tuple(factor.shape[1] for factor in a), x.dtype, limits):
-        _run_single(x, y, p, a, b, before, one_batch, after, outs)
+
+    def prepare() -> Correction:
+        rows, ranks = x.numel() // x.shape[-1], tuple(factor.shape[1] for factor in a)
+        single = takes_single(rows, ranks, x.dtype, machine(x.device))
+        return (_prepare_single if single else _prepare_two)(x, y, p, a, b, scale, shift, gate, residual)
+
+    ends = [tensor for tensor in (scale, shift, gate, residual) if tensor is not None]
+    layout = (layout_of(x, p, b, *y, *a, *ends), len(a), scale is None, precision_setting(x))
+    launches = LAUNCHES.obtain(layout, prepare)
+    moments = None if scale is None else row_moments(x, eps)
+    if launches.first is None:
+        launches.last(
+            x, moments, scale, shift, _parts(b, launches.ranks, 0), _parts(p, launches.ranks, -1), tuple(a), tuple(y), gate,
+            residual, tuple(outs),
+        )  # fmt: skip
         return outs
     t = torch.empty(p.shape, dtype=x.dtype, device=x.device)
-    _run_expand(run_project(x, b, p, t, before, one_batch), y, a, after, outs)
+    launches.first(x, moments, scale, shift, b, p, t)
+    launches.last(_parts(t, launches.ranks, -1), tuple(a), tuple(y), gate, residual, tuple(outs))
     return outs

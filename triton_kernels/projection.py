@@ -3,6 +3,7 @@
 Both must find the same bits for the same x, so both find it here; and the moments of x's rows, where it is normalised first.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +13,25 @@ from torch import Tensor
 
 from stepgraph.triton_kernels.launch import (
     Config,
+    Launch,
+    Launches,
     as_rows,
+    empty_rows,
     fastest,
     input_precision,
-    launch,
+    layout_of,
     machine,
     modulation_strides,
     row_strides,
 )
-from stepgraph.triton_kernels.lowrank_tiles import project_configs
-from stepgraph.triton_kernels.tiles import load_modulation, load_rows_and_moments, modulate, norm_config
+from stepgraph.triton_kernels.lowrank_tiles import project_configs, row_block
+from stepgraph.triton_kernels.tiles import AS_WRITTEN, load_modulation, load_rows_and_moments, modulate, norm_config
+
+MOMENTS = Launches[Launch]()
 
 
 @triton.jit
-def moments_kernel(x_ptr, x_strides, out_ptr, total, tokens, channels, eps, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def moments_kernel(x_ptr, out_ptr, x_strides, total, tokens, channels, eps, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program per BLOCK_M of the `total` rows; out is [rows, 2] float32."""
     row, _, _, _, mean, rstd = load_rows_and_moments(x_ptr, x_strides, total, tokens, channels, eps, BLOCK_M, BLOCK_C)
     tl.store(out_ptr + row * 2, mean, mask=row < total)
@@ -69,7 +75,7 @@ def project(
 
 @triton.jit
 def project_kernel(
-    x_ptr, x_strides, moments_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, b_ptr, p_ptr, out_ptr, total, tokens,
+    x_ptr, moments_ptr, scale_ptr, shift_ptr, b_ptr, p_ptr, out_ptr, x_strides, scale_strides, shift_strides, total, tokens,
     channels, ranks, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BATCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,46 +95,52 @@ def project_kernel(
     tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def _prepare_moments(x: Tensor, eps: float) -> Launch:
+    batch, tokens, channels = as_rows(x).shape
+    config, total = norm_config(channels), batch * tokens
+    grid = (triton.cdiv(total, config.block["BLOCK_M"]),)
+    return Launch(x.device, moments_kernel, grid, config, row_strides(x), total, tokens, channels, eps, **AS_WRITTEN)
+
+
 def row_moments(x: Tensor, eps: float) -> Tensor:
     """Mean and 1 / deviation of each row [..., C] as [rows, 2] float32, to the bit as `modulated_norm` finds them.
 
     A kernel that normalises tiles of x within a matrix product takes them from here: summed over its own tiles they would
     differ in the last bits, and an unchanged input would no longer give exactly the stored output.
     """
-    batch, tokens, channels = as_rows(x).shape
-    out = torch.empty(total := batch * tokens, 2, dtype=torch.float32, device=x.device)
-    if total == 0:
-        return out
-    config = norm_config(channels)
-    grid = (triton.cdiv(total, config.block["BLOCK_M"]),)
-    launch(x.device, moments_kernel, grid, config, x, row_strides(x), out, total, tokens, channels, eps)
+    out = torch.empty(x.numel() // x.shape[-1], 2, dtype=torch.float32, device=x.device)
+    if out.numel():
+        MOMENTS.obtain((layout_of(x), eps), partial(_prepare_moments, x, eps))(x, out)
     return out
 
 
-def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, block_m: int) -> tuple[list[Any], bool]:
-    """The kernel arguments that normalise and modulate x (None for each where nothing does), and whether ONE_BATCH holds."""
+def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, block_m: int) -> tuple[list[Any], bool]:
+    """The strides of what modulates x (None for each where nothing does), and whether ONE_BATCH holds."""
     if scale is None or shift is None:
-        return [None] * 5, False
+        return [None, None], False
     strides = [modulation_strides(modulation, x) for modulation in (scale, shift)]
-    same = as_rows(x).shape[1] % block_m == 0 and not any(token for _, token, _ in strides)
-    return [row_moments(x, eps), scale, strides[0], shift, strides[1]], same
+    return strides, as_rows(x).shape[1] % block_m == 0 and not any(token for _, token, _ in strides)
 
 
-def run_project(x: Tensor, b: Tensor, p: Tensor | None, out: Tensor, before: list[Any], one_batch: bool) -> Tensor:
-    """B x, less p where it is given, into `out` [..., R]; `before` is what `prologue` gave."""
+def prepare_project(
+    x: Tensor, b: Tensor, p: Tensor | None, out: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Launch:
+    """The launch on (x, moments, scale, shift, b, p, out) that writes B x, less p where it is given, into `out` [..., R]."""
     batch, tokens, channels = as_rows(x).shape
     total, ranks = batch * tokens, b.shape[0]
-    if total == 0:
-        return out
+    limits = machine(x.device)
+    strides, one_batch = prologue(x, scale, shift, row_block(total, x.dtype, limits)[0])
 
-    def run(config: Config) -> None:
+    def make(config: Config) -> Launch:
         grid = (triton.cdiv(total, config.block["BLOCK_M"]) * triton.cdiv(ranks, config.block["BLOCK_R"]),)
-        launch(
-            x.device, project_kernel, grid, config, x, row_strides(x), *before, b, p, out, total, tokens, channels, ranks,
+        return Launch(
+            x.device, project_kernel, grid, config, row_strides(x), *strides, total, tokens, channels, ranks,
             ONE_BATCH=one_batch, PRECISION=input_precision(x),
         )  # fmt: skip
 
-    configs = project_configs(total, ranks, x.dtype, machine(x.device))
-    key = ("project", total, channels, ranks, x.dtype, x.device, before[0] is not None, p is not None)
-    run(fastest(key, configs, run))
-    return out
+    def trial() -> list[Any]:
+        moments = torch.zeros(total, 2, dtype=torch.float32, device=x.device) if scale is not None else None
+        return [x, moments, scale, shift, b, p, empty_rows(out)]
+
+    key = ("project", total, channels, ranks, x.dtype, x.device, scale is not None, p is not None)
+    return fastest(key, project_configs(total, ranks, x.dtype, limits), make, trial)

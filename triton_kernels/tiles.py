@@ -61,6 +61,10 @@ def modulate(x, mean, rstd, scale, shift):
     return tl.fma((x - mean) * rstd, 1.0 + scale, shift)
 
 
+# Of kernels that find moments: a division and a difference are not contracted into one operation without the rounding between.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
+
 def channel_block(channels: int) -> int:
     """The widest power of two up to 1024 that wastes at most an eighth of its lanes; 128 where none does."""
     return next((block for block in (1024, 512, 256) if -(-channels // block) * block * 8 <= channels * 9), 128)

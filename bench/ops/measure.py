@@ -10,6 +10,7 @@ import torch
 from stepgraph.bench.ops.shapes import Case
 from stepgraph.ops import REFERENCE, load_providers
 from stepgraph.tolerances import TIMED_OP, tolerance
+from stepgraph.tuning import tuning
 
 
 def contenders(case: Case) -> dict[str, Callable[[], Any]]:
@@ -30,9 +31,10 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
         if not provider.declines(**case.arguments):
             runs[name] = lambda name=name: case.run(name)  # type: ignore[misc]
     expected = float64_results(case)
-    for name, run in runs.items():
-        if name != "full linear":
-            refuse_wrong(name, case, results_of(run()), expected)
+    with tuning():
+        for name, run in runs.items():
+            if name != "full linear":
+                refuse_wrong(name, case, results_of(run()), expected)
     return runs
 
 

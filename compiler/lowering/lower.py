@@ -10,6 +10,7 @@ from torch import fx
 
 from stepgraph.compiler.lowering.cut import Piece, cut, opaque_nodes
 from stepgraph.compiler.lowering.lift_region import Region, lift_region, tensor_at
+from stepgraph.compiler.lowering.tune_kernels import tune_kernels
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
@@ -38,6 +39,7 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
         is_block: Whether a module path is that of a transformer block.
         results: How many of the graphs' outputs are the model's.
     """
+    tune_kernels(graphs)
     if config.backend == "eager":
         return Lowered([GraphCall(gm.forward, results) for gm in graphs])
     if not config.regions:

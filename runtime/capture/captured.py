@@ -79,6 +79,11 @@ class Captured:
                 get_logger("capture").log(INFO if at_once else WARNING, "not captured: %s", error)
                 return self._keep(key, Attempt(refusal=str(error)))
 
+    def captures(self) -> list[Any]:
+        """What was captured, and is kept."""
+        with self._lock:
+            return [attempt.capture for attempt in self._attempts.values() if attempt.capture is not None]
+
     def _keep(self, key: tuple[Any, ...], attempt: Attempt[T]) -> Attempt[T]:
         self._attempts.pop(key, None)
         self._attempts[key] = attempt

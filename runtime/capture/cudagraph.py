@@ -30,6 +30,9 @@ class Recorder(Protocol):
     def record(self, run: Callable[[], object]) -> Callable[[], None]:
         """Capture work, and give what replays it; both within a turn.
 
+        Args:
+            run: Runs more than once: what it counts or uses up it has to begin anew each time.
+
         Raises:
             RuntimeError: The work waits for the device, or does something else that a graph cannot hold.
         """

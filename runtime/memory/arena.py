@@ -103,6 +103,8 @@ class Arena:
 
     memory: Tensor
     _views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
+    # By identity of the places, which are kept with them.
+    _targets: dict[int, tuple[tuple[Place, ...], list[Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nbytes: int, device: torch.device, pinned: bool = False) -> "Arena":
@@ -121,6 +123,13 @@ class Arena:
     def target(self, place: Place) -> Tensor:
         """What to write a tensor of this place to; not for narrow ones."""
         return self.at(place.offset, place.shape, place.dtype)
+
+    def targets(self, places: tuple[Place, ...]) -> list[Tensor]:
+        """What to write the tensors of these places to; of the same tuple, found once."""
+        known = self._targets.get(id(places))
+        if known is None:
+            known = self._targets[id(places)] = (places, [self.target(place) for place in places])
+        return known[1]
 
     def tensors(self, place: Place) -> tuple[Tensor, ...]:
         """All that lies at a place: the tensor as it is kept, and its scale."""

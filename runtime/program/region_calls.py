@@ -1,7 +1,8 @@
 """What runs a variant: a flat list of calls of regions and kernels, or one function of the whole graph."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from stepgraph.errors import CompileError
 from stepgraph.runtime.memory.arena import Arena, Place
+
+# Mapped, it takes no Python.
+_shape = attrgetter("shape")
 
 
 class Run(Protocol):
@@ -68,6 +72,14 @@ class RegionCall:
     run: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
+    take: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Put together what takes the arguments out of the registers: a step makes hundreds of calls."""
+        registers = (*self.reads, *self.writes)
+        # Of one register, it would give the tensor alone.
+        take = itemgetter(*registers) if len(registers) > 1 else lambda held: tuple(held[i] for i in registers)
+        object.__setattr__(self, "take", take)
 
 
 @dataclass(frozen=True)
@@ -98,12 +110,12 @@ class RegionCalls:
 
     def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
         """See `Run`."""
-        shapes = tuple(tensor.shape for tensor in arguments)
+        shapes = tuple(map(_shape, arguments))
         if shapes != self.shapes:
             got, expected = [tuple(shape) for shape in shapes], [tuple(shape) for shape in self.shapes]
             raise CompileError(f"compiled for arguments of the shapes {expected}; given are {got}")
         # Strides are part of what was compiled.
-        held = [*(tensor.contiguous() for tensor in arguments), *self.weights, *map(arena.target, self.work)]
+        held = [*map(Tensor.contiguous, arguments), *self.weights, *arena.targets(self.work)]
         held += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.made]
         held += [
             torch.empty(place.shape, dtype=place.read_as, device=arena.memory.device) if place.narrow else arena.target(place)
@@ -111,7 +123,7 @@ class RegionCalls:
             if direct
         ]
         for call in self.calls:
-            call.run(*[held[i] for i in call.reads], *[held[i] for i in call.writes])
+            call.run(*call.take(held))
         for place, register, direct in zip(stores, self.stores, self.direct, strict=True):
             if place.narrow or not direct:
                 arena.write(place, held[register])

@@ -11,7 +11,7 @@ from stepgraph.runtime.capture.cudagraph import Recorder, ordinary_tensors, refu
 from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.sampling.loop import Loop
-from stepgraph.runtime.sampling.update import Update
+from stepgraph.runtime.sampling.update import FusedUpdate
 from stepgraph.runtime.session.begin_run import follow_facts, refuse_around
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import finish_run
@@ -29,7 +29,7 @@ class CapturedRun:
         self,
         executable: Compiled,
         loop: Loop,
-        new_update: Callable[[], Update],
+        update: FusedUpdate,
         recorder: Recorder,
         noise: Tensor,
         calls: Sequence[Mapping[str, Any]],
@@ -39,7 +39,7 @@ class CapturedRun:
         Args:
             executable: What to run.
             loop: Its schedule.
-            new_update: A run's updates, which read nothing on the host.
+            update: The run's, which reads nothing on the host; every pass over the run is one with the same coefficients.
             recorder: Of the noise's device.
             noise: [B, C, ...].
             calls: See `Loop.run`.
@@ -47,19 +47,18 @@ class CapturedRun:
         Raises:
             CaptureError: The run cannot be captured, or a replay's result is another.
         """
-        self._executable, self._loop, self._recorder = executable, loop, recorder
+        # It holds coefficients that the graph reads.
+        self._executable, self._loop, self._recorder, self._update = executable, loop, recorder, update
         self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
         self._moves = executable.weights.moves
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
             self._calls = [{name: _own(value) for name, value in call.items()} for call in calls]
             session = loop_session(executable, loop, checked=False)
-            expected = recorder.warm_up(lambda: loop.run(session, new_update(), self._noise, self._calls))
+            expected = recorder.warm_up(lambda: loop.run(session, update.at_first_step(), self._noise, self._calls))
             self._result, self._memory = torch.empty_like(expected), session.memory
             self._programs = session.programs
             self._tables = self._fixed_tables(session.tables)
-            # They hold coefficients that the graph reads.
-            self._updates = [new_update(), new_update()]
             self._capture()
             self._compare(expected)
 
@@ -73,12 +72,12 @@ class CapturedRun:
         ]
 
     def _capture(self) -> None:
-        """Warm up exactly what is captured, then capture it."""
+        """Warm up exactly what is captured, then capture it; a recorder may run it any number of times."""
         self._recorder.warm_up(self._compute_tables)
-        self._recorder.warm_up(lambda: self._run(self._updates[0]))
+        self._recorder.warm_up(self._run)
         try:
             self._replay_tables = self._recorder.record(self._compute_tables)
-            self._replay = self._recorder.record(lambda: self._run(self._updates[1]))
+            self._replay = self._recorder.record(self._run)
         except RuntimeError as error:
             raise CaptureError(f"the run cannot be captured: {str(error).splitlines()[0]}") from error
 
@@ -88,11 +87,11 @@ class CapturedRun:
                 if tables is not None:
                     tables.compute()
 
-    def _run(self, update: Update) -> None:
+    def _run(self) -> None:
         session = loop_session(self._executable, self._loop, checked=False)
         session.use_memory(self._memory)
         session.use_tables(self._tables)
-        self._result.copy_(self._loop.run(session, update, self._noise, self._calls))
+        self._result.copy_(self._loop.run(session, self._update.at_first_step(), self._noise, self._calls))
 
     def _compare(self, expected: Tensor) -> None:
         """Replay, and refuse what the loop did not give."""

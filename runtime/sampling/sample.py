@@ -67,7 +67,7 @@ def sample(
             loop, and up to four runs are kept with the executable. Needs an executable and the fused update, and no `on_step`.
             True: at once, or refuse. False: the loop, without graphs of its steps either. None: as the executable was
             compiled (`CompileConfig.cuda_graphs`); where that is None too, from the second run with the same scheduler, scale
-            and shapes on, where that goes.
+            and shapes on. Where the whole run cannot be one graph then, its steps are.
         on_step: Called with (steps done, steps in all) after every step.
         **conditioning: The model's other inputs, batch first; with guidance, the unconditional ones as
             `negative_<name>`.
@@ -90,11 +90,8 @@ def sample(
         raise PlanError("the plan has one branch each for cond and uncond; pass guidance_scale above 1")
     wish = isinstance(runner, Compiled) and not runner.config.exact if fused_update is None else fused_update
 
-    def new_update() -> tuple[Update, str]:
-        scale = None if uncond is None else guidance_scale
-        return choose_update(prepared, step_arguments(prepared, eta), noise, scale, wish, begin)
-
-    update, reason = new_update()
+    scale = None if uncond is None else guidance_scale
+    update, reason = choose_update(prepared, step_arguments(prepared, eta), noise, scale, wish, begin)
     if fused_update and reason:
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
     doubled = uncond is not None and not separate
@@ -105,20 +102,21 @@ def sample(
     def calls() -> Sequence[Mapping[str, Any]]:
         return model_calls(cond, uncond, separate)
 
+    whole = capture is True
     if capture is None and isinstance(runner, Compiled):
         capture = runner.config.cuda_graphs
     graphs = capture is not False
     if capture or (capture is None and waits(noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         look = Look()
-        if not attempt.refusal and isinstance(runner, Compiled):
+        if not attempt.refusal and isinstance(runner, Compiled) and isinstance(update, FusedUpdate):
             runner = suited(runner)
             look = follow_weights(runner)
             key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared), begin)
-            attempt = _captured_run(runner, key, loop, lambda: new_update()[0], noise, calls, bool(capture))
+            attempt = _captured_run(runner, key, loop, update, noise, calls, bool(capture))
         if attempt.capture is not None:
             return attempt.capture(noise, conditioning, calls, look)
-        if capture:
+        if whole:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         # Without a refusal, the second run will be captured as a whole.
         graphs = bool(attempt.refusal)
@@ -130,7 +128,7 @@ def _captured_run(
     executable: Compiled,
     key: tuple[Any, ...],
     loop: Loop,
-    new_update: Callable[[], Update],
+    update: FusedUpdate,
     noise: torch.Tensor,
     calls: Callable[[], Sequence[Mapping[str, Any]]],
     at_once: bool,
@@ -138,7 +136,7 @@ def _captured_run(
     """The captured run of a key, captured now where it is time for that."""
 
     def make() -> CapturedRun:
-        return CapturedRun(executable, loop, new_update, executable.captured.recorder(noise.device), noise, calls())
+        return CapturedRun(executable, loop, update, executable.captured.recorder(noise.device), noise, calls())
 
     return executable.captured.obtain(("run", *key), make, CapturedRun.valid, at_once)
 

@@ -1,5 +1,6 @@
 """From one step's model outputs to the next step's latents: by the scheduler itself, or in one pass with guidance."""
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -72,6 +73,12 @@ class FusedUpdate:
         depth = 1 + max(term.age for terms in steps.terms for term in terms)
         self._values: deque[tuple[Tensor, ...]] = deque(maxlen=depth)
         self._runs: dict[int, Callable[..., Tensor]] = {}
+
+    def at_first_step(self) -> "FusedUpdate":
+        """The updates of another run, with the same coefficients: nothing is laid down anew, no value is shared."""
+        other = copy.copy(self)
+        other._number, other._values = 0, deque(maxlen=self._values.maxlen)
+        return other
 
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """See `Update`."""

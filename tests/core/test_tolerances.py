@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import tolerances
-from stepgraph.tolerances import FIRST_STEP, PASS_CHECK, REPLAY, tolerance
+from stepgraph.tolerances import FIRST_STEP, OP, PASS_CHECK, REPLAY, tolerance
 
 PURPOSES = {name: value for name, value in vars(tolerances).items() if name.isupper()}
 
@@ -24,3 +24,23 @@ def test_coarser_dtypes_may_be_further_apart(purpose):
     values = [table[dtype] for dtype in order if dtype in table]
     assert values == sorted(values)
     assert set(table) <= set(order)
+
+
+@pytest.mark.parametrize("depth", [576, 1152, 3072, 12288])
+def test_sums_in_float32_are_as_far_off_as_their_depth_allows(depth):
+    """Products added up one after the other, against float64: within the bar, and not so far below that it says nothing."""
+    x, b = torch.randn(64, depth), torch.randn(depth, 64)
+    total = torch.zeros(64, 64)
+    for k in range(depth):
+        total += x[:, k, None] * b[k]
+    exact = x.double() @ b.double()
+    error = float((total - exact).norm() / exact.norm())
+    bar = tolerance(OP, torch.float32, depth)
+    assert 0.25 * bar <= error <= 0.75 * bar
+
+
+def test_depth_counts_where_it_is_more_than_a_rounding():
+    assert tolerance(OP, torch.float32, 512) == tolerance(OP, torch.float32)
+    assert tolerance(OP, torch.bfloat16, 12288) == tolerance(OP, torch.bfloat16)
+    # Of the deepest products of FLUX, on a device: 1.03e-6.
+    assert 1.03e-6 < tolerance(OP, torch.float32, 3072) < 3e-6

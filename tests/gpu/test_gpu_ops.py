@@ -10,6 +10,7 @@ from helpers.op_checks import check_triton
 from stepgraph.ops import OPS
 from stepgraph.tolerances import OP
 from stepgraph.triton_kernels import declines
+from stepgraph.tuning import tuning
 
 pytestmark = pytest.mark.gpu
 DTYPES = list(OP)
@@ -55,16 +56,47 @@ def test_lowrank_delta(dtype, shape, ranks, columns, modulated, gated):
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "ranks", "columns"), CASES)
+def test_what_a_modulated_correction_subtracts_is_what_was_stored(dtype, shape, ranks, columns):
+    """One by one, what the two ways to B x have between: moments, the modulated x, and B x itself."""
+    from stepgraph.triton_kernels.launch import as_rows
+    from stepgraph.triton_kernels.projection import prepare_project, row_moments
+
+    (_, _, p, _, b), x, named = lowrank_case(shape, ranks, columns, dtype, modulated=True)
+    scale, shift = named["scale"], named["shift"]
+    zeros = torch.zeros(shape[0], shape[2], device="cuda")
+    # Mean and deviation: of float32 rows, unmodulated, the norm is (x - mean) * rstd to the bit.
+    moments = row_moments(x.float(), 1e-6)
+    found = OPS["modulated_norm"](x.float(), zeros, zeros)
+    mean, rstd = moments.view(*as_rows(x).shape[:2], 2).unbind(-1)
+    assert torch.equal(found, (x.float() - mean[..., None]) * rstd[..., None]), "moments"
+    # The modulated x: with an identity for B, in the order of a product that has one term.
+    identity = torch.eye(shape[2], dtype=dtype, device="cuda")[: min(64, shape[2])].contiguous()
+    modulated = OPS["modulated_norm"](x, scale, shift)
+    seen = torch.empty(*shape[:2], len(identity), dtype=torch.float32, device="cuda")
+    prepare_project(x, identity, None, seen, scale, shift)(x, row_moments(x, 1e-6), scale, shift, identity, None, seen)
+    assert torch.equal(seen, modulated[..., : len(identity)].float()), "modulated x"
+    # B x of it, from memory and from registers.
+    again = torch.empty_like(p)
+    prepare_project(x, b, None, again, scale, shift)(x, row_moments(x, 1e-6), scale, shift, b, None, again)
+    assert torch.equal(OPS["lowrank_input"](modulated, b), p), "B x is not repeatable"
+    assert torch.equal(again, p), "B x"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [256, 4096, 16384])
 @pytest.mark.parametrize("rank", [32, 64, 128, 256])
 def test_every_config_cancels(monkeypatch, dtype, rows, rank):
     """Whatever is chosen among the configs for p, for the update and for its halves, an unchanged input changes nothing."""
-    from stepgraph.triton_kernels import lowrank_delta, projection
+    from stepgraph.triton_kernels import launch, lowrank_delta, projection
 
     def take(index):
+        launch.forget()
         for file in (lowrank_delta, projection):
-            monkeypatch.setattr(file, "fastest", lambda key, candidates, run: candidates[index % len(candidates)])
+            monkeypatch.setattr(
+                file, "fastest", lambda key, candidates, make, trial: make(candidates[index % len(candidates)])
+            )  # fmt: skip
 
     (_, y, p, a, b), x, _ = lowrank_case((1, rows, 1152), (rank,), (1152,), dtype)
     # More than there are configs in any table.
@@ -114,14 +146,18 @@ def test_addresses_beyond_32_bits():
 def test_what_was_fastest_is_kept(monkeypatch):
     from stepgraph.triton_kernels import launch
 
-    monkeypatch.setattr(launch, "_fastest", {})
+    launch.forget()
     args, _, _ = lowrank_case((2, 4096, 1152), (128,), (1152,), torch.bfloat16)
     OPS["lowrank_delta"](*args)
+    assert launch._fastest == {}
+    with tuning():
+        OPS["lowrank_delta"](*args)
     kept = {key[0]: config for key, config in launch._fastest.items()}
     assert {"project", "delta"} >= set(kept) >= {"delta"}
     count = len(launch._fastest)
-    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda *_, **__: pytest.fail("measured twice"))
-    OPS["lowrank_delta"](*args)
+    monkeypatch.setattr(launch, "clock", lambda run: pytest.fail("measured twice"))
+    with tuning():
+        OPS["lowrank_delta"](*args)
     assert len(launch._fastest) == count
 
 

@@ -222,6 +222,7 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "Executable.print_readable": (exe.print_readable, {"step": 1}),
         "Executable.program": (exe.program, {"inputs": inputs(2), "begin": 0}),
         "Executable.save": (exe.save, {"path": w.folder / "written.zip", "with_weights": True, "scheduler": scheduler}),
+        "Executable.warm_up": (exe.warm_up, {"scheduler": scheduler, "guidance_scale": 1.0}),
         "Executable.session": (exe.session, {"capture": False, "begin": 1}),
         "Factors": (sg.Factors, {name: getattr(factors, name) for name in factors.__dataclass_fields__}),
         "Factors.load": (sg.Factors.load, {"path": w.saved("factors.safetensors", factors)}),

@@ -33,13 +33,16 @@ from stepgraph.triton_kernels import (
 )
 from stepgraph.triton_kernels.launch import Machine
 
-KB = 1024
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.devices import KB, machine_of
+
 # Target, and the shared memory that one program may use on it.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), Machine(108, 163 * KB)),
+    "sm_80": (GPUTarget("cuda", 80, 32), machine_of("A100")),
     "sm_86": (GPUTarget("cuda", 86, 32), Machine(84, 99 * KB)),
     "sm_89": (GPUTarget("cuda", 89, 32), Machine(128, 99 * KB)),
-    "sm_90a": (GPUTarget("cuda", 90, 32), Machine(132, 227 * KB)),
+    "sm_90a": (GPUTarget("cuda", 90, 32), machine_of("H100")),
     "sm_100a": (GPUTarget("cuda", 100, 32), Machine(148, 227 * KB)),
     "sm_120a": (GPUTarget("cuda", 120, 32), Machine(170, 99 * KB)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Machine(304, 64 * KB, hip=True)),
@@ -54,6 +57,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODULES = (lowrank_delta, projection, modulated_norm, gated_residual, linear_combination)
 RUN = JITFunction.run
 PRODUCTS = ("project_kernel", "delta_kernel", "expand_kernel")
+NORMS = ("modulated_norm_kernel", "moments_kernel")
 MATRIX = r"mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+|v_mfma_\w+|v_wmma_\w+"
 
 
@@ -145,14 +149,27 @@ def resources(kernel) -> dict[str, object]:
         text = kernel.asm["amdgcn"]
         read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         return {"registers": read["vgpr_count"], "spilled": read["vgpr_spill_count"], "matrix": kinds(text)}
+    text = dumped(kernel, "--dump-resource-usage")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled": stack + local, "matrix": kinds(kernel.asm["ptx"])}
+
+
+def dumped(kernel, option: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spilled": stack + local, "matrix": kinds(kernel.asm["ptx"])}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def contracted(kernel) -> int | None:
+    """How many products and sums the assembler made one operation, without the rounding between, beside those that are
+    written so; None where that is not known.
+    """
+    if "cubin" not in kernel.asm:
+        return None
+    return len(re.findall(r"\bFFMA\b", dumped(kernel, "-sass"))) - len(re.findall(r"\bfma\.rn\.f32\b", kernel.asm["ptx"]))
 
 
 def kinds(text: str) -> list[str]:
@@ -193,12 +210,11 @@ def compile_all(name: str, dtype: str, amount: str) -> None:
     def record(self, *args, grid, warmup, **kwargs):
         compiled.append((self.__name__, RUN(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    def each(key, candidates, run):
-        if not takes_every_config(name, case, amount):
-            return candidates[0]
-        for candidate in candidates[:-1]:
-            run(candidate)
-        return candidates[-1]
+    def each(key, candidates, make, trial):
+        if takes_every_config(name, case, amount):
+            for candidate in candidates[1:]:
+                make(candidate)(*trial())
+        return make(candidates[0])
 
     JITFunction.run = record
     for module in MODULES:
@@ -208,11 +224,14 @@ def compile_all(name: str, dtype: str, amount: str) -> None:
     launch.machine = lambda device: machine
     for case, call in cases(DTYPES[dtype], amount):
         compiled.clear()
+        launch.forget()
         call()
         for kernel_name, kernel in compiled:
             row = {"target": name, "dtype": dtype, "case": case, "kernel": kernel_name, "shared": kernel.metadata.shared}
             row |= {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "limit": machine.shared}
             row |= resources(kernel) | {"reduced": reduced(kernel)}
+            if kernel_name in NORMS:
+                row["contracted"] = contracted(kernel)
             print(json.dumps(row | {"faults": faults(row)}), flush=True)
 
 

@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, for the whole process: TRITON_INTERPRET=1 python -m pytest this-file.
 """
 
+import copy
 import inspect
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils import _pytree as pytree
 from triton.runtime import interpreter
 
+from helpers.clocks import fake_clock
 from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from helpers.op_checks import check_triton, lowrank_case, random
-from stepgraph.ops import OPS
-from stepgraph.tolerances import OP
+from stepgraph.ops import INTO, OPS
+from stepgraph.tolerances import OP, tolerance
 from stepgraph.triton_kernels import declines, projection
 from stepgraph.triton_kernels import lowrank_delta as delta_file
 from stepgraph.triton_kernels.launch import Machine
@@ -66,6 +69,13 @@ def product() -> float:
 @pytest.fixture(autouse=True)
 def _only_triton(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _tuned():
+    """Every kernel is tuned in every test, as on a device: candidates run several times on the same tensors."""
+    with fake_clock():
+        yield
 
 
 @pytest.fixture(params=list(FORMS))
@@ -163,17 +173,17 @@ def test_lowrank_delta_at_full_rank_is_the_linear_map(form):
 
 
 def test_outputs_can_be_split(monkeypatch):
-    machine = Machine(processors=8)
-    for file in (delta_file, projection):
-        monkeypatch.setattr(file, "machine", lambda device: machine)
     args, _, _ = lowrank_case((2, 70, 64), (16, 20), (300, 70), torch.float16)
-    seen, launch = [], delta_file.launch
-    monkeypatch.setattr(delta_file, "launch", lambda *given, **named: (seen.append(given[3].block), launch(*given, **named)))
-    check_triton("lowrank_delta", torch.float16, *args)
-    assert [block["SPLITS"] for block in seen] == [1]
-    monkeypatch.setattr(delta_file, "machine", lambda device: Machine(processors=12))
-    check_triton("lowrank_delta", torch.float16, *args)
-    assert [block["SPLITS"] for block in seen] == [1, 2]
+    seen, launch = [], delta_file.Launch
+    monkeypatch.setattr(delta_file, "Launch", lambda *given, **named: (seen.append(given[3].block), launch(*given, **named))[1])
+    for processors, splits in ((8, 1), (12, 2)):
+        limits = Machine(processors)
+        for file in (delta_file, projection):
+            monkeypatch.setattr(file, "machine", lambda device, limits=limits: limits)
+        with fake_clock(last=False):
+            check_triton("lowrank_delta", torch.float16, *args)
+        # What was fastest is put together last.
+        assert seen[-1]["SPLITS"] == splits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,6 +220,55 @@ def test_linear_combination_of_latents():
     check_triton("linear_combination", torch.float32, values, random(4))
     check_triton("linear_combination", torch.float32, values, random(3, 9))
     check_triton("linear_combination", torch.float32, [random(5), random(5)], random(2))
+
+
+CALLS = {
+    "lowrank_input": lambda dtype: ((random(2, 33, 65, dtype=dtype), random(20, 65, dtype=dtype)), {}),
+    "lowrank_delta": lambda dtype: lowrank_case((2, 70, 64), (20,), (300,), dtype, True, True)[::2],
+    "modulated_norm": lambda dtype: ((random(2, 37, 70, dtype=dtype), *(random(2, 70, dtype=dtype) for _ in range(2))), {}),
+    "gated_residual": lambda dtype: (
+        (
+            random(2, 37, 70, dtype=dtype),
+            *([random(*shape, dtype=dtype) for _ in range(11)] for shape in ((2, 70), (2, 37, 70))),
+        ),
+        {},
+    ),
+    "linear_combination": lambda dtype: (([random(2, 37, 70, dtype=dtype) for _ in range(3)], random(4)), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(OPS))
+def test_a_first_call_is_the_same_however_often_candidates_run(monkeypatch, name, dtype):
+    """Tuned, on its first call, as untuned: nothing that a candidate writes is read by another, or by the call itself."""
+    args, named = CALLS[name](dtype)
+    operator = OPS[name].choose(*args, **named).run
+    wanted, timed = None, []
+    for runs in (0, 1, 2, 5):
+        with fake_clock(runs, last=False) as ran:
+            given = copy.deepcopy((args, named))
+            results = pytree.tree_leaves(operator(*given[0], **given[1]))
+        wanted = results if wanted is None else wanted
+        assert all(torch.equal(one, other) for one, other in zip(results, wanted, strict=True))
+        # Arguments are as they were.
+        for one, other in zip(pytree.tree_leaves(given), pytree.tree_leaves((args, named)), strict=True):
+            assert one is other or not isinstance(one, torch.Tensor) or torch.equal(one, other)
+        timed.append(len(ran))
+    assert len(set(timed)) == 1
+    # Norms are not tuned, nor are products in float32, or of few rows.
+    assert timed[0] > 0 or name in ("modulated_norm", "lowrank_input") or (dtype == torch.float32 and name == "lowrank_delta")
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("count", [1, 8, 11])
+def test_a_result_may_be_written_over_what_is_read(runs, count):
+    (x, gates, values), _ = CALLS["gated_residual"](torch.float32)
+    gates, values = gates[:count], values[:count]
+    wanted = OPS["gated_residual"].reference(x.double(), [g.double() for g in gates], [v.double() for v in values])
+    operator = OPS["gated_residual"].choose(x, gates, values).run
+    with fake_clock(runs):
+        INTO[operator](x, gates, values, out=x)
+    assert (x - wanted).norm() <= tolerance(OP, torch.float32) * wanted.norm()
 
 
 def test_nothing_in_nothing_out():

@@ -225,6 +225,18 @@ def test_what_cannot_be_captured_is_declined(dit, tape, monkeypatch, case):
     sg.sample(exe, scheduler, noise(2), **labels(1, 2), **options)
 
 
+def test_graphs_as_compiled_are_those_of_steps_where_the_host_is_called(dit, tape):
+    """`cuda_graphs=True` asks for graphs, and `capture=True` for that of the whole run."""
+    scheduler, done = SCHEDULERS["ddim"](), []
+    exe = compiled(dit, scheduler, cuda_graphs=True)
+    got = sg.sample(exe, scheduler, noise(2), on_step=lambda step, steps: done.append(step), **labels(1, 2))
+    assert done == list(range(1, STEPS + 1))
+    assert len(tape[0].replayed) == STEPS
+    assert torch.equal(got, sg.sample(exe, scheduler, noise(2), capture=False, **labels(1, 2)))
+    with pytest.raises(sg.CompileError, match="capture=True, but on_step is called on the host"):
+        sg.sample(exe, scheduler, noise(2), capture=True, on_step=lambda step, steps: None, **labels(1, 2))
+
+
 def test_models_nested_tensors_and_autocast_are_declined(dit):
     scheduler = SCHEDULERS["ddim"]()
     exe = compiled(dit, scheduler)
@@ -300,3 +312,55 @@ def test_the_tape_keeps_what_python_decided_and_refuses_host_reads():
     for read in reads:
         with pytest.raises(HostReadError):
             tape.record(read)
+
+
+def test_the_tape_runs_work_once_more_before_it_records_it():
+    tape, passes = Tape(), []
+    tape.record(lambda: passes.append(1))
+    assert passes == [1, 1]
+
+
+def test_the_tape_refuses_what_outlives_the_recording():
+    x, held, out = torch.ones(2), [], torch.zeros(2)
+    keeps = [lambda: held.append(x + 1), lambda: held.append((x * 2)[:1]), lambda: held.append((x - 1).numpy)]
+    for keep in keeps:
+        with pytest.raises(RuntimeError, match=r"a tensor \[2\] that was allocated while recording is held afterwards"):
+            Tape().record(keep)
+        held.clear()
+    # What was there before may be held, and so may the recording's own result until it ends.
+    Tape().record(lambda: held.append(out.copy_(x + 1)[:1]))
+
+
+def test_the_tape_refuses_streams_that_are_not_joined():
+    x, out = torch.ones(2), torch.zeros(2)
+
+    def beside(fork: bool, join: bool):
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        if fork:
+            side.wait_stream(current)
+        with torch.cuda.stream(side):
+            out.copy_(x * 2)
+        if join:
+            current.wait_stream(side)
+
+    tape = Tape()
+    # The first pass is no recording; there are no streams here.
+    tape.warm_up = lambda run: None
+    tape.record(lambda: beside(True, True))()
+    assert out.tolist() == [2.0, 2.0]
+    with pytest.raises(RuntimeError, match="a stream that is not joined at the end of the recording"):
+        tape.record(lambda: beside(True, False))
+    with pytest.raises(RuntimeError, match="a stream that does not wait for the recording's"):
+        tape.record(lambda: beside(False, True))
+
+
+def test_the_tape_knows_the_default_generator_alone():
+    x, out = torch.empty(2), torch.zeros(2)
+    replay = Tape().record(lambda: out.copy_(x.normal_()))
+    replay()
+    first = out.tolist()
+    replay()
+    # As on a device, a replay goes on with the generator.
+    assert out.tolist() != first
+    with pytest.raises(RuntimeError, match="normal_ with a generator that is not registered"):
+        Tape().record(lambda: x.normal_(generator=torch.Generator()))
