@@ -102,6 +102,21 @@ def test_memory_does_not_grow_over_replays(dit):
         assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.parametrize("graphs", [True, None, False])
+def test_after_warming_up_the_device_allocates_no_segment(dit, graphs):
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler, cuda_graphs=graphs)
+    warmed = exe.warm_up(scheduler)
+    assert warmed.captured == ("" if graphs is False else "run")
+    given, start = on_cuda(labels(1, 2)), noise(2).cuda()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for _ in range(3):
+        sg.sample(exe, scheduler, start, **given)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
 @contextmanager
 def no_waiting():
     torch.cuda.set_sync_debug_mode("error")

@@ -18,7 +18,11 @@ USED = ("sm_90a", "gfx942")
 # Targets of the same instructions and shared memory as others, for which the most used launches in bfloat16 are enough.
 ALIKE = ("sm_86", "sm_89")
 # Compiled in one process each.
-GROUPS = (("sm_80", *ALIKE), ("sm_90a",), ("sm_100a", "sm_120a"), ("gfx942",))
+GROUPS = (
+    *(pytest.param((target,), id=target) for target in USED),
+    pytest.param(("sm_80", *ALIKE), id="sm_80", marks=pytest.mark.slow),
+    pytest.param(("sm_100a", "sm_120a"), id="sm_100a", marks=pytest.mark.slow),
+)
 PRODUCTS = {"project_kernel", "delta_kernel", "expand_kernel"}
 NORMS = {"modulated_norm_kernel", "moments_kernel"}
 KERNELS = PRODUCTS | NORMS | {"gated_residual_kernel", "linear_combination_kernel"}
@@ -35,8 +39,7 @@ def compile_ahead(targets: tuple[str, ...], cache: Path) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("targets", GROUPS, ids=" ".join)
+@pytest.mark.parametrize("targets", GROUPS)
 def test_shipped_configs(targets, tmp_path):
     rows = compile_ahead(targets, tmp_path)
     assert {row["target"] for row in rows} == set(targets)

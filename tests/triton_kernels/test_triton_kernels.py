@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.devices import KB, SHEETS, machine_of
 from helpers.paths import ROOT
 from stepgraph.errors import OpError
 from stepgraph.ops import OPS
@@ -122,6 +123,24 @@ def test_declines_old_devices(monkeypatch, capability, hip, reason):
         found = DECLINES["modulated_norm"](fake, table, table)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+@KERNELS
+@pytest.mark.parametrize("card", SHEETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_every_card_products_are_added_up_alike(card, dtype):
+    """Whichever configs are tried: rows and depth of a tile of B x are those of p, or an unchanged input would not cancel."""
+    from stepgraph.triton_kernels.lowrank_tiles import project_configs, row_block, single_configs, takes_single
+
+    limits = machine_of(card)
+    assert (limits.processors, limits.shared // KB) == {"A100": (108, 163)}.get(card, (132, 227))
+    for rows in (1, 512, 4096, 4608, 16384):
+        for ranks in ((20,), (64,), (128, 128, 64), (256,)):
+            tables = [project_configs(rows, sum(ranks), dtype, limits)]
+            if takes_single(rows, ranks, dtype, limits):
+                tables.append(single_configs(rows, ranks, dtype, limits))
+            blocks = {(config.block["BLOCK_M"], config.block["BLOCK_K"]) for table in tables for config in table}
+            assert blocks == {row_block(rows, dtype, limits)}
 
 
 def test_registering_needs_no_triton():
