@@ -64,10 +64,11 @@ class Captured:
             they take turns: all runs of a program share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: "Captured | None" = None) -> None:
+        """Nothing yet; what was said of another, whose place it takes, is not said again."""
         self._lock = threading.RLock()
         self.run_memory: WeakValueDictionary[int, SlotMemory] = WeakValueDictionary()
-        self._said: set[str] = set()
+        self._said: set[str] = set() if before is None else before._said
         self._recorders: dict[torch.device, Recorder] = {}
         self._attempts: dict[tuple[Any, ...], Attempt[Any]] = {}
 
@@ -120,7 +121,8 @@ class Captured:
         """Drop what was captured of a program that is kept no longer."""
         with self._lock:
             for key, attempt in list(self._attempts.items()):
-                if attempt.capture is not None and any(program is one for one in attempt.capture.programs):
+                capture = attempt.capture
+                if key == ("steps", id(program)) or (capture is not None and any(program is one for one in capture.programs)):
                     del self._attempts[key]
 
     def captures(self) -> list[Capture]:

@@ -27,8 +27,8 @@ class _Step:
 class CapturedSteps:
     """The captured calls of a program, each captured when it is met for the second time, or at once.
 
-    Inputs, tables and coefficients are copied into buffers where they are other tensors than at the last call; stored values
-    lie in memory that all calls share, so one run at a time can use them.
+    Inputs are copied into buffers, and so are tables and coefficients where they are other tensors than at the last call;
+    stored values lie in memory that all calls share, so one run at a time can use them.
 
     Attributes:
         memory: Where stored values lie.
@@ -72,20 +72,33 @@ class CapturedSteps:
             if self._owner is not None and self._owner() is owner:
                 self._owner = None
 
+    def refuse(self, reason: str) -> None:
+        """Capture nothing any more, and give back what was captured; stored values stay where they are."""
+        self.refused = reason
+        for kept in (self._steps, self._buffers, self._seen):
+            kept.clear()
+
     def valid(self) -> bool:
         """Whether the weights still lie where the graphs read them."""
         return self._captured_at == self._moves()
 
     def run(
-        self, call: Hashable, stores: Sequence[Place], given: Given, work: Callable[[Given], Sequence[Tensor]]
+        self,
+        call: Hashable,
+        stores: Sequence[Place],
+        inputs: Given,
+        tables: Given,
+        work: Callable[[Given], Sequence[Tensor]],
     ) -> list[Tensor]:
         """Replay a call, or capture it.
 
         Args:
             call: What is called, and the places of the arena that it reads.
             stores: The places that it writes to.
-            given: All else that it reads, by name; the same names have the same shapes and dtypes at every call.
-            work: Does it with what is given, writes to the places, and gives the results.
+            inputs: What callers gave, by name, and may write to unseen (`.data`, inference mode); the same names have the same
+                shapes and dtypes at every call.
+            tables: Likewise, all else that it reads; told by identity and version.
+            work: Does it with both, inputs first, writes to the places, and gives the results.
 
         Returns:
             The results, in tensors of their own.
@@ -94,9 +107,9 @@ class CapturedSteps:
             CaptureError: It cannot be captured, or a replay gives something else.
         """
         with self._recorder.turn(), ordinary_tensors():
-            self._load(given)
-            key = (call, tuple(stores), tuple(given))
-            buffers = {name: self._buffers[name] for name in given}
+            self._load(inputs, tables)
+            key = (call, tuple(stores), (*inputs, *tables))
+            buffers = {name: self._buffers[name] for name in (*inputs, *tables)}
             if not self._at_once and key not in self._met:
                 self._met.add(key)
                 return [value.clone() for value in work(buffers)]
@@ -106,23 +119,18 @@ class CapturedSteps:
                 self._steps[key].replay()
             return [result.clone() for result in self._steps[key].results]
 
-    def _load(self, given: Given) -> None:
-        """Bring the buffers up to date; what is the last call's tensor, untouched, is there already."""
-        targets, sources = [], []
-        for name, value in given.items():
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
-            seen, tracked = self._seen.get(name), not value.is_inference()
-            if seen is None or not tracked or seen[0] is not value or seen[1] != value._version:
-                targets.append(self._buffers[name])
-                sources.append(value)
-            # What has no version may be written to unseen.
-            if tracked:
-                self._seen[name] = (value, value._version)
-            else:
-                self._seen.pop(name, None)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    def _load(self, inputs: Given, tables: Given) -> None:
+        """Bring the buffers up to date; what is the last call's table, untouched, is there already."""
+        values = dict(inputs)
+        for name, value in tables.items():
+            # Made in inference mode, it has no version, and is nobody else's.
+            mark = (value, 0 if value.is_inference() else value._version)
+            seen = self._seen.get(name)
+            if seen is None or seen[0] is not value or seen[1] != mark[1]:
+                values[name], self._seen[name] = value, mark
+        for name in values.keys() - self._buffers.keys():
+            self._buffers[name] = torch.empty_like(values[name], memory_format=torch.contiguous_format)
+        torch._foreach_copy_([self._buffers[name] for name in values], list(values.values()))
 
     def _capture(self, work: Callable[[], Sequence[Tensor]], stores: Sequence[Place]) -> _Step:
         """Run the call as it is, capture it, and compare a replay with it."""

@@ -1,6 +1,6 @@
 """A whole sampling run as one graph: every model call, guidance and the scheduler's steps, from buffers that stay."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class CapturedRun:
     """One run of an executable, captured: called with noise and conditioning, it replays.
 
     Latents and conditioning are copied into buffers of its own, and the result out of one, so that callers on several threads
-    take turns. Tables are a graph of their own, replayed where the conditioning is another than the last call's.
+    take turns. Tables are a graph of their own; both are replayed in every run, for conditioning may be written to unseen.
 
     Attributes:
         programs: That it runs.
@@ -52,7 +52,6 @@ class CapturedRun:
         """
         # It holds coefficients that the graph reads.
         self._executable, self._loop, self._recorder, self._update = executable, loop, recorder, update
-        self._seen: tuple[list[tuple[Tensor, int]], tuple[int, ...]] | None = None
         self._moves = executable.weights.moves
         with recorder.turn(), ordinary_tensors():
             self._noise = noise.clone(memory_format=torch.contiguous_format)
@@ -105,16 +104,12 @@ class CapturedRun:
         self._replay()
         refuse_difference(self._result, expected, "run")
 
-    def __call__(
-        self, noise: Tensor, given: Mapping[str, Any], calls: Callable[[], Sequence[Mapping[str, Any]]], look: Look
-    ) -> Tensor:
+    def __call__(self, noise: Tensor, calls: Sequence[Mapping[str, Any]], look: Look) -> Tensor:
         """Replay the run.
 
         Args:
             noise: As at the capture.
-            given: The conditioning as the caller has it: where its tensors are those of the last call, untouched, and so
-                are the weights, nothing is computed for it.
-            calls: Makes of it what `Loop.run` takes.
+            calls: See `Loop.run`.
             look: What `follow_weights` found of the weights; where the device finds more, the run is replayed once more.
 
         Returns:
@@ -124,47 +119,19 @@ class CapturedRun:
         for program in self.programs:
             follow_facts(self._executable, program)
             refuse_around(self._executable, program)
-        tensors = [value for value in given.values() if isinstance(value, Tensor)]
         with self._recorder.turn(), torch.no_grad():
             self._noise.copy_(noise)
-            if not self._untouched(tensors):
-                self._seen = None
-                self._load(calls())
-                self._replay_tables()
-                # What has no version may be written to unseen.
-                tracked = not any(value.is_inference() for value in tensors)
-                self._seen = ([(value, value._version) for value in tensors], self._changes()) if tracked else None
+            for buffers, call in zip(self._calls, calls, strict=True):
+                for name, value in call.items():
+                    if isinstance(value, Tensor):
+                        buffers[name].copy_(value)
+            self._replay_tables()
             self._replay()
             if finish_run(self._executable, look).written:
                 # The tables were those of the weights as they had been.
                 self._replay_tables()
                 self._replay()
-                self._seen = None if self._seen is None else (self._seen[0], self._changes())
             return self._result.clone()
-
-    def _untouched(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tables hold: the conditioning is the last call's, by identity and version, for its values would have to
-        be waited for; and no weight has changed since, as far as is known yet.
-        """
-        if self._seen is None:
-            return False
-        marks, changes = self._seen
-        same = (value is seen and value._version == version for value, (seen, version) in zip(tensors, marks, strict=True))
-        return all(same) and changes == self._changes()
-
-    def _changes(self) -> tuple[int, ...]:
-        """How often weights and strengths have changed."""
-        strengths = (strength for program in self.programs for strength in program.facts.strengths)
-        return (
-            self._executable.weights.changes,
-            *(constant._version for strength in strengths for constant in strength.constants),
-        )
-
-    def _load(self, calls: Sequence[Mapping[str, Any]]) -> None:
-        for buffers, call in zip(self._calls, calls, strict=True):
-            for name, value in call.items():
-                if isinstance(value, Tensor):
-                    buffers[name].copy_(value)
 
     @property
     def nbytes(self) -> int:

@@ -117,7 +117,7 @@ def sample(
             at_once = whole or bool(runner.config.cuda_graphs)
             attempt = _captured_run(runner, key, loop, update, noise, calls, at_once)
         if attempt.capture is not None:
-            return attempt.capture(noise, conditioning, calls, look)
+            return attempt.capture(noise, calls(), look)
         if whole:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         if attempt.refusal and isinstance(runner, Compiled):

@@ -249,15 +249,16 @@ class Session:
         steps = self._state.captured.get(id(program))
         if steps is None or steps.refused:
             return work(*arguments, *constants, *tables)
-        read: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
-        read |= {("constant", row, index): value for index, value in enumerate(constants)}
+        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        read: dict[Hashable, torch.Tensor] = {("constant", row, index): value for index, value in enumerate(constants)}
         read |= {("table", index): value for index, value in zip(variant.tables, tables, strict=True)}
+        call = (row, tuple(map(table.places, reads)))
         try:
-            return steps.run((row, tuple(map(table.places, reads))), places, read, lambda buffers: work(*buffers.values()))
-        except CaptureError as error:
+            return steps.run(call, places, given, read, lambda buffers: work(*buffers.values()))
+        except (CaptureError, torch.OutOfMemoryError) as error:
             if self.executable.config.cuda_graphs:
                 raise
-            steps.refused = str(error)
+            steps.refuse(str(error).splitlines()[0])
             self.executable.captured.decline(steps.refused, LAUNCHED)
         return work(*arguments, *constants, *tables)
 

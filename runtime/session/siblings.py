@@ -45,7 +45,7 @@ class Siblings:
         forget_packed(executable.weights.differing(self.present.weights))
         if executable is not self.present:
             # Captures hold the memory of a run.
-            object.__setattr__(self.present, "captured", Captured())
+            object.__setattr__(self.present, "captured", Captured(self.present.captured))
         self.kept, self.present = [first, *others], executable
         object.__setattr__(executable, "siblings", self)
         return executable
@@ -154,5 +154,5 @@ def _new(first: "Compiled", model: nn.Module, changed: str) -> "Compiled":
         weights.compiled = (*first.weights.compiled[:count], *weights.compiled[count:])
     return replace(
         first, model=model, weights=weights, changed=changed, _default=None, _programs={}, _lock=threading.Lock(),
-        captured=Captured(),
+        captured=Captured(first.captured),
     )  # fmt: skip

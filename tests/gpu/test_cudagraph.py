@@ -13,6 +13,7 @@ from helpers.pipes import tiny_pipe
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.fingerprint import model_dtype
 from stepgraph.runtime.capture.captured_steps import CapturedSteps
+from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.sampling.captured_run import CapturedRun
 from stepgraph.tolerances import REPLAY, tolerance
 
@@ -134,8 +135,8 @@ def test_a_replayed_run_waits_for_nothing(dit):
     run = next(kept.capture for kept in exe.captured._attempts.values() if isinstance(kept.capture, CapturedRun))
     start, other = noise(2).cuda(), on_cuda(labels(5, 6))
     with no_waiting():
-        again = run(start, given, lambda: [given])
-        run(start, other, lambda: [other])
+        again = run(start, [given], Look())
+        run(start, [other], Look())
     assert (again - wanted).norm() <= 1e-5 * wanted.norm()
 
 

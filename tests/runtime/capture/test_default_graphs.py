@@ -22,9 +22,9 @@ BUSY = "another run has the graphs of these calls, and has not ended"
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
 
 
-def compiled(model, guidance="none") -> sg.Executable:
+def compiled(model, guidance="none", **options) -> sg.Executable:
     rows = 4 if guidance == "batched" else 2
-    return sg.compile(model, planned(model, DDIM(), guidance=guidance), inputs(rows), backend="eager")
+    return sg.compile(model, planned(model, DDIM(), guidance=guidance), inputs(rows), backend="eager", **options)
 
 
 def sampled(exe, scheduler=None, batch: int = 2, **options) -> torch.Tensor:
@@ -183,6 +183,18 @@ def test_a_fused_lora_is_in_the_next_replay(tape, accelerator):
         assert torch.equal(after, sampled(exe, capture=False))
         assert (after - before).norm() > 1e-2 * before.norm() if sign > 0 else (after - before).norm() < 1e-4 * before.norm()
     assert len(tape[0].recorded) == recorded
+
+
+def test_captured_steps_follow_inputs_that_are_written_past_their_version(dit, accelerator):
+    exe, given = compiled(dit, hoist=False), labels(1, 2)
+
+    def run(capture: bool) -> torch.Tensor:
+        return run_loop(exe.session(capture), DDIM(), noise(2), STEPS, 1.0, given, None)[0]
+
+    before = [run(capture=True) for _ in range(3)]
+    given["class_labels"].data.fill_(7)
+    assert torch.equal(run(capture=True), run(capture=False))
+    assert not torch.equal(run(capture=True), before[-1])
 
 
 def test_runs_at_the_same_time_are_said_once(dit, tape, accelerator, caplog):
