@@ -16,13 +16,11 @@ from stepgraph.runtime.memory.slot_table import SlotMemory
 
 
 class Capture(Protocol):
-    """What is kept.
+    """What is kept."""
 
-    Attributes:
-        programs: That it runs; it goes with any of them.
-    """
-
-    programs: tuple[object, ...]
+    @property
+    def programs(self) -> tuple[object, ...]:
+        """What it runs; it goes with any of them."""
 
     @property
     def nbytes(self) -> int:

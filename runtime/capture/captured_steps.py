@@ -75,8 +75,9 @@ class CapturedSteps:
     def refuse(self, reason: str) -> None:
         """Capture nothing any more, and give back what was captured; stored values stay where they are."""
         self.refused = reason
-        for kept in (self._steps, self._buffers, self._seen):
-            kept.clear()
+        self._steps.clear()
+        self._buffers.clear()
+        self._seen.clear()
 
     def valid(self) -> bool:
         """Whether the weights still lie where the graphs read them."""
