@@ -260,6 +260,7 @@ def _run(
         forward = own_forward(model) or model.forward
         with ForwardErrors():
             result = tracer.call_module(lambda _, **arguments: forward(**arguments), model, (), like_flat(inputs, placeholders))
+            tracer.refuse_caught()
     refuse_changed_state(model, before)
     leaves, spec = pytree.tree_flatten(result)
     if not all(isinstance(leaf, TracedTensor) for leaf in leaves):

@@ -26,6 +26,11 @@ class TracedTensor(torch.Tensor):
         traced.value, traced.node = value, node
         return traced
 
+    @property
+    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]  # what it stands for
+        """As the tensor that it stands for answers; `type` gives the real class."""
+        return torch.Tensor
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function here and calls a class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -83,6 +83,8 @@ class Tracer(TorchFunctionMode):
         self.made: list[weakref.ref[TracedTensor]] = []
         self.devices = {"cpu", self.device.type}
         self.call_counts: Counter[str] = Counter()
+        # The first error of an operation, which the forward may catch.
+        self.raised: RuntimeError | None = None
         # A tensor that is written to in place can change its shape too, so that its value is not yet what it is at the end.
         nodes = list(self.earlier.nodes) if self.earlier is not None else []
         self.expected = nodes if not any(node.meta.get(MUTATES) for node in nodes) else []
@@ -91,11 +93,34 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every torch function, tensor method and tensor property that runs during the trace."""
-        return func(*args, **(kwargs or {})) if self.values.passing else self.call_torch(func, args, kwargs or {})
+        if self.values.passing:
+            return func(*args, **(kwargs or {}))
+        try:
+            return self.call_torch(func, args, kwargs or {})
+        except RuntimeError as error:
+            self.raised = self.raised or error
+            raise
+
+    def refuse_caught(self) -> None:
+        """An error that the forward caught: on real values it may not be raised, and the graph would be that of the fallback.
+
+        Raises:
+            TraceError: There was one; a refusal of ours as it was raised.
+        """
+        if isinstance(self.raised, TraceError):
+            raise self.raised
+        if self.raised is not None:
+            raise TraceError(
+                f"the forward catches an error of an operation ({type(self.raised).__name__}: {self.raised}), which may not be "
+                f"raised on real values; ask for what the operation needs instead of trying it"
+            ) from self.raised
 
     def call_torch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an operation on fake values; record it unless what it returns is plain Python, such as a shape."""
-        if getattr(func, "__name__", "") == "__set__" and getattr(func, "__self__", None) is DATA:
+        name = getattr(func, "__name__", "")
+        if name == "data_ptr":
+            raise TraceError(f"{model_location()}: {name}() is another number in every run, and has no place in a static graph")
+        if name == "__set__" and getattr(func, "__self__", None) is DATA:
             raise TraceError(
                 f"{model_location()}: assigning to a tensor's .data cannot be part of a static graph; write x = ..."
             )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from stepgraph.contents import COLUMNS, ROWS, VALUES, Scattered, content_sums
+from stepgraph import contents
+from stepgraph.contents import LANES, VALUES, Scattered, content_sums
 
 DTYPES = [
     torch.float32,
@@ -15,7 +16,7 @@ DTYPES = [
     torch.bool,
     torch.uint16,
 ]
-SIZES = [1, 7, COLUMNS * 2 + 3, COLUMNS * 40, COLUMNS * ROWS * 4 + 11]
+SIZES = [1, 7, 2045, LANES * 2, LANES * 5 + 11]
 
 
 def filled(size: int, dtype=torch.float32) -> torch.Tensor:
@@ -52,6 +53,40 @@ def test_places_matter_and_memory_does_not():
     assert content_sums([tensor]) == content_sums([elsewhere]) == content_sums([tensor.t().contiguous().t()])
     assert content_sums([]).shape == (0,)
     assert content_sums([tensor[:0]]).tolist() == [0]
+
+
+def test_the_formula_and_the_amount_at_a_time(monkeypatch):
+    tensors = [filled(9), filled(LANES * 5 + 11)]
+    sums, modulus, piece = content_sums(tensors), 2**64, 0
+    for tensor, digest in zip(tensors, sums.tolist(), strict=True):
+        raw, expected = tensor.numpy().tobytes(), 0
+        words = [int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw) // 8 * 8, 8)]
+        rows = [words[i : i + LANES] for i in range(0, len(words), LANES)]
+        mixed = []
+        for row in rows:
+            products = [word * (((lane + 1) * contents.SPREAD) | 1) % modulus for lane, word in enumerate(row)]
+            signed = [product - modulus if product >= modulus // 2 else product for product in products]
+            mixed.append(sum(value ^ (value >> 32) for value in signed))
+        for each in [*mixed, *raw[len(raw) // 8 * 8 :]]:
+            piece += 1
+            expected += each * ((piece * contents.SPREAD) | 1)
+        assert digest % modulus == expected % modulus
+    monkeypatch.setattr(contents, "ROWS_OF_CPU", 3)
+    assert torch.equal(content_sums(tensors), sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8], ids=str)
+def test_signs_show_however_many_and_wherever(dtype):
+    tensor = (filled(96 * 320) * 40).to(dtype).reshape(96, 320)
+    digest = content_sums([tensor])
+    parts = [tensor[:2, 3:4], tensor[::2, 1:2], tensor[:, 3::4], tensor[:, 7:8], tensor[5:6], tensor, tensor[:, 1::2]]
+    for part in parts:
+        part.neg_()
+        assert content_sums([tensor]) != digest
+        part.neg_()
+    assert content_sums([tensor]) == digest
+    zeros = torch.zeros(64, 64)
+    assert content_sums([zeros]) != content_sums([-zeros])
 
 
 def test_small_tensors_are_looked_at_whole_and_large_ones_at_scattered_values():

@@ -4,6 +4,7 @@ import accelerate
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, CpuOffload, ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 
@@ -52,9 +53,24 @@ def test_the_model_beneath_a_wrapper_is_planned_and_compiled(wrap):
     assert torch.equal(exe.session()(**inputs(2)).sample, expected_of(model))
 
 
+def test_a_distributed_wrapper_is_looked_beneath(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tiny_dit())
+        exe = exact(wrapped.eval())
+        assert exe.model is wrapped.module
+        assert torch.equal(exe.session()(**inputs(2)).sample, expected_of(wrapped.module))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_a_module_has_compiled_is_not_its_forward():
     model = tiny_dit()
     expected = expected_of(model)
+    # Diffusers leaves it to the class which blocks these are; DiT's names none.
+    model._repeated_blocks = [type(model.transformer_blocks[0]).__name__]
+    model.compile_repeated_blocks(backend=refusing)
+    assert model.transformer_blocks[0]._compiled_call_impl is not None
     for part in (model, model.transformer_blocks[0], model.transformer_blocks[1].attn1.to_q, model.pos_embed.proj):
         part.compile(backend=refusing)
     exe = exact(model)

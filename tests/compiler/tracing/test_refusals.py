@@ -1,5 +1,6 @@
 """Refusals of the tracer: what a static graph cannot carry is named by file and line, and never baked in."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -249,3 +250,59 @@ def test_a_table_without_data_beside_the_buffers_is_refused():
     model.forward = lambda x: x + model.table
     with pytest.raises(TraceError, match="a tensor without data that is neither a parameter nor a registered buffer"):
         trace(model, {"x": torch.ones(2, 3, 4, device="meta")})
+
+
+def caught(m, x):
+    try:
+        return x * x.max().item()
+    except Exception:
+        return x
+
+
+def suppressed(m, x):
+    with contextlib.suppress(RuntimeError):
+        if (x > 0).any():
+            x = x * 2
+    return x * 1
+
+
+def returned_in_finally(m, x):
+    try:
+        scale = float(x.mean())
+    finally:
+        return x * locals().get("scale", 5.0)  # noqa: B012
+
+
+def caught_for_good(m, x):
+    try:
+        return x * torch.tensor(x.tolist()).sum()
+    except BaseException:
+        return x
+
+
+def address(m, x):
+    return x * (x.data_ptr() % 7)
+
+
+def no_such_product(m, x):
+    try:
+        return x @ x
+    except RuntimeError:
+        return x
+
+
+@pytest.mark.parametrize(
+    "forward", [caught, suppressed, returned_in_finally, caught_for_good, address, no_such_product], ids=lambda f: f.__name__
+)
+def test_a_refusal_that_the_forward_catches_is_one(forward):
+    with pytest.raises(TraceError) as refused:
+        trace(Small(forward).eval(), {"x": torch.rand(4, 6)})
+    assert ("test_refusals.py" in str(refused.value)) == (forward is not no_such_product)
+
+
+def test_a_tensor_says_that_it_is_one():
+    def forward(m, x):
+        return x * 2 if x.__class__ is torch.Tensor and isinstance(x, torch.Tensor) else x * 3
+
+    model, x = Small(forward).eval(), torch.rand(4, 6)
+    assert_exact(trace(model, {"x": x}), model, {"x": x})
