@@ -10,15 +10,17 @@ from stepgraph.compiler.tracing.traced_tensor import TracedTensor
 from stepgraph.compiler.tracing.tracer import NO_PAST
 from stepgraph.errors import TraceError
 
+# Not searched on: these refer to all the rest of the process.
+ENDS = (type, ModuleType, FunctionType)
+
 
 def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
     """Empty the functools caches that kept a traced tensor; they are filled anew by the next call."""
     left = {id(traced) for ref in made if (traced := ref()) is not None}
     if left:
-        searched: dict[int, int] = {}
-        for memo in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
-            if _holds(memo, left, searched):
-                memo.cache_clear()
+        memos = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]
+        for memo in _holding(memos, left):
+            memo.cache_clear()
 
 
 def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
@@ -33,13 +35,21 @@ def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
         raise TraceError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
-def _holds(thing: Any, wanted: set[int], searched: dict[int, int], depth: int = 5) -> bool:
-    """Whether something refers to one of the objects, within a few steps; `searched` has what does not, and within how many."""
-    if id(thing) in wanted:
-        return True
-    if depth <= searched.get(id(thing), 0) or isinstance(thing, (type, ModuleType, FunctionType)):
-        return False
-    if any(_holds(part, wanted, searched, depth - 1) for part in gc.get_referents(thing)):
-        return True
-    searched[id(thing)] = depth
+def _holding(things: list[Any], wanted: set[int]) -> list[Any]:
+    """Those that lead to one of the objects: halves are searched on only where there is something to be found."""
+    if not _lead_to(things, wanted):
+        return []
+    middle = len(things) // 2
+    return _holding(things[:middle], wanted) + _holding(things[middle:], wanted) if middle else things
+
+
+def _lead_to(things: list[Any], wanted: set[int], steps: int = 5) -> bool:
+    """Whether one of the objects is referred to within a few steps; all of a step at once, since there may be very many."""
+    seen, reached = set(map(id, things)), things
+    for _ in range(steps):
+        parts = {id(part): part for part in gc.get_referents(*reached)}
+        if not wanted.isdisjoint(parts):
+            return True
+        reached = [part for at, part in parts.items() if at not in seen and not issubclass(type(part), ENDS)]
+        seen.update(parts)
     return False

@@ -102,7 +102,7 @@ def test_wheels_of_names_are_collected(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ("prove", ["prove"]),
+        pytest.param("prove", ["prove"], marks=pytest.mark.slow),
         ("all", ["tests", "demo", "ops", "lowrank", "runtime", "compile"]),
     ],
 )

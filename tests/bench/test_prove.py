@@ -93,8 +93,10 @@ def test_every_bar_is_of_a_part():
     assert sum(part.limit for part in prove.PARTS) <= 330
 
 
-@pytest.mark.parametrize("workers", [["-n", "1"], []])
-def test_outcomes_of_tests_are_counted_while_they_run(tmp_path, workers):
+@pytest.mark.parametrize("workers", [["-p", "xdist", "-n", "1"], []])
+def test_outcomes_of_tests_are_counted_while_they_run(tmp_path, workers, monkeypatch):
+    # What other plugins import takes longer than the tests.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_right(): pass\n"

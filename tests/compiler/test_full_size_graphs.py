@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import torch
 from torch import fx, nn
 
+from helpers.full_size import full_size
 from helpers.paths import PUBLISHED
-from stepgraph.compiler.entry.load_model import load_scheduler, load_to_plan
+from stepgraph.compiler.entry.load_model import load_scheduler
 from stepgraph.compiler.importers import invardiff_flux_book
 from stepgraph.compiler.marking.describe import make_header
 from stepgraph.compiler.marking.graphs import macs_of
@@ -28,7 +28,7 @@ from stepgraph.runtime.program.packed_linear import merged_linear
 @cache
 def traced(name: str) -> tuple[nn.Module, MarkedGraph]:
     """A full-size model on the meta device, and its graph."""
-    model = load_to_plan(f"{name}:random", torch.bfloat16)
+    model = full_size(name)
     return model, marked_graph(model)
 
 

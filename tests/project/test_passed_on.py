@@ -22,13 +22,17 @@ def fails_with(model, error):
     return model
 
 
+@pytest.fixture(scope="module")
+def plan(dit):
+    return sg.make_plan("full", model=dit, scheduler=tiny_scheduler("ddim"), steps=2)
+
+
 @pytest.mark.traces
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, OwnError])
 @pytest.mark.parametrize("call", ["make_plan", "compile", "calibrate"])
-def test_while_a_forward_is_traced(kind, call, ddim):
-    model, error = tiny_dit(), kind("of the model")
-    plan = sg.make_plan("full", model=model, scheduler=ddim, steps=2)
-    fails_with(model, error)
+def test_while_a_forward_is_traced(kind, call, ddim, plan):
+    error = kind("of the model")
+    model = fails_with(tiny_dit(), error)
     calls = {
         "make_plan": lambda: sg.make_plan("full", model=model, scheduler=ddim, steps=2),
         "compile": lambda: sg.compile(model, plan, inputs(), backend="eager"),
@@ -43,15 +47,10 @@ def test_while_a_forward_is_traced(kind, call, ddim):
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, OwnError])
 @pytest.mark.parametrize("call", ["sample", "sample with a model", "attached"])
-def test_while_a_plan_runs(kind, call):
+def test_while_a_plan_runs(kind, call, dit, plan):
     error, done = kind("in a step"), []
-    pipe = tiny_pipe(tiny_dit())
-    exe = sg.compile(
-        pipe.transformer,
-        sg.make_plan("full", model=pipe.transformer, scheduler=pipe.scheduler, steps=2),
-        inputs(2),
-        backend="eager",
-    )
+    pipe = tiny_pipe(dit)
+    exe = sg.compile(dit, plan, inputs(2), backend="eager")
 
     def failing(*_):
         done.append(True)
@@ -62,7 +61,7 @@ def test_while_a_plan_runs(kind, call):
             exe.attach(pipe)
             pipe.scheduler.scale_model_input = failing
             images(pipe, steps=2)
-        runner, steps = (exe, None) if call == "sample" else (fails_with(pipe.transformer, error), 2)
+        runner, steps = (exe, None) if call == "sample" else (fails_with(tiny_dit(), error), 2)
         sg.sample(runner, tiny_scheduler("ddim"), noise(), steps=steps, on_step=failing, **labels(3))
 
     with pytest.raises(kind) as caught:

@@ -32,8 +32,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path):
     report = tmp_path / "interpreted.xml"
-    options = ("-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
-    result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), *options, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    options = ("-q", "--tb=short", "-p", "helpers.few_imports", "-p", "no:cacheprovider", f"--junitxml={report}")
+    settings = {"PYTHONPATH": str(HERE.parent), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), *options, **settings)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} == {

@@ -37,7 +37,18 @@ def widened(handle):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _bfloat16_products():
+def _one_language():
+    """The language as launches make it, made once: anew for every function that is called it takes a quarter of the time."""
+    scopes = [interpreter._patch_lang(function.fn) for function in (product_kernel, tl.sum)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        yield
+    for scope in reversed(scopes):
+        scope.restore()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bfloat16_products(_one_language):
     """Without this the interpreter multiplies bfloat16's bit patterns as integers, and says nothing."""
     builder = interpreter.InterpreterBuilder
     original = builder.create_dot
@@ -73,7 +84,7 @@ def _only_triton(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _tuned():
-    """Every kernel is tuned in every test, as on a device: candidates run several times on the same tensors."""
+    """Every kernel is tuned in every test, as on a device: candidates run on the same tensors one after the other."""
     with fake_clock():
         yield
 
@@ -92,13 +103,13 @@ def padded(x: torch.Tensor) -> torch.Tensor:
     return held[..., : x.shape[-2], : x.shape[-1]]
 
 
-MODULATIONS = [(2, 70), (2, 1, 70), (1, 1, 70), (70,), (1, 37, 70), (2, 37, 1)]
+MODULATIONS = [(2, 70), (2, 1, 70), (1, 1, 70), (70,), (1, 9, 70), (2, 9, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MODULATIONS)
 def test_modulated_norm(dtype, shape):
-    x, scale, shift = random(2, 37, 70, dtype=dtype), random(*shape, dtype=dtype), random(2, 70, dtype=dtype)
+    x, scale, shift = random(2, 9, 70, dtype=dtype), random(*shape, dtype=dtype), random(2, 70, dtype=dtype)
     check_triton("modulated_norm", dtype, x, scale, shift)
     # Columns of one table of six, as adaLN makes them.
     table = random(2, 6 * 70, dtype=dtype)
@@ -128,10 +139,10 @@ def test_lowrank_input(dtype, shape, rank, form):
 # Without tokens: as many as a tile has rows, so that the modulation of a tile is that of one batch.
 CASES = [
     ((2, 33, 65), (20,), (70,)),
-    ((1, 40, 100), (130,), (96,)),
+    ((1, 17, 40), (130,), (96,)),
     ((2, 0, 66), (48,), (66,)),
     ((1, 1, 40), (1,), (24,)),
-    ((2, 17, 130), (20, 48, 1), (70, 64, 130)),
+    ((2, 9, 66), (20, 48, 1), (70, 64, 130)),
 ]
 
 
@@ -189,9 +200,9 @@ def test_outputs_can_be_split(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 3, 8, 9])
 def test_gated_residual(dtype, count):
-    values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
+    values = [random(2, 9, 70, dtype=dtype) for _ in range(count)]
     gates = [random(*MODULATIONS[i % len(MODULATIONS)], dtype=dtype) for i in range(count)]
-    x = random(2, 37, 70, dtype=dtype)
+    x = random(2, 9, 70, dtype=dtype)
     found = check_triton("gated_residual", dtype, x, gates, values)
     if count <= 8:
         assert torch.equal(OPS["gated_residual"](padded(x), gates, [padded(value) for value in values]), found)
@@ -209,7 +220,7 @@ def test_gated_residual_widths(channels):
 @pytest.mark.parametrize("constant", [0, 1])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_linear_combination(dtype, count, constant, per_channel):
-    values = [random(2, 37, 70, dtype=dtype) for _ in range(count)]
+    values = [random(2, 9, 70, dtype=dtype) for _ in range(count)]
     coefficients = random(count + constant, *([70] if per_channel else []))
     found = check_triton("linear_combination", dtype, values, coefficients)
     assert torch.equal(OPS["linear_combination"]([padded(value) for value in values], coefficients), found)
@@ -224,16 +235,16 @@ def test_linear_combination_of_latents():
 
 CALLS = {
     "lowrank_input": lambda dtype: ((random(2, 33, 65, dtype=dtype), random(20, 65, dtype=dtype)), {}),
-    "lowrank_delta": lambda dtype: lowrank_case((2, 70, 64), (20,), (300,), dtype, True, True)[::2],
-    "modulated_norm": lambda dtype: ((random(2, 37, 70, dtype=dtype), *(random(2, 70, dtype=dtype) for _ in range(2))), {}),
+    "lowrank_delta": lambda dtype: lowrank_case((2, 19, 64), (20,), (140,), dtype, True, True)[::2],
+    "modulated_norm": lambda dtype: ((random(2, 9, 70, dtype=dtype), *(random(2, 70, dtype=dtype) for _ in range(2))), {}),
     "gated_residual": lambda dtype: (
         (
-            random(2, 37, 70, dtype=dtype),
-            *([random(*shape, dtype=dtype) for _ in range(11)] for shape in ((2, 70), (2, 37, 70))),
+            random(2, 9, 70, dtype=dtype),
+            *([random(*shape, dtype=dtype) for _ in range(11)] for shape in ((2, 70), (2, 9, 70))),
         ),
         {},
     ),
-    "linear_combination": lambda dtype: (([random(2, 37, 70, dtype=dtype) for _ in range(3)], random(4)), {}),
+    "linear_combination": lambda dtype: (([random(2, 9, 70, dtype=dtype) for _ in range(3)], random(4)), {}),
 }
 
 
@@ -244,7 +255,7 @@ def test_a_first_call_is_the_same_however_often_candidates_run(monkeypatch, name
     args, named = CALLS[name](dtype)
     operator = OPS[name].choose(*args, **named).run
     wanted, timed = None, []
-    for runs in (0, 1, 2, 5):
+    for runs in (0, 1, 3):
         with fake_clock(runs, last=False) as ran:
             given = copy.deepcopy((args, named))
             results = pytree.tree_leaves(operator(*given[0], **given[1]))

@@ -19,11 +19,11 @@ from diffusers import (
 from typer.testing import CliRunner
 
 import stepgraph as sg
+from helpers.full_size import full_size
 from helpers.paths import PUBLISHED
 from helpers.pixart_sd3 import PIXART
 from helpers.tiny import tiny_dit
 from stepgraph.cli.main import app
-from stepgraph.compiler.entry.load_model import load_to_plan
 from stepgraph.compiler.importers import EXPORTERS, invardiff_book, invardiff_flux_book, smoothcache_schedule
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.errors import PlanError
@@ -407,15 +407,15 @@ def test_uvit_routers_are_shifted_by_half_a_solver_step(uvit, tmp_path: Path, na
 
 
 @pytest.fixture(scope="module")
-def full_size() -> DiTTransformer2DModel:
+def dit_xl() -> DiTTransformer2DModel:
     with torch.device("meta"):
         return DiTTransformer2DModel(**DIT.random["dit-xl-2-256"]).eval()
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published plan files are not at hand")
-def test_the_published_invardiff_book_has_its_published_counts(full_size):
+def test_the_published_invardiff_book_has_its_published_counts(dit_xl):
     path = PUBLISHED / "invardiff_dit_xl2_50_slow.json"
-    plan = sg.import_plan(path, full_size, DDIMScheduler(), steps=50)
+    plan = sg.import_plan(path, dit_xl, DDIMScheduler(), steps=50)
     steps = "..##.######.####.##...##..##.....##...####.#####.."
     assert column(plan, "hidden").replace("C", ".").replace("R", "#") == steps
     counts = {count.kind: count for count in plan.summary().kinds}
@@ -430,18 +430,13 @@ def test_the_published_invardiff_book_has_its_published_counts(full_size):
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published plan files are not at hand")
-def test_the_published_l2c_schedule_has_its_published_share(full_size):
+def test_the_published_l2c_schedule_has_its_published_share(dit_xl):
     path = PUBLISHED / "smoothcache_dit_xl2_50_l2c.json"
-    plan = sg.import_plan(path, full_size, DDIMScheduler(), steps=50)
+    plan = sg.import_plan(path, dit_xl, DDIMScheduler(), steps=50)
     reused = sum(row.count("R") for row in plan.rows)
     assert round(100 * reused / (25 * 56), 2) == 47.43  # of the module calls of the 25 routed steps
     assert all("R" not in row for row in plan.rows[::2])
     assert smoothcache_schedule.export(plan) == json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def flux_dev() -> torch.nn.Module:
-    return load_to_plan("flux-dev:random", torch.bfloat16)
 
 
 @pytest.mark.slow
@@ -454,9 +449,9 @@ def flux_dev() -> torch.nn.Module:
         ("med1", {"attn": 76 + 151, "context_attn": 76, "ff": 0, "context_ff": 0, "mlp": 0}, 3.00, 3.00),
     ],
 )
-def test_the_published_flux_books_have_their_published_counts(flux_dev, name, hits, ideal, projected):
+def test_the_published_flux_books_have_their_published_counts(name, hits, ideal, projected):
     path = PUBLISHED / f"invardiff_flux_28_{name}.json"
-    plan = sg.import_plan(path, flux_dev, FlowMatchEulerDiscreteScheduler(), steps=28)
+    plan = sg.import_plan(path, full_size("flux-dev"), FlowMatchEulerDiscreteScheduler(), steps=28)
     assert column(plan, "hidden").replace("C", ".").replace("R", "#") == "..#.######.###.#######......"
     counts = {count.kind: count for count in plan.summary().kinds}
     assert counts["hidden"].reused == 17
