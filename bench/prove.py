@@ -45,7 +45,7 @@ OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
 @dataclass(frozen=True)
-class Part:
+class ProvePart:
     """A part: its name, seconds that it may take, and whether it can be built while the tests run."""
 
     name: str
@@ -55,8 +55,8 @@ class Part:
 
 # In order of worth.
 PARTS = (
-    Part("tests", 110, built=False), Part("dit1", 70), Part("flux", 75), Part("dit16", 25), Part("kernels", 25, built=False),
-    Part("whole", 25),
+    ProvePart("tests", 110, built=False), ProvePart("dit1", 70), ProvePart("flux", 75), ProvePart("dit16", 25),
+    ProvePart("kernels", 25, built=False), ProvePart("whole", 25),
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
 
 
 @contextlib.contextmanager
-def building(parts: list[Part], options: argparse.Namespace) -> Iterator[None]:
+def building(parts: list[ProvePart], options: argparse.Namespace) -> Iterator[None]:
     """Processes that build what these parts measure, without measuring it; they are ended at the end."""
     started = [
         _start(["nice", "-n", "10", *command_of(part.name, options), "--build-only"], sys.stderr)
@@ -100,7 +100,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_part(part: Part, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+def run_part(part: ProvePart, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run a part for so many seconds at most; how it ended."""
     begun = time.monotonic()
     with (options.out / "tests.txt").open("w") if part.name == "tests" else contextlib.nullcontext(sys.stderr) as target:

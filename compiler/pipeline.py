@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -70,18 +70,19 @@ def compile_plan(
     if plan.header.timestep is None:
         plan = plan.with_header(timestep=graphs.family.timestep)
 
+    def tell(difference: str) -> None:
+        if difference and not weights.warned:
+            get_logger("weights").warning("%s", difference)
+            weights.warned = True
+
     def build(model: nn.Module, inputs: Mapping[str, Any], plan: CachePlan) -> Program:
         with pause_garbage_collector():
-            return build_program(TracedModel.of(model, graphs), plan, inputs, config, factors)
+            return build_program(TracedModel.of(model, graphs), plan, inputs, config, factors, tell)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
     program = build(model, inputs, plan)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
-    other = _follow_facts(plan, program.facts, config)
-    if other and not warning:
-        get_logger("weights").warning("%s", other)
-        weights.warned = True
     programs = {signature(inputs): program}
     executable = Executable(model, plan, config, build, weights, program, described(inputs), factors, programs)
     watch_tensors(executable, program)
@@ -89,9 +90,14 @@ def compile_plan(
 
 
 def build_program(
-    traced: TracedModel, plan: CachePlan, inputs: Mapping[str, Any], config: CompileConfig, factors: Factors | None = None
+    traced: TracedModel,
+    plan: CachePlan,
+    inputs: Mapping[str, Any],
+    config: CompileConfig,
+    factors: Factors | None,
+    tell: Callable[[str], None],
 ) -> Program:
-    """All stages for inputs of one signature."""
+    """All stages for inputs of one signature; `tell` gets what differs from what the plan was made under, if anything does."""
     clock, model, family = _StageClock(), traced.model, traced.family
     refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
@@ -99,7 +105,7 @@ def build_program(
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
     marked = traced.marked(inputs)
     refuse_other_sites(plan, marked)
-    _follow_facts(plan, marked.trace.facts, config)
+    tell(_follow_facts(plan, marked.trace.facts, config))
     # What the plan stores of some values becomes another value there.
     example = flat_inputs(inputs)
     marked = rewrite_model(marked, model, plan, config, example)
@@ -115,9 +121,8 @@ def build_program(
 
     # Over all rows: what is only added up is one stored sum, what depends on the prompt or the timestep alone leaves the loop.
     results = marked.trace.output_spec.num_leaves
-    limit = None if config.hoist_limit_mb is None else config.hoist_limit_mb * 1e6
-    steps = 1 if config.exact else plan.steps
-    context = ProgramContext(tuple(marked.trace.inputs), results, steps, plan.header.timestep or family.timestep, limit, packs)
+    timestep = plan.header.timestep or family.timestep
+    context = ProgramContext(tuple(marked.trace.inputs), results, plan.steps, config, timestep, packs)
     rewrite_program(rows, plan, context, config, example, constants)
     slots = assign_slots(plan, rows.folded)
     clock.stage("hoist")

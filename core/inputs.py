@@ -1,11 +1,23 @@
 """A forward's keyword arguments as the inputs of a graph, which are tensors by name."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from stepgraph.errors import CompileError
+
+T = TypeVar("T")
+
+
+def latents_key(inputs: Mapping[str, Any]) -> str:
+    """What a forward calls its latents, which come first of its inputs."""
+    return next(iter(inputs))
+
+
+def latents_of(inputs: Mapping[str, T]) -> T:
+    """The latents among a forward's inputs, or what stands there for them, such as their shape."""
+    return inputs[latents_key(inputs)]
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

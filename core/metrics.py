@@ -7,10 +7,15 @@ import torch
 
 
 def relative_errors(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """||value - reference|| / ||reference|| of each sample, [B] float64; both [B, ...]."""
+    """||value - reference|| / ||reference|| of each sample, [B] float64; both [B, ...]. Of zeros the norm counts as 1e-30."""
     value, reference = value.double().flatten(1), reference.double().flatten(1)
-    errors: torch.Tensor = (value - reference).norm(dim=1) / reference.norm(dim=1)
+    errors: torch.Tensor = (value - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-30)
     return errors
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """The same of two tensors of any one shape as a whole."""
+    return float(relative_errors(value.reshape(1, -1), reference.reshape(1, -1)))
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:

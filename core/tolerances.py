@@ -2,7 +2,8 @@
 
 Rounding grows with how much is computed between the two, and with how differently it is: the same kernels replayed add up in
 another order at most; an op's providers fuse differently; a whole run hands its rounding on from step to step. Each purpose has
-one row here, whoever compares for it. An entry None is for every dtype that the row does not name.
+one row here, whoever compares for it. An entry None is for every dtype that the row does not name; what does not depend on a
+dtype is a plain number.
 """
 
 import math
@@ -33,6 +34,16 @@ WHOLE_RUN: Tolerances = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float1
 
 # A whole run of an exported program against the executable's.
 EXPORTED_RUN: Tolerances = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+# Numbers of a scheduler, in float64 or float32 whatever the model's dtype:
+# timesteps that count as the same, in the scheduler's unit;
+TIMESTEPS = 1e-3
+# a step of a run against the same step on its own, relative and absolute: a solver with a history is far outside;
+LONE_STEP = (1e-5, 1e-6)
+# a state against the one that an output was solved for, and a slope beside its offset that counts as none, both relative;
+LANDING, NO_SLOPE = 1e-3, 1e-6
+# and a linear step against the scheduler's own, relative to the terms that it adds up.
+LINEAR_STEP = 1e-9
 
 
 def tolerance(purpose: Tolerances, dtype: torch.dtype, depth: int = 1) -> float:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stepgraph.errors import ArgumentError, OpError
 from stepgraph.ops import forget_choices
 
 FOLDER = Path(__file__).parent
@@ -83,9 +84,13 @@ def native() -> Native:
 
 
 def kernels() -> ctypes.CDLL:
-    """The library's functions, for providers, which decline where there are none."""
+    """The library's functions, for providers, which decline where there are none.
+
+    Raises:
+        OpError: There is no library, or none for this CPU.
+    """
     if (library := native().library) is None:
-        raise RuntimeError(native().missing)
+        raise OpError(native().missing)
     return library
 
 
@@ -109,10 +114,10 @@ def at_level(name: str) -> Iterator[None]:
     """Run kernels at a lower level than the CPU's, or at "emulated_tiles", for the tests.
 
     Raises:
-        ValueError: There is no such level, or this CPU is below it.
+        ArgumentError: There is no such level, or this CPU is below it.
     """
     if name not in levels():
-        raise ValueError(f"level {name!r} cannot run here; levels: {', '.join(levels())}")
+        raise ArgumentError(f"level {name!r} cannot run here; levels: {', '.join(levels())}")
     _limits.append(name)
     forget_choices()
     try:

@@ -19,7 +19,7 @@ from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.marking.traced_model import marked_graph
+from stepgraph.compiler.marking.traced_model import TracedModel, marked_graph
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_states import Trajectories
@@ -153,7 +153,7 @@ def loss_against_image(host: Host, base: CachePlan, router: Router, progress: Pr
     steps = [step for step, full in enumerate(router.full) if not full]
     kinds = list(dict.fromkeys(site.kind for site in router.sites))
     bar = progress.add_task("loss against image", total=len(steps) * len(kinds))
-    states = Trajectories(host.model, host.scheduler, host.steps, 64, 64, 0.0, seed=7)
+    states = Trajectories(TracedModel(host.model), host.scheduler, host.steps, 64, 64, 0.0, seed=7)
     generator = torch.Generator().manual_seed(0)
     soft: MixedModel | None = None
     rows = []

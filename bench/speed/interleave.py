@@ -28,7 +28,7 @@ Made = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Loop:
+class TimedLoop:
     """Where every run begins, and what it is conditioned on.
 
     Attributes:
@@ -43,7 +43,7 @@ class Loop:
     conditioning: Mapping[str, torch.Tensor]
     guidance: float
 
-    def in_float64(self) -> "Loop":
+    def in_float64(self) -> "TimedLoop":
         """The same from the same noise, in double precision."""
         return replace(self, noise=self.noise.double())
 
@@ -61,7 +61,7 @@ class Loop:
             latents = latents if sent is None else sent
 
 
-def loop_of(model: torch.nn.Module, scheduler: Any, steps: int, batch: int, guidance: float, seed: int = 0) -> Loop:
+def loop_of(model: torch.nn.Module, scheduler: Any, steps: int, batch: int, guidance: float, seed: int = 0) -> TimedLoop:
     """A loop of `batch` rows: half of them unconditional with guidance.
 
     Raises:
@@ -79,7 +79,7 @@ def loop_of(model: torch.nn.Module, scheduler: Any, steps: int, batch: int, guid
     prepared.set_timesteps(steps)
     shape = (images, config["in_channels"], config["sample_size"], config["sample_size"])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(model))
-    return Loop(prepared, noise, both, guidance)
+    return TimedLoop(prepared, noise, both, guidance)
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Timed:
 @torch.no_grad()
 def take_turns(
     contenders: Sequence[Contender],
-    loop: Loop,
+    loop: TimedLoop,
     steps: int,
     rounds: int,
     warm: int = 3,
@@ -169,7 +169,7 @@ def take_turns(
     return timed
 
 
-def _warm_up(contender: Contender, loop: Loop, steps: int, warm: int) -> None:
+def _warm_up(contender: Contender, loop: TimedLoop, steps: int, warm: int) -> None:
     """Run what compiles, tunes or captures in its first calls; an executable's steps are captured when they are met again."""
     captured = contender.executable is not None and loop.noise.is_cuda
     for _ in range(2 if captured else 1):

@@ -34,7 +34,7 @@ from stepgraph.bench.speed.books import PUBLISHED
 from stepgraph.bench.speed.compile_once import sized_model
 from stepgraph.bench.speed.compile_times import seconds_of
 from stepgraph.bench.speed.contenders import CONTENDERS, Setting, chosen, missing
-from stepgraph.bench.speed.interleave import Loop, Timed, loop_of, refuse_wrong_results, take_turns
+from stepgraph.bench.speed.interleave import Timed, TimedLoop, loop_of, refuse_wrong_results, take_turns
 from stepgraph.bench.speed.runtime_costs import cold_and_warm, memory, overheads, scaled
 from stepgraph.bench.speed.runtime_plot import plot_scaling, plot_table
 from stepgraph.compiler.entry.load_model import load_scheduler
@@ -163,7 +163,7 @@ def ratios(timed: list[Timed], steps: int, compared: tuple[tuple[str, str], ...]
 
 
 @torch.no_grad()
-def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tolerance: float) -> dict[str, Any]:
+def whole_loop(timed: list[Timed], loop: TimedLoop, setting: Setting, steps: int, tolerance: float) -> dict[str, Any]:
     """One contender's loop without taking turns, beside the time that was put together for it.
 
     Where it is an executable and the loop complete, `stepgraph.sample` runs it too; `sample_error` is the distance of its
@@ -200,7 +200,7 @@ def whole_loop(timed: list[Timed], loop: Loop, setting: Setting, steps: int, tol
 
 
 def captured_loop(
-    executable: Executable, loop: Loop, setting: Setting, given: dict[str, Any], latents: torch.Tensor
+    executable: Executable, loop: TimedLoop, setting: Setting, given: dict[str, Any], latents: torch.Tensor
 ) -> dict[str, Any]:
     """Seconds of `stepgraph.sample` as one CUDA graph, those of its capture, and its distance from the same without."""
 

@@ -17,12 +17,13 @@ from stepgraph.compiler.calibration.observe import Observer
 from stepgraph.compiler.calibration.rates import METRICS, Metric
 from stepgraph.compiler.calibration.stats import CHANNELS, CalibrationStats
 from stepgraph.compiler.calibration.time_sites import time_sites
-from stepgraph.compiler.marking.describe import complete_conditioning, example_inputs, latents_shape, make_header, own_inputs
+from stepgraph.compiler.marking.describe import complete_conditioning, latents_shape, make_header, own_inputs
 from stepgraph.compiler.marking.mark_sites import MarkedGraph
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps, image_tokens
@@ -110,7 +111,7 @@ def calibrate_traced(
     check_samples(samples, world)
     schedule, steps = counted_steps(schedule, steps, scheduler, 50)
     guided = check_guidance(guidance_scale)
-    inputs = dict(inputs or example_inputs(model, 2 if guided else 1, conditioning))
+    inputs = dict(inputs or traced.example_inputs(2 if guided else 1, conditioning))
     schedule = shifted(schedule, scheduler, latents_shape(inputs), model)
     if not allow_stochastic:
         if eta:
@@ -132,7 +133,7 @@ def calibrate_traced(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
         lags=lags,
     )  # fmt: skip
-    latents = next(iter(inputs.values()))
+    latents = latents_of(inputs)
     refuse_autocast(latents.device)
     tokens = image_tokens(latents_shape(inputs), config_of(model))
     conditions = conditioning_of(traced, conditioning, samples, guided, latents.device, tokens)
@@ -243,7 +244,7 @@ def conditioning_of(
     if given is None:
         cond, uncond = family.conditioning(config_of(model), samples, device)
         return cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
-    completed = complete_conditioning(model, given, tokens)
+    completed = complete_conditioning(model, family, given, tokens)
     completed |= {name: value for name, value in given.items() if name.startswith("negative_") and value is not None}
     # PixArt's pipelines give the sizes of a model that is not conditioned on them as None.
     completed = {name: value for name, value in completed.items() if not _is_nothing(value)}

@@ -23,6 +23,7 @@ from stepgraph.scheduler import (
     stepped,
     without_variance,
 )
+from stepgraph.tolerances import LANDING, NO_SLOPE
 from stepgraph.wrapped_models import refuse_autocast
 
 
@@ -98,11 +99,11 @@ class Trajectory:
         ends = [self._stepped(copy.deepcopy(self._scheduler), torch.full_like(state, value)) for value in (0.0, 1.0)]
         slope = (ends[1] - ends[0]).double().mean()
         name = type(self._scheduler).__name__
-        if float(slope.abs()) < 1e-6 * float(ends[0].abs().mean()):
+        if float(slope.abs()) < NO_SLOPE * float(ends[0].abs().mean()):
             raise PlanError(f"{name}: step {self._number} does not depend on the model's output; use target='own'")
         output = ((state - ends[0]).double() / slope).to(state.dtype)
         there = self._stepped(copy.deepcopy(self._scheduler), output)
-        if not float((there - state).norm()) <= 1e-3 * float(state.norm()):
+        if not float((there - state).norm()) <= LANDING * float(state.norm()):
             raise PlanError(
                 f"{name}: no output leads step {self._number} to a given state: the step is no straight line in the output, as "
                 f"where samples are clipped or thresholded; use target='own'"

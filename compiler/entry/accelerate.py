@@ -12,7 +12,7 @@ from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced, runs_model
 from stepgraph.compiler.interfaces.family import Family
-from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.describe import make_header
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.list_policies import describe_policy
@@ -95,7 +95,8 @@ def accelerate(
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
     runs = {**settings, "conditioning": digest(conditioning)}
     # One graph of each signature serves the header, the calibration and the compiler.
-    traced, inputs = TracedModel(transformer), example_inputs(transformer, batch, conditioning)
+    traced = TracedModel(transformer)
+    inputs = traced.example_inputs(batch, conditioning)
     chosen, count = counted_steps(schedule, steps, pipe.scheduler, 50)
     chosen = _of_pipeline(chosen, count, pipe, traced.family)
     marked = traced.marked(inputs)

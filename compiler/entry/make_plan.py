@@ -13,7 +13,6 @@ from stepgraph.checked import checked
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.marking.describe import branches_of, make_header
-from stepgraph.compiler.marking.describe import example_inputs as inputs_like
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.planning.model_services import MODEL_SERVICES, ModelServices
 from stepgraph.compiler.policies import POLICIES
@@ -106,7 +105,7 @@ def plan_traced(
     else:
         chosen, count = counted_steps(schedule, steps, scheduler)
         if example_inputs is None and conditioning is not None:
-            example_inputs = inputs_like(traced.model, 1, conditioning)
+            example_inputs = traced.example_inputs(1, conditioning)
         marked = traced.marked(example_inputs)
         header, sites = make_header(traced.model, scheduler, count, marked, guidance, chosen), marked.sites
         if not allow_stochastic:

@@ -11,13 +11,13 @@ from stepgraph.checks import check_whole
 from stepgraph.compiler.calibration.calibrate import conditioning_of
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.make_plan import plan_traced
-from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.compiler.planning.sweep_result import FewerSteps, Sweep, SweepPoint
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.fingerprint import model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.metrics import relative_errors
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.runtime.sampling.sample import sample
@@ -109,7 +109,7 @@ def sweep(
     )
     errors = {}
     for i in distinct:
-        inputs = example_inputs(model, runs.rows, conditioning)
+        inputs = traced.example_inputs(runs.rows, conditioning)
         executable = compile_plan(model, plans[i], inputs, CompileConfig("eager"), traced=traced)
         errors[plans[i].rows] = runs.error(f"{', '.join(knobs)} = {values[i]}", executable, header.steps)
     points = tuple(
@@ -170,7 +170,7 @@ class _Runs:
         conditioning: Mapping[str, Any] | None,
     ) -> None:
         model = traced.model
-        latents = next(iter(example_inputs(model, 1, conditioning).values()))
+        latents = latents_of(traced.example_inputs(1, conditioning))
         noise = torch.randn(samples, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
         given = conditioning_of(traced, conditioning, samples, guidance_scale > 1, latents.device)
         if guidance_scale <= 1:

@@ -12,8 +12,8 @@ from stepgraph.compiler.forecast.fit_in_closed_loop import (
     OWN,
     STATE,
     Cells,
+    FitRuns,
     Fitted,
-    Runs,
     fit_in_closed_loop,
     with_affine,
 )
@@ -65,15 +65,15 @@ def fit_whole_step(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "state": the next state of the full run, which mends what went wrong before; "full": the model's output in the
             full run; "own": its output on the run's own state. On the small DiT the latter two have twice the error.
-        per_branch: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
-        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
+        per_branch: See `stepgraph.compiler.forecast.fit_in_closed_loop.FitRuns`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.FitRuns`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
 
     Raises:
         PlanError: The plan skips no step, or it, the model and the scheduler do not belong together.
     """
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
+    runs = FitRuns(samples, seed, guidance_scale, conditioning, target, per_branch, ridge, on_step)
     return fit_traced(plan, TracedModel(unwrapped(model)), scheduler, runs, terms, factors)
 
 
@@ -81,7 +81,7 @@ def fit_traced(
     plan: CachePlan,
     traced: TracedModel,
     scheduler: Any,
-    runs: Runs,
+    runs: FitRuns,
     terms: Sequence[str] = WHOLE_STEP,
     factors: Factors | None = None,
 ) -> CachePlan:
@@ -129,7 +129,7 @@ def fit_forecast(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
             is worse on the small DiT.
-        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.FitRuns`.
         factors: Where the plan has LOWRANK sites.
         on_step: Called with (steps done, steps in all).
 
@@ -137,7 +137,7 @@ def fit_forecast(
         PlanError: Nothing to fit, or plan, model and scheduler do not belong together.
     """
     traced = TracedModel(unwrapped(model))
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
+    runs = FitRuns(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     return _fitted_plan(plan, traced, scheduler, terms, kinds, sites, runs, factors, "fit_forecast")
 
 
@@ -168,7 +168,7 @@ def residual_affine(
         conditioning: As for `stepgraph.sample`, `samples` rows each; the model's example conditioning unless given.
         target: "full": the values in the full run; "own": those that the whole model has on the run's own states, which
             is worse on the small DiT.
-        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.Runs`.
+        ridge: See `stepgraph.compiler.forecast.fit_in_closed_loop.FitRuns`.
         factors: The plan's, to which scale and shift are added.
         on_step: Called with (steps done, steps in all).
 
@@ -181,7 +181,7 @@ def residual_affine(
     """
     if len(plan.header.branches) > 1:
         raise ArgumentError("coefficients per channel serve all branches of a plan; make one with guidance='batched'")
-    runs = Runs(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
+    runs = FitRuns(samples, seed, guidance_scale, conditioning, target, False, ridge, on_step)
     cells = _open_cells(plan, ("y1", CONSTANT), ["stack_residual"], None)
     _refuse_other_target(plan, cells, runs)
     fitted = fit_in_closed_loop(plan, TracedModel(unwrapped(model)), scheduler, cells, runs, factors, per_channel=True)
@@ -202,7 +202,7 @@ def _fitted_plan(
     terms: Sequence[str],
     kinds: Sequence[str] | None,
     sites: Sequence[str] | None,
-    runs: Runs,
+    runs: FitRuns,
     factors: Factors | None,
     by: str,
 ) -> CachePlan:
@@ -247,13 +247,13 @@ def _open_cells(
     return cells
 
 
-def _refuse_other_target(plan: CachePlan, cells: Cells, runs: Runs) -> None:
+def _refuse_other_target(plan: CachePlan, cells: Cells, runs: FitRuns) -> None:
     others = [plan.sites[i].name for _, i in cells if plan.sites[i].kind != "output"]
     if runs.target == STATE and others:
         raise ArgumentError(f"site {others[0]}: the target 'state' is for forecasts of `output`; expected 'full' or 'own'")
 
 
-def _record(runs: Runs, cells: Cells, fitted: Fitted) -> dict[str, Any]:
+def _record(runs: FitRuns, cells: Cells, fitted: Fitted) -> dict[str, Any]:
     """How a fit was made and how near it came: per step, the largest relative L2 residual of its sites."""
     residuals: dict[str, float] = {}
     for (step, _), residual in sorted(fitted.residuals.items()):

@@ -24,6 +24,7 @@ from stepgraph.compiler.specializing.coefficients import numbered_forecasts
 from stepgraph.config import CompileConfig
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.plan import FORECAST, CachePlan
 from stepgraph.plan.corrections import CONSTANT, Forecast
 from stepgraph.plan.factors import AFFINE, Factors
@@ -39,7 +40,7 @@ Cells = Mapping[tuple[int, int], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Runs:
+class FitRuns:
     """The sampling runs that are fitted on.
 
     Attributes:
@@ -95,7 +96,7 @@ def fit_in_closed_loop(
     traced: TracedModel,
     scheduler: Any,
     cells: Cells,
-    runs: Runs,
+    runs: FitRuns,
     factors: Factors | None = None,
     per_channel: bool = False,
 ) -> Fitted:
@@ -126,7 +127,7 @@ def fit_in_closed_loop(
         raise PlanError("the plan has one branch each for cond and uncond; pass a guidance_scale above 1")
     if plan.header.guidance == "none" and guided:
         raise PlanError("the plan is for sampling without guidance; leave guidance_scale at 1")
-    generator, shape = torch.Generator().manual_seed(runs.seed), next(iter(plan.header.shapes.values()))
+    generator, shape = torch.Generator().manual_seed(runs.seed), latents_of(plan.header.shapes)
     noise = torch.cat([torch.randn((1, *shape), generator=generator) for _ in range(runs.samples)])
     noise = noise.to(weight.device, model_dtype(model))
     conditioning = conditioning_of(traced, runs.conditioning, runs.samples, guided, weight.device)
@@ -153,7 +154,7 @@ class ClosedLoop:
         traced: TracedModel,
         cells: Cells,
         inputs: Mapping[str, torch.Tensor],
-        runs: Runs,
+        runs: FitRuns,
         factors: Factors | None,
         per_channel: bool,
     ) -> None:

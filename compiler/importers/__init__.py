@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from stepgraph.compiler.importers import invardiff_book, invardiff_flux_book, smoothcache_schedule
-from stepgraph.compiler.importers.cache_dit_mask import CACHE_DIT_MASK
-from stepgraph.compiler.importers.invardiff_book import INVARDIFF_BOOK
-from stepgraph.compiler.importers.invardiff_flux_book import INVARDIFF_FLUX_BOOK
-from stepgraph.compiler.importers.l2c_router import L2C_ROUTER
-from stepgraph.compiler.importers.l2c_uvit_router import L2C_UVIT_ROUTER
-from stepgraph.compiler.importers.smoothcache_schedule import SMOOTHCACHE_SCHEDULE
+from stepgraph.compiler.importers import invardiff_book, invardiff_flux_book, smoothcache_schedule  # noqa: TID251
+from stepgraph.compiler.importers.cache_dit_mask import CACHE_DIT_MASK  # noqa: TID251
+from stepgraph.compiler.importers.invardiff_book import INVARDIFF_BOOK  # noqa: TID251
+from stepgraph.compiler.importers.invardiff_flux_book import INVARDIFF_FLUX_BOOK  # noqa: TID251
+from stepgraph.compiler.importers.l2c_router import L2C_ROUTER  # noqa: TID251
+from stepgraph.compiler.importers.l2c_uvit_router import L2C_UVIT_ROUTER  # noqa: TID251
+from stepgraph.compiler.importers.smoothcache_schedule import SMOOTHCACHE_SCHEDULE  # noqa: TID251
 from stepgraph.compiler.interfaces.importer import Importer
 from stepgraph.plan import CachePlan
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
+from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.program.tables import Hoisted
 from stepgraph.schedule import TimestepInput
@@ -29,6 +30,7 @@ class RowGraphs:
         rows: `rows[step]` is the index of the step's graph and context.
         folded: Sites whose stored values are now part of another's.
         hoisted: What is computed before the loop.
+        conditioning: The graphs that compute it, by name.
         tables: The tables that each variant takes behind its other inputs.
     """
 
@@ -37,10 +39,15 @@ class RowGraphs:
     rows: tuple[int, ...]
     folded: frozenset[int] = frozenset()
     hoisted: Hoisted | None = None
+    conditioning: dict[str, fx.GraphModule] = field(default_factory=dict)
     tables: tuple[tuple[int, ...], ...] = field(default=())
 
     def __post_init__(self) -> None:
         self.tables = self.tables or ((),) * len(self.graphs)
+
+    def named(self) -> dict[str, fx.GraphModule]:
+        """All graphs there are by now, by the names of their dumps."""
+        return {**{f"variant{index:03d}": gm for index, gm in enumerate(self.graphs)}, **self.conditioning}
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,25 @@ class ProgramContext:
     Attributes:
         inputs: Names of the model's tensor inputs; the latents come first.
         results: How many of a graph's outputs are the model's.
-        steps: How many values a table at timestep level has: T, or 1 where each step computes its own.
+        planned: Steps of the plan, T.
+        config: What was asked for: exact programs have tables of one step each, and tables may have a limit.
         timestep: What pipelines make of the scheduler's timestep for the model.
-        limit_bytes: Most bytes of all tables; None for no limit.
         packs: Whether a linear map of (x, weight) runs with packed weights.
     """
 
     inputs: tuple[str, ...]
     results: int
-    steps: int = 1
+    planned: int
+    config: CompileConfig
     timestep: TimestepInput = field(default_factory=TimestepInput)
-    limit_bytes: float | None = None
     packs: Callable[[torch.Tensor, torch.Tensor], bool] = lambda x, weight: False
+
+    @property
+    def steps(self) -> int:
+        """How many values a table at timestep level has: T, or 1 where each step computes its own."""
+        return 1 if self.config.exact else self.planned
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """Most bytes of all tables; None for no limit."""
+        return None if self.config.hoist_limit_mb is None else self.config.hoist_limit_mb * 1e6

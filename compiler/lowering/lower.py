@@ -16,14 +16,14 @@ from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import output_of
 from stepgraph.runtime.memory.arena import Place, Span, assign_offsets
-from stepgraph.runtime.program.region_calls import GraphCall, RegionCall, RegionCalls, Run
+from stepgraph.runtime.program.region_calls import GraphCall, RegionCall, RegionCalls, VariantCall
 
 
 @dataclass
 class Lowered:
     """What runs a program's variants, and how many regions were compiled for them."""
 
-    runs: list[Run]
+    runs: list[VariantCall]
     regions: int = 0
 
 

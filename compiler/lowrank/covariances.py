@@ -15,11 +15,12 @@ from stepgraph.compiler.lowrank.check_moments import check_moments
 from stepgraph.compiler.lowrank.covariance_passes import PassResults, new_sum, plan_passes
 from stepgraph.compiler.lowrank.increments import Watcher, find_targets, sampled_rows
 from stepgraph.compiler.lowrank.plan_increments import PlanRuns, PlanWatcher
-from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.describe import make_header
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, FileFormatError, PlanError
 from stepgraph.files.tensor_record import read_tensor_record, write_tensor_record
 from stepgraph.fingerprint import model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.factors import Factors
 from stepgraph.plan.json import parse_record
@@ -214,7 +215,22 @@ def measure_covariances(
         PlanError: An argument is out of range, the sampler adds noise, one map alone exceeds the memory, whole modules are to
             be sketched, or the plan has no LOWRANK sites or is for something else.
     """
-    model = unwrapped(model)
+    return covariances_traced(
+        TracedModel(unwrapped(model)), scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
+        period=period, plan=plan, factors=factors, conditioning=conditioning, inputs=inputs, kinds=kinds, whole=whole,
+        memory_gb=memory_gb, sketch=sketch, on_step=on_step, schedule=schedule,
+    )  # fmt: skip
+
+
+def covariances_traced(
+    traced: TracedModel, scheduler: Any, *, steps: int | None, samples: int, seed: int, guidance_scale: float,
+    period: int | Sequence[int] | None = None, plan: CachePlan | None = None, factors: Factors | None = None,
+    conditioning: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None, kinds: Sequence[str] | None = None,
+    whole: bool = False, memory_gb: float | None = None, sketch: int | None = None,
+    on_step: Callable[[int, int], None] | None = None, schedule: Schedule | Mapping[str, Any] | None = None,
+) -> Covariances:  # fmt: skip
+    """`measure_covariances`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     check_samples(samples, 1)
     guided = check_guidance(guidance_scale)
     wish = plan.header.schedule if plan is not None and schedule is None else schedule
@@ -224,8 +240,7 @@ def measure_covariances(
         raise ArgumentError(f"the plan's schedule has {plan.header.schedule}, asked for is {chosen}; leave out schedule")
     _check_limits(memory_gb, sketch, whole)
     guidance = plan.header.guidance if plan is not None else "batched" if guided else "none"
-    example = dict(inputs or example_inputs(model, 2 if guided and guidance == "batched" else 1, conditioning))
-    traced = TracedModel(model)
+    example = dict(inputs or traced.example_inputs(2 if guided and guidance == "batched" else 1, conditioning))
     marked = traced.marked(example)
     header = make_header(model, scheduler, steps, marked, guidance, chosen)
     refuse_stochastic(scheduler, steps, header.schedule)
@@ -241,7 +256,7 @@ def measure_covariances(
         raise ArgumentError(f"the plan corrects no site of the kinds {list(kinds or ())}; leave out kinds")
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = PassResults(groups, samples * evaluations, on_step)
-    latents = next(iter(example.values()))
+    latents = latents_of(example)
     refuse_autocast(latents.device)
     for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}

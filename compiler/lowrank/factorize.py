@@ -25,7 +25,7 @@ from stepgraph.compiler.lowrank.decompose import (
 from stepgraph.compiler.lowrank.increments import find_maps, find_single_map_sites
 from stepgraph.compiler.lowrank.map_errors import error_on
 from stepgraph.compiler.marking.mark_sites import MarkedGraph
-from stepgraph.compiler.marking.traced_model import marked_graph
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.plan.factors import METHODS, Factors, as_json, refuse_model
@@ -83,9 +83,20 @@ def factorize(
         PlanError: Unknown method, an option that the method does not take, a source of another kind or model, a rank that a map
             cannot have, a degenerate covariance, or kinds without a linear map.
     """
-    model = unwrapped(model)
+    return factors_traced(
+        TracedModel(unwrapped(model)), source, method=method, rank=rank, budget=budget, scale=scale, kinds=kinds,
+        shrinkage=shrinkage, chunk=chunk, inputs=inputs,
+    )  # fmt: skip
+
+
+def factors_traced(
+    traced: TracedModel, source: Source, *, method: str, rank: int | None, budget: float | None, scale: str | None,
+    kinds: Sequence[str] | None, shrinkage: float | None, chunk: int = 8, inputs: Mapping[str, Any] | None = None,
+) -> Factors:  # fmt: skip
+    """`factorize`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     check_arguments(model, source, method, rank, budget, scale, shrinkage)
-    marked = marked_graph(model, inputs)
+    marked = traced.marked(inputs)
     rows = find_paths(model, marked, method, kinds, source)
     if rank is not None:
         check_rank(model, marked, rank, list(rows), method, source)

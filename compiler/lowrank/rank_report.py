@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stepgraph.compiler.lowrank.covariances import Covariances
 from stepgraph.compiler.lowrank.factorize import Source, check_arguments, check_rank, decompositions, find_paths
 from stepgraph.compiler.lowrank.map_errors import error_on, made_for, mean_error, worse_ranks
-from stepgraph.compiler.marking.traced_model import marked_graph
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError
 from stepgraph.plan.factors import refuse_model
 
@@ -70,13 +70,24 @@ def rank_report(
     Raises:
         PlanError: As `factorize`; the held-out runs are of another model, or are the very runs of the source.
     """
+    return report_traced(
+        TracedModel(model), source, held_out, ranks, method=method, scale=scale, kinds=kinds, shrinkage=shrinkage, inputs=inputs
+    )
+
+
+def report_traced(
+    traced: TracedModel, source: Source, held_out: Covariances, ranks: Sequence[int], *, method: str, scale: str | None,
+    kinds: Sequence[str] | None, shrinkage: float | None, inputs: Mapping[str, Tensor] | None = None,
+) -> RankReport:  # fmt: skip
+    """`rank_report`, on the graphs of a traced model, so that it is traced for no signature twice."""
+    model = traced.model
     if not ranks:
         raise ArgumentError("no ranks to try; give at least one")
     check_arguments(model, source, method, max(ranks), None, scale, shrinkage)
     refuse_model("the covariances are", made_for(held_out), model)
     if isinstance(source, Covariances) and source.header.seed == held_out.header.seed:
         raise ArgumentError(f"both sets of covariances are of seed {source.header.seed}; hold out runs of another one")
-    marked = marked_graph(model, inputs)
+    marked = traced.marked(inputs)
     paths = list(find_paths(model, marked, method, kinds, source))
     for rank in ranks:
         check_rank(model, marked, rank, paths, method, source)

@@ -9,11 +9,12 @@ from torch import nn
 
 from stepgraph.checked import checked
 from stepgraph.checks import MOST_ROWS, check_whole, shown
+from stepgraph.compiler.interfaces.family import Family
 from stepgraph.compiler.marking.mark_sites import MarkedGraph, same_sites
 from stepgraph.compiler.models import family_of
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
-from stepgraph.inputs import flat_inputs, like_flat
+from stepgraph.inputs import flat_inputs, latents_key, latents_of, like_flat
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.runtime.program.stated_facts import facts_of_plan
@@ -37,7 +38,13 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
         ArgumentError: The conditioning lacks an input of the model, has one that it does not take, or is no tensor.
     """
     model = unwrapped(model)
-    family = family_of(model)
+    return inputs_for(model, family_of(model), batch, conditioning)
+
+
+def inputs_for(
+    model: nn.Module, family: Family, batch: int = 1, conditioning: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`example_inputs`, of a model whose family is known."""
     check_whole("batch", batch, 1, MOST_ROWS)
     parameter = next(model.parameters(), None)
     if parameter is None:
@@ -46,19 +53,19 @@ def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, 
     usual = family.example_inputs(config_of(model), batch, model_dtype(model), device)
     if conditioning is None:
         return usual
-    cond = complete_conditioning(model, conditioning)
+    cond = complete_conditioning(model, family, conditioning)
     inputs = {name: value for name, value in usual.items() if name in own_inputs(usual) or name in cond}
     for name, value in cond.items():
         inputs[name] = _like(value, batch, name not in family.unbatched, device, name)
-    if "img_ids" in inputs and inputs["img_ids"].shape[0] != next(iter(inputs.values())).shape[1]:
-        latents, *_ = inputs
+    latents = latents_key(inputs)
+    if "img_ids" in inputs and inputs["img_ids"].shape[0] != inputs[latents].shape[1]:
         inputs[latents] = inputs[latents].new_zeros(batch, inputs["img_ids"].shape[0], inputs[latents].shape[2])
     return inputs
 
 
-def planned_inputs(model: nn.Module, header: PlanHeader, batch: int = 1) -> dict[str, Any]:
+def planned_inputs(model: nn.Module, family: Family, header: PlanHeader, batch: int = 1) -> dict[str, Any]:
     """The same, in the sizes of a plan's header: zeros, and masks that leave nothing out."""
-    usual, family = example_inputs(model, batch), family_of(model)
+    usual = inputs_for(model, family, batch)
     flat = {name: value for name, value in flat_inputs(usual).items() if isinstance(value, torch.Tensor)}
     other: dict[str, Any] = {}
     for name in set(flat) & set(header.shapes):
@@ -71,21 +78,23 @@ def planned_inputs(model: nn.Module, header: PlanHeader, batch: int = 1) -> dict
 
 def own_inputs(inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """The inputs that the sampler makes: the latents, which come first, and the timestep."""
-    return next(iter(inputs)), "timestep"
+    return latents_key(inputs), "timestep"
 
 
-def complete_conditioning(model: nn.Module, conditioning: Mapping[str, Any], tokens: int | None = None) -> dict[str, Any]:
+def complete_conditioning(
+    model: nn.Module, family: Family, conditioning: Mapping[str, Any], tokens: int | None = None
+) -> dict[str, Any]:
     """The conditional inputs by name, with what pipelines of the model's family make themselves.
 
     Args:
         model: The model.
+        family: Its family.
         conditioning: As a caller has it.
         tokens: How many the image has; as usual unless given.
 
     Raises:
         ArgumentError: An input of the model is missing, or is none of its inputs.
     """
-    family = family_of(model)
     cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_") and value is not None}
     if family.completed is not None:
         cond = family.completed(cond, tokens)
@@ -168,7 +177,7 @@ def make_header(
 
 def latents_shape(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of the latents, the first of a model's inputs, without their batch."""
-    return tuple(next(iter(inputs.values())).shape[1:])
+    return tuple(latents_of(inputs).shape[1:])
 
 
 def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> None:
@@ -194,7 +203,7 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             f"{', '.join(missing + more)}; pass just these, or make a plan with example_inputs= as it will be called"
         )
     batched = {name: flat[name] for name in shapes if name not in unbatched}
-    latents = next(iter(batched))
+    latents = latents_key(batched)
     for name, shape in shapes.items():
         what = _what_differs(name, name in (latents, "img_ids"), planned[name], shape)
         if what == "shape" or (what and rests_on_measurement(plan)):

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.tracing.traced_tensor import storage_key
-from stepgraph.node_facts import MACS, MARKER, MUTATES
+from stepgraph.node_facts import MACS, MARKER, MUTATES, output_of
 
 
 def storages_of(node: fx.Node) -> frozenset[int]:
@@ -39,6 +39,15 @@ def live_nodes(outputs: Iterable[fx.Node], cut: Collection[fx.Node] = ()) -> set
             touched = frozenset().union(*(memory for n in live for memory in memories[n].values()))
             pending = [w for w in writers if w not in live and any(memories[w][k] & touched for k in w.meta[MUTATES])]
     return live
+
+
+def erase_dead(graph: fx.Graph) -> int:
+    """Erase what the outputs do not depend on, but for the graph's inputs; returns how many nodes went."""
+    live = live_nodes([output_of(graph)])
+    dead = [node for node in reversed(graph.nodes) if node not in live and node.op != "placeholder"]
+    for node in dead:
+        graph.erase_node(node)
+    return len(dead)
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from stepgraph.compiler.interfaces.family import Family
-from stepgraph.compiler.marking.describe import example_inputs, input_shapes
+from stepgraph.compiler.marking.describe import input_shapes, inputs_for
 from stepgraph.compiler.marking.mark_sites import MarkedGraph, mark_sites
 from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing.trace import trace
@@ -37,6 +37,10 @@ class TracedModel:
         """
         return family_of(self.model)
 
+    def example_inputs(self, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """As `stepgraph.example_inputs`, which says what it raises."""
+        return inputs_for(self.model, self.family, batch, conditioning)
+
     @classmethod
     def of(cls, model: nn.Module, traced: "TracedModel | None") -> "TracedModel":
         """What was handed on, where it is of this very model; a new one otherwise."""
@@ -53,7 +57,7 @@ class TracedModel:
             CompileError: The model does not have the blocks that its family describes.
         """
         if inputs is None:
-            inputs = example_inputs(self.model)
+            inputs = self.example_inputs()
             shapes = input_shapes(inputs, self.family.unbatched)
             for known in self._graphs.values():
                 if input_shapes(known.trace.inputs, self.family.unbatched) == shapes and known.trace.facts.matches(self.model):

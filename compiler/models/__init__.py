@@ -3,11 +3,11 @@
 from typing import Any
 
 from stepgraph.compiler.interfaces.family import Family
-from stepgraph.compiler.models.dit import DIT
-from stepgraph.compiler.models.flux import FLUX
-from stepgraph.compiler.models.pixart import PIXART
-from stepgraph.compiler.models.sd3 import SD3
-from stepgraph.compiler.models.uvit import UVIT
+from stepgraph.compiler.models.dit import DIT  # noqa: TID251
+from stepgraph.compiler.models.flux import FLUX  # noqa: TID251
+from stepgraph.compiler.models.pixart import PIXART  # noqa: TID251
+from stepgraph.compiler.models.sd3 import SD3  # noqa: TID251
+from stepgraph.compiler.models.uvit import UVIT  # noqa: TID251
 from stepgraph.errors import CompileError
 from stepgraph.schedule import register_timestep
 

@@ -11,8 +11,8 @@ from stepgraph.compiler.calibration.calibrate import calibrate_traced, digest
 from stepgraph.compiler.calibration.rates import Metric
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.forecast.fit_forecasts import fit_traced
-from stepgraph.compiler.forecast.fit_in_closed_loop import STATE, Runs
-from stepgraph.compiler.marking.describe import example_inputs, input_shapes
+from stepgraph.compiler.forecast.fit_in_closed_loop import STATE, FitRuns
+from stepgraph.compiler.marking.describe import input_shapes
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import settings_of
@@ -63,7 +63,7 @@ class ModelServices:
             raise ArgumentError("phase 2 measures the model once more: pass model= and scheduler=, or phase2=False")
         if digest(self.conditioning) != self.stats.conditioning:
             raise MismatchError("the statistics were measured with other conditioning; pass the same to make_plan")
-        inputs = self.inputs or example_inputs(self.traced.model, 1, self.conditioning)
+        inputs = self.inputs or self.traced.example_inputs(1, self.conditioning)
         shapes = input_shapes(inputs, self.traced.family.unbatched)
         if shapes != self.header.shapes:
             raise MismatchError(
@@ -87,7 +87,7 @@ class ModelServices:
         if self.traced is None or self.scheduler is None:
             raise ArgumentError("the whole-step rule is fitted on the model: pass model= and scheduler=")
         plan = CachePlan.build(self.header, sites, actions)
-        runs = Runs(conditioning=self.conditioning, target=STATE, on_step=self.on_step, **settings)
+        runs = FitRuns(conditioning=self.conditioning, target=STATE, on_step=self.on_step, **settings)
         return fit_traced(plan, self.traced, self.scheduler, runs)
 
     def train(self, file: str | None, preset: str, changes: Mapping[str, Any]) -> Router:

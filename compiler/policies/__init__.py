@@ -1,17 +1,17 @@
 """Policies, one file each."""
 
 from stepgraph.compiler.interfaces.policy import Policy
-from stepgraph.compiler.policies.deepcache import DEEPCACHE
-from stepgraph.compiler.policies.full import FULL
-from stepgraph.compiler.policies.interval import INTERVAL
-from stepgraph.compiler.policies.invardiff import INVARDIFF
-from stepgraph.compiler.policies.l2c import L2C
-from stepgraph.compiler.policies.magcache import MAGCACHE
-from stepgraph.compiler.policies.manual import MANUAL
-from stepgraph.compiler.policies.procache import PROCACHE
-from stepgraph.compiler.policies.smoothcache import SMOOTHCACHE
-from stepgraph.compiler.policies.teacache import TEACACHE
-from stepgraph.compiler.policies.whole_step import WHOLE_STEP
+from stepgraph.compiler.policies.deepcache import DEEPCACHE  # noqa: TID251
+from stepgraph.compiler.policies.full import FULL  # noqa: TID251
+from stepgraph.compiler.policies.interval import INTERVAL  # noqa: TID251
+from stepgraph.compiler.policies.invardiff import INVARDIFF  # noqa: TID251
+from stepgraph.compiler.policies.l2c import L2C  # noqa: TID251
+from stepgraph.compiler.policies.magcache import MAGCACHE  # noqa: TID251
+from stepgraph.compiler.policies.manual import MANUAL  # noqa: TID251
+from stepgraph.compiler.policies.procache import PROCACHE  # noqa: TID251
+from stepgraph.compiler.policies.smoothcache import SMOOTHCACHE  # noqa: TID251
+from stepgraph.compiler.policies.teacache import TEACACHE  # noqa: TID251
+from stepgraph.compiler.policies.whole_step import WHOLE_STEP  # noqa: TID251
 
 POLICIES: dict[str, Policy] = {
     "deepcache": DEEPCACHE,

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.scheduler_steps import by_step, remembers
 from stepgraph.errors import ArgumentError
 from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.scheduler import (
     latents_name,
@@ -59,7 +60,7 @@ class _RecordedModel(nn.Module):
     def forward(self, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor]:
         """One evaluation."""
         output = self.observed(**inputs, return_dict=False)[0]
-        self.latents.append(next(iter(inputs.values())).clone())
+        self.latents.append(latents_of(inputs).clone())
         self.outputs.append(output.clone())
         return (output,)
 
@@ -67,13 +68,15 @@ class _RecordedModel(nn.Module):
 class Trajectories:
     """States of real sampling runs without guidance: the full model's inputs and outputs at every step, [T, pool, ...]."""
 
-    def __init__(self, model: nn.Module, scheduler: Any, steps: int, size: int, batch: int, dropout: float, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.conditioning = dropped(model, own_conditioning(model, size), dropout, generator)
+    def __init__(
+        self, traced: TracedModel, scheduler: Any, steps: int, size: int, batch: int, dropout: float, seed: int
+    ) -> None:
+        model, generator = traced.model, torch.Generator().manual_seed(seed)
+        self.conditioning = dropped(traced, own_conditioning(traced, size), dropout, generator)
         self.timesteps = prepare_scheduler(scheduler, steps).timesteps
         self.names = input_names(model)
         parts = []
-        for noise, chosen in runs(model, self.conditioning, size, batch, generator):
+        for noise, chosen in runs(traced, self.conditioning, size, batch, generator):
             recorder = _RecordedModel(model)
             sample(recorder, scheduler, noise, steps=steps, **chosen)
             parts.append((torch.stack(recorder.latents), torch.stack(recorder.outputs)))
@@ -101,15 +104,15 @@ class NoisedLatents:
 
     def __init__(
         self,
-        model: nn.Module,
+        traced: TracedModel,
         scheduler: Any,
         steps: int,
         clean: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
         dropout: float,
     ) -> None:
-        self.model, self.clean, self.conditioning, self.dropout = model, clean, conditioning, dropout
-        self.names = input_names(model)
+        self.traced, self.clean, self.conditioning, self.dropout = traced, clean, conditioning, dropout
+        self.names = input_names(traced.model)
         self.scheduler = prepare_scheduler(scheduler, steps, clean.device)
         name = type(scheduler).__name__
         if not hasattr(scheduler, "add_noise"):
@@ -126,7 +129,7 @@ class NoisedLatents:
         steps, valid = steps_of(first, run, len(timesteps))
         chosen = torch.randint(len(self.clean), first.shape, generator=generator).to(self.clean.device)
         conditioning = {name: value[chosen] for name, value in self.conditioning.items()}
-        conditioning = dropped(self.model, conditioning, self.dropout, generator)
+        conditioning = dropped(self.traced, conditioning, self.dropout, generator)
         clean = self.clean[chosen]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         latents = self.scheduler.add_noise(clean, noise, timesteps[first.to(timesteps.device)])
@@ -137,7 +140,7 @@ class NoisedLatents:
                 latents = self._stepped(outputs[-1], latents, steps[len(outputs) - 1])
             scaled = by_step(indices, latents, lambda t, x: scaled_input(copy.deepcopy(self.scheduler), x, t), timesteps)
             inputs.append(named(self.names, scaled, timesteps[indices.to(timesteps.device)], conditioning))
-            outputs.append(self.model(**inputs[-1], return_dict=False)[0])
+            outputs.append(self.traced.model(**inputs[-1], return_dict=False)[0])
         return Window(inputs, outputs[1:], steps, valid)
 
     def _stepped(self, output: torch.Tensor, latents: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -151,39 +154,39 @@ class NoisedLatents:
 
 
 def clean_latents(
-    model: nn.Module, scheduler: Any, steps: int, size: int, batch: int, seed: int
+    traced: TracedModel, scheduler: Any, steps: int, size: int, batch: int, seed: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Latents [size, C, ...] that the model itself samples without guidance, and their conditioning."""
-    conditioning = own_conditioning(model, size)
+    model, conditioning = traced.model, own_conditioning(traced, size)
     generator = torch.Generator().manual_seed(seed)
-    parts = [sample(model, scheduler, n, steps=steps, **c) for n, c in runs(model, conditioning, size, batch, generator)]
+    parts = [sample(model, scheduler, n, steps=steps, **c) for n, c in runs(traced, conditioning, size, batch, generator)]
     return torch.cat(parts), conditioning
 
 
-def runs(model: nn.Module, conditioning: dict[str, torch.Tensor], size: int, batch: int, generator: torch.Generator) -> Any:
+def runs(traced: TracedModel, conditioning: dict[str, torch.Tensor], size: int, batch: int, generator: torch.Generator) -> Any:
     """(noise, conditioning) of sampling runs in batches, `size` samples in all."""
-    latents = next(iter(_example(model).values()))
+    latents = latents_of(traced.example_inputs())
     for start in range(0, size, batch):
         chosen = {name: value[start : start + batch] for name, value in conditioning.items()}
         shape = (min(batch, size - start), *latents.shape[1:])
-        yield torch.randn(shape, generator=generator).to(latents.device, model_dtype(model)), chosen
+        yield torch.randn(shape, generator=generator).to(latents.device, model_dtype(traced.model)), chosen
 
 
-def own_conditioning(model: nn.Module, size: int) -> dict[str, torch.Tensor]:
+def own_conditioning(traced: TracedModel, size: int) -> dict[str, torch.Tensor]:
     """The conditioning of a model's family, `size` samples."""
-    device = next(model.parameters()).device
-    return dict(family_of(model).conditioning(config_of(model), size, device)[0])
+    device = next(traced.model.parameters()).device
+    return dict(traced.family.conditioning(config_of(traced.model), size, device)[0])
 
 
 def dropped(
-    model: nn.Module, conditioning: dict[str, torch.Tensor], share: float, generator: torch.Generator
+    traced: TracedModel, conditioning: dict[str, torch.Tensor], share: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """The conditioning with a random share of the samples replaced by the unconditional one (label dropout)."""
     first = next(iter(conditioning.values()))
     drop = torch.rand(len(first), generator=generator) < share
     if not drop.any():
         return conditioning
-    nothing = family_of(model).conditioning(config_of(model), len(first), first.device)[1]
+    nothing = traced.family.conditioning(config_of(traced.model), len(first), first.device)[1]
     result = {}
     for name, value in conditioning.items():
         other = nothing.get(name)
@@ -209,8 +212,3 @@ def named(
 def input_names(model: nn.Module) -> tuple[str, str]:
     """What a model's forward calls the latents and the timestep."""
     return latents_name(model), "timestep"
-
-
-def _example(model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return family_of(model).example_inputs(config_of(model), 1, model_dtype(model), device)

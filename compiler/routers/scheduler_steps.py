@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from stepgraph.scheduler import prepare_scheduler, step_arguments, stepped
+from stepgraph.tolerances import LONE_STEP
 
 
 def by_step(
@@ -37,6 +38,7 @@ def remembers(scheduler: Any, steps: int, latents: torch.Tensor) -> bool:
         output = torch.full_like(latents, 0.3 * (step + 1))
         moved = stepped(running, output, t, latents, step_arguments(running))
         alone = stepped(prepare_scheduler(scheduler, steps, latents.device), output, t, latents, step_arguments(running))
-        if not torch.allclose(moved, alone, rtol=1e-5, atol=1e-6):
+        relative, absolute = LONE_STEP
+        if not torch.allclose(moved, alone, rtol=relative, atol=absolute):
             return True
     return False

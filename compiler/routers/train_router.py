@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepgraph.checked import checked
-from stepgraph.compiler.marking.describe import example_inputs, make_header
+from stepgraph.compiler.marking.describe import make_header
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
@@ -79,7 +79,7 @@ def train_traced(
     model = traced.model
     chosen = settings or RouterSettings()
     prepared = prepare_scheduler(scheduler, steps)
-    example = example_inputs(model, chosen.batch)
+    example = traced.example_inputs(chosen.batch)
     refuse_autocast(example["timestep"].device)
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
@@ -87,7 +87,7 @@ def train_traced(
     marked = traced.marked(example)
     header = make_header(model, scheduler, steps, marked, guidance="none")
     with torch.no_grad():
-        states = _states(model, scheduler, steps, chosen, data, conditioning)
+        states = _states(traced, scheduler, steps, chosen, data, conditioning)
     training = _Training(MixedModel(model, marked), states, header, chosen)
     digest = _digest(data, conditioning)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -228,7 +228,7 @@ class _Training:
 
 
 def _states(
-    model: nn.Module,
+    traced: TracedModel,
     scheduler: Any,
     steps: int,
     settings: RouterSettings,
@@ -240,11 +240,11 @@ def _states(
     if settings.states == "trajectory":
         if data is not None:
             raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
-        return Trajectories(model, scheduler, steps, pool, batch, dropout, seed)
+        return Trajectories(traced, scheduler, steps, pool, batch, dropout, seed)
     if data is None:
-        clean, classes = clean_latents(model, scheduler, steps, pool, batch, seed)
-        return NoisedLatents(model, scheduler, steps, clean, classes, dropout)
-    example = example_inputs(model)
+        clean, classes = clean_latents(traced, scheduler, steps, pool, batch, seed)
+        return NoisedLatents(traced, scheduler, steps, clean, classes, dropout)
+    example = traced.example_inputs()
     latents, _, *others = example
     wanted = tuple(example[latents].shape[1:])
     if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
@@ -256,7 +256,7 @@ def _states(
             raise ArgumentError(f"the conditioning {name!r} is {got}; expected one for each of the {len(data)} latents")
     device, dtype = example[latents].device, example[latents].dtype
     return NoisedLatents(
-        model, scheduler, steps, data.to(device, dtype), {name: conditions[name].to(device) for name in others}, dropout
+        traced, scheduler, steps, data.to(device, dtype), {name: conditions[name].to(device) for name in others}, dropout
     )
 
 

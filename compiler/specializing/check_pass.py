@@ -1,5 +1,6 @@
 """STEPGRAPH_CHECK=1: what a pass returns is compared with what it was given, on random inputs of the real shapes."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import fx
 from stepgraph.compiler.interfaces.pass_context import PassContext, coefficients_name, slot_name
 from stepgraph.compiler.interfaces.program_context import RowGraphs
 from stepgraph.errors import CompileError
+from stepgraph.metrics import relative_error
 from stepgraph.node_facts import MARKER, TABLE
 from stepgraph.ops import lowrank_input
 from stepgraph.plan.liveness import INPUT, MAPS, VALUE
@@ -127,14 +129,12 @@ def _compare(name: str, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.
     if strict and len(outputs) != len(wanted):
         raise CompileError(f"pass {name} returns {len(outputs)} values; expected {len(wanted)} (STEPGRAPH_CHECK)")
     for index, (value, expected) in enumerate(zip(outputs, wanted, strict=False)):
-        error = torch.tensor(torch.inf)
-        if value.shape == expected.shape:
-            error = (value.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+        error = relative_error(value, expected) if value.shape == expected.shape else math.inf
         most = tolerance(PASS_CHECK, value.dtype)
         if value.shape != expected.shape or value.dtype != expected.dtype or not error <= most:
             raise CompileError(
                 f"pass {name} changed output {index}: {tuple(value.shape)} {value.dtype}, relative error "
-                f"{float(error):.2e}; expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"
+                f"{error:.2e}; expected {tuple(expected.shape)} {expected.dtype} (STEPGRAPH_CHECK)"
             )
 
 

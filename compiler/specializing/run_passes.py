@@ -21,7 +21,7 @@ def run_passes(
     subject: Any,
     context: Any,
     config: CompileConfig,
-    graphs: Mapping[str, fx.GraphModule],
+    graphs: Callable[[], Mapping[str, fx.GraphModule]],
     check: Callable[[str], None] | None = None,
     before: str = "",
 ) -> int:
@@ -35,7 +35,7 @@ def run_passes(
         subject: What they rewrite in place.
         context: What they see beside it.
         config: Which of them are wanted.
-        graphs: The subject's graphs, by the names of their dumps.
+        graphs: Says the subject's graphs, by the names of their dumps; a pass may add some.
         check: Called with a pass's name after it, under STEPGRAPH_CHECK=1.
         before: What the dump before the first pass is called; empty for none.
 
@@ -46,7 +46,7 @@ def run_passes(
     refuse_other_names(env.disabled_passes)
     first = ORDER.index(passes[0])
     if before:
-        _dump(env.dump, graphs, first, before)
+        _dump(env.dump, graphs(), first, before)
     for position, rewrite in enumerate(passes, start=first + 1):
         name = rewrite.__name__
         if name in env.disabled_passes or not is_wanted(rewrite, config):
@@ -55,14 +55,14 @@ def run_passes(
         count = rewrite(subject, context)
         milliseconds = 1e3 * (time.perf_counter() - started)
         if env.check:
-            for gm in graphs.values():
+            for gm in graphs().values():
                 gm.graph.lint()
-        log.debug("%s: %s made %d rewrites in %.1f ms", _listed(graphs), name, count, milliseconds)
-        _dump(env.dump, graphs, position, name)
+        log.debug("%s: %s made %d rewrites in %.1f ms", _listed(graphs()), name, count, milliseconds)
+        _dump(env.dump, graphs(), position, name)
         if env.check and check is not None:
             check(name)
         total += count
-    for gm in graphs.values():
+    for gm in graphs().values():
         gm.graph.lint()
         gm.recompile()
     return total

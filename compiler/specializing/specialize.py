@@ -40,7 +40,7 @@ def rewrite_model(
     """
     gm = bound_copy(marked, model)
     check = ModelCheck(gm, example) if read_env().check and example else None
-    if not run_passes(MODEL_PASSES, gm, ModelContext(plan), config, {"model": gm}, check, before="traced"):
+    if not run_passes(MODEL_PASSES, gm, ModelContext(plan), config, lambda: {"model": gm}, check, before="traced"):
         return marked
     markers = {node.meta[MARKER]: node for node in gm.graph.nodes if MARKER in node.meta}
     sites = sized([markers[i] for i in range(len(marked.sites))], marked.sites, marked.batch)
@@ -88,7 +88,8 @@ def specialize(
             context = PassContext(plan.sites, row, moves.reads, stores, written, forecasts, groups)
             gm = bound_copy(marked, model)
             check = RowCheck(gm, context, example) if env.check and example else None
-            run_passes(ROW_PASSES, gm, context, config, {f"variant{len(graphs):03d}": gm}, check, before="marked")
+            named = {f"variant{len(graphs):03d}": gm}
+            run_passes(ROW_PASSES, gm, context, config, named.copy, check, before="marked")
             graphs.append(gm)
             contexts.append(context)
         rows.append(index[key])
@@ -113,11 +114,10 @@ def rewrite_program(
         example: Real inputs, needed only under STEPGRAPH_CHECK=1, as `constants` are.
         constants: Per step and branch, the tensors of the forecasts' coefficients.
     """
-    graphs = {f"variant{index:03d}": gm for index, gm in enumerate(program.graphs)}
     check = None
     if read_env().check and example:
         check = ProgramCheck(program, example, context.results, constants, plan.header.timesteps)
-    run_passes(PROGRAM_PASSES, program, context, config, graphs, check)
+    run_passes(PROGRAM_PASSES, program, context, config, program.named, check)
 
 
 def _refuse_bare_forecasts(plan: CachePlan) -> None:

@@ -25,6 +25,7 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.marking.describe import planned_inputs
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import SLOT_DTYPES, CompileConfig
 from stepgraph.errors import ArgumentError
@@ -66,12 +67,13 @@ def compile_command(
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         report("compiling", 1, 3)
         cache_plan = CachePlan.load(plan)
-        inputs = planned_inputs(loaded, cache_plan.header, batch)
+        traced = TracedModel(loaded)
+        inputs = planned_inputs(loaded, traced.family, cache_plan.header, batch)
         config = CompileConfig(
             backend, exact, hoist_limit_mb=hoist_limit_mb, prepack=prepack, merge=merge, slot_dtype=slot_dtype,
             offload=offload, respecialize=respecialize,
         )  # fmt: skip
-        executable = compile_plan(loaded, cache_plan, inputs, config, load_factors(plan, factors))
+        executable = compile_plan(loaded, cache_plan, inputs, config, load_factors(plan, factors), traced)
         report("first step", 2, 3)
         started = time.perf_counter()
         executable.session()(**inputs)

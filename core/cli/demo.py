@@ -31,8 +31,8 @@ from stepgraph.cli.options import (
     reports_errors,
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
-from stepgraph.compiler.entry.make_plan import make_plan
-from stepgraph.compiler.marking.describe import example_inputs
+from stepgraph.compiler.entry.make_plan import plan_traced
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.files.whole_file import save_figure, writable_folder
@@ -125,14 +125,16 @@ def run_demo(
     """
     writable_folder(out)
     model, scheduler, classifier = load_model("glyph-dit", device, dtype), load_scheduler("glyph-dit"), load_classifier()
+    # One graph serves all plans and all executables.
+    traced = TracedModel(model)
+    inputs = traced.example_inputs(2 * images)
     plans = {
-        name: make_plan(policy, model=model, scheduler=scheduler, steps=steps, **arguments)
+        name: plan_traced(policy, None, traced, scheduler, arguments, steps=steps, example_inputs=inputs)
         for name, (policy, arguments) in PLANS.items()
     }
-    inputs = example_inputs(model, 2 * images)
     runners: dict[str, Executable | nn.Module] = {"eager diffusers": model}
     for name, plan in plans.items():
-        runners[name] = compile_plan(model, plan, inputs, CompileConfig(backend))
+        runners[name] = compile_plan(model, plan, inputs, CompileConfig(backend), traced=traced)
     noise = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     labels = torch.arange(images, device=device) % len(CLASSES)
     conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}

@@ -24,6 +24,7 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.marking.describe import planned_inputs
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.fingerprint import model_dtype
@@ -57,14 +58,15 @@ def export_command(
         report("loading", 0, 3)
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
         chosen = load_scheduler(model, scheduler)
-        inputs = planned_inputs(loaded, cache_plan.header, batch)
+        traced = TracedModel(loaded)
+        inputs = planned_inputs(loaded, traced.family, cache_plan.header, batch)
         # Samplers pass their timesteps in a dtype of their own.
         header = cache_plan.header
         prepared = prepare_scheduler(chosen, header.steps, torch.device(device), header.schedule)
         timesteps = (header.timestep or timestep_of(loaded))(prepared.timesteps, model_dtype(loaded))
         inputs["timestep"] = inputs["timestep"].to(timesteps.dtype)
         report("compiling", 1, 3)
-        executable = compile_plan(loaded, cache_plan, inputs, CompileConfig("eager"), load_factors(plan, factors))
+        executable = compile_plan(loaded, cache_plan, inputs, CompileConfig("eager"), load_factors(plan, factors), traced)
         report("exporting", 2, 3)
         started = time.perf_counter()
         folder = executable.export(out, format, scheduler=chosen, portable=portable, force=force)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from stepgraph.cli.options import (
     Device,
@@ -27,13 +26,14 @@ from stepgraph.cli.options import (
     reports_errors,
     show,
 )
-from stepgraph.compiler.calibration.calibrate import calibrate
+from stepgraph.compiler.calibration.calibrate import calibrate_traced
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
-from stepgraph.compiler.lowrank.covariances import Covariances, measure_covariances
-from stepgraph.compiler.lowrank.factorize import Source, factorize, source_kind
+from stepgraph.compiler.lowrank.covariances import Covariances, covariances_traced
+from stepgraph.compiler.lowrank.factorize import Source, factors_traced, source_kind
 from stepgraph.compiler.lowrank.map_errors import mean_error
-from stepgraph.compiler.lowrank.rank_report import rank_report
+from stepgraph.compiler.lowrank.rank_report import report_traced
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.plan import CachePlan
@@ -106,9 +106,9 @@ def factors_make(
         raise ArgumentError("--factors goes with --plan, whose factors they are")
     corrected = CachePlan.load(plan) if plan is not None else None
     with progress_bar("loading", as_json) as report:
-        loaded = load_model(model, parse_device(device), parse_dtype(dtype))
+        traced = TracedModel(load_model(model, parse_device(device), parse_dtype(dtype)))
         source = measured(
-            loaded, load_scheduler(model, scheduler), method, stats, report, samples=samples, seed=seed,
+            traced, load_scheduler(model, scheduler), method, stats, report, samples=samples, seed=seed,
             steps=50 if steps is None and plan is None else steps, guidance_scale=guidance,
             limits={
                 "period": parse_period(period), "kinds": chosen, "memory_gb": memory_gb, "sketch": sketch,
@@ -116,8 +116,8 @@ def factors_make(
             },
         )  # fmt: skip
         report("factorising", 0, 1)
-        new_factors = factorize(
-            loaded, source, method=method, rank=rank, budget=budget, scale=scale, kinds=chosen, shrinkage=shrinkage
+        new_factors = factors_traced(
+            traced, source, method=method, rank=rank, budget=budget, scale=scale, kinds=chosen, shrinkage=shrinkage
         )
     new_factors.save(out)
     show_factors(new_factors, out, as_json, {"passes": source.passes} if isinstance(source, Covariances) else {})
@@ -159,15 +159,16 @@ def factors_ranks(
     if len(tried) != len(ranks.split(",")):
         raise ArgumentError(f"--ranks is {ranks!r}; expected whole numbers such as 8,16,32")
     with progress_bar("loading", as_json) as report:
-        loaded, chosen_scheduler = load_model(model, parse_device(device), parse_dtype(dtype)), load_scheduler(model, scheduler)
+        traced = TracedModel(load_model(model, parse_device(device), parse_dtype(dtype)))
+        chosen_scheduler = load_scheduler(model, scheduler)
         settings: dict[str, Any] = {"steps": steps, "samples": samples, "guidance_scale": guidance}
         limits: dict[str, Any] = {"period": parse_period(period), "kinds": chosen, "memory_gb": memory_gb}
-        source = measured(loaded, chosen_scheduler, method, stats, report, seed=seed, limits=limits, **settings)
-        held_out = measure_covariances(
-            loaded, chosen_scheduler, seed=seed + 1, whole=method == "whole", on_step=lambda d, t: report("holding out", d, t),
+        source = measured(traced, chosen_scheduler, method, stats, report, seed=seed, limits=limits, **settings)
+        held_out = covariances_traced(
+            traced, chosen_scheduler, seed=seed + 1, whole=method == "whole", on_step=lambda d, t: report("holding out", d, t),
             **settings, **limits,
         )  # fmt: skip
-        ranked = rank_report(loaded, source, held_out, tried, method=method, scale=scale, kinds=chosen, shrinkage=shrinkage)
+        ranked = report_traced(traced, source, held_out, tried, method=method, scale=scale, kinds=chosen, shrinkage=shrinkage)
     worse = {path: [list(pair) for pair in pairs] for path, pairs in ranked.worse.items()}
     facts = {"method": method, "held_out_error": {str(rank): error for rank, error in ranked.mean.items()}, "worse": worse}
     if as_json:
@@ -182,7 +183,7 @@ def factors_ranks(
 
 
 def measured(
-    model: nn.Module,
+    traced: TracedModel,
     scheduler: Any,
     method: str,
     stats: Path | None,
@@ -196,10 +197,10 @@ def measured(
     if wanted is CalibrationStats:
         if stats is not None:
             return CalibrationStats.load(stats)
-        return calibrate(model, scheduler, on_step=lambda d, t: report("calibrating", d, t), **settings)
+        return calibrate_traced(traced, scheduler, on_step=lambda d, t: report("calibrating", d, t), **settings)
     if wanted is Covariances:
         on_step = lambda d, t: report("measuring covariances", d, t)  # noqa: E731
-        return measure_covariances(model, scheduler, whole=method == "whole", on_step=on_step, **settings, **limits)
+        return covariances_traced(traced, scheduler, whole=method == "whole", on_step=on_step, **settings, **limits)
     return None
 
 

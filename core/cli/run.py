@@ -28,12 +28,13 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.marking.describe import planned_inputs
-from stepgraph.compiler.models import family_of
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_tensors, whole_file, writable_folder
 from stepgraph.fingerprint import config_of, model_dtype
+from stepgraph.inputs import latents_of
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
@@ -74,14 +75,15 @@ def run_command(
             raise ArgumentError("say what to run: either a model with --plan, or --artifact")
     guided = guidance > 1
     header = cache_plan.header
-    inputs = planned_inputs(loaded, header, images * (2 if guided and header.guidance != "separate" else 1))
-    cond, uncond = family_of(loaded).conditioning(config_of(loaded), images, torch.device(device))
+    traced = TracedModel(loaded)
+    inputs = planned_inputs(loaded, traced.family, header, images * (2 if guided and header.guidance != "separate" else 1))
+    cond, uncond = traced.family.conditioning(config_of(loaded), images, torch.device(device))
     conditioning = cond | ({f"negative_{name}": value for name, value in uncond.items()} if guided else {})
-    shape = next(iter(inputs.values())).shape[1:]
+    shape = latents_of(inputs).shape[1:]
     noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed)).to(device, model_dtype(loaded))
     with progress_bar("compiling", as_json) as report:
         if executable is None and plan is not None:
-            executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors))
+            executable = compile_plan(loaded, cache_plan, inputs, CompileConfig(backend), load_factors(plan, factors), traced)
 
         def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
             started = time.perf_counter()

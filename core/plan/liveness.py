@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from stepgraph.inputs import latents_of
 from stepgraph.plan.plan import CachePlan
 from stepgraph.plan.site import COMPUTE, FORECAST, LOWRANK, READS_STORED
 
@@ -94,7 +95,7 @@ def traffic(plan: CachePlan, folded: Collection[int] = ()) -> tuple[StepTraffic,
 def bytes_of(plan: CachePlan, stored: Stored) -> int:
     """Size of a stored value per sample. LOWRANK sites are counted with one value where the plan is not bound to factors."""
     if stored.part == INPUT:
-        return BYTES[plan.header.dtype] * prod(next(iter(plan.header.shapes.values())))
+        return BYTES[plan.header.dtype] * prod(latents_of(plan.header.shapes))
     if stored.part == MAPS and stored.site in plan.increments:
         return plan.increments[stored.site].bytes
     return plan.sites[stored.site].bytes

@@ -12,9 +12,10 @@ from stepgraph.plan.header import NOTHING, PlanHeader
 from stepgraph.plan.measured import measured, refuse_other_values
 from stepgraph.plan.plan import CachePlan
 from stepgraph.scheduler import scheduler_facts
+from stepgraph.tolerances import TIMESTEPS
 
 # How far timesteps may differ, in the scheduler's unit.
-NEAR = 1e-3
+NEAR = TIMESTEPS
 
 
 def refuse_other_structure(header: PlanHeader, model: nn.Module) -> None:

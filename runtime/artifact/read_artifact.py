@@ -189,9 +189,10 @@ def _model(value: Any, plan: CachePlan, with_weights: bool) -> dict[str, Any]:
         )
     if with_weights and not isinstance(value["config"], dict):
         raise FileFormatError(f"the model's config is {type(value['config']).__name__}; expected an object")
-    for name in ("tied", "facts") if with_weights else ():
-        texts = value.get(name, {})
-        _texts(texts, f"the model's {name}", tuple(texts) if isinstance(texts, dict) else ())
+    if with_weights:
+        for name in ("tied", "facts"):
+            texts = value.get(name, {})
+            _texts(texts, f"the model's {name}", tuple(texts) if isinstance(texts, dict) else ())
     return value
 
 

@@ -9,6 +9,7 @@ import torch
 
 from stepgraph.env import read_env
 from stepgraph.errors import CaptureError
+from stepgraph.metrics import relative_error
 from stepgraph.tolerances import REPLAY, tolerance
 
 T = TypeVar("T")
@@ -142,7 +143,7 @@ def refuse_difference(got: torch.Tensor, wanted: torch.Tensor, what: str) -> Non
         raise CaptureError(f"a replay of the captured {what} has NaN where the loop has none, or the other way round")
     most = tolerance(REPLAY, wanted.dtype)
     got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
-    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    error = relative_error(got, wanted)
     if error > most:
         raise CaptureError(
             f"a replay of the captured {what} differs from the loop by {error:.1e} of its norm; at most {most:.0e} is expected"

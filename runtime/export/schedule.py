@@ -7,6 +7,7 @@ import torch
 
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import dtype_name, fingerprint
+from stepgraph.inputs import latents_of
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.export.weight_names import WeightNames
 from stepgraph.runtime.program.program import Program
@@ -36,7 +37,7 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
         PlanError: The scheduler is not the one that the plan was made for.
     """
     header, inputs = executable.plan.header, inputs_of(program)
-    latents = next(iter(inputs.values()))
+    latents = latents_of(inputs)
     # Made where the model runs, for the bits.
     timesteps = torch.tensor(header.timesteps, device=latents.device)
     given = (header.timestep or TimestepInput())(timesteps, latents.dtype).tolist()

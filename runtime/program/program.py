@@ -17,9 +17,9 @@ from stepgraph.runtime.memory.layout import Layout
 from stepgraph.runtime.memory.slots import SlotPlan
 from stepgraph.runtime.program.facts import Facts
 from stepgraph.runtime.program.freeze import LEAVES, Frozen, difference, freeze
-from stepgraph.runtime.program.region_calls import Run
+from stepgraph.runtime.program.region_calls import VariantCall
 from stepgraph.runtime.program.tables import Hoisted
-from stepgraph.runtime.program.watch import Watch
+from stepgraph.runtime.program.watch import FactsWatch
 from stepgraph.weight_kinds import inner_tensors, is_plain
 
 
@@ -36,7 +36,7 @@ class Variant:
         tables: Which of the program's tables it takes.
     """
 
-    run: Run
+    run: VariantCall
     graph: fx.GraphModule
     row: str
     macs: int
@@ -88,10 +88,10 @@ class Program:
     folded: frozenset[int] = frozenset()
     facts: Facts = field(default_factory=lambda: Facts({}))
     tensors: tuple[torch.Tensor, ...] = ()
-    watch: Watch = field(init=False)
+    watch: FactsWatch = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "watch", Watch(self.facts))
+        object.__setattr__(self, "watch", FactsWatch(self.facts))
 
     @property
     def begin(self) -> int:

@@ -10,7 +10,7 @@ from torch.fx.graph_module import _assign_attr
 
 from stepgraph.runtime.program.facts import Strength
 from stepgraph.runtime.program.program import Program, Variant
-from stepgraph.runtime.program.region_calls import GraphCall, RegionCalls, Run
+from stepgraph.runtime.program.region_calls import GraphCall, RegionCalls, VariantCall
 from stepgraph.runtime.program.tables import Hoisted
 
 
@@ -66,7 +66,7 @@ def can_rebind(program: Program) -> bool:
     return all(isinstance(variant.run, RegionCalls) or _is_graph(variant.run) for variant in program.variants)
 
 
-def _is_graph(run: Run) -> bool:
+def _is_graph(run: VariantCall) -> bool:
     return isinstance(run, GraphCall) and isinstance(getattr(run.forward, "__self__", None), fx.GraphModule)
 
 

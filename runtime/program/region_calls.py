@@ -15,7 +15,7 @@ from stepgraph.runtime.memory.arena import Arena, Place
 _shape = attrgetter("shape")
 
 
-class Run(Protocol):
+class VariantCall(Protocol):
     """A variant that runs."""
 
     @property
@@ -52,7 +52,7 @@ class GraphCall:
     work_bytes: int = 0
 
     def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
-        """See `Run`."""
+        """See `VariantCall`."""
         outputs = self.forward(*arguments)
         for place, value in zip(stores, outputs[self.results :], strict=True):
             arena.write(place, value)
@@ -109,7 +109,7 @@ class RegionCalls:
     direct: tuple[bool, ...]
 
     def __call__(self, arguments: Sequence[Tensor], stores: Sequence[Place], arena: Arena) -> Sequence[Tensor]:
-        """See `Run`."""
+        """See `VariantCall`."""
         shapes = tuple(map(_shape, arguments))
         if shapes != self.shapes:
             got, expected = [tuple(shape) for shape in shapes], [tuple(shape) for shape in self.shapes]

@@ -24,7 +24,7 @@ OFFLOADS = ("_hf_hook", "_diffusers_hook")
 MANY = 16
 
 
-class Watch:
+class FactsWatch:
     """Compares facts with a model, and lets strengths follow; from any number of threads.
 
     Attributes:

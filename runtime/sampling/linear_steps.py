@@ -12,9 +12,8 @@ from torch.overrides import TorchFunctionMode
 from stepgraph.env import get_logger
 from stepgraph.fingerprint import config_of
 from stepgraph.scheduler import run_timesteps, scaled_input, stepped
+from stepgraph.tolerances import LINEAR_STEP
 
-# How far a step may be from the combination that was found for it, relative to its terms: the scheduler runs in float64.
-TOLERANCE = 1e-9
 # Terms below this share of a step's largest are rounding of what cancels.
 NEGLIGIBLE = 1e-12
 # How many random values of each size the combinations are checked on; the large ones are clipped where anything is.
@@ -155,7 +154,7 @@ def _differ(found: Tensor, weights: Tensor, given: Tensor) -> Tensor:
     values = given[:, :, random].flatten(0, 1)
     error = (found[:, random] - weights @ values).abs()
     # Not the other way round, for NaN.
-    return ~(error <= TOLERANCE * (weights.abs() @ values.abs())).all(dim=1)
+    return ~(error <= LINEAR_STEP * (weights.abs() @ values.abs())).all(dim=1)
 
 
 def _cause(scheduler: Any, arguments: dict[str, float], drawn: bool) -> str:

@@ -116,7 +116,7 @@ def test_builders_and_what_they_started_are_ended(tmp_path, monkeypatch):
     child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     monkeypatch.setattr(prove, "command_of", lambda part, options: [sys.executable, "-c", parent, child])
     seen = tmp_path / "child"
-    with prove.building([prove.Part("dit1", 1.0), prove.Part("kernels", 1.0, built=False)], argparse.Namespace()):
+    with prove.building([prove.ProvePart("dit1", 1.0), prove.ProvePart("kernels", 1.0, built=False)], argparse.Namespace()):
         while not (seen.exists() and seen.read_text()):
             time.sleep(0.01)
         assert alive(int(seen.read_text()))
@@ -138,7 +138,7 @@ def test_a_part_that_hangs_or_fails_stops_no_other(tmp_path, monkeypatch):
     codes = {"dit1": "import time; time.sleep(600)", "flux": "raise SystemExit(3)", "whole": "pass"}
     monkeypatch.setattr(prove, "command_of", lambda part, options: [sys.executable, "-c", codes[part]])
     limits = {"dit1": 0.5, "flux": 10.0, "whole": 10.0}
-    monkeypatch.setattr(prove, "PARTS", tuple(prove.Part(name, limit) for name, limit in limits.items()))
+    monkeypatch.setattr(prove, "PARTS", tuple(prove.ProvePart(name, limit) for name, limit in limits.items()))
     monkeypatch.setattr(prove, "LEAST", 0.1)
     assert prove.main([str(tmp_path), "--tiny", "--seconds", "20"]) == 1
     parts = {part["part"]: part["status"] for part in json.loads((tmp_path / "prove.json").read_text())["parts"]}

@@ -26,14 +26,14 @@ from stepgraph.errors import CompileError, MismatchError
 from stepgraph.runtime.program import facts, watch
 from stepgraph.runtime.program import freeze as freezing
 from stepgraph.runtime.program.freeze import freeze
-from stepgraph.runtime.program.watch import Watch
+from stepgraph.runtime.program.watch import FactsWatch
 
 X = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
 
 
 def watched(model, example):
     traced = trace(model, example)
-    watcher = Watch(traced.facts)
+    watcher = FactsWatch(traced.facts)
     assert list(watcher.differences(model)) == []
     return traced, watcher
 
@@ -164,7 +164,7 @@ def test_every_kind_of_value_is_noticed(monkeypatch, traced_tree, kind):
     change, path = VALUES[kind]
     # The facts of a tree hold for another one of the same make, but for whose tensors these are.
     model = tree()
-    watcher = Watch(traced_tree)
+    watcher = FactsWatch(traced_tree)
     before = watcher.differences(model)
     held = {f"{where}.held" for where in ("first", "rest.0")}
     assert {found.path for found in before} <= held

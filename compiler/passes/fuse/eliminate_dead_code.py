@@ -3,8 +3,7 @@
 from torch import fx
 
 from stepgraph.compiler.interfaces.pass_context import PassContext
-from stepgraph.compiler.marking.graphs import live_nodes
-from stepgraph.node_facts import output_of
+from stepgraph.compiler.marking.graphs import erase_dead
 
 
 def eliminate_dead_code(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -23,8 +22,4 @@ def eliminate_dead_code(gm: fx.GraphModule, ctx: PassContext) -> int:
 
         %gated = mul(%gate, %slot)
     """
-    live = live_nodes([output_of(gm.graph)])
-    dead = [node for node in reversed(gm.graph.nodes) if node not in live and node.op != "placeholder"]
-    for node in dead:
-        gm.graph.erase_node(node)
-    return len(dead)
+    return erase_dead(gm.graph)

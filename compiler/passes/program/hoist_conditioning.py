@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
-from stepgraph.compiler.marking.graphs import live_nodes, storages_of, written_storages
+from stepgraph.compiler.marking.graphs import erase_dead, live_nodes, storages_of, written_storages
 from stepgraph.env import get_logger
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table
@@ -83,6 +83,7 @@ def hoist_conditioning(program: RowGraphs, ctx: ProgramContext) -> int:
     program.tables = tuple(
         _take(gm, {n: place[table] for n, table in border.items()}) for gm, border in zip(program.graphs, borders, strict=True)
     )
+    program.conditioning = {"prompt": prompt, "timestep": timestep}
     # Bound methods: vmap would write the whole module out to have a name for it.
     rowwise = bool(own_kinds(timestep))
     program.hoisted = Hoisted(inputs.prompt, prompt.forward, timestep.forward, tables, in_loop, ctx.timestep, rowwise)
@@ -117,10 +118,7 @@ def _take(gm: fx.GraphModule, border: Mapping[fx.Node, int]) -> tuple[int, ...]:
         tables[index].meta |= {"val": example.meta["val"], TABLE: index}
     for node, index in border.items():
         node.replace_all_uses_with(tables[index])
-    live = live_nodes([output_of(graph)])
-    for node in reversed(list(graph.nodes)):
-        if node not in live and node.op != "placeholder":
-            graph.erase_node(node)
+    erase_dead(graph)
     return tuple(indices)
 
 

@@ -1,16 +1,19 @@
 """A model is traced once per signature in a chain of calls, and its graphs belong to that chain and that model alone."""
 
 import inspect
+import sys
 
 import diffusers
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import stepgraph as sg
 from helpers.pipes import images
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
-from stepgraph.compiler.marking import traced_model
+from stepgraph.cli import factors as factors_cli
 from stepgraph.compiler.marking.traced_model import TracedModel
+from stepgraph.compiler.models import family_of
 from stepgraph.compiler.tracing import trace as trace_file
 
 pytestmark = pytest.mark.traces
@@ -32,10 +35,17 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def families(monkeypatch):
-    """Models whose family was asked for a traced model."""
+    """Models whose family was asked for, by whichever module."""
     seen = []
-    family_of = traced_model.family_of
-    monkeypatch.setattr(traced_model, "family_of", lambda model: (seen.append(model), family_of(model))[1])
+
+    def counted(model):
+        seen.append(model)
+        return family_of(model)
+
+    importers = [m for name, m in sys.modules.items() if name.startswith("stepgraph") and vars(m).get("family_of") is family_of]
+    assert len(importers) > 2
+    for module in importers:
+        monkeypatch.setattr(module, "family_of", counted)
     return seen
 
 
@@ -57,6 +67,31 @@ def test_a_calibration_with_guidance_shares_the_compilers_graph(pipe, runs, fami
     accelerated(pipe, "smoothcache", alpha=0.4, samples=1, guidance_scale=2.0)
     assert [batch for _, batch in runs] == [2, 2]
     assert families == [pipe.transformer]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ddim: sg.calibrate(model, ddim, steps=2, samples=1),
+        lambda model, ddim: sg.make_plan("full", model=model, scheduler=ddim, steps=2),
+        lambda model, ddim: sg.measure_covariances(model, ddim, steps=2, samples=1),
+        lambda model, ddim: sg.train_router(
+            model, ddim, steps=2, settings=sg.RouterSettings(iterations=1, pool=1, batch=1, label_dropout=0.0)
+        ),
+    ],
+)  # fmt: skip
+def test_a_family_is_asked_for_once(dit, families, call):
+    call(dit, diffusers.DDIMScheduler(clip_sample=False))
+    assert families == [dit]
+
+
+def test_factors_are_made_on_the_graph_that_they_are_measured_with(dit, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(factors_cli, "load_model", lambda *_: dit)
+    monkeypatch.setattr(factors_cli, "load_scheduler", lambda *_: diffusers.DDIMScheduler(clip_sample=False))
+    command = ["make", "tiny", "--steps", "3", "--samples", "1", "--rank", "2", "-o", str(tmp_path / "f.safetensors")]
+    result = CliRunner().invoke(factors_cli.factors_app, command)
+    assert result.exit_code == 0, result.output
+    assert [batch for _, batch in runs] == [1, 1]
 
 
 def test_a_calibration_without_guidance_has_one_row_of_its_own(pipe, runs):

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler, EulerAncestra
 
 import stepgraph as sg
 from helpers.tiny import labels, noise, tiny_dit, tiny_scheduler
+from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import PRESETS, RouterSettings, full_steps, settings_of
 from stepgraph.compiler.routers.router_states import NoisedLatents, Trajectories
@@ -63,7 +64,7 @@ def test_pairs_are_those_of_ascending_timestep_indices(steps):
 
 
 def test_trajectories_are_the_states_of_real_runs(model):
-    source = Trajectories(model, DDIMScheduler(), steps=4, size=3, batch=2, dropout=0.0, seed=5)
+    source = Trajectories(TracedModel(model), DDIMScheduler(), steps=4, size=3, batch=2, dropout=0.0, seed=5)
     window = source.window(torch.tensor([0, 2, 3]), 1, torch.Generator().manual_seed(0))
     assert window.steps.tolist() == [[0, 2, 3], [1, 3, 3]]
     assert window.valid.tolist() == [[True] * 3, [True, True, False]]
@@ -82,7 +83,7 @@ def test_trajectories_are_the_states_of_real_runs(model):
 
 def test_noised_latents_follow_the_forward_process(model):
     clean = noise(3, seed=4)
-    source = NoisedLatents(model, DDIMScheduler(), 4, clean.expand(3, 4, 8, 8), labels(1, 2, 3), dropout=0.0)
+    source = NoisedLatents(TracedModel(model), DDIMScheduler(), 4, clean.expand(3, 4, 8, 8), labels(1, 2, 3), dropout=0.0)
     with torch.no_grad():
         window = source.window(torch.tensor([0, 2, 0, 2] * 64), 1, torch.Generator().manual_seed(0))
     own = DDIMScheduler()
@@ -120,7 +121,7 @@ def test_schedulers_that_draw_noise_are_refused(model):
 
 
 def test_label_dropout_takes_the_null_class(model):
-    source = Trajectories(model, DDIMScheduler(), steps=2, size=40, batch=20, dropout=0.5, seed=0)
+    source = Trajectories(TracedModel(model), DDIMScheduler(), steps=2, size=40, batch=20, dropout=0.5, seed=0)
     dropped = int((source.conditioning["class_labels"] == 1000).sum())
     assert 8 < dropped < 32
 
@@ -152,7 +153,7 @@ def test_the_loss_is_the_papers(model):
     settings = replace(SMALL, iterations=1, batch=4, pool=4, init=1.0, label_dropout=0.0)
     trained = train(model, settings=settings)
     weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(settings.seed))
-    source = Trajectories(model, DDIMScheduler(), 4, 4, 4, 0.0, settings.seed + 2)
+    source = Trajectories(TracedModel(model), DDIMScheduler(), 4, 4, 4, 0.0, settings.seed + 2)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     offset = int(torch.randint(2, (1,), generator=generator))
     window = source.window(torch.tensor([0, 2])[(torch.arange(4) + offset) % 2], 1, generator)
@@ -235,7 +236,7 @@ def test_longer_runs_read_what_the_step_before_mixed(model):
     settings = replace(SMALL, run=2, batch=4)
     marked = marked_graph(model, example_inputs(model, 4))
     header = make_header(model, DDIMScheduler(), 3, marked)
-    states = Trajectories(model, DDIMScheduler(), 3, 4, 4, 0.0, 0)
+    states = Trajectories(TracedModel(model), DDIMScheduler(), 3, 4, 4, 0.0, 0)
     training = _Training(MixedModel(model, marked), states, header, settings)
     window = states.window(torch.zeros(4, dtype=torch.int64), 2, torch.Generator().manual_seed(0))
     _, stored = training.soft.fill(window.inputs[0])

@@ -95,6 +95,29 @@ def test_sound_programs_pass_their_checks(dit, monkeypatch):
     assert exe.default.hoisted is not None
 
 
+def broken_program_pass(program, ctx) -> int:
+    """Moves the first of the operations before the loop behind the last."""
+    first, *_, last = [
+        node for node in program.conditioning["timestep"].graph.nodes if node.op not in ("placeholder", "output")
+    ]
+    last.append(first)
+    return 1
+
+
+def test_what_a_pass_makes_is_dumped_and_linted_with_it(dit, monkeypatch, tmp_path):
+    monkeypatch.setenv("STEPGRAPH_DUMP", str(tmp_path))
+    sg.compile(dit, plan_of(dit), inputs(2), backend="eager")
+    files = {label: next(tmp_path.glob(f"{label}-*-hoist_conditioning.py")) for label in ("prompt", "timestep", "variant000")}
+    assert len({path.name.split("-")[1] for path in files.values()}) == 1
+    assert not list(tmp_path.glob("prompt-*-fold_sums.py"))
+    assert "timestep_embedder" in files["timestep"].read_text()
+    assert "timestep_embedder" not in files["variant000"].read_text()
+    # Linted by the runner, too: a graph that uses a node before it is made is refused.
+    monkeypatch.setattr(specialize_file, "PROGRAM_PASSES", (*PROGRAM_PASSES, broken_program_pass))
+    with pytest.raises(RuntimeError, match="before it has been defined"):
+        sg.compile(dit, plan_of(dit), inputs(2), backend="eager")
+
+
 def test_split_projections_is_dumped_under_its_number_and_checked(monkeypatch, tmp_path):
     import diffusers
 

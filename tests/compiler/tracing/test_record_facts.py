@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepgraph.compiler.tracing.trace import trace
-from stepgraph.runtime.program.watch import Watch
+from stepgraph.runtime.program.watch import FactsWatch
 
 HALF = 0.3
 
@@ -30,7 +30,7 @@ class Scaled(nn.Module):
 def followed(model, x):
     """The bound graph, what looks after it, and the paths that it follows."""
     traced = trace(model, {"x": x})
-    watch = Watch(traced.facts)
+    watch = FactsWatch(traced.facts)
     assert not watch.differences(model)
     return traced.bind(model), watch, [strength.path for strength in traced.facts.strengths]
 
@@ -160,7 +160,7 @@ def test_a_number_that_is_set_for_a_time_stays_what_it_was():
 def test_two_programs_that_share_a_trace_do_not_mislead_each_other():
     model, x = Scaled(PRODUCTS["x * s"]).eval(), torch.randn(4, 6)
     traced = trace(model, {"x": x})
-    one, other = Watch(traced.facts), Watch(traced.facts)
+    one, other = FactsWatch(traced.facts), FactsWatch(traced.facts)
     graph, first = traced.bind(model), model.strength
     for watch, value in ((one, first), (other, first), (one, 0.5), (other, first), (one, 0.5), (other, 0.5), (one, first)):
         model.strength = value
