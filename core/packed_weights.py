@@ -4,23 +4,45 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepgraph.contents import plain_tensors
+from stepgraph.contents import Scattered, plain_tensors
 
 # A child that was forked while another thread was at work would wait for that thread's lock for ever.
 _every: "weakref.WeakSet[PackedWeights]" = weakref.WeakSet()
+_numbers = count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """What is kept of some weights.
+
+    Attributes:
+        versions: Those of the weights.
+        form: Their packed form.
+        size: Its bytes.
+        number: How many forms had been made, with it.
+        values: Some of the values that it was made of; None for weights elsewhere than on the CPU.
+    """
+
+    versions: tuple[int, ...]
+    form: Tensor
+    size: int
+    number: int
+    values: Scattered | None
 
 
 class PackedWeights:
     """Packed forms of weights, by storage, place, layout and version.
 
     A weight that is written to in place has another version and is packed again; one whose storage is gone takes its packed
-    form along. Writes that move no version are told by `forget_packed`. Tensors made under `torch.inference_mode` have no
+    form along. Writes that move no version are told by `forget_packed` and `forget_unlike`. Tensors made under `torch.inference_mode` have no
     version: they are packed in every call. Threads share it.
 
     Args:
@@ -31,8 +53,8 @@ class PackedWeights:
 
     def __init__(self, pack: Callable[[Tensor], Tensor], limit: int | None = None) -> None:
         self.pack, self.limit = pack, limit
-        self.bytes = 0
-        self._kept: OrderedDict[tuple[Any, ...], tuple[tuple[int, ...], Tensor, int]] = OrderedDict()
+        self.bytes = self.last = 0
+        self._kept: OrderedDict[tuple[Any, ...], _Packed] = OrderedDict()
         self._owners: dict[int, weakref.ref[Any]] = {}
         self._dead: deque[int] = deque()
         self._lock = threading.Lock()
@@ -53,6 +75,29 @@ class PackedWeights:
         with self._lock:
             for key in [key for key in self._kept if any(part[0] in storages for part in key)]:
                 self._drop(key)
+
+    def forget_unlike(self, storages: Collection[int], since: int, everything: bool) -> bool:
+        """See `forget_unlike`."""
+        if self.last <= since:
+            return False
+        with self._lock:
+            stale = [
+                key
+                for key, entry in self._kept.items()
+                if entry.number > since
+                and any(part[0] in storages for part in key)
+                and (everything or self._is_unlike(key, entry))
+            ]
+            for key in stale:
+                self._drop(key)
+        return bool(stale)
+
+    def _is_unlike(self, key: tuple[Any, ...], entry: _Packed) -> bool:
+        """Whether weights hold other values than what was packed, as far as some of them tell."""
+        storages = [self._owners[part[0]]() if part[0] in self._owners else None for part in key]
+        if entry.values is None or any(storage is None for storage in storages):
+            return True
+        return bool(entry.values.changed([_at(part, storage) for part, storage in zip(key, storages, strict=True)]))
 
     def get(self, *weights: Tensor) -> Tensor:
         """The packed form of a weight, or of several, one below the other."""
@@ -76,17 +121,19 @@ class PackedWeights:
         storages: Sequence[torch.UntypedStorage],
     ) -> Tensor:
         entry = self._kept.get(key)
-        if entry is not None and entry[0] == versions:
+        if entry is not None and entry.versions == versions:
             self._kept.move_to_end(key)
-            return entry[1]
+            return entry.form
         self._drop(key)
+        values = Scattered(weights) if all(weight.device.type == "cpu" for weight in weights) else None
         packed = self.pack(_stacked(weights))
         # A packed form whose layout is its maker's secret tells no size of its own.
         size = sum(weight.nbytes for weight in weights) if packed.is_mkldnn else packed.nbytes
         for storage in storages:
             if id(storage) not in self._owners:
                 self._watch(storage)
-        self._kept[key] = (versions, packed, size)
+        self.last = next(_numbers)
+        self._kept[key] = _Packed(versions, packed, size, self.last, values)
         self.bytes += size
         while self.limit is not None and self.bytes > self.limit and len(self._kept) > 1:
             self._drop(next(iter(self._kept)))
@@ -120,7 +167,7 @@ class PackedWeights:
 
     def _drop(self, key: tuple[Any, ...]) -> None:
         entry = self._kept.pop(key, None)
-        self.bytes -= entry[2] if entry else 0
+        self.bytes -= entry.size if entry else 0
 
 
 def forget_packed(weights: Sequence[Tensor]) -> None:
@@ -130,6 +177,32 @@ def forget_packed(weights: Sequence[Tensor]) -> None:
         packed.forget(plain)
 
 
+def packings() -> int:
+    """The number of the last form that was packed, for `forget_unlike`."""
+    return max((packed.last for packed in list(_every)), default=0)
+
+
+def forget_unlike(weights: Sequence[Tensor], since: int, everything: bool = False) -> bool:
+    """Drop what was packed anywhere of some weights, after others had been, where they hold other values now.
+
+    Values that were written past versions, packed, and put back the same way look as if nothing had been.
+
+    Args:
+        weights: Of which.
+        since: What `packings` said then; what was packed before is not looked at.
+        everything: Drop all of it: some of the values do not tell enough.
+
+    Returns:
+        Whether anything was dropped.
+    """
+    recent = [packed for packed in list(_every) if packed.last > since]
+    if not recent:
+        return False
+    plain = [part for weight in weights for part in plain_tensors(weight) if has_storage(part)]
+    storages = {id(part.untyped_storage()) for part in plain}
+    return any([packed.forget_unlike(storages, since, everything) for packed in recent])
+
+
 def has_storage(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory that it can be told by."""
     return tensor.device.type != "meta" and tensor.layout == torch.strided
@@ -137,6 +210,14 @@ def has_storage(tensor: Tensor) -> bool:
 
 def _place(weight: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
     return id(storage), weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+def _at(place: tuple[Any, ...], storage: Any) -> Tensor:
+    """The tensor at a place that `_place` describes."""
+    _, address, dtype, shape, strides = place
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=dtype)
+        return empty.set_(storage, (address - storage.data_ptr()) // empty.element_size(), shape, strides)
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:

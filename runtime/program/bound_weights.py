@@ -35,6 +35,7 @@ class Look:
         replaced: Old tensor -> the new object of its name.
         moved: Whether a tensor lies elsewhere.
         written: Names of tensors that hold other values than at the last look.
+        marked: Names of those that were written to, or lie elsewhere: they may have held others in the meantime.
         unseen: Whether values changed that no version told of.
         later: The digests of all tensors, still being computed on an accelerator; `BoundWeights.finish` compares them.
     """
@@ -42,6 +43,7 @@ class Look:
     replaced: Sequence[tuple[Tensor, Tensor]] = ()
     moved: bool = False
     written: tuple[str, ...] = ()
+    marked: tuple[str, ...] = ()
     unseen: bool = False
     later: Tensor | None = None
 
@@ -58,6 +60,7 @@ class BoundWeights:
             it begins: some values of every tensor, and all bits where something changed.
         changes: How often an address or a value has changed; what is computed of the weights and kept notes it.
         moves: How often an address has: captured graphs note it.
+        packed: What `packings` said when the weights were last followed.
         modules: The model's modules, by path.
         base: The names that the first of the tensors have in the model without adapters; those that adapters brought follow.
         adapters: Names of the tensors whose values adapters have brought or changed.
@@ -65,7 +68,7 @@ class BoundWeights:
 
     def __init__(self, model: nn.Module, compiled: Sequence[int] | None = None) -> None:
         self.lock = threading.RLock()
-        self.changes = self.moves = 0
+        self.changes = self.moves = self.packed = 0
         self.warned = False
         modules = list(model.named_modules())
         self.modules = dict(modules)
@@ -170,20 +173,21 @@ class BoundWeights:
             marks = [_mark(tensor) for tensor in present]
             replaced = self._replaced(present)
             moved = any(now[::2] != then[::2] for now, then in zip(marks, self._marks, strict=True))
-            marked = marks != self._marks
+            pairs = zip(self.names, marks, self._marks, strict=True)
+            marked = tuple(name for name, now, then in pairs if now != then) if marks != self._marks else ()
             if replaced or moved:
                 self.moves += 1
-            self.changes += marked or bool(replaced)
+            self.changes += bool(marked or replaced)
             self.tensors, before, self._marks = present, self._marks, marks
             if self.later and not (marked or everything):
-                return Look(replaced, moved, later=content_sums(present))
+                return Look(replaced, moved, marked=marked, later=content_sums(present))
             seen = self._scattered.changed(present) if self._scattered is not None else []
             if not (marked or seen or everything):
                 return Look(replaced, moved)
             written = self._compare(content_sums(present))
             unseen = [number for number in written if before[number] == marks[number]]
             self.changes += bool(unseen)
-            return Look(replaced, moved, tuple(self.names[number] for number in written), bool(unseen))
+            return Look(replaced, moved, tuple(self.names[number] for number in written), marked, bool(unseen))
 
     def displaced(self) -> tuple[str, ...]:
         """Names of the tensors that are other objects now than at the last look, or lie elsewhere.

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from stepgraph.env import get_logger, read_env
-from stepgraph.packed_weights import forget_packed
+from stepgraph.packed_weights import forget_packed, forget_unlike, packings
 from stepgraph.plan.measured import refuse_other_values
 from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import Program
@@ -31,13 +31,16 @@ def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
         MismatchError: Weights hold other values than those that numbers of the plan were measured on, or, if the executable is
             strict, than those that its choice was.
     """
-    weights = executable.weights
+    weights, everything = executable.weights, everything or read_env().check
     with weights.lock:
-        look = weights.look(everything or read_env().check)
+        look, packed = weights.look(everything), packings()
         if look.replaced:
             for program in executable.programs:
                 rebind(program, look.replaced)
         _follow(executable, look)
+        # Also where nothing differs from the last look: what was packed in between may be of values that are gone again.
+        weights.changes += forget_unlike(weights.tensors, weights.packed, everything)
+        weights.packed = packed
     return look
 
 
@@ -67,9 +70,10 @@ def finish_run(executable: "Compiled", look: Look) -> Look:
 def _follow(executable: "Compiled", look: Look) -> None:
     """Drop the copies that were made of values that changed, and see whether the plan follows the new ones."""
     weights = executable.weights
-    if look.written:
+    if look.written or look.marked:
         get_logger("weights").info("%d weights hold other values, such as %s", len(look.written), look.written[0])
-        forget_packed(weights.named(look.written))
+    if look.written or look.marked:
+        forget_packed(weights.named((*look.written, *look.marked)))
     others = weights.others
     if not others:
         return

@@ -16,9 +16,10 @@ from stepgraph.compiler.tracing import trace as trace_file
 from stepgraph.contents import Scattered
 from stepgraph.errors import CompileError, MismatchError
 from stepgraph.fingerprint import fingerprint
+from stepgraph.packed_weights import forget_packed
 from stepgraph.plan.measured import measured
 from stepgraph.runtime.export.runner import Runner, ScheduleError, write_tensors
-from stepgraph.runtime.program import bound_weights
+from stepgraph.runtime.program import bound_weights, packed_linear
 
 STEPS, DDIM = 3, diffusers.DDIMScheduler(clip_sample=False)
 # The same tensors in all runs, so that what is kept of the conditioning stays.
@@ -206,6 +207,28 @@ def test_a_second_executable_does_not_take_the_firsts_stale_copies():
     sampled(compiled(model, backend="inductor"))
     write_data(model)
     assert (sampled(compiled(model, backend="inductor")) - sampled(model)).norm() < 1e-4
+
+
+def test_what_was_packed_of_values_that_are_gone_again_is_dropped():
+    """Another executable ran in between, so that versions, addresses and contents are those of this one's last look."""
+    model = tiny_dit(num_layers=1)
+    exe = compiled(model, backend="inductor")
+    sampled(exe)
+    weight = model.transformer_blocks[0].ff.net[0].proj.weight
+    for written in (weight, weight.data):
+        with torch.no_grad():
+            before = weight.clone()
+            written.mul_(3)
+            forget_packed([weight])
+            packed_linear.PACKED.get(weight)
+            weight.data.copy_(before)
+        count = packed_linear.PACKED.last
+        assert (sampled(exe) - sampled(model)).norm() < 1e-4
+        # Packed again once, and good from then on.
+        assert packed_linear.PACKED.last > count
+        count = packed_linear.PACKED.last
+        assert (sampled(exe) - sampled(model)).norm() < 1e-4
+        assert packed_linear.PACKED.last == count
 
 
 # ---- on an accelerator, where contents are digested during the run
