@@ -10,7 +10,7 @@ from stepgraph.checked import checked
 from stepgraph.checks import check_flag, check_numbers, check_whole, is_finite, shown
 from stepgraph.env import get_logger, read_env
 from stepgraph.errors import ArgumentError, CaptureError, CompileError, MismatchError
-from stepgraph.inputs import flat_inputs
+from stepgraph.inputs import flat_inputs, refuse_sparse
 from stepgraph.plan import CachePlan
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
@@ -182,6 +182,7 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        refuse_sparse(inputs)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
@@ -192,6 +193,8 @@ class Session:
             )
         if torch.is_grad_enabled():
             _refuse_gradients(dict(zip(program.input_names, arguments, strict=True)))
+        if self.checked:
+            self._state.numbers.look(program.table_rows, inputs)
         if self._state.check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
@@ -224,6 +227,7 @@ class Session:
                     tables.finish()
             self._release()
             if self.checked:
+                state.numbers.finish()
                 refuse_changed_within(self.executable, self.programs, state.moves)
             finish_run(self.executable, state.look)
 
