@@ -21,11 +21,12 @@ from stepgraph.compiler.specializing.bind_factors import bind_factors
 from stepgraph.compiler.specializing.coefficients import coefficients_of
 from stepgraph.compiler.specializing.specialize import rewrite_model, rewrite_program, specialize
 from stepgraph.compiler.tracing.pause_garbage_collector import pause_garbage_collector
+from stepgraph.compiler.tracing.table_rows import table_rows
 from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import model_dtype
-from stepgraph.inputs import flat_inputs
+from stepgraph.inputs import flat_inputs, refuse_sparse
 from stepgraph.node_facts import PROVIDER, output_of
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
@@ -99,6 +100,7 @@ def build_program(
 ) -> Program:
     """All stages for inputs of one signature; `tell` gets what differs from what the plan was made under, if anything does."""
     clock, model, family = _StageClock(), traced.model, traced.family
+    refuse_sparse(inputs)
     refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
 
@@ -156,6 +158,7 @@ def build_program(
         regions=lowered.regions,
         facts=marked.trace.facts,
         tensors=tuple(marked.trace.tensors.values()),
+        table_rows=table_rows(marked.trace.graph, model),
         factor_bytes=sum(t.nbytes for site in groups.values() for group in site for t in (*group.a, group.b)),
     )
 

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from stepgraph.errors import CompileError
+from stepgraph.checks import shown
+from stepgraph.errors import ArgumentError, CompileError
 
 T = TypeVar("T")
 
@@ -38,6 +39,18 @@ def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
                 raise CompileError(f"two inputs are named {key}: one inside the dict {name}, one beside it; rename one of them")
             flat[key] = entry
     return flat
+
+
+def refuse_sparse(inputs: Mapping[str, Any]) -> None:
+    """Refuse tensors that are not laid out as graphs take them.
+
+    Raises:
+        ArgumentError: The message names one.
+    """
+    for name, value in flat_inputs(inputs).items():
+        if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            raise ArgumentError(f"{name} is {shown(value)} laid out as {layout}; expected a dense one: pass {name}.to_dense()")
 
 
 def like_flat(inputs: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -433,8 +433,9 @@ def linear_combination(values: list[Tensor], coefficients: Tensor) -> Tensor:
     Raises:
         OpError: The coefficients are neither as many as the values nor one more.
     """
-    if len(coefficients) - len(values) not in (0, 1):
-        raise OpError(f"{len(coefficients)} coefficients for {len(values)} values; expected as many, or one more")
+    count = len(coefficients) if coefficients.ndim else 0
+    if count - len(values) not in (0, 1) or not count:
+        raise OpError(f"{count} coefficients for {len(values)} values; expected as many, or one more")
     total = coefficients[0] * _wide(values[0])
     for coefficient, value in zip(coefficients[1:], values[1:], strict=False):
         total = total + coefficient * _wide(value)

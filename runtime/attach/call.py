@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import CompileError
+from stepgraph.inputs import refuse_sparse
 from stepgraph.runtime.program.program import signature
 
 
@@ -42,11 +43,13 @@ class Call:
         return {name: value for name, value in rest if isinstance(value, torch.Tensor)}
 
     def refuse_without_values(self) -> None:
-        """Refuse tensors that hold no values.
+        """Refuse tensors that hold no values, or do not hold them as graphs take them.
 
         Raises:
             CompileError: One is on the meta device; the message names it.
+            ArgumentError: One is sparse.
         """
+        refuse_sparse(self.inputs)
         for name, value in self.inputs.items():
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
                 raise CompileError(f"the transformer is called with {name} on the meta device, which holds no values")

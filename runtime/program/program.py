@@ -67,6 +67,7 @@ class Program:
         folded: Sites whose stored values are part of another's: a sum takes their place.
         facts: What its graphs depend on beside inputs and the contents of weights.
         tensors: What its graphs read beside inputs, weights and strengths; whoever holds it may write to it.
+        table_rows: By the inputs that say rows of tables (class labels), how many rows there are.
         watch: Compares the facts with a model.
     """
 
@@ -88,6 +89,7 @@ class Program:
     folded: frozenset[int] = frozenset()
     facts: Facts = field(default_factory=lambda: Facts({}))
     tensors: tuple[torch.Tensor, ...] = ()
+    table_rows: Mapping[str, int] = field(default_factory=dict)
     watch: FactsWatch = field(init=False)
 
     def __post_init__(self) -> None:

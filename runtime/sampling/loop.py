@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepgraph.errors import MismatchError
 from stepgraph.runtime.sampling.update import Update
 from stepgraph.schedule import TimestepInput
 from stepgraph.scheduler import first_latents, run_timesteps, without_variance
@@ -75,6 +76,7 @@ class Loop:
         for step, (timestep, t) in enumerate(zip(times, self.timesteps, strict=True)):
             outputs = self._outputs(predict, update.scaled(latents, timestep), t, calls)
             outputs = [without_variance(output, latents.shape[1]) for output in outputs]
+            _refuse_other_shape(outputs, latents)
             latents = update(latents, outputs, timestep)
             if on_step is not None:
                 on_step(step + 1, len(self.timesteps))
@@ -90,3 +92,17 @@ class Loop:
             predict(**{self.latents_name: batch, "timestep": timestep, **call}, return_dict=False)[0] for call in calls
         ]
         return outputs[0].chunk(2) if self.doubled else outputs
+
+
+def _refuse_other_shape(outputs: Sequence[Tensor], latents: Tensor) -> None:
+    """Refuse predictions that no scheduler can step with.
+
+    Raises:
+        MismatchError: One has another shape than the latents, as where these cannot be cut into whole patches.
+    """
+    for output in outputs:
+        if output.shape != latents.shape:
+            raise MismatchError(
+                f"the model makes {list(output.shape)} of latents {list(latents.shape)}; expected the same shape: give latents "
+                f"of a size that the model takes, such as a multiple of its patches"
+            )

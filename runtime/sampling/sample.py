@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
-from stepgraph.checks import check_number
+from stepgraph.checks import check_number, shown
 from stepgraph.env import get_logger
 from stepgraph.errors import ArgumentError, CompileError, PlanError
+from stepgraph.inputs import flat_inputs, refuse_sparse
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.captured import LIMITS, Attempt
@@ -28,6 +29,7 @@ from stepgraph.runtime.sampling.update import FusedUpdate, Update, choose_update
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.lease_captured_steps import wants_graphs
+from stepgraph.runtime.session.row_numbers import RowNumbers
 from stepgraph.runtime.session.siblings import suited
 from stepgraph.schedule import Schedule, schedule_of, timestep_of
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
@@ -83,11 +85,13 @@ def sample(
         PlanError: The scheduler is not the one the plan was made for, an input is missing, the scale is no number, or
             `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
         CompileError: `capture` is asked of a run that cannot be captured.
-        ArgumentError: The noise is on meta.
+        ArgumentError: The noise is no dense tensor [B, C, ...] that holds values, or a class label has no row in the model's
+            table.
+        MismatchError: The model gives another shape than its latents have, which it cannot cut into whole patches.
     """
     check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
-    if noise.device.type == "meta":
-        raise ArgumentError("noise is on meta, without data; expected latents on the model's device")
+    _refuse_no_latents(noise)
+    refuse_sparse(conditioning)
     prepared, begin, separate = _scheduler_for(runner, scheduler, steps, schedule, noise)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
@@ -109,15 +113,19 @@ def sample(
     whole, graphs = capture is True, capture is not False
     if whole or (graphs and isinstance(runner, Compiled) and wants_graphs(runner.config, noise.device)):
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
-        look = Look()
+        look, numbers = Look(), RowNumbers()
         if not attempt.refusal and isinstance(runner, Compiled) and isinstance(update, FusedUpdate):
             runner = suited(runner)
             look = follow_weights(runner)
+            for half in (cond, uncond or {}):
+                numbers.look(runner.default.table_rows, flat_inputs(half))
             key = (signature({"noise": noise, **conditioning}), guidance_scale, scheduler_state(prepared), begin)
             at_once = whole or bool(runner.config.cuda_graphs)
             attempt = _captured_run(runner, key, loop, update, noise, calls, at_once)
         if attempt.capture is not None:
-            return attempt.capture(noise, calls(), look)
+            denoised = attempt.capture(noise, calls(), look)
+            numbers.finish()
+            return denoised
         if whole:
             raise CompileError(f"capture=True, but {attempt.refusal}; leave it out to run the loop")
         if attempt.refusal and isinstance(runner, Compiled):
@@ -127,6 +135,19 @@ def sample(
         graphs = bool(attempt.refusal)
     predict: Callable[..., Any] = loop_session(runner, loop, graphs) if isinstance(runner, Compiled) else runner
     return loop.run(predict, update, noise, calls(), on_step)
+
+
+def _refuse_no_latents(noise: torch.Tensor) -> None:
+    """Refuse noise that no sampler can begin with.
+
+    Raises:
+        ArgumentError: See `sample`.
+    """
+    if noise.device.type == "meta":
+        raise ArgumentError("noise is on meta, without data; expected latents on the model's device")
+    refuse_sparse({"noise": noise})
+    if noise.ndim < 2 or not noise.is_floating_point():
+        raise ArgumentError(f"noise is {shown(noise)}; expected latents [B, C, ...] in the model's dtype")
 
 
 def _captured_run(

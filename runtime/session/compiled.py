@@ -100,7 +100,8 @@ class Compiled:
             around: Whether calls of the model itself end here, so that its own hooks have run.
 
         Raises:
-            PlanError: The plan has no such step, or a forecast reads what the run does not have.
+            PlanError: The plan has no such step, a forecast reads what the run does not have, or the timesteps are not finite
+                numbers, one for each step of the run.
         """
         return Session(self, capture, begin, timesteps, around=around)
 

@@ -10,6 +10,7 @@ from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.bound_weights import Look
 from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.program.tables import FixedTables, Tables
+from stepgraph.runtime.session.row_numbers import RowNumbers
 
 
 @dataclass
@@ -46,6 +47,7 @@ class RunState:
         captured: By program, the captured steps that the run has for itself.
         look: What was found of the weights when the run began.
         moves: How often weights had been others, or elsewhere, until the run began.
+        numbers: The class labels, and their like, that it was given.
         peak_slot_bytes: The most bytes of stored values so far.
     """
 
@@ -57,6 +59,7 @@ class RunState:
     captured: dict[int, CapturedSteps] = field(default_factory=dict)
     look: Look = field(default_factory=Look)
     moves: int = 0
+    numbers: RowNumbers = field(default_factory=RowNumbers)
     peak_slot_bytes: int = 0
 
     @property

@@ -7,10 +7,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
-from stepgraph.checks import check_flag, check_whole, is_finite, shown
+from stepgraph.checks import check_flag, check_numbers, check_whole, is_finite, shown
 from stepgraph.env import read_env
-from stepgraph.errors import ArgumentError, CaptureError, CompileError
-from stepgraph.inputs import flat_inputs
+from stepgraph.errors import ArgumentError, CaptureError, CompileError, MismatchError
+from stepgraph.inputs import flat_inputs, refuse_sparse
+from stepgraph.plan import CachePlan
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
 from stepgraph.runtime.memory.layout import Moves
@@ -48,7 +49,7 @@ class Session:
     ) -> None:
         self.executable, self.capture, self.begin = executable, capture, begin
         self.checked, self.around = checked, around
-        self.timesteps = tuple(executable.plan.header.timesteps[begin:] if timesteps is None else timesteps)
+        self.timesteps = _timesteps_of(executable.plan, begin, timesteps)
         self._state = self._fresh_state()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -181,6 +182,7 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        refuse_sparse(inputs)
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
@@ -191,6 +193,8 @@ class Session:
             )
         if torch.is_grad_enabled():
             _refuse_gradients(dict(zip(program.input_names, arguments, strict=True)))
+        if self.checked:
+            self._state.numbers.look(program.table_rows, inputs)
         if self._state.check:
             refuse_nan(dict(zip(program.input_names, arguments, strict=True)), f"input of step {self.step}")
         table = self._table(program, arguments[0].device)
@@ -223,6 +227,7 @@ class Session:
                     tables.finish()
             self._release()
             if self.checked:
+                state.numbers.finish()
                 refuse_changed_within(self.executable, self.programs, state.moves)
             finish_run(self.executable, state.look)
 
@@ -318,6 +323,27 @@ class Session:
             follow_facts(self.executable, program)
         self._state.present.program, self._state.present.key = program, key
         return program
+
+
+def _timesteps_of(plan: CachePlan, begin: int, timesteps: Sequence[float] | None) -> tuple[float, ...]:
+    """The timesteps of a run that begins at a step of a plan: those that are given, or else the plan's.
+
+    Raises:
+        PlanError: The plan has no such step, a forecast reads what the run does not have, or the timesteps are not finite
+            numbers, one for each of the run's steps.
+    """
+    check_whole("begin", begin, 0, plan.steps - 1, tail=f": the plan has steps 0 to {plan.steps - 1}")
+    if begin and plan.forecasts:
+        plan.tail(begin)
+    if timesteps is None:
+        return plan.header.timesteps[begin:]
+    numbers, steps = tuple(check_numbers("timesteps", timesteps)), plan.steps - begin
+    if len(numbers) != steps:
+        raise MismatchError(
+            f"timesteps are {len(numbers)}; expected {steps}, one for each step of a run that begins at step {begin} of "
+            f"{plan.steps}; to begin later, pass begin="
+        )
+    return numbers
 
 
 def _refuse_gradients(arguments: Mapping[str, torch.Tensor]) -> None:

@@ -140,7 +140,9 @@ def _ways(value: object) -> list[object]:
     if isinstance(value, torch.Tensor):
         cut = [lambda t: t[..., :-1], lambda t: t[:0]] if value.ndim and value.numel() > 1 else []
         return [*cut, lambda t: t[None], torch.Tensor.double, lambda t: t.to("meta"), torch.Tensor.tolist, lambda t: t.bool(),
-                lambda t: t * math.nan if t.is_floating_point() else t - 5]  # fmt: skip
+                lambda t: t.to_sparse(), lambda t: t.flatten()[:1].reshape(()) if t.numel() else t,
+                lambda t: t[..., :-1, :-1] if t.ndim > 1 else t[:1].repeat(3),
+                lambda t: t * math.nan if t.is_floating_point() else t - 5, lambda t: t + 10**6]  # fmt: skip
     if isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and value):
         return ["entry", "added", "dropped", "renamed"]
     # An executable is made by compiling alone.
@@ -239,5 +241,6 @@ def _is_json(value: object) -> bool:
 
 def _shown(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
+        layout = "" if value.layout == torch.strided else f" {value.layout}"
+        return f"{value.dtype} {list(value.shape)} on {value.device}{layout}"
     return _brief(value)

@@ -167,6 +167,14 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
     def session(**arguments: Any) -> Any:
         return exe.session()(**arguments)
 
+    def run_through(**arguments: Any) -> Any:
+        run, begin = exe.session(**arguments), arguments.get("begin", 0)
+        for _ in range(STEPS - begin):
+            assert not run.finished
+            run(**called)
+        assert run.finished
+        return run
+
     def attached(**arguments: Any) -> Any:
         w.pipe.scheduler.set_timesteps(STEPS)
         exe.attach(w.pipe)
@@ -223,7 +231,7 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "Executable.program": (exe.program, {"inputs": inputs(2), "begin": 0}),
         "Executable.save": (exe.save, {"path": w.folder / "written.zip", "with_weights": True, "scheduler": scheduler}),
         "Executable.warm_up": (exe.warm_up, {"scheduler": scheduler, "guidance_scale": 1.0}),
-        "Executable.session": (exe.session, {"capture": False, "begin": 1}),
+        "Executable.session": (run_through, {"capture": False, "begin": 1, "timesteps": list(plan.header.timesteps[1:])}),
         "Factors": (sg.Factors, {name: getattr(factors, name) for name in factors.__dataclass_fields__}),
         "Factors.load": (sg.Factors.load, {"path": w.saved("factors.safetensors", factors)}),
         "Factors.merge": (factors.merge, {"other": replace(factors, maps={}, errors={})}),
