@@ -88,7 +88,8 @@ def _mixed(words: Tensor, work: Tensor) -> Tensor:
     products, shifted = (each[: words.numel()].view(words.shape) for each in work)
     torch.mul(words, _of_lanes(words.device)[: words.shape[1]], out=products)
     torch.bitwise_right_shift(products, 32, out=shifted)
-    return products.bitwise_xor_(shifted).sum(1)
+    sums: Tensor = products.bitwise_xor_(shifted).sum(1)
+    return sums
 
 
 @lru_cache(1024)

@@ -142,7 +142,8 @@ def hooked(name: str, setting: Setting) -> Contender:
 def ours(name: str, setting: Setting, without: str | None = None) -> Contender:
     """A plan's executable, with one optimisation left out where asked."""
     plan = setting.plan(name)
-    config = CompileConfig(setting.backend, **({without: False} if without in OPTIONS else {}))
+    options: dict[str, Any] = {without: False} if without in OPTIONS else {}
+    config = CompileConfig(setting.backend, **options)
     started = time.perf_counter()
     with pass_disabled(without if without in PASSES else None):
         executable = compile_plan(setting.model, plan, example_inputs(setting.model, setting.batch), config)

@@ -27,7 +27,7 @@ class TracedTensor(torch.Tensor):
         return traced
 
     @property
-    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]  # what it stands for
+    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override,misc]  # what it stands for
         """As the tensor that it stands for answers; `type` gives the real class."""
         return torch.Tensor
 
