@@ -42,8 +42,8 @@ class PackedWeights:
     """Packed forms of weights, by storage, place, layout and version.
 
     A weight that is written to in place has another version and is packed again; one whose storage is gone takes its packed
-    form along. Writes that move no version are told by `forget_packed` and `forget_unlike`. Tensors made under `torch.inference_mode` have no
-    version: they are packed in every call. Threads share it.
+    form along. Writes that move no version are told by `forget_packed` and `forget_unlike`. Tensors made under
+    `torch.inference_mode` have no version: they are packed in every call. Threads share it.
 
     Args:
         pack: Makes the packed form of a weight [columns, length], as nn.Linear keeps it.
@@ -200,7 +200,7 @@ def forget_unlike(weights: Sequence[Tensor], since: int, everything: bool = Fals
         return False
     plain = [part for weight in weights for part in plain_tensors(weight) if has_storage(part)]
     storages = {id(part.untyped_storage()) for part in plain}
-    return any([packed.forget_unlike(storages, since, everything) for packed in recent])
+    return sum(packed.forget_unlike(storages, since, everything) for packed in recent) > 0
 
 
 def has_storage(tensor: Tensor) -> bool:
