@@ -7,9 +7,11 @@ as peft's and EMA's, move no version, and tensors made in inference mode have no
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import is_
+from itertools import chain, compress, repeat
+from operator import attrgetter, getitem, is_, is_not, not_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,14 @@ from stepgraph.weight_kinds import PLAIN, kind_of
 Mark = tuple[int, ...]
 # A class of its own, if it has one: a quantised weight may look like the one that it was made of.
 Layout = tuple[str, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+# Where a module keeps parameters, buffers and submodules.
+CHILDREN = "_modules"
+STORES = ("_parameters", "_buffers", CHILDREN)
+# The number of what is in no module.
+OUTSIDE = -1
+GROWN = "the model has parameters or buffers that it did not have when it was compiled; compile it again"
 WHAT = ("class", "dtype", "device", "shape", "strides")
+_attributes_of = attrgetter("__dict__")
 
 
 @dataclass(frozen=True)
@@ -70,33 +79,36 @@ class BoundWeights:
         self.lock = threading.RLock()
         self.changes = self.moves = self.packed = 0
         self.warned = False
-        modules = list(model.named_modules())
-        self.modules = dict(modules)
-        self._places = [
-            (kind, name, f"{path}.{name}" if path else name)
-            for path, module in modules
-            for kind in (module._parameters, module._buffers)
-            for name in kind
+        self.modules = dict(model.named_modules())
+        self._attributes = list(map(vars, self.modules.values()))
+        self._held: dict[str, Tensor | None] = {}
+        # In which module's dicts a tensor stands, in which of them, under which name; its path.
+        self._places: list[tuple[int, str, str, str]] = [
+            (number, kind, name, f"{path}.{name}" if path else name)
+            for number, path in enumerate(self.modules)
+            for kind in STORES[:2]
+            for name in self._attributes[number][kind]
         ]
         # Digests depend on what lies before: of a model with adapters and without, those of its base are the same.
-        base = base_names(model, [place[2] for place in self._places])
-        self._places.sort(key=lambda place: place[2] not in base)
+        base = base_names(model, [place[-1] for place in self._places])
+        self._places.sort(key=lambda place: place[-1] not in base)
         self.adapters = changed_by_adapters(model)
-        self._held: dict[str, Tensor | None] = {}
-        self._children = [
-            (path, module._modules, list(module._modules.values())) for path, module in modules if module._modules
-        ]
-        self._counts = [(kind, len(kind)) for module in model.modules() for kind in (module._parameters, module._buffers)]
-        self._absent = [place for place in self._places if place[0][place[1]] is None]
-        self._places = [place for place in self._places if place[0][place[1]] is not None]
-        held = [kind[name] for kind, name, _ in self._places]
+        present = [self._attributes[number][kind][name] is not None for number, kind, name, _ in self._places]
+        self._absent = list(compress(self._places, map(not_, present)))
+        self._places = list(compress(self._places, present))
+        self._counts = [len(attributes[kind]) for kind in STORES for attributes in self._attributes]
+        self._children = [list(attributes[CHILDREN].values()) for attributes in self._attributes]
+        self._below = list(chain.from_iterable(self._children))
+        self._sizes = list(filter(None, self._counts))
+        self._bind()
+        held = self._in_places()
         first: dict[int, int] = {}
         # Which of the names' places are the first of their tensor.
         self._first = [place for place, tensor in enumerate(held) if first.setdefault(id(tensor), place) == place]
         self._same = [first[id(tensor)] for tensor in held]
-        self.names = tuple(self._places[place][2] for place in self._first)
+        self.names = tuple(self._places[place][-1] for place in self._first)
         self.base = tuple(base[name] for name in self.names if name in base)
-        self.tensors: list[Tensor] = [held[place] for place in self._first]
+        self.tensors: list[Tensor] = [tensor for place in self._first if (tensor := held[place]) is not None]
         self.filled = all(map(has_data, self.tensors))
         self.later = any(tensor.device.type != "cpu" for tensor in self.tensors)
         self._take_stock()
@@ -128,9 +140,10 @@ class BoundWeights:
                 self._held[name] = tensor
                 self._same.append(len(self._places))
                 self._first.append(len(self._places))
-                self._places.append((self._held, name, name))
+                self._places.append((OUTSIDE, "", name, name))
                 self.names += (name,)
                 self.tensors.append(tensor)
+            self._bind()
             self._take_stock()
             self.compiled += tuple(self._sums[len(self.compiled) :])
 
@@ -218,30 +231,73 @@ class BoundWeights:
 
     def _present(self) -> list[Tensor]:
         """The tensors that stand in the model's places now, each once."""
-        for path, children, before in self._children:
-            if len(children) != len(before) or not all(map(is_, children.values(), before)):
-                self._refuse_other_modules(path, children, before)
-        grown = any(len(kind) != count for kind, count in self._counts)
-        if grown or any(kind.get(name) is not None for kind, name, _ in self._absent):
+        self._follow_stores()
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes or not all(map(is_, self._now_below(), self._below)):
+            self._refuse_other_contents()
+        if any(map(is_not, map(dict.get, *self._nowhere), repeat(None))):
+            raise CompileError(GROWN)
+        held = self._in_places()
+        if not all(map(is_, held, map(held.__getitem__, self._same))) or any(map(is_, held, repeat(None))):
+            self._refuse_other_tensors(held)
+        return [held[place] for place in self._first]  # type: ignore[misc]  # none is None here
+
+    def _follow_stores(self) -> None:
+        """See which dicts modules keep tensors and submodules in: those may be replaced, too.
+
+        Raises:
+            CompileError: All attributes of a module were.
+        """
+        if not all(map(is_, map(_attributes_of, self.modules.values()), self._attributes)):
+            together = zip(self.modules.items(), self._attributes, strict=True)
+            path = next(path for (path, module), attributes in together if vars(module) is not attributes)
             raise CompileError(
-                "the model has parameters or buffers that it did not have when it was compiled; compile it again"
+                f"all attributes of {path or 'the model'!r} were replaced (its __dict__); compile the model again"
             )
-        held = [kind.get(name) for kind, name, _ in self._places]
+        for kind, stores in zip(STORES, self._stores, strict=True):
+            if not all(map(is_, map(getitem, self._attributes, repeat(kind)), stores)):
+                self._bind()
+                return
+
+    def _bind(self) -> None:
+        """Note the dicts that modules have now."""
+        self._stores = [list(map(getitem, self._attributes, repeat(kind))) for kind in STORES]
+        every = list(chain(*self._stores))
+        self._filled = list(compress(every, self._counts))
+        self._empty = list(compress(every, map(not_, self._counts)))
+        self._parents = list(compress(self._stores[-1], self._children))
+
+        def located(places: Sequence[tuple[int, str, str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
+            spaces = [self._held if number == OUTSIDE else self._attributes[number][kind] for number, kind, *_ in places]
+            return spaces, [name for _, _, name, _ in places]
+
+        self._where, self._nowhere = located(self._places), located(self._absent)
+
+    def _in_places(self) -> list[Tensor | None]:
+        return list(map(dict.get, *self._where))
+
+    def _now_below(self) -> Iterator[nn.Module | None]:
+        return chain.from_iterable(map(dict.values, self._parents))
+
+    def _refuse_other_contents(self) -> None:
+        """Say which submodules are others; else there are more or less tensors."""
+        for path, children, before in zip(self.modules, self._stores[-1], self._children, strict=True):
+            if len(children) == len(before) and all(map(is_, children.values(), before)):
+                continue
+            name = next((name for name, child in children.items() if all(child is not one for one in before)), "")
+            raise CompileError(
+                f"the model is made of other parts than when it was compiled, such as {'.'.join(filter(None, (path, name)))!r} "
+                f"(modules that were exchanged, or left out?); put them back, or detach, and compile again"
+            )
+        raise CompileError(GROWN)
+
+    def _refuse_other_tensors(self, held: Sequence[Tensor | None]) -> None:
+        """Say which tensor is gone, or tied no longer."""
         for place, tensor in enumerate(held):
             if tensor is None:
-                raise CompileError(f"{self._places[place][2]} is no longer there; put it back, or compile the model again")
+                raise CompileError(f"{self._places[place][-1]} is no longer there; put it back, or compile the model again")
             if tensor is not held[self._same[place]]:
-                names = f"{self._places[place][2]} and {self._places[self._same[place]][2]}"
+                names = f"{self._places[place][-1]} and {self._places[self._same[place]][-1]}"
                 raise CompileError(f"{names} were one tensor and are two now; tie them again, or compile the model again")
-        return [held[place] for place in self._first]
-
-    @staticmethod
-    def _refuse_other_modules(path: str, children: Mapping[str, nn.Module | None], before: Sequence[nn.Module | None]) -> None:
-        name = next((name for name, child in children.items() if all(child is not one for one in before)), "")
-        raise CompileError(
-            f"the model is made of other parts than when it was compiled, such as {'.'.join(filter(None, (path, name)))!r} "
-            f"(modules that were exchanged, or left out?); put them back, or detach, and compile again"
-        )
 
     def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]

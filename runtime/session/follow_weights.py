@@ -70,7 +70,7 @@ def finish_run(executable: "Compiled", look: Look) -> Look:
 def _follow(executable: "Compiled", look: Look) -> None:
     """Drop the copies that were made of values that changed, and see whether the plan follows the new ones."""
     weights = executable.weights
-    if look.written or look.marked:
+    if look.written:
         get_logger("weights").info("%d weights hold other values, such as %s", len(look.written), look.written[0])
     if look.written or look.marked:
         forget_packed(weights.named((*look.written, *look.marked)))

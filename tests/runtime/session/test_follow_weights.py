@@ -231,6 +231,43 @@ def test_what_was_packed_of_values_that_are_gone_again_is_dropped():
         assert packed_linear.PACKED.last == count
 
 
+def test_dicts_of_tensors_that_were_replaced_are_followed():
+    model = tiny_dit()
+    exe = compiled(model)
+    layer = model.transformer_blocks[1].attn1.to_v
+
+    def other_tensors(_):
+        twin = copy.deepcopy(layer)
+        with torch.no_grad():
+            twin.weight.mul_(3)
+        layer.__dict__.update(vars(twin))
+
+    assert_follows(model, exe, other_tensors)
+    # And then what is written to the new ones.
+    assert_follows(model, exe, lambda _: layer._parameters["weight"].data.mul_(2))
+    layer._parameters = {"weight": layer.weight}
+    with pytest.raises(CompileError, match="parameters or buffers"):
+        sampled(exe)
+
+
+def test_dicts_of_modules_that_were_replaced_are_refused():
+    model = tiny_dit()
+    exe, blocks = compiled(model), model.transformer_blocks
+    children = vars(blocks)["_modules"]
+    blocks._modules = dict(children)
+    sampled(exe)
+    for others in (dict(reversed(children.items())), {**children, "1": copy.deepcopy(blocks[1])}, {}):
+        blocks._modules = others
+        with pytest.raises(CompileError, match=r"other parts .*transformer_blocks"):
+            sampled(exe)
+    blocks._modules = children
+    sampled(exe)
+    layer = blocks[0].attn1.to_v
+    layer.__dict__ = dict(vars(layer))
+    with pytest.raises(CompileError, match=r"attributes of 'transformer_blocks\.0\.attn1\.to_v'"):
+        sampled(exe)
+
+
 # ---- on an accelerator, where contents are digested during the run
 
 
