@@ -26,8 +26,8 @@ class TracedTensor(torch.Tensor):
         traced.value, traced.node = value, node
         return traced
 
-    @property
-    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override,misc]  # what it stands for
+    @property  # type: ignore[misc]  # torch declares it as any object's
+    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]  # what it stands for
         """As the tensor that it stands for answers; `type` gives the real class."""
         return torch.Tensor
 
