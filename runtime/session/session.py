@@ -21,6 +21,7 @@ from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_
 from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
+from stepgraph.wrapped_models import refuse_modes
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -181,6 +182,8 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
+        if self.checked:
+            refuse_modes()
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
