@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stepgraph.errors import CompileError
 
 # Wrappers that call the model beneath as it is -> where they keep it. By name: their modules take long to import.
 BENEATH = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+# Modes that change no operation's result: the default device, whose tensors' place is compared apart, and a counter's.
+HARMLESS = ("DeviceContext", "_FlopCounterMode")
 OFFLOAD = {
     "AlignDevicesHook": "sequential CPU offload (accelerate)",
     "CpuOffload": "model CPU offload (accelerate)",
@@ -53,6 +57,23 @@ def refuse_autocast(device: torch.device) -> None:
         raise CompileError(
             "autocast is on, but executables run without it, so that what is measured now would be of another model; convert "
             "the model to the lower precision, and leave autocast"
+        )
+
+
+def refuse_modes() -> None:
+    """See that no mode of torch's stands around a run: it would see a forward's operations, and none of compiled code's.
+
+    Raises:
+        CompileError: One does, which is neither the default device nor torch's counter of operations.
+    """
+    if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():
+        return
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    other = next((mode for mode in modes if type(mode).__qualname__ not in HARMLESS), None)
+    if other is not None:
+        raise CompileError(
+            f"{type(other).__name__} stands around the run, which changes or watches what a forward calls, and executables "
+            f"call other things; leave it, or detach and let the model answer"
         )
 
 

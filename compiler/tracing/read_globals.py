@@ -4,13 +4,14 @@ import dis
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from stepgraph.runtime.program.facts import NOTHING, Names
 from stepgraph.runtime.program.freeze import LIBRARIES, Containers, Frozen, freeze, root_of
+from stepgraph.runtime.program.process_state import ASKED, QUESTION
 
 # The recorder itself, and libraries whose functions are the same or are not.
 STRANGE = LIBRARIES | {"stepgraph", "builtins"}
@@ -40,6 +41,11 @@ class Globals:
         self._resolve()
         return tuple(Names(label, space, values) for label, space, values in self._spaces.values())
 
+    @property
+    def asked(self) -> frozenset[str]:
+        """The settings of the process that the code asks for, as `process_state` takes them."""
+        return frozenset(QUESTION + name for name in ASKED if name in self._names)
+
     def frozen(self, value: Any) -> Frozen:
         """A value as it is; what its functions and its objects' methods read is taken down."""
         containers = Containers()
@@ -66,6 +72,9 @@ class Globals:
             values[name] = NOTHING
             if name in space:
                 values[name] = self.frozen(space[name])
+                if isinstance(space[name], (FunctionType, BuiltinFunctionType)) and space[name].__name__ in ASKED:
+                    # Imported under a name of its own.
+                    self._names[space[name].__name__] = None
 
     def note_of_class(self, kind: type, name: str) -> None:
         """Take down what a class and its bases have under a name."""

@@ -120,7 +120,7 @@ class Reads:
         strengths = [self._strength(place) for place in sorted(numbers.places.keys() - numbers.fixed, key=repr)]
         followed = tuple(strength for strength in strengths if strength.constants)
         unread = frozenset(Strength(*place, 0.0, ()).path for place in numbers.unread - numbers.fixed)
-        return facts_of(self.model, self.values, self.globals.names(), followed, unread)
+        return facts_of(self.model, self.values, self.globals.names(), followed, unread, self.globals.asked)
 
     def _of_leaf(self, kind: type) -> None:
         """Take down which functions a class of torch's computes with."""

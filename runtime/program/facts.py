@@ -182,7 +182,7 @@ class Facts:
                 later += _of_values(f"{path}." if path else "", part.values, vars(modules[places[path]]), followed)
         for names in self.names:
             later += _of_values(names.label, names.values, names.space, followed)
-        later += _of_values("", self.process, process_state(), followed)
+        later += _of_values("", self.process, process_state(self.process), followed)
         yield from later
 
     def matches(self, model: nn.Module) -> bool:
@@ -196,10 +196,14 @@ def facts_of(
     names: tuple[Names, ...] = (),
     strengths: tuple[Strength, ...] = (),
     unread: frozenset[str] = frozenset(),
+    asked: frozenset[str] = frozenset(),
 ) -> Facts:
-    """The facts of a model as it is, with what was read of it: values by the module's path and the attribute's name."""
+    """The facts of a model as it is, with what was read of it: values by the module's path and the attribute's name.
+
+    `asked` are settings of the process that count beside those which always do (`process_state`).
+    """
     parts = {path: _part(module, (read or {}).get(path, {}), path == "") for path, module in model.named_modules()}
-    process = {name: freeze(value) for name, value in process_state().items()}
+    process = {name: freeze(value) for name, value in process_state(asked).items()}
     return Facts(parts, names, process, strengths, unread)
 
 

@@ -1,7 +1,8 @@
-"""Settings of the process that a forward depends on without reading them itself."""
+"""Settings of the process that a forward depends on without reading them itself, or by asking torch."""
 
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ def _hooks(hooks: Mapping[int, Callable[..., Any]]) -> tuple[Callable[..., Any],
     return tuple(hook for hook in list(hooks.values()) if not isinstance(getattr(hook, "__self__", None), ModuleTracker))
 
 
-# Not among them are those that operations ask when they run: the precision of matrix products, determinism, which attention
-# kernels may be chosen. Autocast is switched off by a trace, and refused by every call.
+# Autocast is switched off by a trace, and refused by every call.
 SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
     ("torch.get_default_dtype()", torch.get_default_dtype),
     ("torch.get_default_device()", torch.get_default_device),
@@ -34,6 +34,33 @@ SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
 )
 
 
-def process_state() -> dict[str, Any]:
-    """The settings as they are, by name, without those of what nobody has imported."""
-    return {name: value for name, get in SETTINGS if (value := get()) is not None}
+# Settings that operations ask when they run, so that they count only where the forward itself asks: by the name that it does
+# so under.
+ASKED: Mapping[str, Callable[[], Any]] = {
+    "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "is_deterministic_algorithms_warn_only_enabled": torch.is_deterministic_algorithms_warn_only_enabled,
+    "get_deterministic_debug_mode": torch.get_deterministic_debug_mode,
+    "get_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "get_num_threads": torch.get_num_threads,
+    "get_num_interop_threads": torch.get_num_interop_threads,
+    "is_inference_mode_enabled": torch.is_inference_mode_enabled,
+    "flash_sdp_enabled": torch.backends.cuda.flash_sdp_enabled,
+    "mem_efficient_sdp_enabled": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math_sdp_enabled": torch.backends.cuda.math_sdp_enabled,
+    "cudnn_sdp_enabled": torch.backends.cuda.cudnn_sdp_enabled,
+    "allow_tf32": lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+    "benchmark": lambda: torch.backends.cudnn.benchmark,
+    "deterministic": lambda: torch.backends.cudnn.deterministic,
+    "current_thread": lambda: threading.current_thread().name,
+}
+QUESTION = "the process's answer to "
+
+
+def process_state(asked: Container[str] = ()) -> dict[str, Any]:
+    """The settings as they are, by name, without those of what nobody has imported.
+
+    Args:
+        asked: The names of those among `ASKED` that count, as they are in what this returns.
+    """
+    settings = {name: value for name, get in SETTINGS if (value := get()) is not None}
+    return settings | {label: get() for name, get in ASKED.items() if (label := QUESTION + name) in asked}

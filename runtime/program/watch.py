@@ -138,7 +138,8 @@ class _Snapshot:
         self._sets = [(container, set(container)) for container in containers.sets.values()]
         self._buffers = [(buffer, bytes_of(buffer)) for buffer in containers.buffers.values()]
         self._cells = [(cell, content_of(cell)) for cell in containers.cells.values()]
-        self._process = process_state()
+        self._asked = frozenset(facts.process)
+        self._process = process_state(self._asked)
         self._constants = [constant for strength in facts.strengths for constant in strength.constants]
         complete = _complete(modules, facts)
         places = [_place(modules, strength) for strength in facts.strengths] if complete else []
@@ -178,7 +179,7 @@ class _Snapshot:
             and not any(any(map(operator.contains, spaces, repeat(name))) for name, spaces in self._absent.items())
             and self._contents.hold()
             and self._members_hold()
-            and process_state() == self._process
+            and process_state(self._asked) == self._process
             and [constant._version for constant in self._constants] == self._versions
             and _numbers(self._tensors) == self._numbers
         )

@@ -22,6 +22,7 @@ from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_
 from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
 from stepgraph.runtime.session.lease_captured_steps import LAUNCHED, lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
+from stepgraph.wrapped_models import refuse_modes
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -183,6 +184,8 @@ class Session:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
         refuse_sparse(inputs)
+        if self.checked:
+            refuse_modes()
         program, inputs = self._program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]

@@ -7,6 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import stepgraph as sg
 from helpers.tiny import inputs, tiny_scheduler
@@ -94,6 +97,30 @@ def test_autocast_is_refused(model: DiTTransformer2DModel):
     executable, inputs = compiled(model), sg.example_inputs(model, 2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match="autocast is on"):
         executable.session()(**inputs)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) * (2 if func is torch.nn.functional.layer_norm else 1)
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_around_a_run_are_refused(model: DiTTransformer2DModel):
+    executable, inputs = compiled(model), sg.example_inputs(model, 2)
+    session = executable.session()
+    for mode in (Doubled, Watched):
+        with mode(), pytest.raises(CompileError, match=mode.__name__):
+            executable.session()(**inputs)
+    with torch.device("cpu"), FlopCounterMode(display=False) as counter:
+        session(**inputs)
+    assert counter.get_total_flops() > 0
+    # Also where it begins within a run.
+    with Doubled(), pytest.raises(CompileError, match="Doubled"):
+        session(**inputs)
 
 
 def test_inference_mode_and_new_batch_sizes(model: DiTTransformer2DModel):

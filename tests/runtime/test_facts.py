@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import threading
 
 import diffusers
 import pytest
@@ -23,11 +24,12 @@ from stepgraph.compiler.tracing.read_globals import Globals
 from stepgraph.compiler.tracing.record_facts import Reads
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import CompileError, MismatchError
-from stepgraph.runtime.program import facts, watch
+from stepgraph.runtime.program import facts, process_state, watch
 from stepgraph.runtime.program import freeze as freezing
 from stepgraph.runtime.program.freeze import freeze
 from stepgraph.runtime.program.watch import FactsWatch
 
+precision = torch.get_float32_matmul_precision
 X = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
 
 
@@ -203,6 +205,52 @@ def trace_of(model):
     if "tree" not in _facts:
         _facts["tree"] = trace(model, X).facts
     return _facts["tree"]
+
+
+class Asks(torch.nn.Module):
+    def forward(self, x):
+        import threading
+
+        answers = (
+            precision() == "highest",
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.get_num_threads() == 2,
+            torch.is_inference_mode_enabled(),
+            threading.current_thread().name == "another",
+        )
+        return x * (1 + sum(2**place for place, answer in enumerate(answers) if answer))
+
+
+SETTERS = {
+    "get_float32_matmul_precision": (torch.set_float32_matmul_precision, ("high", "highest")),
+    "are_deterministic_algorithms_enabled": (torch.use_deterministic_algorithms, (True, False)),
+    "flash_sdp_enabled": (torch.backends.cuda.enable_flash_sdp, (True, False)),
+    "allow_tf32": (lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on), (True, False)),
+    "get_num_threads": (torch.set_num_threads, (1, 2)),
+    "current_thread": (lambda name: setattr(threading.current_thread(), "name", name), ("MainThread", "another")),
+}
+
+
+def test_settings_that_the_forward_asks_for_are_noticed():
+    model, plain = Asks().eval(), torch.nn.Sequential(torch.nn.Identity()).eval()
+    (_, watcher), (_, unasked) = watched(model, X), watched(plain, {"input": X["x"]})
+    for name, (change, (first, second)) in SETTERS.items():
+        before = process_state.ASKED[name]()
+        before = before[0] if isinstance(before, tuple) else before
+        other = second if before == first else first
+        try:
+            change(other)
+            assert any(name in difference.path for difference in watcher.differences(model)), name
+            assert not unasked.differences(plain)
+        finally:
+            change(before)
+        assert not watcher.differences(model), name
+    with torch.inference_mode():
+        assert [difference.path.rpartition(" ")[2] for difference in watcher.differences(model)] == [
+            "is_inference_mode_enabled"
+        ]
 
 
 def test_what_the_forward_does_not_read_may_change():
