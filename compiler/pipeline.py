@@ -26,7 +26,7 @@ from stepgraph.config import CompileConfig
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.fingerprint import model_dtype
-from stepgraph.inputs import flat_inputs, refuse_sparse
+from stepgraph.inputs import flat_inputs, refuse_odd_tensors
 from stepgraph.node_facts import PROVIDER, output_of
 from stepgraph.packed_weights import forget_packed
 from stepgraph.plan import CachePlan
@@ -100,7 +100,7 @@ def build_program(
 ) -> Program:
     """All stages for inputs of one signature; `tell` gets what differs from what the plan was made under, if anything does."""
     clock, model, family = _StageClock(), traced.model, traced.family
-    refuse_sparse(inputs)
+    refuse_odd_tensors(inputs)
     refuse_other_inputs(plan, inputs, family.unbatched)
     _refuse_other_device(model, inputs)
 

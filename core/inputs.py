@@ -41,12 +41,15 @@ def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def refuse_sparse(inputs: Mapping[str, Any]) -> None:
-    """Refuse tensors that are not laid out as graphs take them.
+def refuse_odd_tensors(inputs: Mapping[str, Any]) -> None:
+    """Refuse tensors that are not laid out as graphs take them, and timesteps that are no real numbers.
 
     Raises:
         ArgumentError: The message names one.
     """
+    timestep = inputs.get("timestep")
+    if isinstance(timestep, complex) or (isinstance(timestep, torch.Tensor) and timestep.is_complex()):
+        raise ArgumentError(f"timestep is {shown(timestep)}; expected real numbers, as the scheduler has them")
     for name, value in flat_inputs(inputs).items():
         if isinstance(value, torch.Tensor) and value.layout != torch.strided:
             layout = str(value.layout).removeprefix("torch.")

@@ -59,7 +59,7 @@ class Attachment(StandIn):
         """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
-        inputs = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        inputs = self._bound(*args, **kwargs)
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)
@@ -83,6 +83,17 @@ class Attachment(StandIn):
             self.runs.drop(run)
             raise
         return outcome
+
+    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by name.
+
+        Raises:
+            TypeError: They are not those of the model's forward, as the model itself says of them.
+        """
+        try:
+            return dict(self.__signature__.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise TypeError(f"{type(self.executable.model).__name__}.forward() {error}") from None
 
     def _own_forward(self) -> Callable[..., Any]:
         model = self._model()

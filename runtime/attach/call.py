@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import CompileError
-from stepgraph.inputs import refuse_sparse
+from stepgraph.inputs import refuse_odd_tensors
 from stepgraph.runtime.program.program import signature
 
 
@@ -47,9 +47,9 @@ class Call:
 
         Raises:
             CompileError: One is on the meta device; the message names it.
-            ArgumentError: One is sparse.
+            ArgumentError: One is sparse, or the timestep is complex.
         """
-        refuse_sparse(self.inputs)
+        refuse_odd_tensors(self.inputs)
         for name, value in self.inputs.items():
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
                 raise CompileError(f"the transformer is called with {name} on the meta device, which holds no values")

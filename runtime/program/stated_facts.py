@@ -1,21 +1,16 @@
 """Facts as texts, to compare a model with one in another process, or one that is built anew."""
 
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from stepgraph.runtime.program.facts import ACTIVE, GATE, NOTHING, Facts, Part, dotted, without_adapters
-from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, Frozen
+from stepgraph.runtime.program.value_texts import LIBRARIES, label_of, name_of, same_text, texts_of
 
 # Behind the path of a module: what runs around its forward, and what stands in for it.
 AROUND, INSTEAD = " (hooks)", " (forward)"
 # A block's number in a path.
 NUMBER = re.compile(r"\.\d+(?=[.\[ ]|$)")
-# What stands in modules and defaults of these is theirs, and other with another version.
-LIBRARIES = frozenset(
-    {*sys.stdlib_module_names, "torch", "numpy", "packaging", "diffusers", "transformers", "accelerate", "peft"}
-)
 # Attributes that fingerprints cover: diffusers' configuration, whether there are adapters, and which are on.
 COVERED = frozenset({"_internal_dict", "_hf_peft_config_loaded", ACTIVE, GATE})
 
@@ -23,16 +18,16 @@ COVERED = frozenset({"_internal_dict", "_hf_peft_config_loaded", ACTIVE, GATE})
 def stated_facts(facts: Facts) -> dict[str, str]:
     """What a graph depends on, by path: classes, hooks, replaced forwards, values; of objects the class and what they hold.
 
-    What is the same object or is not (a tensor that is no buffer, the code of a function) is told by its kind alone.
+    See `texts_of`.
     """
     stated: dict[str, str] = {}
     for path, part in facts.parts.items():
         stated |= _of_part(path, part)
     for names in facts.names:
         for name, value in names.values.items():
-            stated |= _of_value(names.label + name, value)
+            stated |= texts_of(label_of(names.label) + name, value)
     for name, value in facts.process.items():
-        stated |= _of_value(name, value)
+        stated |= texts_of(name, value)
     return stated
 
 
@@ -42,7 +37,7 @@ def other_facts(before: dict[str, str], now: dict[str, str]) -> tuple[str, str, 
     A value that only one of the two forwards read is none: another version of a library reads others.
     """
     for path, text in before.items():
-        if path in now and now[path] != text:
+        if path in now and not same_text(now[path], text):
             return path, text, now[path]
     for path in dict.fromkeys([*before, *now]):
         if path.endswith((AROUND, INSTEAD)) and not (path in before and path in now):
@@ -51,7 +46,7 @@ def other_facts(before: dict[str, str], now: dict[str, str]) -> tuple[str, str, 
 
 
 def facts_of_plan(facts: Facts) -> dict[str, str]:
-    """What a plan keeps of the facts it was made under: what modules are, and numbers, texts and flags that are read of them.
+    """What a plan keeps of the facts it was made under: what modules are, and what is read of them and of their code's globals.
 
     Adapters are left out, as a plan has a hash of theirs, and so is what belongs to the process. What is the same in all blocks
     stands once, with "*" in the place of their numbers.
@@ -73,7 +68,7 @@ def other_facts_of_plan(before: Mapping[str, str], facts: Facts) -> str:
     now = _plain_facts(facts) if before else {}
     for path, text in now.items():
         known = before.get(path, before.get(_alike(path), "nothing" if path.endswith((AROUND, INSTEAD)) else text))
-        if known != text:
+        if not same_text(known, text):
             return f"{path} is {text}, and was {known!a} when the plan was made"
     for path, text in before.items():
         if path.endswith((AROUND, INSTEAD)) and all(path not in (one, _alike(one)) for one in now):
@@ -86,54 +81,24 @@ def _alike(path: str) -> str:
 
 
 def _plain_facts(facts: Facts) -> dict[str, str]:
-    """Classes, hooks, replaced forwards and values of a model's base, by path."""
+    """Classes, hooks, replaced forwards and values of a model's base, by path; not what libraries have for themselves."""
     stated: dict[str, str] = {}
     for path, part in without_adapters(facts.parts)[0].items():
-        stated[path] = part.kind.__qualname__
-        if part.hooks:
-            stated[path + AROUND] = ", ".join(_name(hook) for hook in part.hooks)
-        if part.forward is not NOTHING:
-            stated[path + INSTEAD] = _name(part.forward.kind)
-        for name, value in part.values.items():
-            if name not in COVERED:
-                stated |= _plain(dotted(path, name), value)
+        stated |= _of_part(path, part, plain=True)
     for names in facts.names:
         if names.label.partition(".")[0] not in LIBRARIES:
             for name, value in names.values.items():
-                stated |= _plain(names.label + name, value)
+                stated |= texts_of(label_of(names.label) + name, value, defaults=False)
     return stated
 
 
-def _plain(path: str, value: Frozen) -> Iterator[tuple[str, str]]:
-    """Leaves of a value, and the classes of objects in it; not what Python's own containers, functions and defaults are."""
-    if value is not NOTHING and issubclass(value.kind, LEAVES):
-        yield path, f"{value.text} ({value.kind.__name__})"
-    elif value.kind.__module__ != "builtins":
-        yield path, value.kind.__qualname__
-    for name, part in value.parts:
-        if not name.startswith(" (default"):
-            yield from _plain(path + name, part)
-
-
-def _of_part(path: str, part: Part) -> Iterator[tuple[str, str]]:
-    yield path, _name(part.kind)
+def _of_part(path: str, part: Part, plain: bool = False) -> Iterator[tuple[str, str]]:
+    """What a module is; if `plain`, without what fingerprints cover and functions' defaults."""
+    yield path, name_of(part.kind)
     if part.hooks:
-        yield path + AROUND, ", ".join(_name(hook) for hook in part.hooks)
+        yield path + AROUND, ", ".join(map(name_of, part.hooks))
     if part.forward is not NOTHING:
-        yield from _of_value(path + INSTEAD, part.forward)
+        yield from texts_of(path + INSTEAD, part.forward, defaults=not plain)
     for name, value in part.values.items():
-        yield from _of_value(dotted(path, name), value)
-
-
-def _of_value(path: str, value: Frozen) -> Iterator[tuple[str, str]]:
-    if issubclass(value.kind, (*LEAVES, *BUFFERS, set, frozenset)):
-        yield path, f"{value.text} ({value.kind.__name__})"
-    else:
-        yield path, f"{_name(value.kind)} {value.text if value.same is not None else ''}".rstrip()
-    for name, part in value.parts:
-        yield from _of_value(path + name, part)
-
-
-def _name(thing: object) -> str:
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+        if not (plain and name in COVERED):
+            yield from texts_of(dotted(path, name), value, defaults=not plain)

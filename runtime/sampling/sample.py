@@ -15,7 +15,7 @@ from stepgraph.checked import checked
 from stepgraph.checks import check_number, shown
 from stepgraph.env import get_logger
 from stepgraph.errors import ArgumentError, CompileError, PlanError
-from stepgraph.inputs import flat_inputs, refuse_sparse
+from stepgraph.inputs import flat_inputs, refuse_odd_tensors
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.plan.refuse_other import refuse_other_schedule
 from stepgraph.runtime.capture.captured import LIMITS, Attempt
@@ -91,7 +91,7 @@ def sample(
     """
     check_number("guidance_scale", guidance_scale, -math.inf, what="a finite number", tail="; 1 is no guidance")
     _refuse_no_latents(noise)
-    refuse_sparse(conditioning)
+    refuse_odd_tensors(conditioning)
     prepared, begin, separate = _scheduler_for(runner, scheduler, steps, schedule, noise)
     cond, uncond = split_conditioning(conditioning, guidance_scale)
     if separate and uncond is None:
@@ -145,7 +145,7 @@ def _refuse_no_latents(noise: torch.Tensor) -> None:
     """
     if noise.device.type == "meta":
         raise ArgumentError("noise is on meta, without data; expected latents on the model's device")
-    refuse_sparse({"noise": noise})
+    refuse_odd_tensors({"noise": noise})
     if noise.ndim < 2 or not noise.is_floating_point():
         raise ArgumentError(f"noise is {shown(noise)}; expected latents [B, C, ...] in the model's dtype")
 

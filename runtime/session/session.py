@@ -10,7 +10,7 @@ from stepgraph.checked import checked
 from stepgraph.checks import check_flag, check_numbers, check_whole, is_finite, shown
 from stepgraph.env import read_env
 from stepgraph.errors import ArgumentError, CaptureError, CompileError, MismatchError
-from stepgraph.inputs import flat_inputs, refuse_sparse
+from stepgraph.inputs import flat_inputs, refuse_odd_tensors
 from stepgraph.plan import CachePlan
 from stepgraph.plan.liveness import Read, traffic
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
@@ -183,7 +183,7 @@ class Session:
     def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
-        refuse_sparse(inputs)
+        refuse_odd_tensors(inputs)
         if self.checked:
             refuse_modes()
         program, inputs = self._program(inputs), flat_inputs(inputs)

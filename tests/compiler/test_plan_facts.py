@@ -1,14 +1,22 @@
 """What a forward read when a plan was made: a plan that measured something is not silently compiled with other values."""
 
+import array
+import collections
+import functools
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import stepgraph as sg
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
+from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import MismatchError
+from stepgraph.runtime.program.stated_facts import facts_of_plan, other_facts, other_facts_of_plan, stated_facts
+from stepgraph.runtime.program.value_texts import name_of, same_text
 
 STEPS = 4
 
@@ -80,10 +88,12 @@ def replace_forward(model):
 CHANGES = {
     set_strength: "transformer_blocks.1.attn1.to_v.strength is 0.5 (float), and was '1.0 (float)' when the plan was made",
     set_eps: "transformer_blocks.0.norm3.eps is 0.5 (float), and was '1e-05 (float)' when the plan was made",
-    set_processor: "transformer_blocks.1.attn1.processor is Louder, and was 'AttnProcessor2_0' when the plan was made",
-    replace_activation: "transformer_blocks.0.norm1.silu is Sigmoid, and was 'SiLU' when the plan was made",
-    add_hook: "transformer_blocks.0.ff (hooks) is test_plan_facts.add_hook.<locals>.<lambda>, and was 'nothing' when the plan",
-    replace_forward: "transformer_blocks.0.ff (forward) is builtins.function, and was 'nothing' when the plan was made",
+    set_processor: "transformer_blocks.1.attn1.processor is test_plan_facts.Louder, and was "
+    "'diffusers.models.attention_processor.AttnProcessor2_0' when the plan was made",
+    replace_activation: "transformer_blocks.0.norm1.silu is torch.nn.modules.activation.Sigmoid, and was "
+    "'torch.nn.modules.activation.SiLU' when the plan was made",
+    add_hook: "transformer_blocks.0.ff (hooks) is test_plan_facts.add_hook.<locals>.<lambda> (code",
+    replace_forward: "transformer_blocks.0.ff (forward) is test_plan_facts.replace_forward.<locals>.<lambda> (code",
 }
 
 
@@ -134,3 +144,76 @@ def test_what_is_alike_in_all_blocks_stands_once():
     assert name.format("*") not in other
     assert name.format(0) not in facts
     assert {path for path in facts if facts.get(path) != other.get(path)} == {name.format("*")}
+
+
+class Reads(torch.nn.Module):
+    """Reads an attribute of any kind."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return x * 2 if self.value is not None else x
+
+
+def times(number):
+    return lambda x: x * number
+
+
+def of_one_name(double):
+    """Two classes of one qualified name, in different modules."""
+    return type("AttnProcessor2_0", (), {"__module__": "mine" if double else "theirs"})
+
+
+# Of every kind of value, one and another.
+VALUES = {
+    "float": (1.0, 2.0), "float and list": (1.0, [1.0]), "list": ([1.0], [2.0]), "longer list": ([1.0], [1.0, 5.0]),
+    "shorter list": ([1.0, 5.0], [1.0]), "empty list": ([1.0], []), "longer tuple": ((1.0,), (1.0, 1.0)),
+    "longer deque": (collections.deque([1.0]), collections.deque([1.0, 2.0])), "more keys": ({"a": 1}, {"a": 1, "b": 1}),
+    "fewer keys": ({"a": 1, "b": 1}, {"a": 1}), "more names": (types.SimpleNamespace(a=1), types.SimpleNamespace(a=1, b=2)),
+    "set": ({1}, {2}), "frozenset": (frozenset([1]), frozenset([1, 2])), "ndarray": (np.zeros(3), np.array([0.0, 0, 1])),
+    "array": (array.array("d", [1.0]), array.array("d", [2.0])), "bytearray": (bytearray(b"a"), bytearray(b"b")),
+    "tensor": (torch.tensor(1.0), torch.tensor(2.0)), "shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "lambda": (lambda x: x, lambda x: x * 2), "constant": (lambda x: x * 2, lambda x: x * 3),
+    "name": (lambda x: x.sin(), lambda x: x.cos()), "inner": (lambda x: (lambda: x + 1)(), lambda x: (lambda: x + 2)()),
+    "closure": (times(1.0), times(2.0)), "partial": (functools.partial(times, 1), functools.partial(times, 2)),
+    "builtin": (torch.sin, torch.cos), "operator": (torch.ops.aten.sin, torch.ops.aten.cos),
+    "library": (torch.nn.functional.gelu, torch.nn.functional.silu), "class": (torch.nn.SiLU, torch.nn.Sigmoid),
+    "class of one name": (of_one_name(False), of_one_name(True)), "object": (of_one_name(False)(), of_one_name(True)()),
+    "module": (np, torch), "long text": ("a" * 500, "a" * 499 + "b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_no_value_of_any_kind_is_taken_for_another(kind):
+    def read(value):
+        return trace(Reads(value).eval(), {"x": torch.zeros(2, 3)}).facts
+
+    before, other, again = (read(value) for value in (*VALUES[kind], VALUES[kind][0]))
+    assert other_facts_of_plan(facts_of_plan(before), again) == ""
+    assert other_facts(stated_facts(before), stated_facts(again)) is None
+    assert "value" in other_facts_of_plan(facts_of_plan(before), other)
+    assert other_facts(stated_facts(before), stated_facts(other)) is not None
+
+
+def test_a_plain_copy_of_a_value_is_the_same():
+    facts = [trace(Reads(value).eval(), {"x": torch.zeros(2, 3)}).facts for value in (
+        {"a": torch.ones(3), "b": [np.zeros(2), {1, 2}]}, {"a": torch.ones(3), "b": [np.zeros(2), {2, 1}]},
+    )]  # fmt: skip
+    assert other_facts_of_plan(facts_of_plan(facts[0]), facts[1]) == ""
+
+
+def test_code_of_another_version_of_python_is_not_compared():
+    text = name_of(times)
+    assert f"{__name__}.times (code 3." in text
+    older = text.replace("(code 3.", "(code 2.").replace(text[-3:], "00)")
+    assert same_text(text, older)
+    assert not same_text(text, older.replace("times", "adds"))
+    assert not same_text(text, text[:-3] + ("00)" if text[-3:] != "00)" else "11)"))
+
+
+def test_a_script_has_the_name_under_which_it_is_imported(monkeypatch):
+    script = types.SimpleNamespace(__spec__=None, __file__="/somewhere/train.py")
+    monkeypatch.setitem(__import__("sys").modules, "__main__", script)
+    assert name_of(type("Layer", (), {"__module__": "__main__"})) == "train.Layer"

@@ -139,10 +139,12 @@ def malformed(draw: random.Random, value: object, junk: list[Junk], depth: int =
 def _ways(value: object) -> list[object]:
     if isinstance(value, torch.Tensor):
         cut = [lambda t: t[..., :-1], lambda t: t[:0]] if value.ndim and value.numel() > 1 else []
-        return [*cut, lambda t: t[None], torch.Tensor.double, lambda t: t.to("meta"), torch.Tensor.tolist, lambda t: t.bool(),
-                lambda t: t.to_sparse(), lambda t: t.flatten()[:1].reshape(()) if t.numel() else t,
-                lambda t: t[..., :-1, :-1] if t.ndim > 1 else t[:1].repeat(3),
-                lambda t: t * math.nan if t.is_floating_point() else t - 5, lambda t: t + 10**6]  # fmt: skip
+        numbers = [lambda t: t * math.nan if t.is_floating_point() else t - 5, lambda t: t + 10**6]
+        shapes = [lambda t: t[None], lambda t: t.flatten()[:1].reshape(()) if t.numel() else t,
+                  lambda t: t[..., :-1, :-1] if t.ndim > 1 else t[:1].repeat(3)]  # fmt: skip
+        kinds = [torch.Tensor.double, torch.Tensor.bool, lambda t: t.to(torch.complex64), lambda t: t.to("meta"),
+                 torch.Tensor.to_sparse, torch.Tensor.tolist]  # fmt: skip
+        return [*cut, *shapes, *kinds, *numbers]
     if isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and value):
         return ["entry", "added", "dropped", "renamed"]
     # An executable is made by compiling alone.

@@ -39,7 +39,31 @@ def raise_again(m, x):
         raise UnknownError("of the user") from error  # here
 
 
-OWN = {raise_one: UnknownError, raise_a_runtime_error: RuntimeError, fail_in_python: IndexError,
+def assert_with_torch(m, x):
+    torch._assert(x.shape[0] == 99, "of the user")  # here
+    return x
+
+
+def check_with_torch(m, x):
+    torch._check(x.shape[0] == 99, lambda: "of the user")  # here
+    return x
+
+
+def ask_for_what_is_missing(m, x):
+    return m.missing(x)  # here
+
+
+def speak_of_stand_ins(m, x):
+    raise ValueError("TracedTensor is a word of the user's")  # here
+
+
+def recur(m, x):
+    return recur(m, x)  # here
+
+
+OWN = {assert_with_torch: AssertionError, check_with_torch: RuntimeError, ask_for_what_is_missing: AttributeError,
+       speak_of_stand_ins: ValueError, recur: RecursionError,
+       raise_one: UnknownError, raise_a_runtime_error: RuntimeError, fail_in_python: IndexError,
        fail_in_the_standard_library: json.JSONDecodeError, raise_again: UnknownError}  # fmt: skip
 
 
@@ -89,11 +113,41 @@ def call_an_extension(m, x):
     return torch._C._nn.gelu(x, approximate="nothing")
 
 
-def miss_an_attribute(m, x):
-    return m.nothing
+TRACING = [ask_for_values, answer_for_values, fail_in_torch, fail_without_a_value, call_an_extension]
 
 
-TRACING = [ask_for_values, answer_for_values, fail_in_torch, fail_without_a_value, call_an_extension, miss_an_attribute]
+class UnreadableError(Exception):
+    """One that fails when it is asked for its text."""
+
+    def __str__(self):
+        return str(1 // 0)
+
+
+def raise_unreadable(m, x):
+    raise UnreadableError("of the user")
+
+
+def test_an_error_that_cannot_be_read_passes_as_it_is():
+    with pytest.raises(UnreadableError) as caught:
+        trace(Small(raise_unreadable).eval(), {"x": torch.randn(4, 6)})
+    assert caught.value.args == ("of the user",)
+
+
+def say_the_class(m, x):
+    if type(x) is not torch.Tensor:
+        raise TypeError(f"x is a {type(x).__name__}")
+    return x
+
+
+def assert_of_values(m, x):
+    torch._assert(x.sum() > 0, "of the user")
+    return x
+
+
+@pytest.mark.parametrize("forward", [say_the_class, assert_of_values])
+def test_what_only_a_trace_meets_is_no_error_of_the_users(forward):
+    with pytest.raises(TraceError):
+        trace(Small(forward).eval(), {"x": torch.ones(4, 6)})
 
 
 @pytest.mark.parametrize("forward", TRACING, ids=lambda f: f.__name__)

@@ -43,7 +43,7 @@ CHANGES = {
     "transformer_blocks.1.attn1.processor = test_stated_facts.Louder, one of its class and configuration has "
     "diffusers.models.attention_processor.AttnProcessor2_0": set_processor,
     "transformer_blocks.0.ff (hooks) = ": add_hook,
-    "transformer_blocks.0.ff (forward) = builtins.function": replace_forward,
+    "transformer_blocks.0.ff (forward) = test_stated_facts.replace_forward.<locals>.<lambda> (code": replace_forward,
     "transformer_blocks.0.ff = test_stated_facts.FeedForward": replace_class,
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.pipes import tiny_pipe
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.runtime.session.row_numbers import RowNumbers
@@ -64,3 +65,39 @@ def test_sparse_conditioning(executable):
     ):
         with pytest.raises(PlanError, match=r"class_labels is .* laid out as sparse_coo"):
             call()
+
+
+@pytest.fixture
+def attached(executable):
+    pipe = tiny_pipe(executable.model)
+    pipe.scheduler.set_timesteps(2)
+    executable.attach(pipe)
+    yield pipe.transformer
+    executable.detach()
+
+
+def test_calls_with_other_arguments_are_the_models_own_type_error(executable, attached):
+    wrong = ({}, inputs(1) | {"nose": 1})
+    said = []
+    for call in wrong:
+        with pytest.raises(TypeError) as refused:
+            attached(**call)
+        said.append(str(refused.value))
+    for call, ours in zip(wrong, said, strict=True):
+        with pytest.raises(TypeError) as eager:
+            type(attached).forward(attached, **call)
+        name = "'hidden_states'" if not call else "'nose'"
+        assert name in str(eager.value)
+        assert name in ours
+        assert str(eager.value).split(" ")[:2] == ours.split(" ")[:2]
+
+
+def test_complex_timesteps(executable, attached):
+    given = inputs(1) | {"timestep": torch.tensor([500 + 0j])}
+    for call in (
+        attached,
+        executable.session(),
+        lambda **given: sg.compile(executable.model, executable.plan, given, backend="eager"),
+    ):
+        with pytest.raises(ArgumentError, match=r"timestep is a complex64 tensor .*; expected real numbers"):
+            call(**given)
