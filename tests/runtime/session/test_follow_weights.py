@@ -146,7 +146,7 @@ def test_a_file_that_is_loaded_is_followed(original, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["lora", "average", "data"])
-@pytest.mark.parametrize("way", ["packed", "captured"])
+@pytest.mark.parametrize("way", ["packed"])
 def test_without_a_look_at_contents_the_old_weights_would_run(original, change, monkeypatch):
     """What the tests above test."""
     model, exe = original
