@@ -14,7 +14,7 @@ from stepgraph.compiler.marking.mark_sites import MarkedGraph, same_sites
 from stepgraph.compiler.models import family_of
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
-from stepgraph.inputs import flat_inputs, latents_key, latents_of, like_flat
+from stepgraph.inputs import flat_inputs, latents_key, latents_of, like_flat, refuse_odd_tensors
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.runtime.program.stated_facts import facts_of_plan
@@ -93,9 +93,10 @@ def complete_conditioning(
         tokens: How many the image has; as usual unless given.
 
     Raises:
-        ArgumentError: An input of the model is missing, or is none of its inputs.
+        ArgumentError: An input of the model is missing, or is none of its inputs, or is sparse.
     """
     cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_") and value is not None}
+    refuse_odd_tensors(cond)
     if family.completed is not None:
         cond = family.completed(cond, tokens)
     meta = torch.device("meta")
