@@ -7,7 +7,7 @@ import torch
 
 from helpers import op_checks
 from helpers.op_checks import check_triton
-from stepgraph.ops import OPS
+from stepgraph.ops import OPS, forget_choices
 from stepgraph.tolerances import OP
 from stepgraph.triton_kernels import declines
 from stepgraph.tuning import tuning
@@ -194,5 +194,6 @@ def test_the_providers_are_asked_in_order(monkeypatch):
     assert OPS["modulated_norm"].choose(x, row, row).name == "triton"
     assert OPS["modulated_norm"].choose(x.double(), row.double(), row.double()).name == "reference"
     monkeypatch.setattr(declines, "_capability", lambda device: (7, 5))
+    forget_choices()
     if torch.version.hip is None:
         assert OPS["modulated_norm"].choose(x, row, row).name == "reference"
