@@ -6,18 +6,22 @@ from typing import Any
 import torch
 
 from stepgraph.errors import ArgumentError
+from stepgraph.runtime.program.bound_weights import version_of
 from stepgraph.runtime.program.tables import waits
 
 
 class RowNumbers:
     """Looks at the row numbers that a run is given: at once on a CPU, elsewhere on the device, which is read at the run's end.
 
+    A tensor is looked at once, and again when it was written to.
+
     Compiled regions take negative numbers for rows counted from a table's end, where the eager model refuses them.
     """
 
     def __init__(self) -> None:
         self._outside: dict[tuple[str, int], torch.Tensor] = {}
-        self._last: dict[str, torch.Tensor] = {}
+        # Held, so that no other tensor takes the place of one that was looked at.
+        self._seen: dict[tuple[str, int], tuple[torch.Tensor, int]] = {}
 
     def look(self, rows: Mapping[str, int], inputs: Mapping[str, Any]) -> None:
         """Look at the numbers of one call.
@@ -33,15 +37,18 @@ class RowNumbers:
             value = inputs.get(name)
             if not isinstance(value, torch.Tensor) or not value.numel() or value.is_floating_point():
                 continue
+            place, version = (name, id(value)), version_of(value)
+            if place in self._seen and self._seen[place][1] == version:
+                continue
+            self._seen[place] = value, version
             if not waits(value.device):
                 least, most = (int(bound) for bound in value.aminmax())
                 if least < 0 or most >= count:
                     raise _refusal(name, count, f"holds {least if least < 0 else most}")
-            elif self._last.get(name) is not value:
+            else:
                 outside = ((value < 0) | (value >= count)).any()
                 key = name, count
                 self._outside[key] = outside | self._outside[key] if key in self._outside else outside
-                self._last[name] = value
 
     def finish(self) -> None:
         """Read what the device found.

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.devices import count_as_accelerator
 from helpers.tape import HostReadError, no_host_reads
 from helpers.tiny import inputs, tiny_dit
 from stepgraph.errors import PlanError
-from stepgraph.runtime.attach import run, run_timesteps
 from stepgraph.runtime.attach.run_timesteps import RunTimesteps
-from stepgraph.runtime.program import tables
 
 STEPS = 4
 ACTIONS = {"attn": "CRCR", "ff": "CRRR", "hidden": "CCCR"}
@@ -25,8 +24,7 @@ SCHEDULERS = (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler)
 @pytest.fixture
 def waiting(monkeypatch):
     """Every device is one that would have to be waited for."""
-    for module in (run_timesteps, run, tables):
-        monkeypatch.setattr(module, "waits", lambda device: True)
+    count_as_accelerator(monkeypatch)
 
 
 class Pipe:

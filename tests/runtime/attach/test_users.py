@@ -9,14 +9,12 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.devices import count_as_accelerator
 from helpers.oracle import Oracle
 from helpers.pipes import STEPS, images, oracle_images, shared
 from helpers.tape import no_host_reads
 from helpers.tiny import inputs, tiny_scheduler
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.runtime.attach import run as run_module
-from stepgraph.runtime.attach import run_timesteps
-from stepgraph.runtime.program import tables
 
 ACTIONS = {"attn": "CRCR", "ff": "CRRR", "hidden": "CCCR"}
 
@@ -357,8 +355,7 @@ def test_pipelines_that_share_a_transformer_are_each_attached_once(pipe):
 
 @pytest.mark.parametrize("computed", [False, True])
 def test_branches_are_compared_on_the_device_and_read_at_the_end(pipe, monkeypatch, computed):
-    for module in (run_timesteps, run_module, tables):
-        monkeypatch.setattr(module, "waits", lambda device: True)
+    count_as_accelerator(monkeypatch)
     exe = compiled(pipe, {"ff": "CRCR"}, guidance="separate").attach(pipe)
 
     def run(stray: bool = False) -> None:

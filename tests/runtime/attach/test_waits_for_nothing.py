@@ -24,7 +24,8 @@ PIPES = {
 }
 
 
-def guarded(transformer, from_step: int) -> list[int]:
+@contextlib.contextmanager
+def guarded(transformer, from_step: int):
     """Refuse host reads within calls of the transformer from a step on, up to the last but one; the list grows by each call."""
     calls, guards = [], contextlib.ExitStack()
 
@@ -35,7 +36,8 @@ def guarded(transformer, from_step: int) -> list[int]:
 
     transformer.register_forward_pre_hook(before)
     transformer.register_forward_hook(lambda *_: guards.close())
-    return calls
+    with guards:
+        yield calls
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -53,8 +55,8 @@ def test_no_call_between_the_ends_waits(name, graphs, inference, tape, accelerat
         # Captured in the second run at the latest.
         wanted, _ = call(pipe), call(pipe)
         replayed = len(tape[0].replayed) if tape else 0
-        calls = guarded(pipe.transformer, from_step=1)
-        assert torch.equal(call(pipe), wanted)
+        with guarded(pipe.transformer, from_step=1) as calls:
+            assert torch.equal(call(pipe), wanted)
     assert len(calls) == STEPS
     assert bool(tape) == (graphs is None)
     if tape:
@@ -63,8 +65,8 @@ def test_no_call_between_the_ends_waits(name, graphs, inference, tape, accelerat
 
 def test_what_waits_would_be_seen(pipe):
     """The guard is no stand-in for nothing: a call that reads is refused."""
-    calls = guarded(pipe.transformer, from_step=1)
-    pipe.transformer.register_forward_pre_hook(lambda module, given: None if given[0].sum().item() else given)
-    with pytest.raises(RuntimeError, match="item while recording"):
-        images(pipe)
+    with guarded(pipe.transformer, from_step=1) as calls:
+        pipe.transformer.register_forward_pre_hook(lambda module, given: None if given[0].sum().item() else given)
+        with pytest.raises(RuntimeError, match="item while recording"):
+            images(pipe)
     assert len(calls) == 2
