@@ -137,8 +137,10 @@ def test_dump_writes_a_file_per_variant_and_pass(monkeypatch, dit, plan, tmp_pat
         if is_wanted(rewrite, exe.config)
     }
     files = {path.name: path.read_text() for path in (tmp_path / "deep" / "dumps").iterdir()}
-    assert set(files) == wanted
-    assert all("def forward(self, hidden_states" in text for text in files.values())
+    hoisted = {name for name in files if name.startswith(("prompt-", "timestep-"))}
+    assert {name.split("-", 2)[2] for name in hoisted} == {"hoist_conditioning.py"}
+    assert set(files) - hoisted == wanted
+    assert all("def forward(self, hidden_states" in files[name] for name in wanted)
     assert "site_value" in files["model-00-traced.py"]
     assert "site_value" in files["variant001-01-marked.py"]
     assert "slot_" not in files["variant001-01-marked.py"]
