@@ -9,12 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from stepgraph.compiler.tracing.model_location import frame_location
 from stepgraph.errors import TraceError
+from stepgraph.runtime.program.value_texts import KNOWN_LIBRARIES
 
-# Not the user's code, but what it calls or is called by.
-LIBRARIES = frozenset({
-    "torch", "torchgen", "numpy", "stepgraph", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes",
-    "gguf",
-})  # fmt: skip
 RAISES = {dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"]}
 # What a traced forward alone can meet.
 OF_TRACES = (TraceError, DataDependentOutputException, DynamicOutputShapeException)
@@ -67,8 +63,8 @@ def own_error(wrapped: BaseException) -> Exception | None:
 def is_own(error: BaseException) -> bool:
     """Whether an error is one that the user's code raises, traced or not.
 
-    It is if the innermost frame of its traceback that lies in no module of Python's own belongs to none of `LIBRARIES`, or
-    calls one of torch's assertions (`torch._assert`, `torch._check`) or asks a module for what it lacks; and
+    It is if the innermost frame of its traceback that lies in no module of Python's own belongs to none of `KNOWN_LIBRARIES`,
+    or calls one of torch's assertions (`torch._assert`, `torch._check`) or asks a module for what it lacks; and
 
     - a `raise` stands there, or what fails there is Python itself (an index, a key, a type). RuntimeErrors without a `raise`
       are those of extensions in C, which cannot work on tensors without values, but for a recursion that most of the stack is;
@@ -77,7 +73,7 @@ def is_own(error: BaseException) -> bool:
     """
     place, raised = _place(error)
     frame = place.tb_frame
-    if _root(frame) in LIBRARIES:
+    if _root(frame) in KNOWN_LIBRARIES:
         return False
     if isinstance(error, RuntimeError) and not raised and not _recurs(error, frame.f_code):
         return False
@@ -91,7 +87,7 @@ def is_own(error: BaseException) -> bool:
 def text_of_error(error: BaseException) -> str:
     """An error's text; of one whose class words it with code of the user's, which may fail, what it was raised with."""
     wording = type(error).__str__
-    library = not isinstance(wording, FunctionType) or wording.__module__.partition(".")[0] in LIBRARIES
+    library = not isinstance(wording, FunctionType) or wording.__module__.partition(".")[0] in KNOWN_LIBRARIES
     return str(error) if library else BaseException.__str__(error)
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from stepgraph.runtime.program.facts import ACTIVE, GATE, NOTHING, Facts, Part, dotted, without_adapters
-from stepgraph.runtime.program.value_texts import LIBRARIES, label_of, name_of, same_text, texts_of
+from stepgraph.runtime.program.value_texts import KNOWN_LIBRARIES, label_of, name_of, same_text, texts_of
 
 # Behind the path of a module: what runs around its forward, and what stands in for it.
 AROUND, INSTEAD = " (hooks)", " (forward)"
@@ -86,7 +86,7 @@ def _plain_facts(facts: Facts) -> dict[str, str]:
     for path, part in without_adapters(facts.parts)[0].items():
         stated |= _of_part(path, part, plain=True)
     for names in facts.names:
-        if names.label.partition(".")[0] not in LIBRARIES:
+        if names.label.partition(".")[0] not in KNOWN_LIBRARIES:
             for name, value in names.values.items():
                 stated |= texts_of(label_of(names.label) + name, value, defaults=False)
     return stated

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from stepgraph.fingerprint import has_data, tensor_digest
-from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, Frozen
+from stepgraph.runtime.program.freeze import BUFFERS, LEAVES, LIBRARIES, Frozen
 
-# What stands in modules and defaults of these is theirs, and other with another version.
-LIBRARIES = frozenset(
-    {*sys.stdlib_module_names, "torch", "numpy", "packaging", "diffusers", "transformers", "accelerate", "peft"}
-)
+# What stands in modules and defaults of these is theirs, and other with another version; their code is not the user's.
+KNOWN_LIBRARIES = LIBRARIES | {
+    "stepgraph", "torchgen", "packaging", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "gguf",
+}  # fmt: skip
 # Behind the path of a container: how many entries it has, or under which keys.
 ENTRIES = " (entries)"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -104,7 +104,7 @@ def _main() -> str:
 
 def _code(name: str, code: CodeType) -> str:
     """A function's code in a text; nothing for libraries' functions, whose code changes with their versions."""
-    if name.partition(".")[0] in LIBRARIES:
+    if name.partition(".")[0] in KNOWN_LIBRARIES:
         return ""
     major, minor, _ = platform.python_version_tuple()
     return f" (code {major}.{minor} {_hash(repr(_contents_of_code(code)))})"

@@ -33,6 +33,7 @@ from stepgraph.runtime.session.row_numbers import RowNumbers
 from stepgraph.runtime.session.siblings import suited
 from stepgraph.schedule import Schedule, schedule_of, timestep_of
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
+from stepgraph.wrapped_models import refuse_modes
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def sample(
     Raises:
         PlanError: The scheduler is not the one the plan was made for, an input is missing, the scale is no number, or
             `fused_update` is asked of a scheduler that clips, thresholds or adds noise.
-        CompileError: `capture` is asked of a run that cannot be captured.
+        CompileError: `capture` is asked of a run that cannot be captured, or a mode of torch's stands around.
         ArgumentError: The noise is no dense tensor [B, C, ...] that holds values, or a class label has no row in the model's
             table.
         MismatchError: The model gives another shape than its latents have, which it cannot cut into whole patches.
@@ -115,6 +116,8 @@ def sample(
         attempt = Attempt[CapturedRun](refusal=_why_uncaptured(runner, noise, update, reason, on_step) or _nested(conditioning))
         look, numbers = Look(), RowNumbers()
         if not attempt.refusal and isinstance(runner, Compiled) and isinstance(update, FusedUpdate):
+            # A graph would hold what a mode makes of the run, and no later one would see another.
+            refuse_modes()
             runner = suited(runner)
             look = follow_weights(runner)
             for half in (cond, uncond or {}):

@@ -11,7 +11,6 @@ from stepgraph.runtime.program.program import Program
 from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
 from stepgraph.runtime.session.refuse_difference import refuse
 from stepgraph.runtime.session.siblings import suited
-from stepgraph.wrapped_models import refuse_modes
 
 if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
@@ -33,10 +32,9 @@ def begin_run(
         The executable for the adapters that the model has, its program for the inputs, and what was found of the weights.
 
     Raises:
-        CompileError: See `refuse_modes`, `suited`, `refuse_around`, `follow_facts` and `follow_weights`.
+        CompileError: See `suited`, `refuse_around`, `follow_facts` and `follow_weights`.
         MismatchError: The same.
     """
-    refuse_modes()
     looked_at = executable.siblings.present.known(inputs, begin)
     present = suited(executable, inputs, begin)
     program = present.default if inputs is None else present.find_program(inputs, begin)

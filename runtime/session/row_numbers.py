@@ -13,9 +13,8 @@ from stepgraph.runtime.program.tables import waits
 class RowNumbers:
     """Looks at the row numbers that a run is given: at once on a CPU, elsewhere on the device, which is read at the run's end.
 
-    A tensor is looked at once, and again when it was written to.
-
-    Compiled regions take negative numbers for rows counted from a table's end, where the eager model refuses them.
+    On a device a tensor is looked at once, and again when it was written to. Compiled regions take negative numbers for rows
+    counted from a table's end, where the eager model refuses them.
     """
 
     def __init__(self) -> None:
@@ -37,18 +36,20 @@ class RowNumbers:
             value = inputs.get(name)
             if not isinstance(value, torch.Tensor) or not value.numel() or value.is_floating_point():
                 continue
-            place, version = (name, id(value)), version_of(value)
-            if place in self._seen and self._seen[place][1] == version:
-                continue
-            self._seen[place] = value, version
             if not waits(value.device):
                 least, most = (int(bound) for bound in value.aminmax())
                 if least < 0 or most >= count:
                     raise _refusal(name, count, f"holds {least if least < 0 else most}")
-            else:
+            elif not self._is_seen(name, value):
                 outside = ((value < 0) | (value >= count)).any()
                 key = name, count
                 self._outside[key] = outside | self._outside[key] if key in self._outside else outside
+
+    def _is_seen(self, name: str, value: torch.Tensor) -> bool:
+        """Whether this very tensor was looked at, and not written to since; one without a version may have been."""
+        seen, version = self._seen.get((name, id(value))), version_of(value)
+        self._seen[name, id(value)] = value, version
+        return seen is not None and version >= 0 and seen[1] == version
 
     def finish(self) -> None:
         """Read what the device found.

@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import stepgraph as sg
 from helpers.captures import EACH_UPDATE, REUSED, SCHEDULERS, STEPS, planned, two_prompts, with_calls
@@ -13,6 +14,7 @@ from helpers.corrections import factors_of, maps_of
 from helpers.oracle import Oracle, run_loop
 from helpers.tape import HostReadError, Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
+from stepgraph.errors import CompileError
 from stepgraph.runtime.capture import cudagraph
 from stepgraph.runtime.capture.captured import Attempt, Captured
 
@@ -47,6 +49,20 @@ def test_a_captured_run_is_the_oracle(dit):
     got = two_prompts(exe, scheduler, capture=True)[1]
     wanted = run_loop(Oracle.of(dit, exe.plan), scheduler, noise(2, 1), STEPS, 1.0, labels(3, 4), None)[0]
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_modes_around_are_neither_captured_nor_left_out(dit):
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return result * 2 if func is torch.nn.functional.layer_norm else result
+
+    scheduler = SCHEDULERS["ddim"]()
+    exe = compiled(dit, scheduler)
+    for _ in range(2):
+        with Doubled(), pytest.raises(CompileError, match="Doubled stands around the run"):
+            sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
+        assert_same(exe, scheduler)
 
 
 def test_forecasts_increments_and_narrow_slots_are_captured(dit):
