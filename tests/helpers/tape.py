@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepgraph import wrapped_models
+from stepgraph.compiler.tracing.pause_garbage_collector import older_objects_aside
 
 # What would wait for a device, by the operator it comes down to and by the name it is called by.
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_assert_async")
@@ -148,9 +149,11 @@ class Tape:
         with no_host_reads():
             self.warm_up(run)
         streams = _Streams()
-        with streams.watched(), _standing_around(streams) as operators:
-            run()
-        operators.refuse_outliving()
+        # What this run leaves in cycles of references is let go, without a walk over all that the process has.
+        with older_objects_aside():
+            with streams.watched(), _standing_around(streams) as operators:
+                run()
+            operators.refuse_outliving()
         number = len(self.recorded)
         self.recorded.append(operators.seen)
 
