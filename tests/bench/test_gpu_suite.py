@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.children import environment
 from helpers.paths import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_suite.sh"
@@ -18,9 +19,9 @@ needs_no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="this mac
 
 
 def suite(*arguments: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable} | variables
     command = ["bash", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    around = environment(PYTHON=sys.executable, **variables)
+    return subprocess.run(command, cwd=cwd, env=around, capture_output=True, text=True, check=False)
 
 
 def test_is_valid_bash():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import stepgraph as sg
-from helpers.paths import TESTS
+from helpers.children import environment
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.entry.load_artifact import build_scheduler
 from stepgraph.packed_weights import PackedWeights
@@ -289,9 +289,7 @@ def test_a_spawned_process_loads_the_artifact_and_makes_the_same_bits(made, tmp_
 # In a fresh process: what other tests leave behind would move the base line.
 LEAK = """
 import json, sys, torch
-sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-import helpers.few_imports
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
 import stepgraph as sg
 from stepgraph.bench.deploy.leak import growth, watch
@@ -319,8 +317,8 @@ print(json.dumps([[growth(readings), [reading.tensors for reading in readings]] 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 def test_memory_after_200_generations_is_what_it_was():
     batch, latent = 16, 16 * 4 * 8 * 8 * 4
-    script = LEAK.format(tests=str(TESTS), batch=batch)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    script = LEAK.format(batch=batch)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (slope, tensors), (leaking_slope, leaking_tensors) = json.loads(done.stdout)
     assert len(set(tensors)) == 1, tensors

@@ -1,6 +1,5 @@
 """The Triton providers: their kernels in the interpreter (a process of its own), and which arguments they take."""
 
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.children import environment
 from helpers.devices import KB, SHEETS, machine_of
 from helpers.paths import ROOT
 from stepgraph.errors import OpError
@@ -21,20 +21,18 @@ KERNELS = pytest.mark.skipif(not declines._installed(), reason="triton is not in
 INTERPRETED = 193
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("STEPGRAPH_", "TRITON_", "PYTEST_"))}
-    return subprocess.run(
-        [sys.executable, *command], env=kept | environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    left = ("STEPGRAPH_", "TRITON_", "PYTEST_")
+    around = {name: value for name, value in environment().items() if not name.startswith(left)} | variables
+    return subprocess.run([sys.executable, *command], env=around, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @KERNELS
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path):
     report = tmp_path / "interpreted.xml"
-    options = ("-q", "--tb=short", "-p", "helpers.few_imports", "-p", "no:cacheprovider", f"--junitxml={report}")
-    settings = {"PYTHONPATH": str(HERE.parent), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), *options, **settings)
+    options = ("-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
+    result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), *options, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} == {

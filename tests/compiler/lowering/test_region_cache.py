@@ -15,7 +15,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
-from helpers.paths import TESTS
+from helpers.children import environment
 from helpers.region import product, region
 from stepgraph.cli.main import app
 from stepgraph.compiler.lowering import region_cache
@@ -221,22 +221,21 @@ def test_a_region_on_cuda_is_kept_with_its_kernels(counted: list[str], tmp_path:
     assert torch.equal(compile_kept(product(), (x, y), None)(x, y)[0], x * 2 + y)
     assert len(counted) == 1
     script = (
-        f"import sys, torch; sys.path.insert(0, {str(TESTS)!r})\n"
+        "import torch\n"
         "from helpers.region import product\n"
         "from stepgraph.compiler.lowering import region_cache\n"
         "region_cache._compile_and_keep = None\n"
         "x = torch.ones(4, 8, device='cuda')\n"
         "print(*region_cache.compile_kept(product(), (x, x), None)(x, x)[0].unique().tolist())\n"
     )
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
-    alone = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    around = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"))
+    alone = subprocess.run([sys.executable, "-c", script], env=around, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.split() == ["3.0"]
 
 
 ALONE = """
 import sys, torch
-sys.path.insert(0, {tests!r})
 from torch._inductor import cpp_builder
 from helpers.region import product, region
 from stepgraph.compiler.lowering import region_cache
@@ -255,11 +254,10 @@ print(len(built), len(compiled))
 
 @pytest.mark.slow
 def test_a_kept_region_brings_the_kernels_that_another_one_has_in_common_with_it(tmp_path: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPGRAPH_REGIONS": "10", "STEPGRAPH_CACHE": str(tmp_path)}
+    around = environment(STEPGRAPH_REGIONS="10", STEPGRAPH_CACHE=str(tmp_path))
 
     def builds(*regions: str) -> tuple[int, int]:
-        script = ALONE.format(tests=str(TESTS))
-        found = subprocess.run([sys.executable, "-c", script, *regions], env=environment, capture_output=True, text=True)
+        found = subprocess.run([sys.executable, "-c", ALONE, *regions], env=around, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
         libraries, compiled = map(int, found.stdout.split())
         return libraries, compiled

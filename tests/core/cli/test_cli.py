@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers.children import environment
 from helpers.command_line import error_of, invoke
 from helpers.small_glyphs import save_small_glyph_dit
 from stepgraph.cli.sweep import parse_values
@@ -215,8 +216,7 @@ def test_a_calibration_that_was_killed_goes_on(small: Path, tmp_path: Path):
         "-o",
         str(stats),
     ]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     for _ in range(30000):
         if left.is_file() or process.poll() is not None:
             break
@@ -374,7 +374,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_sampling(small: Path, p
 
 def test_errors_go_to_standard_error_without_a_traceback(tmp_path: Path):
     command = [sys.executable, "-m", "stepgraph.cli", "plan", "show", "nowhere.json"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: no plan file at nowhere.json")

@@ -1,7 +1,6 @@
 """Artifacts: every process computes the same bits, and no damage is taken for what was saved."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 import stepgraph as sg
 from helpers.artifacts import rewrite
-from helpers.paths import TESTS
+from helpers.children import environment
 from helpers.tiny import inputs, noise, tiny_dit
 from stepgraph.bench.deploy import fuzz_artifacts
 from stepgraph.bench.deploy.fuzz_artifacts import fuzz
@@ -23,20 +22,18 @@ from stepgraph.bench.deploy.fuzz_artifacts import fuzz
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLE = """
 import os, sys, torch
-sys.path.insert(0, sys.argv[1])
-import helpers.few_imports
 from safetensors.torch import save_file
 from helpers.tiny import tiny_scheduler, noise, labels
 import stepgraph as sg
 torch.set_num_threads(1)
 found = {}
-for given in sys.argv[3:]:
+for given in sys.argv[2:]:
     os.environ["STEPGRAPH_CACHE"], path = given.split("=")
     executable = sg.load(path)
     dtype = next(executable.model.parameters()).dtype
     name = f"{dtype} {executable.config.backend}"
     found[name] = sg.sample(executable, tiny_scheduler("ddim"), noise(2).to(dtype), **labels(1, 2))
-save_file(found, sys.argv[2])
+save_file(found, sys.argv[1])
 """
 
 
@@ -46,20 +43,21 @@ def test_processes_compute_the_same_bits(ddim, tmp_path: Path):
     artifacts = []
     for dtype in DTYPES:
         model = tiny_dit(num_layers=1).to(dtype)
-        plan = sg.make_plan("interval", model=model, scheduler=ddim, steps=2, every=2)
-        executable = sg.compile(model, plan, inputs(2) | {"hidden_states": noise(2).to(dtype)}, "eager")
-        for backend in ("eager", "inductor"):
+        # Compiled, a step that computes all is one region.
+        for backend, policy in (("eager", {"policy": "interval", "every": 2}), ("inductor", {"policy": "full"})):
+            plan = sg.make_plan(**policy, model=model, scheduler=ddim, steps=2)
+            executable = sg.compile(model, plan, inputs(2) | {"hidden_states": noise(2).to(dtype)}, "eager")
             artifacts.append(tmp_path / f"artifact-{len(artifacts)}")
             executable.save(artifacts[-1], with_weights=True)
             options = json.loads((artifacts[-1] / "manifest.json").read_text())["options"]
             rewrite(artifacts[-1], options=options | {"backend": backend})
 
     def start(name: str, *caches: str) -> tuple[subprocess.Popen, Path]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("STEPGRAPH_REGIONS", None)
+        around = environment()
+        around.pop("STEPGRAPH_REGIONS", None)
         places = [f"{tmp_path / cache}={path}" for cache, path in zip(caches, artifacts, strict=True)]
-        command = [sys.executable, "-c", SAMPLE, str(TESTS), str(tmp_path / name), *places]
-        return subprocess.Popen(command, env=environment), tmp_path / name
+        command = [sys.executable, "-c", SAMPLE, str(tmp_path / name), *places]
+        return subprocess.Popen(command, env=around), tmp_path / name
 
     # One dtype meets in one place, the other is compiled twice.
     running = [start("first", *["kept"] * 4), start("beside", "kept", "kept", "other", "other")]
