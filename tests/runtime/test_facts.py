@@ -36,7 +36,7 @@ X = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
 def watched(model, example):
     traced = trace(model, example)
     watcher = FactsWatch(traced.facts)
-    assert list(watcher.differences(model)) == []
+    assert list(watcher.follow(model)) == []
     return traced, watcher
 
 
@@ -167,11 +167,11 @@ def test_every_kind_of_value_is_noticed(monkeypatch, traced_tree, kind):
     # The facts of a tree hold for another one of the same make, but for whose tensors these are.
     model = tree()
     watcher = FactsWatch(traced_tree)
-    before = watcher.differences(model)
+    before = watcher.follow(model)
     held = {f"{where}.held" for where in ("first", "rest.0")}
     assert {found.path for found in before} <= held
     change(monkeypatch, model)
-    found = [found.path for found in watcher.differences(model)]
+    found = [found.path for found in watcher.follow(model)]
     assert path in found
 
 
@@ -181,7 +181,7 @@ def test_what_changes_under_a_watched_model_is_noticed(monkeypatch, kind):
     _, watcher = watched(model, X)
     change, path = VALUES[kind]
     change(monkeypatch, model)
-    assert path in [found.path for found in watcher.differences(model)]
+    assert path in [found.path for found in watcher.follow(model)]
     monkeypatch.undo()
 
 
@@ -242,15 +242,13 @@ def test_settings_that_the_forward_asks_for_are_noticed():
         other = second if before == first else first
         try:
             change(other)
-            assert any(name in difference.path for difference in watcher.differences(model)), name
-            assert not unasked.differences(plain)
+            assert any(name in difference.path for difference in watcher.follow(model)), name
+            assert not unasked.follow(plain)
         finally:
             change(before)
-        assert not watcher.differences(model), name
+        assert not watcher.follow(model), name
     with torch.inference_mode():
-        assert [difference.path.rpartition(" ")[2] for difference in watcher.differences(model)] == [
-            "is_inference_mode_enabled"
-        ]
+        assert [difference.path.rpartition(" ")[2] for difference in watcher.follow(model)] == ["is_inference_mode_enabled"]
 
 
 def test_what_the_forward_does_not_read_may_change():
@@ -264,13 +262,13 @@ def test_what_the_forward_does_not_read_may_change():
     with torch.no_grad():
         model.first.linear.weight.mul_(2)
     model.train()
-    assert list(watcher.differences(model)) == []
+    assert list(watcher.follow(model)) == []
     # Equal values in other objects are no difference either.
     model.first.items, model.first.entries, model.first.number = [1, 2], {"a": 1, "b": 2}, float("1.5")
     model.first.options = copy.deepcopy(model.first.options)
-    assert list(watcher.differences(model)) == []
+    assert list(watcher.follow(model)) == []
     model.first.items.append(3)
-    assert [found.path for found in watcher.differences(model)] == ["first.items[2]"]
+    assert [found.path for found in watcher.follow(model)] == ["first.items[2]"]
 
 
 def test_not_a_number_is_itself():
@@ -278,7 +276,7 @@ def test_not_a_number_is_itself():
     model.first.items[0] = float("nan")
     _, watcher = watched(model, X)
     model.first.items[0] = float("inf") - float("inf")
-    assert list(watcher.differences(model)) == []
+    assert list(watcher.follow(model)) == []
 
 
 def flux():
@@ -394,10 +392,10 @@ def test_every_kind_of_fact_of_the_families_is_noticed(name, monkeypatch):
     for what, change in changes.items():
         with monkeypatch.context() as patch:
             change(patch)
-            assert list(watcher.differences(model)) != [], what
+            assert list(watcher.follow(model)) != [], what
         ordinary()
         adapter.active[:] = ["style"]
-        assert list(watcher.differences(model)) == [], f"after {what}"
+        assert list(watcher.follow(model)) == [], f"after {what}"
 
 
 def compiled(model, example, **options):
@@ -539,7 +537,7 @@ def test_a_graph_is_right_or_refused(bound_tree, changes):
     for path, (name, value) in changes:
         setattr(model.get_submodule(path), name, value)
     with torch.no_grad():
-        if not watcher.differences(model):
+        if not watcher.follow(model):
             assert torch.equal(graph(X["x"])[0], model(**X))
         for module, name, value in reversed(before):
             setattr(module, name, value)
@@ -547,7 +545,7 @@ def test_a_graph_is_right_or_refused(bound_tree, changes):
             del model.first.level
         if "level" in vars(model.rest[0]):
             del model.rest[0].level
-        assert list(watcher.differences(model)) == []
+        assert list(watcher.follow(model)) == []
         assert torch.equal(graph(X["x"])[0], model(**X))
 
 
