@@ -125,10 +125,10 @@ class Scattered:
             self._seen = {dtype: torch.zeros(count, dtype=dtype) for dtype, count in counts.items()}
             self._now = {dtype: torch.zeros_like(seen) for dtype, seen in self._seen.items()}
         self._outs = [[(index, self._now[dtype][a:b]) for index, dtype, a, b in rows] for rows in self._parts]
-        self.changed(tensors)
+        self.look(tensors)
 
-    def changed(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Numbers of the tensors of which a value is another one than at the last look."""
+    def look(self, tensors: Sequence[Tensor]) -> list[int]:
+        """See what has changed since the last look: numbers of the tensors of which a value is another one."""
         with torch.inference_mode(False), torch.no_grad():
             for tensor, outs in zip(tensors, self._outs, strict=True):
                 if type(tensor) in PLAIN and tensor.dtype in USUAL:
@@ -141,8 +141,8 @@ class Scattered:
             if not differ:
                 return []
             numbers = [
-                number
-                for number, rows in enumerate(self._parts)
+                position
+                for position, rows in enumerate(self._parts)
                 if any(
                     dtype in differ and not _same_bits(self._now[dtype][a:b], self._seen[dtype][a:b]) for _, dtype, a, b in rows
                 )

@@ -97,7 +97,7 @@ class PackedWeights:
         storages = [self._owners[part[0]]() if part[0] in self._owners else None for part in key]
         if entry.values is None or any(storage is None for storage in storages):
             return True
-        return bool(entry.values.changed([_at(part, storage) for part, storage in zip(key, storages, strict=True)]))
+        return bool(entry.values.look([_at(part, storage) for part, storage in zip(key, storages, strict=True)]))
 
     def get(self, *weights: Tensor) -> Tensor:
         """The packed form of a weight, or of several, one below the other."""
@@ -109,11 +109,11 @@ class PackedWeights:
         # What several threads ask for at once is packed by one of them; the others wait for it.
         with self._lock:
             self._forget_dead()
-            packed = self._find(key, versions, weights, storages)
+            packed = self._obtain(key, versions, weights, storages)
         self._tidy()
         return packed
 
-    def _find(
+    def _obtain(
         self,
         key: tuple[Any, ...],
         versions: tuple[int, ...],

@@ -221,13 +221,13 @@ def model_calls(cond: dict[str, Any], uncond: dict[str, Any] | None, separate: b
     return [cond, uncond] if separate else [{name: together(value, uncond.get(name)) for name, value in cond.items()}]
 
 
-def split_conditioning(given: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def split_conditioning(conditioning: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Conditional inputs and, with guidance, the unconditional ones."""
-    negative = {name.removeprefix("negative_"): value for name, value in given.items() if name.startswith("negative_")}
-    cond = {name: value for name, value in given.items() if not name.startswith("negative_")}
+    negative = {name.removeprefix("negative_"): value for name, value in conditioning.items() if name.startswith("negative_")}
+    cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
     stray = sorted(set(negative) - set(cond))
     if stray:
-        raise ArgumentError(f"negative_{stray[0]} is given, but {stray[0]} is not")
+        raise ArgumentError(f"negative_{stray[0]} is conditioning, but {stray[0]} is not")
     # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None

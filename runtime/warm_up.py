@@ -72,15 +72,15 @@ def _captured(executable: Compiled) -> str:
 
 def _run_steps(executable: Compiled, inputs: Mapping[str, Any], device: torch.device) -> None:
     """One run of the plan, call by call, as pipelines and sessions make them."""
-    given = {**zero_inputs(executable.example or {}, device), **inputs}
+    example = {**zero_inputs(executable.example or {}, device), **inputs}
     name = latents_name(executable.model)
-    if name not in given or "timestep" not in given:
+    if name not in example or "timestep" not in example:
         raise ArgumentError(f"the executable has no example of {name} and timestep; pass the model's inputs")
     session = executable.session()
     convert = executable.plan.header.timestep or timestep_of(executable.model)
-    every = convert(torch.tensor(session.timesteps, device=device), given[name].dtype).to(given["timestep"].dtype)
+    every = convert(torch.tensor(session.timesteps, device=device), example[name].dtype).to(example["timestep"].dtype)
     while not session.finished:
-        session(**{**given, "timestep": every[session.step].expand(given["timestep"].shape)})
+        session(**{**example, "timestep": every[session.step].expand(example["timestep"].shape)})
 
 
 def _run_whole(

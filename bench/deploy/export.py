@@ -152,16 +152,16 @@ def sizes(folder: Path) -> dict[str, int]:
     return {"weights_file_bytes": weights, "program_bytes": programs, "bytes_without_weights": sum(files.values()) - weights}
 
 
-def run_fresh(folder: Path, given: Path, out: Path, steps: int) -> dict[str, float]:
+def run_fresh(folder: Path, inputs: Path, out: Path, steps: int) -> dict[str, float]:
     """Seconds of loading in a process that has torch alone, and onnxruntime where it is installed."""
     runtime = importlib.util.find_spec("onnxruntime")
     origins = [torch.__file__, *([runtime.origin] if runtime is not None and runtime.origin is not None else [])]
     sites = os.pathsep.join(dict.fromkeys(str(Path(origin).parents[1]) for origin in origins))
-    command = [sys.executable, "-I", "-S", "-c", FRESH, sites, folder, given, out, steps]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"the process without stepgraph failed:\n{result.stderr}")
-    seconds: dict[str, float] = json.loads(result.stdout)
+    command = [sys.executable, "-I", "-S", "-c", FRESH, sites, folder, inputs, out, steps]
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"the process without stepgraph failed:\n{process.stderr}")
+    seconds: dict[str, float] = json.loads(process.stdout)
     return seconds
 
 

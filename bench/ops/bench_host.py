@@ -58,10 +58,10 @@ def entries(case: Case) -> dict[str, Callable[[], Any]]:
 
 def flat_program() -> Callable[[], Any]:
     """A step of `CALLS` calls that do nothing."""
-    kept, device = torch.float32, torch.device("cpu")
+    dtype, device = torch.float32, torch.device("cpu")
     arguments = [torch.zeros(2, 8) for _ in range(64)]
     weights = [torch.zeros(8, 8) for _ in range(WEIGHTS)]
-    work = tuple(Place(64 * i, (2, 8), kept, kept) for i in range(CALLS))
+    work = tuple(Place(64 * i, (2, 8), dtype, dtype) for i in range(CALLS))
     first = len(arguments) + WEIGHTS
     calls = [
         RegionCall(
@@ -69,9 +69,9 @@ def flat_program() -> Callable[[], Any]:
         )
         for i in range(CALLS)
     ]
-    result = ((torch.Size((2, 8)), kept, device),)
+    results = ((torch.Size((2, 8)), dtype, device),)
     shapes = tuple(tensor.shape for tensor in arguments)
-    run = RegionCalls(tuple(calls), shapes, weights, work, 64 * CALLS, result, (first + CALLS,), (), ())
+    run = RegionCalls(tuple(calls), shapes, weights, work, 64 * CALLS, results, (first + CALLS,), (), ())
     return partial(run, arguments, (), Arena.of(64 * CALLS, device))
 
 

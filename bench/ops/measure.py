@@ -76,18 +76,18 @@ def results_of(result: Any) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def interleaved(found: Mapping[str, Callable[[], Any]], device: str, seconds: float = 1.0) -> dict[str, float]:
+def interleaved(calls: Mapping[str, Callable[[], Any]], device: str, seconds: float = 1.0) -> dict[str, float]:
     """Median seconds of one call of each contender; they take turns, so that all see the same machine."""
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
-    for run in found.values():
+    for run in calls.values():
         run()
-    round_seconds = sum(clock(run, 1) for run in found.values())
+    round_seconds = sum(clock(run, 1) for run in calls.values())
     # Short calls are timed in batches, so that the clock does not count.
-    repeats = {name: max(1, min(50, int(2e-4 / max(clock(run, 1), 1e-7)))) for name, run in found.items()}
+    repeats = {name: max(1, min(50, int(2e-4 / max(clock(run, 1), 1e-7)))) for name, run in calls.items()}
     rounds = max(5, min(60, int(seconds / max(round_seconds, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in found}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, run in found.items():
+        for name, run in calls.items():
             times[name].append(clock(run, repeats[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -42,9 +42,9 @@ def plot_quality(results: dict[str, Any], front: list[tuple[float, float]], path
     with error_over_macs(results, front, path) as axis:
         counts = [(100 / row["fewer_macs"], row["relative_l2"]) for row in rows if row["name"] == "fewer steps"]
         axis.plot(*zip(*counts, strict=True), ".", color="black", markersize=5, zorder=1)
-        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows if row["name"] != "fewer steps")):
+        for index, name in enumerate(dict.fromkeys(row["name"] for row in rows if row["name"] != "fewer steps")):
             points = [row for row in rows if row["name"] == name]
-            mark, colour = style(number)
+            mark, colour = style(index)
             axis.errorbar(
                 [100 / row["fewer_macs"] for row in points],
                 [row["relative_l2"] for row in points],

@@ -38,16 +38,16 @@ def plan_of(base: CachePlan, router: Router, reused: torch.Tensor) -> CachePlan:
 
 def random_reuse(router: Router, reused: torch.Tensor, per_step: bool, generator: torch.Generator) -> torch.Tensor:
     """As many reuses as `reused`, [T, sites] bool, at random among the routed calls; with `per_step`, as many at each step."""
-    result = torch.zeros_like(reused)
+    drawn = torch.zeros_like(reused)
     columns = reused.shape[1]
     if per_step:
         for step, count in enumerate(reused.sum(dim=1).tolist()):
-            result[step, torch.randperm(columns, generator=generator)[:count]] = True
-        return result
+            drawn[step, torch.randperm(columns, generator=generator)[:count]] = True
+        return drawn
     routed = [step for step, full in enumerate(router.full) if not full]
     calls = torch.randperm(len(routed) * columns, generator=generator)[: int(reused.sum())]
-    result[torch.tensor(routed)[calls // columns], calls % columns] = True
-    return result
+    drawn[torch.tensor(routed)[calls // columns], calls % columns] = True
+    return drawn
 
 
 def spread(values: list[float]) -> dict[str, float]:

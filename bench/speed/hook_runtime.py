@@ -72,9 +72,9 @@ class HookRuntime:
         self.ran.append(Counter())
         if self.now["output"] == REUSED:
             return self.stored["output"]
-        result = self.model(**inputs)
-        self.stored["output"] = result
-        return result
+        output = self.model(**inputs)
+        self.stored["output"] = output
+        return output
 
     def refuse_other_counts(self) -> None:
         """Compare the modules that ran in each step so far with the plan's letters.

@@ -96,16 +96,16 @@ class FirstBlockAndResidual:
         self.step += 1
         return result
 
-    def _forward(self, number: int, count: int, original: Any) -> Any:
+    def _forward(self, block: int, count: int, original: Any) -> Any:
         def forward(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             computed = self.mask[self.step]
             out = tokens
-            if number == 0 or computed:
+            if block == 0 or computed:
                 out = original(tokens, *args, **kwargs)
                 self.ran += 1
-            if number == 0:
+            if block == 0:
                 self.after_first = out
-            if number == count - 1:
+            if block == count - 1:
                 if computed:
                     self.residual = out - self.after_first
                 elif self.residual is not None:

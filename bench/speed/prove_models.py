@@ -120,8 +120,8 @@ class Measuring:
         """Distance of the model's output at the first step, where everything is computed, from the eager model's."""
         inputs = dict(self.work.inputs)
         first = torch.tensor(executable.plan.header.timesteps[0])
-        given = timestep_of(self.work.model)(first, self.work.noise.dtype).to(self.work.noise.device)
-        inputs["timestep"] = torch.zeros_like(inputs["timestep"]) + given.to(inputs["timestep"].dtype)
+        timestep = timestep_of(self.work.model)(first, self.work.noise.dtype).to(self.work.noise.device)
+        inputs["timestep"] = torch.zeros_like(inputs["timestep"]) + timestep.to(inputs["timestep"].dtype)
         with torch.no_grad():
             expected = self.work.model(**inputs, return_dict=False)[0]
         error = relative_l2(executable.session()(**inputs, return_dict=False)[0], expected)

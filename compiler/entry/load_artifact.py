@@ -118,8 +118,8 @@ def verify_first_step(executable: Executable) -> None:
         inputs["timestep"] = (header.timestep or timestep_of(model))(first, model_dtype(model)).to(example.dtype)
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
-    result = executable.session()(**inputs, return_dict=False)[0]
-    error, limit = relative_l2(result, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
+    output = executable.session()(**inputs, return_dict=False)[0]
+    error, limit = relative_l2(output, expected), 0.0 if executable.config.exact else tolerance(FIRST_STEP, model_dtype(model))
     if not error <= limit:
         raise CompileError(
             f"the first step differs from {type(model).__name__}'s by {error:.2g} (relative L2; {limit:g} can be rounding): "

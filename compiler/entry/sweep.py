@@ -172,14 +172,14 @@ class _Runs:
         model = traced.model
         latents = latents_of(traced.example_inputs(1, conditioning))
         noise = torch.randn(samples, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-        given = conditioning_of(traced, conditioning, samples, guidance_scale > 1, latents.device)
+        chosen = conditioning_of(traced, conditioning, samples, guidance_scale > 1, latents.device)
         if guidance_scale <= 1:
-            given = {name: value for name, value in given.items() if not name.startswith("negative_")}
+            chosen = {name: value for name, value in chosen.items() if not name.startswith("negative_")}
         unbatched = traced.family.unbatched
         self.noise = noise.to(latents.device, model_dtype(model)).split(batch)
         self.conditioning = {
             name: [value] * len(self.noise) if name.removeprefix("negative_") in unbatched else value.split(batch)
-            for name, value in given.items()
+            for name, value in chosen.items()
         }
         self.model, self.scheduler, self.guidance_scale = model, scheduler, guidance_scale
         self.rows = len(self.noise[0]) * (2 if guidance_scale > 1 else 1)
@@ -187,16 +187,16 @@ class _Runs:
     def begin(self, steps: int, total: int, on_step: Callable[[str, int, int], None] | None) -> None:
         """Run full compute in `steps` steps; `total` steps follow in all, this run's included."""
         self.done, self.total, self.on_step = 0, total, on_step
-        self.reference = self._latents("full compute", self.model, steps)
+        self.reference = self._sample("full compute", self.model, steps)
 
     def error(self, name: str, runner: Any, steps: int) -> tuple[float, float]:
         """Mean relative L2 over the samples, and its standard error."""
-        errors = relative_errors(self._latents(name, runner, steps), self.reference)
+        errors = relative_errors(self._sample(name, runner, steps), self.reference)
         spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
         return float(errors.mean()), spread
 
-    def _latents(self, name: str, runner: Any, steps: int) -> torch.Tensor:
-        """Final latents [samples, ...] on the CPU."""
+    def _sample(self, name: str, runner: Any, steps: int) -> torch.Tensor:
+        """Run all samples, and count their steps as done; final latents [samples, ...] on the CPU."""
         results = []
         for index, noise in enumerate(self.noise):
             chosen: dict[str, Any] = {key: parts[index] for key, parts in self.conditioning.items()}
@@ -207,9 +207,9 @@ class _Runs:
                     self.on_step(name, self.done + round(share * steps), self.total)
 
             schedule = self.schedule.shorter(steps)
-            result = sample(
+            final = sample(
                 runner, self.scheduler, noise, self.guidance_scale, steps=steps, schedule=schedule, on_step=advance, **chosen
             )
-            results.append(result.cpu())
+            results.append(final.cpu())
         self.done += steps
         return torch.cat(results)

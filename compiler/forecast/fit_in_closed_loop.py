@@ -177,9 +177,9 @@ class ClosedLoop:
             plan, factors = plan.with_header(factors=""), with_affine(factors, affine, self.plan)
         return compile_plan(traced.model, plan, inputs, CompileConfig("eager", exact=True), factors, traced).session()
 
-    def step(self, own: Trajectory, full: Trajectory) -> None:
+    def step(self, corrected: Trajectory, full: Trajectory) -> None:
         """One step of both runs; what is open is fitted first."""
-        step, inputs = self.session.step, own.inputs()
+        step, inputs = self.session.step, corrected.inputs()
         wanted = {i: terms for (s, i), terms in self.cells.items() if s == step}
         true: list[dict[int, torch.Tensor]] = []
         if self.runs.target == OWN:
@@ -189,11 +189,11 @@ class ClosedLoop:
             true = [values for _, values in evaluated]
             full.advance([output for output, _ in evaluated])
         if wanted and self.runs.target == STATE:
-            self._land(step, wanted, own, full.latents)
+            self._land(step, wanted, corrected, full.latents)
         elif wanted:
             for branch, (call, targets) in enumerate(zip(inputs, true, strict=True)):
-                self._fit_sites(step, branch, wanted, own.noisy(call), targets)
-        own.advance([self.session(return_dict=False, **call)[0] for call in inputs])
+                self._fit_sites(step, branch, wanted, corrected.noisy(call), targets)
+        corrected.advance([self.session(return_dict=False, **call)[0] for call in inputs])
 
     def _fit_sites(
         self,
@@ -214,9 +214,9 @@ class ClosedLoop:
             coefficients, residual = least_squares(values, target, self.runs.ridge, self.per_channel)
             self._take(step, i, branch, coefficients, residual)
 
-    def _land(self, step: int, wanted: Mapping[int, Sequence[str]], own: Trajectory, state: torch.Tensor) -> None:
+    def _land(self, step: int, wanted: Mapping[int, Sequence[str]], corrected: Trajectory, state: torch.Tensor) -> None:
         """Fit the model's output, all branches together, so that the sampler comes to a state."""
-        target, inputs = own.landing(state), own.inputs()
+        target, inputs = corrected.landing(state), corrected.inputs()
         everyone = tuple(range(len(inputs)))
         for i, terms in wanted.items():
             columns, owners = list[torch.Tensor | None](), list[tuple[int, ...]]()
@@ -224,7 +224,7 @@ class ClosedLoop:
                 # Inputs are the same in all branches, and so are their coefficients.
                 apart = self.runs.per_branch and term.startswith("y")
                 for members in [(branch,) for branch in everyone] if apart else [everyone]:
-                    columns.append(self._column(term, i, own, inputs, members))
+                    columns.append(self._column(term, i, corrected, inputs, members))
                     owners.append(members)
             coefficients, residual = least_squares(columns, target, self.runs.ridge)
             for branch in everyone:
@@ -232,16 +232,16 @@ class ClosedLoop:
                 self._take(step, i, branch, coefficients[mine], residual)
 
     def _column(
-        self, term: str, i: int, own: Trajectory, inputs: Sequence[Mapping[str, torch.Tensor]], members: tuple[int, ...]
+        self, term: str, i: int, corrected: Trajectory, inputs: Sequence[Mapping[str, torch.Tensor]], members: tuple[int, ...]
     ) -> torch.Tensor | None:
         """What a term adds to the guided output, per unit of its coefficient in some of the branches; None for a constant."""
         values = []
         for branch, call in enumerate(inputs):
-            value = _term(term, i, own.noisy(call), self.session.stored(branch))
+            value = _term(term, i, corrected.noisy(call), self.session.stored(branch))
             if value is None:
                 return None
             values.append(value if branch in members else torch.zeros_like(value))
-        return own.combined(values)
+        return corrected.combined(values)
 
     def _take(self, step: int, i: int, branch: int, coefficients: torch.Tensor, residual: float) -> None:
         """Write down coefficients and let the session take them at this step."""

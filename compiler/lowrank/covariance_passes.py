@@ -71,16 +71,16 @@ class PassResults:
         if passes > 1:
             self.tensors = SpilledTensors()
 
-    def reporter(self, number: int, run: int, evaluations: int) -> Callable[[int, int], None] | None:
+    def reporter(self, pass_index: int, run: int, evaluations: int) -> Callable[[int, int], None] | None:
         """What `sample` calls in a run of a pass."""
         before, total, on_step = (
-            number * self.evaluations + run * evaluations,
+            pass_index * self.evaluations + run * evaluations,
             len(self.groups) * self.evaluations,
             self.on_step,
         )
         return None if on_step is None else lambda done, _: on_step(before + done, total)
 
-    def keep(self, number: int, sums: Mapping[Target, FullSum | SketchSum]) -> None:
+    def keep(self, pass_index: int, sums: Mapping[Target, FullSum | SketchSum]) -> None:
         """Take over the sums of a pass."""
         tensors: dict[str, Tensor] = {}
         for target, summed in sums.items():
@@ -91,7 +91,7 @@ class PassResults:
                 for path, yy in summed.yy.items():
                     self.numbers[path] = {**self.numbers.get(path, {}), "yy": yy / summed.rows}
         if isinstance(self.tensors, SpilledTensors):
-            self.tensors.add(number, tensors)
+            self.tensors.add(pass_index, tensors)
         else:
             self.tensors = tensors
 
@@ -103,9 +103,9 @@ class SpilledTensors(Mapping[str, Tensor]):
         self.folder = tempfile.TemporaryDirectory(prefix="stepgraph-covariances-")
         self.places: dict[str, Path] = {}
 
-    def add(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def add(self, pass_index: int, tensors: dict[str, Tensor]) -> None:
         """Write tensors to a file of their own."""
-        path = Path(self.folder.name) / f"{number:04d}.safetensors"
+        path = Path(self.folder.name) / f"{pass_index:04d}.safetensors"
         save_tensors(path, tensors)
         self.places |= dict.fromkeys(tensors, path)
 

@@ -218,9 +218,9 @@ class LiveGraph:
         return saved
 
 
-def same_sites(planned: tuple[Site, ...], found: tuple[Site, ...]) -> str | None:
+def same_sites(planned: tuple[Site, ...], marked: tuple[Site, ...]) -> str | None:
     """What differs between a plan's sites and a model's, in words; None where they agree."""
-    plan_names, model_names = [(s.name, s.kind) for s in planned], [(s.name, s.kind) for s in found]
+    plan_names, model_names = [(s.name, s.kind) for s in planned], [(s.name, s.kind) for s in marked]
     if plan_names == model_names:
         return None
     unknown = [name for name, _ in plan_names if name not in dict(model_names)]

@@ -46,22 +46,22 @@ def positions(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=1)
 
 
-def completed(given: dict[str, Any], tokens: int | None) -> dict[str, Any]:
+def completed(conditioning: dict[str, Any], tokens: int | None) -> dict[str, Any]:
     """The conditioning with the positions that pipelines make: of a square image, 1024 x 1024 pixels unless its tokens say
     otherwise, and zeros for the text.
 
     Raises:
         ArgumentError: The image is no square, so that its positions must be given.
     """
-    text, side = given.get("encoder_hidden_states"), SIDE if tokens is None else math.isqrt(tokens)
+    text, side = conditioning.get("encoder_hidden_states"), SIDE if tokens is None else math.isqrt(tokens)
     if not isinstance(text, torch.Tensor) or text.ndim != 3:
-        return given
-    filled = dict(given)
-    if "img_ids" not in given:
+        return conditioning
+    filled = dict(conditioning)
+    if "img_ids" not in conditioning:
         if tokens is not None and side * side != tokens:
             raise ArgumentError(f"conditioning lacks img_ids, and {tokens} image tokens are no square; pass their positions")
         filled["img_ids"] = positions(side, text.dtype, text.device)
-    if "txt_ids" not in given:
+    if "txt_ids" not in conditioning:
         filled["txt_ids"] = torch.zeros(text.shape[1], 3, dtype=text.dtype, device=text.device)
     return filled
 

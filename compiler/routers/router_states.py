@@ -187,13 +187,13 @@ def dropped(
     if not drop.any():
         return conditioning
     nothing = traced.family.conditioning(config_of(traced.model), len(first), first.device)[1]
-    result = {}
+    replaced = {}
     for name, value in conditioning.items():
         other = nothing.get(name)
         if not isinstance(other, torch.Tensor) or other.shape != value.shape:
             raise ArgumentError(f"there is no unconditional {name} of shape {list(value.shape)}; pass label_dropout=0")
-        result[name] = torch.where(drop.to(value.device).reshape(-1, *(1,) * (value.ndim - 1)), other.to(value), value)
-    return result
+        replaced[name] = torch.where(drop.to(value.device).reshape(-1, *(1,) * (value.ndim - 1)), other.to(value), value)
+    return replaced
 
 
 def steps_of(first: torch.Tensor, run: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,9 +83,9 @@ class FakeValues:
             written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
         for tensor in written:
             self.on_write(tensor)
-        result = value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
-        self.results.keep(key, result, tensors)
-        return result
+        outcome = value, frozenset(map(storage_key, written)), (self.total_flops - flops) // 2
+        self.results.keep(key, outcome, tensors)
+        return outcome
 
     @property
     def total_flops(self) -> int:

@@ -119,8 +119,8 @@ class Globals:
             for path, names in self._imports[:]:
                 if path in sys.modules:
                     self.add_names(f"{path}.", vars(sys.modules[path]), names)
-            for kind, made in list(self._kinds.items()):
-                for name in self._of_kind(kind, made):
+            for kind, written in list(self._kinds.items()):
+                for name in self._of_kind(kind, written):
                     self.note_of_class(kind, name)
         # Whoever replaces a tensor's method does so for all.
         for name in self._names:

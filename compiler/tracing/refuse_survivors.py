@@ -14,23 +14,23 @@ from stepgraph.errors import TraceError
 ENDS = (type, ModuleType, FunctionType)
 
 
-def forget_in_memos(made: list["weakref.ref[TracedTensor]"]) -> None:
+def forget_in_memos(references: list["weakref.ref[TracedTensor]"]) -> None:
     """Empty the functools caches that kept a traced tensor; they are filled anew by the next call."""
-    left = {id(traced) for ref in made if (traced := ref()) is not None}
+    left = {id(traced) for ref in references if (traced := ref()) is not None}
     if left:
         memos = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]
         for memo in _holding(memos, left):
             memo.cache_clear()
 
 
-def refuse_survivors(made: list["weakref.ref[TracedTensor]"]) -> None:
+def refuse_survivors(references: list["weakref.ref[TracedTensor]"]) -> None:
     """See that the forward left no traced tensors behind; they have no data to go on with.
 
     Raises:
         TraceError: The forward kept one elsewhere than in a functools cache: that is its own past.
     """
-    forget_in_memos(made)
-    left = next((traced for ref in made if (traced := ref()) is not None), None)
+    forget_in_memos(references)
+    left = next((traced for ref in references if (traced := ref()) is not None), None)
     if left is not None:
         raise TraceError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 

@@ -39,11 +39,11 @@ def run_opaque(module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[An
     attributes, before, weights = {**vars(module)}, _state(module), _weights(module)
     versions = [tensor._version for tensor in inputs]
     try:
-        result = module(*args, **kwargs)
+        output = module(*args, **kwargs)
         after = _state(module)
         if after != before:
             # What a first call sets once and for all (bitsandbytes' compute dtype) the model's own first call sets again.
-            result = module(*args, **kwargs)
+            output = module(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
@@ -56,14 +56,14 @@ def run_opaque(module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[An
     vars(module).update(attributes)
     if changed:
         raise TraceError(f"{what} changes itself in every call; a later call would depend on an earlier one")
-    outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     odd = next((tensor for tensor in outputs if not is_plain(tensor)), None)
     if odd is not None:
         raise TraceError(f"{what} returns a {kind_of(odd)}, which is no plain tensor")
     places = {tensor.untyped_storage()._cdata for tensor in inputs}
     if versions != [tensor._version for tensor in inputs] or any(out.untyped_storage()._cdata in places for out in outputs):
         raise TraceError(f"{what} writes to what it is called with, or returns it; a node of a graph returns new memory")
-    return result, _macs(module, inputs)
+    return output, _macs(module, inputs)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

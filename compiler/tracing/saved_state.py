@@ -120,9 +120,9 @@ def _put_back(holder: Any, before: Any) -> None:
         holder.update(before) if isinstance(holder, set) else holder.extend(before)
 
 
-def drop_traced(made: Iterable["weakref.ref[TracedTensor]"]) -> None:
+def drop_traced(references: Iterable["weakref.ref[TracedTensor]"]) -> None:
     """Take traced tensors that are still held out of the dicts, lists, sets and tuples that hold them, wherever these are."""
-    left = {id(traced): traced for ref in made if (traced := ref()) is not None}
+    left = {id(traced): traced for ref in references if (traced := ref()) is not None}
     if not left:
         return
     holders = [holder for holder in gc.get_referrers(*left.values()) if holder is not left]

@@ -116,19 +116,19 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     refuse_offload(model)
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
-        before, made = SavedState(model), list[weakref.ref[TracedTensor]]()
+        before, references = SavedState(model), list[weakref.ref[TracedTensor]]()
 
         def leave_no_trace() -> None:
             before.restore()
-            forget_in_memos(made)
-            drop_traced(made)
+            forget_in_memos(references)
+            drop_traced(references)
 
         recorded, error = None, None
         try:
-            recorded = _record_twice(model, inputs, made, Strengths())
+            recorded = _record_twice(model, inputs, references, Strengths())
             if recorded is None:
                 leave_no_trace()
-                recorded = _record_twice(model, inputs, made, Strengths(denied=None))
+                recorded = _record_twice(model, inputs, references, Strengths(denied=None))
         except BaseException as refusal:
             # The model that was refused is still the user's, to run without us.
             leave_no_trace()
@@ -143,7 +143,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
 
 
 def _record_twice(
-    model: nn.Module, inputs: Mapping[str, Any], made: list["weakref.ref[TracedTensor]"], strengths: Strengths
+    model: nn.Module, inputs: Mapping[str, Any], references: list["weakref.ref[TracedTensor]"], strengths: Strengths
 ) -> Trace | None:
     """Run the forward twice, the second time with other strengths.
 
@@ -154,7 +154,7 @@ def _record_twice(
         TraceError: It did something else although there are no strengths.
     """
     try:
-        first = _record(model, inputs, made, strengths)
+        first = _record(model, inputs, references, strengths)
     except TraceError:
         if not strengths.places:
             raise
@@ -165,7 +165,7 @@ def _record_twice(
     # What was not asked for either: it must make no difference.
     followed = (frozenset(place for place, _ in strengths.constants) | strengths.unread) - strengths.fixed
     try:
-        second = _record(model, inputs, made, Strengths(other=followed, denied=strengths.denied), first)
+        second = _record(model, inputs, references, Strengths(other=followed, denied=strengths.denied), first)
         refuse_other_operations(first.graph, second.graph, first.tensors, second.constants)
     except TraceError:
         if not followed:
@@ -177,21 +177,21 @@ def _record_twice(
 def _record(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    made: list["weakref.ref[TracedTensor]"],
+    references: list["weakref.ref[TracedTensor]"],
     strengths: Strengths,
     earlier: Trace | None = None,
 ) -> Trace:
     """Run the forward once on traced tensors, and see to it that none of them stays behind."""
     with older_objects_aside():
         try:
-            recorded = _run(model, inputs, made, strengths, earlier)
+            recorded = _run(model, inputs, references, strengths, earlier)
         except TraceError as error:
             _forget_locals(error)
             raise
         finally:
-            if any(ref() is not None for ref in made):
+            if any(ref() is not None for ref in references):
                 gc.collect()
-    refuse_survivors(made)
+    refuse_survivors(references)
     return recorded
 
 
@@ -205,7 +205,7 @@ def _forget_locals(error: BaseException | None) -> None:
 def _run(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    made: list["weakref.ref[TracedTensor]"],
+    references: list["weakref.ref[TracedTensor]"],
     strengths: Strengths,
     earlier: Trace | None,
 ) -> Trace:
@@ -217,7 +217,7 @@ def _run(
     device = next((t.device for t in reversed(tensors) if t.device.type != "meta"), torch.device("cpu"))
     reads = Reads(model, strengths, again=earlier is not None)
     tracer = Tracer(model, mode, device, earlier=None if earlier is None else earlier.graph, reads=reads)
-    tracer.made = made
+    tracer.references = references
     before = module_attributes(model)
     call, getattribute, read = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__getattribute__
     # Other threads may run this very model meanwhile; for them nothing changes.

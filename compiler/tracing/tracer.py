@@ -80,7 +80,7 @@ class Tracer(TorchFunctionMode):
         self.stack: dict[str, tuple[str, type]] = {}
         self.values = FakeValues(self.mode, self.device, self.refuse_parameter_write)
         # Every traced tensor that was made, to see afterwards which of them something outside still holds.
-        self.made: list[weakref.ref[TracedTensor]] = []
+        self.references: list[weakref.ref[TracedTensor]] = []
         self.devices = {"cpu", self.device.type}
         self.call_counts: Counter[str] = Counter()
         # The first error of an operation, which the forward may catch.
@@ -188,13 +188,13 @@ class Tracer(TorchFunctionMode):
                 known = self.known("call_module", path, args, kwargs)
                 run = self.run_opaque if opaque else self.run_leaf
                 value, mutates, macs = run(module, path, args, kwargs) if known is None else earlier_of(known)
-                result = self.record("call_module", path, args, kwargs, value, mutates, macs)
+                output = self.record("call_module", path, args, kwargs, value, mutates, macs)
             else:
-                result = original(module, *args, **kwargs)
+                output = original(module, *args, **kwargs)
         finally:
             del self.stack[key]
-        self.calls[path, call_index] = ModuleCall(_nodes((args, kwargs)), _nodes(result), before, self.last_node())
-        return result
+        self.calls[path, call_index] = ModuleCall(_nodes((args, kwargs)), _nodes(output), before, self.last_node())
+        return output
 
     def ask(self, func: Callable[..., Any], args: Any, kwargs: Any, weight: torch.Tensor) -> Any:
         """What the forward asks of a weight that is no plain tensor, such as its dtype; its numbers are its module's affair."""
@@ -219,9 +219,9 @@ class Tracer(TorchFunctionMode):
 
         with self.values.pass_through(), _disable_current_modes():
             args, kwargs = mapped(like, args, kwargs)
-            result, macs = run_opaque(module, path, args, kwargs)
+            output, macs = run_opaque(module, path, args, kwargs)
         with self.values.pass_through():
-            return pytree.tree_map_only(torch.Tensor, self.values.mode.from_tensor, result), frozenset(), macs
+            return pytree.tree_map_only(torch.Tensor, self.values.mode.from_tensor, output), frozenset(), macs
 
     def run_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, frozenset[int], int]:
         """As `run`, of one of torch.nn's own modules, on fake parameters."""
@@ -230,11 +230,11 @@ class Tracer(TorchFunctionMode):
         if self.reads is not None:
             self.reads.note_leaf(module)
         weights = [*twin._parameters.items(), *twin._buffers.items()]
-        result = self.values.run(twin, args, kwargs, self.values.results.key(leaf_operation(module), weights, {}))
+        outcome = self.values.run(twin, args, kwargs, self.values.results.key(leaf_operation(module), weights, {}))
         changed = [name for name, part in vars(twin).items() if before.get(name, self) is not part]
         if changed:
             raise TraceError(f"{model_location()}: calling {path} changes its own {changed[0]!r}; {NO_PAST}")
-        return result
+        return outcome
 
     def last_node(self) -> fx.Node:
         """The node recorded last."""
@@ -311,7 +311,7 @@ class Tracer(TorchFunctionMode):
         node.meta["val"] = value
         if isinstance(value, torch.Tensor):
             traced = TracedTensor(value, node)  # type: ignore[arg-type]
-            self.made.append(weakref.ref(traced))
+            self.references.append(weakref.ref(traced))
             return traced
         if isinstance(value, (tuple, list)):
             parts = [self.record("call_function", operator.getitem, (node, i), {}, v) for i, v in enumerate(value)]

@@ -139,7 +139,7 @@ def run_demo(
     labels = torch.arange(images, device=device) % len(CLASSES)
     conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    results: dict[str, torch.Tensor] = {}
+    latents: dict[str, torch.Tensor] = {}
     done, total = 0, (rounds * steps + 2) * len(runners)
 
     def run(name: str, count: int) -> torch.Tensor:
@@ -155,14 +155,14 @@ def run_demo(
     for _ in range(rounds):
         for name in runners:
             started = _now(device)
-            results[name] = run(name, steps)
+            latents[name] = run(name, steps)
             seconds[name].append(_now(device) - started)
             done += steps
-    reference = results["eager diffusers"]
+    reference = latents["eager diffusers"]
     rows = []
     for name, runner in runners.items():
         executable = runner if isinstance(runner, Executable) else None
-        decibel = psnr(results[name], reference)
+        decibel = psnr(latents[name], reference)
         full = plans["full"].header.macs * 2 * steps
         rows.append(
             DemoRow(
@@ -170,13 +170,13 @@ def run_demo(
                 gmacs=(executable.macs().computed / images if executable else full) / 1e9,
                 ms_per_step=1e3 * statistics.median(seconds[name]) / steps,
                 speedup=statistics.median(e / s for e, s in zip(seconds["eager diffusers"], seconds[name], strict=True)),
-                relative_l2=relative_l2(results[name], reference),
+                relative_l2=relative_l2(latents[name], reference),
                 psnr=decibel if decibel != float("inf") else None,
-                accuracy=accuracy(classifier, results[name], labels),
+                accuracy=accuracy(classifier, latents[name], labels),
                 peak_slot_mb=executable.memory().peak_slot_bytes / 1e6 if executable else 0.0,
             )
         )
-    pictures = [_draw_sheets(out, results), _draw_difference(out, results)]
+    pictures = [_draw_sheets(out, latents), _draw_difference(out, latents)]
     for name, plan in plans.items():
         if name != "full":
             path = out / f"demo-plan-{name.split()[0].lower()}.png"
@@ -258,14 +258,14 @@ def demo_command(
 ) -> None:
     """Sample the shipped model fully and with two cache plans; print what each costs and write the pictures."""
     with progress_bar("loading", as_json) as report:
-        result = run_demo(
+        demo = run_demo(
             out, device=parse_device(device), dtype=parse_dtype(dtype), backend=backend, steps=steps, images=images,
             rounds=rounds, seed=seed, on_step=report,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(json.dumps(demo.as_dict()))
     else:
-        show_demo(result)
+        show_demo(demo)
 
 
 def show_demo(result: Demo) -> None:

@@ -87,13 +87,13 @@ def run_command(
 
         def timed(name: str, runner: Any) -> tuple[torch.Tensor, float]:
             started = time.perf_counter()
-            result = sample(
+            final = sample(
                 runner, chosen, noise, guidance, steps=header.steps, schedule=header.schedule,
                 on_step=lambda d, t: report(name, d, t), **conditioning,
             )  # fmt: skip
-            if result.is_cuda:
+            if final.is_cuda:
                 torch.cuda.synchronize()
-            return result, time.perf_counter() - started
+            return final, time.perf_counter() - started
 
         latents, seconds = timed("sampling", executable)
         facts: dict[str, Any] = {"seconds": seconds, "written": write_samples(out, latents)}

@@ -64,7 +64,7 @@ class Attachment(StandIn):
             inputs |= inputs.pop(extra, {})
         call = Call.of(inputs, self._latents)
         call.refuse_without_values()
-        run = self.runs.find(call)
+        run = self.runs.admit(call)
         try:
             answered = run.take(call)
         except PlanError as error:

@@ -271,7 +271,10 @@ class Run:
         if difference:
             self._say(f"another call than those of the steps before: {difference}")
             return False
-        if not fresh and self._is_other_branch(call, branch):
+        other = not fresh and self._is_other_branch(call, branch)
+        if isinstance(other, torch.Tensor) and waits(call.inputs[call.latents].device):
+            self._note_late(other)
+        elif other:
             self._leave_to_model(f"call {branch + 1} of step {self.step} has the conditioning of another of its calls")
             return False
         if branch:
@@ -281,25 +284,24 @@ class Run:
             self._conditioning.append(call.conditioning)
         return True
 
-    def _is_other_branch(self, call: Call, branch: int) -> bool:
-        """Whether a call is not the branch that is next, but another: guidance in two calls is switched off, say."""
+    def _is_other_branch(self, call: Call, branch: int) -> torch.Tensor | bool:
+        """Whether a call is not the branch that is next, but another: guidance in two calls is switched off, say.
+
+        Known at once where the tensors lie in the same memory, else on their device (`same_values`).
+        """
         if len(self._conditioning) == 1:
             return False
-        own = same_values(call.conditioning, self._conditioning[branch])
-        if own is True:
+        awaited = same_values(call.conditioning, self._conditioning[branch])
+        if awaited is True:
             return False
         other: torch.Tensor | bool = False
         for index, conditioning in enumerate(self._conditioning):
             if index != branch and other is not True:
                 same = same_values(call.conditioning, conditioning)
                 other = same if isinstance(same, bool) and (same or other is False) else other | same
-        if isinstance(own, bool) and isinstance(other, bool):
+        if isinstance(awaited, bool):
             return other
-        differs = other if own is False else ~own if other is True else ~own & other
-        if isinstance(differs, bool) or not waits(call.inputs[call.latents].device):
-            return bool(differs)
-        self._note_late(differs)
-        return False
+        return ~awaited if other is True else ~awaited & other
 
     def _note_difference(self, same: torch.Tensor | bool) -> None:
         """Latents of one step's calls are the same; compared on their device, and read at the end."""

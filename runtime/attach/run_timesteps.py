@@ -37,24 +37,25 @@ class RunTimesteps:
 
     def near(self, given: Any, asked: float, step: int) -> bool:
         """Whether the timestep that a call asks for is a step's; it may be rounded as its dtype is."""
-        expected = self.expected(given, step)
-        return bool(abs(asked - expected) <= _tolerance(expected, self._convert.unit, _dtype(given)))
+        return self._is_near(given, asked, self.expected(given, step))
 
-    def find(self, given: Any, asked: float, begin_index: int | None) -> bool:
-        """Set `begin` to the evaluation that a run's first call asks for; False where it is none.
+    def find(self, given: Any, asked: float, begin_index: int | None) -> int | None:
+        """The evaluation of the whole schedule that a run's first call asks for; None where it is none.
 
         Args:
             given: The call's timestep.
             asked: Its value.
             begin_index: The scheduler's own word, where it has one; of several evaluations at one timestep it says which.
         """
-        self.begin = 0
-        places = [place for place in range(len(self._values)) if self.near(given, asked, place)]
-        if places:
-            # In low precision neighbours may look alike.
-            nearest = min(places, key=lambda place: abs(self.expected(given, place) - asked))
-            self.begin = begin_index if begin_index in places else nearest
-        return bool(places)
+        converted = self._converted(given)
+        places = [place for place, expected in enumerate(converted) if self._is_near(given, asked, expected)]
+        if begin_index in places:
+            return begin_index
+        # In low precision neighbours may look alike.
+        return min(places, key=lambda place: abs(converted[place] - asked), default=None)
+
+    def _is_near(self, given: Any, asked: float, expected: float) -> bool:
+        return bool(abs(asked - expected) <= _tolerance(expected, self._convert.unit, _dtype(given)))
 
     def _converted(self, given: Any) -> list[float]:
         dtype = _dtype(given)

@@ -88,8 +88,8 @@ class Runs:
     def _lay_aside(self, run: Run) -> None:
         self._aside = [*[one for one in self._aside if one.unseen], run][-UNWATCHED:]
 
-    def find(self, call: Call) -> Run:
-        """The run that a call belongs to, which begins with it or goes on.
+    def admit(self, call: Call) -> Run:
+        """Let the run that a call belongs to begin with it, or go on.
 
         Raises:
             PlanError: It begins none, and belongs to none of those under way.
@@ -113,7 +113,7 @@ class Runs:
         schedule = self._schedule_of(call.timestep)
         if schedule is not None:
             return self._begin(call, None, None, schedule, known=True)
-        return self._find_by_value(call, [run for run in self._runs if run.thread == thread])
+        return self._admit_by_value(call, [run for run in self._runs if run.thread == thread])
 
     def _go_on(self, call: Call, run: Run) -> Run:
         """The next call of a run whose timesteps say that it is its; a run that is over begins again."""
@@ -122,7 +122,7 @@ class Runs:
         watch = next((watch for _, watch in self.users if watch.holds(run.beginning)), None)
         return self._begin(call, watch, run.beginning, run.timesteps.timesteps, known=True)
 
-    def _find_by_value(self, call: Call, here: list[Run]) -> Run:
+    def _admit_by_value(self, call: Call, here: list[Run]) -> Run:
         """The run of a call whose timestep is computed, or a number."""
         current = next((run for run in here if not run.known and not run.beginning.over), None)
         if current is not None and current.finished and not current.is_further(call):
@@ -208,7 +208,11 @@ class Runs:
         header, asked = self.executable.plan.header, read_timestep(call.timestep)
         timesteps = RunTimesteps(schedule, header.timestep)
         index = getattr(watch.scheduler, "begin_index", None) if watch is not None else None
-        return timesteps if timesteps.find(call.timestep, asked, index) and timesteps.begin >= header.schedule.begin else None
+        place = timesteps.find(call.timestep, asked, index)
+        if place is None or place < header.schedule.begin:
+            return None
+        timesteps.begin = place
+        return timesteps
 
     def _set_aside(self, run: Run | None, beginning: Beginning) -> None:
         """Give up a run whose timesteps do not tell it from one that begins: if its scheduler goes on, they run in turns.

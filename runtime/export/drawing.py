@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 from torch import Tensor, fx
 
-from stepgraph.node_facts import op_of, output_of
+from stepgraph.node_facts import PROVIDER, op_of, output_of
 from stepgraph.plan import COMPUTE, DEAD, MODULE_KINDS, CachePlan
 from stepgraph.plan.liveness import StepTraffic
 from stepgraph.plan.plot import COLOURS
@@ -225,7 +225,7 @@ def _label(node: fx.Node) -> str:
     shape = f"\n{list(value.shape)}" if isinstance(value, Tensor) else ""
     if node.op in ("placeholder", "call_module", "call_method"):
         return f"{node.target}{shape}"
-    return f"{node.meta.get('provider') or getattr(node.target, '__name__', node.target)}{shape}"
+    return f"{node.meta.get(PROVIDER) or getattr(node.target, '__name__', node.target)}{shape}"
 
 
 def _quoted(words: str) -> str:

@@ -40,8 +40,8 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
     latents = latents_of(inputs)
     # Made where the model runs, for the bits.
     timesteps = torch.tensor(header.timesteps, device=latents.device)
-    given = (header.timestep or TimestepInput())(timesteps, latents.dtype).tolist()
-    _refuse_broken_timesteps(inputs, given)
+    model_timesteps = (header.timestep or TimestepInput())(timesteps, latents.dtype).tolist()
+    _refuse_broken_timesteps(inputs, model_timesteps)
     return {
         "model": header.model,
         "fingerprint": fingerprint(executable.model),
@@ -62,7 +62,7 @@ def make_schedule(executable: Compiled, program: Program, names: WeightNames, sc
         ],
         "steps": [
             {**_step(program, names, step), "timestep": timestep, "model_timestep": model_timestep}
-            for step, (timestep, model_timestep) in enumerate(zip(header.timesteps, given, strict=True))
+            for step, (timestep, model_timestep) in enumerate(zip(header.timesteps, model_timesteps, strict=True))
         ],
         "sampler": _sampler(executable, scheduler),
     }

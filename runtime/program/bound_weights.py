@@ -194,10 +194,10 @@ class BoundWeights:
             self.tensors, before, self._marks = present, self._marks, marks
             if self.later and not (marked or everything):
                 return Look(replaced, moved, marked=marked, later=content_sums(present))
-            seen = self._scattered.changed(present) if self._scattered is not None else []
+            seen = self._scattered.look(present) if self._scattered is not None else []
             if not (marked or seen or everything):
                 return Look(replaced, moved)
-            written = self._compare(content_sums(present))
+            written = self._take_sums(content_sums(present))
             unseen = [number for number in written if before[number] == marks[number]]
             self.changes += bool(unseen)
             return Look(replaced, moved, tuple(self.names[number] for number in written), marked, bool(unseen))
@@ -217,13 +217,13 @@ class BoundWeights:
         if look.later is None:
             return Look()
         with self.lock:
-            written = self._compare(look.later)
+            written = self._take_sums(look.later)
             # What a version told of was followed when the run began; it does no harm to follow it again.
             self.changes += bool(written)
             return Look(written=tuple(self.names[number] for number in written), unseen=bool(written))
 
-    def _compare(self, sums: Tensor) -> list[int]:
-        """Numbers of the tensors that have other digests now, which are taken over."""
+    def _take_sums(self, sums: Tensor) -> list[int]:
+        """Take over the digests of the tensors, and say which have others than before, by number."""
         now: list[int] = sums.tolist()
         written = [number for number, (one, other) in enumerate(zip(now, self._sums, strict=True)) if one != other]
         self._sums = now

@@ -277,9 +277,9 @@ def _of_structure(path: str, part: Part, present: Part) -> Iterator[Difference]:
         if not (old_hook and new_hook and old_hook[0] is new_hook[0]):
             old, new = (f"{hook[0]!r}" if hook else "nothing" for hook in (old_hook, new_hook))
             yield changed(f"{path} (forward hook {index})", old, new)
-    found = difference(f"{path}.forward", part.forward, present.forward, frozenset())
-    if found is not None:
-        yield changed(*found)
+    differing = difference(f"{path}.forward", part.forward, present.forward, frozenset())
+    if differing is not None:
+        yield changed(*differing)
 
 
 def _names_of(old: type | None, new: type | None) -> tuple[str, str]:
@@ -302,9 +302,9 @@ def _of_values(
             continue
         if name == ACTIVE:
             old, now = _as_list(old), _as_list(now)
-        found = difference(prefix + name, old, now, followed)
-        if found is not None:
-            yield Difference(Changed.VALUE, *found)
+        differing = difference(prefix + name, old, now, followed)
+        if differing is not None:
+            yield Difference(Changed.VALUE, *differing)
 
 
 def _as_list(names: Frozen) -> Frozen:

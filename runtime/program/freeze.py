@@ -255,9 +255,9 @@ def difference(path: str, old: Frozen, new: Frozen, ignored: Collection[str]) ->
     for name in [*before, *(name for name in now if name not in before)]:
         if name not in before or name not in now:
             return path + name, before[name].text if name in before else "nothing", now[name].text if name in now else "nothing"
-        found = difference(path + name, before[name], now[name], ignored)
-        if found is not None:
-            return found
+        first = difference(path + name, before[name], now[name], ignored)
+        if first is not None:
+            return first
     return None if list(before) == list(now) else (path, f"entries {', '.join(before)}", f"entries {', '.join(now)}")
 
 

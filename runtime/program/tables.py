@@ -90,7 +90,7 @@ class Tables:
     def at(self, step: int, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """The values that a step reads, in the order of `Hoisted.tables`."""
         values = [inputs[name] for name in self.hoisted.inputs]
-        if self._seen is None or not self._seen.unchanged(values):
+        if self._seen is None or not self._seen.compare(values):
             # A caller who makes the conditioning anew at every step would have all steps computed each time.
             self.batched = self.batched and self._changes < 2
             self._changes += 1
@@ -103,7 +103,7 @@ class Tables:
         timestep = inputs["timestep"]
         if self.batched and not self._rows:
             self._compute_all(step, timestep, values)
-        if self._rows and self._matches(step, timestep):
+        if self._rows and self._compare_timestep(step, timestep):
             return self._prompt + self._rows[step]
         return self._prompt + self.hoisted.timestep(timestep, *values, *self._prompt)
 
@@ -128,7 +128,8 @@ class Tables:
         every = self._every(inputs["timestep"]) if self._rows else None
         return FixedTables(self.hoisted, [inputs[name] for name in self.hoisted.inputs], every, self._prompt, self._stacked)
 
-    def _matches(self, step: int, timestep: torch.Tensor) -> bool:
+    def _compare_timestep(self, step: int, timestep: torch.Tensor) -> bool:
+        """Say whether a timestep is the scheduler's of this step; where that would wait it is taken so, and `finish` says."""
         assert self._expected is not None
         if not waits(timestep.device):
             return bool(set(timestep.flatten().tolist()) == {self._numbers[step]})
@@ -179,8 +180,8 @@ class _Seen:
         counted = [value for value in values if waits(value.device)]
         return content_sums(counted) if counted else None
 
-    def unchanged(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether inputs are what they were, without waiting for an accelerator where that can be known."""
+    def compare(self, values: Sequence[torch.Tensor]) -> bool:
+        """Say whether inputs are what they were; where that would wait for an accelerator go by versions, and note `late`."""
         for value, seen, version in zip(values, self._values, self._versions, strict=True):
             # By the version, which misses what `.data` and inference mode write, where comparing values would wait.
             if waits(seen.device):

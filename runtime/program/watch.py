@@ -36,11 +36,14 @@ class FactsWatch:
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
 
-    def differences(self, model: nn.Module) -> Sequence[Difference]:
-        """What is another one than at the trace; where nothing is, strengths are those of the model afterwards.
+    def follow(self, model: nn.Module) -> Sequence[Difference]:
+        """Write the strengths of a model to where the graph reads them, unless something else differs from the trace.
 
         Args:
             model: The one that the program was made for, or put on.
+
+        Returns:
+            What differs.
 
         Raises:
             CompileError: Hooks move or cast its weights while it runs.
@@ -55,7 +58,7 @@ class FactsWatch:
             refuse_offload(model)
             differences = list(self.facts.differences(model))
             if not differences:
-                self._follow(model)
+                self._write_strengths(model)
                 snapshot.note_versions()
                 self._snapshot = snapshot
             return differences
@@ -70,8 +73,8 @@ class FactsWatch:
         """How often strengths have been written to where the graph reads them."""
         return tuple(constant._version for strength in self.facts.strengths for constant in strength.constants)
 
-    def _follow(self, model: nn.Module) -> None:
-        """Write the strengths of a model to where the graph reads them."""
+    def _write_strengths(self, model: nn.Module) -> None:
+        """Write them all, and take down which have other numbers than at the trace."""
         others = []
         with torch.inference_mode(False), torch.no_grad():
             for strength in self.facts.strengths:
@@ -147,7 +150,7 @@ class _Snapshot:
         self._names = [name for _, name in places]
         # Strengths that peft's hot-swapping writes to in place are tensors.
         held = self._strengths = list(map(operator.getitem, self._holders, self._names))
-        self._tensors = [number for number in held if isinstance(number, torch.Tensor)]
+        self._tensors = [one for one in held if isinstance(one, torch.Tensor)]
         self._numbers = _numbers(self._tensors)
         self.note_tensors()
         self.note_versions()

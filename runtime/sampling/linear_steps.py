@@ -96,16 +96,16 @@ class _InFloat64(TorchFunctionMode):
 
 def _result(scheduler: Any, arguments: dict[str, float], begin: int) -> LinearSteps | str:
     """Probe a scheduler, and say so if that leads nowhere."""
-    result: LinearSteps | str
+    steps: LinearSteps | str
     try:
         # A scheduler that draws noise must leave the caller's generator alone.
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _InFloat64():
-            result = _probed(_on_cpu(scheduler), arguments, begin)
+            steps = _probed(_on_cpu(scheduler), arguments, begin)
     except (TypeError, IndexError, AttributeError, ValueError, RuntimeError, ImportError) as error:
-        result = f"{type(scheduler).__name__} does not step in float64 on the CPU ({type(error).__name__}: {error})"
-    if isinstance(result, str):
-        get_logger("sampler").info("the scheduler's own step runs: %s", result)
-    return result
+        steps = f"{type(scheduler).__name__} does not step in float64 on the CPU ({type(error).__name__}: {error})"
+    if isinstance(steps, str):
+        get_logger("sampler").info("the scheduler's own step runs: %s", steps)
+    return steps
 
 
 def _on_cpu(scheduler: Any) -> Any:

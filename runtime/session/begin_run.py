@@ -39,7 +39,7 @@ def begin_run(
     present = suited(executable, inputs, begin)
     program = present.default if inputs is None else present.find_program(inputs, begin)
     if program is not looked_at:
-        refuse(present, program.watch.differences(present.model))
+        refuse(present, program.watch.follow(present.model))
     if not around:
         refuse_around(present, program)
     _follow_strengths(present, program)
@@ -54,7 +54,7 @@ def follow_facts(executable: "Compiled", program: Program) -> None:
             the message names it.
         MismatchError: The plan does not follow another strength, which changes what the model computes as its weights do.
     """
-    refuse(executable, program.watch.differences(executable.model))
+    refuse(executable, program.watch.follow(executable.model))
     _follow_strengths(executable, program)
 
 
@@ -73,7 +73,7 @@ def refuse_changed_within(executable: "Compiled", programs: Sequence[Program], m
     """
     for program in programs:
         followed = program.watch.versions
-        differences = program.watch.differences(executable.model)
+        differences = program.watch.follow(executable.model)
         if differences:
             one = differences[0]
             raise _changed_within(executable, f"{one.path} was {one.old} when it began, and is {one.new}")

@@ -29,8 +29,7 @@ def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
     if executable.weights.stands(executable.model):
         follow_weights(executable)
     _refuse_other_make(executable, model)
-    weights = BoundWeights(model, executable.weights.compiled)
-    weights.add(executable.weights.held)
+    weights = weights_on(executable, model)
     executable.weights.refuse_other(weights)
     forget_packed(weights.tensors)
     put = moved(executable, model, weights)
@@ -38,9 +37,15 @@ def put_on_model(executable: "Compiled", model: nn.Module) -> "Compiled":
     return put
 
 
+def weights_on(executable: "Compiled", model: nn.Module) -> BoundWeights:
+    """The tensors that an executable's programs would read on another model."""
+    weights = BoundWeights(model, executable.weights.compiled)
+    weights.add(executable.weights.held)
+    return weights
+
+
 def can_move(executable: "Compiled", weights: BoundWeights) -> bool:
     """Whether an executable's programs can run with other tensors, those of the same model on other modules."""
-    weights.add(executable.weights.held)
     try:
         executable.weights.refuse_other(weights)
     except CompileError:

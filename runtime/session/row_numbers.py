@@ -40,15 +40,15 @@ class RowNumbers:
                 least, most = (int(bound) for bound in value.aminmax())
                 if least < 0 or most >= count:
                     raise _refusal(name, count, f"holds {least if least < 0 else most}")
-            elif not self._is_seen(name, value):
+            elif not self._was_seen(name, value):
+                self._seen[name, id(value)] = value, version_of(value)
                 outside = ((value < 0) | (value >= count)).any()
                 key = name, count
                 self._outside[key] = outside | self._outside[key] if key in self._outside else outside
 
-    def _is_seen(self, name: str, value: torch.Tensor) -> bool:
+    def _was_seen(self, name: str, value: torch.Tensor) -> bool:
         """Whether this very tensor was looked at, and not written to since; one without a version may have been."""
         seen, version = self._seen.get((name, id(value))), version_of(value)
-        self._seen[name, id(value)] = value, version
         return seen is not None and version >= 0 and seen[1] == version
 
     def finish(self) -> None:

@@ -186,7 +186,7 @@ class Session:
         if self.checked:
             refuse_modes()
         refuse_odd_tensors(inputs)
-        program, inputs = self._program(inputs), flat_inputs(inputs)
+        program, inputs = self._take_program(inputs), flat_inputs(inputs)
         slots = program.slots.steps[self.step]
         arguments = [inputs[name] for name in program.input_names]
         if torch.is_autocast_enabled(arguments[0].device.type):
@@ -208,16 +208,16 @@ class Session:
         with torch.no_grad():
             tables = self._hoisted_values(program, variant, inputs)
             constants = self._state.present.constants.get(self.step, program.constants[self.step][self.branch])
-            results = self._call(program, table, moves, arguments, constants, tables)
+            outputs = self._call(program, table, moves, arguments, constants, tables)
         if self._state.check:
-            refuse_nan({f"result {i}": value for i, value in enumerate(results)}, f"output of step {self.step}")
+            refuse_nan({f"result {i}": value for i, value in enumerate(outputs)}, f"output of step {self.step}")
         for slot, value in zip(slots.stores, moves.stores, strict=True):
             table.hold(slot, value)
         self._state.peak_slot_bytes = max(self.peak_slot_bytes, self.slot_bytes)
         for slot in (*slots.frees, *(slot for slot, _ in moves.leave)):
             table.free(slot)
         self._advance()
-        return results, program.output_spec
+        return outputs, program.output_spec
 
     def _advance(self) -> None:
         """To the next branch, or the next step; at the end of the run its tables are told, and captured steps given back."""
@@ -257,12 +257,12 @@ class Session:
         steps = self._state.captured.get(id(program))
         if steps is None or steps.refused:
             return work(*arguments, *constants, *tables)
-        given: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
+        named: dict[Hashable, torch.Tensor] = dict(zip(program.input_names, arguments, strict=True))
         read: dict[Hashable, torch.Tensor] = {("constant", row, index): value for index, value in enumerate(constants)}
         read |= {("table", index): value for index, value in zip(variant.tables, tables, strict=True)}
         call = (row, tuple(map(table.places, reads)))
         try:
-            return steps.run(call, places, given, read, lambda buffers: work(*buffers.values()))
+            return steps.run(call, places, named, read, lambda buffers: work(*buffers.values()))
         except (CaptureError, torch.OutOfMemoryError) as error:
             if self.executable.config.cuda_graphs:
                 raise
@@ -302,8 +302,8 @@ class Session:
         values = present.tables.at(self.step, inputs)
         return [values[table] for table in variant.tables]
 
-    def _program(self, inputs: dict[str, Any]) -> Program:
-        """The program of this branch; stored values have the shapes of the one the run began with."""
+    def _take_program(self, inputs: dict[str, Any]) -> Program:
+        """Take the program of this branch; stored values have the shapes of the one the run began with."""
         begun, key = self._state.present.program, program_key(inputs, self.begin)
         if self.checked and not self.programs:
             self.executable, program, self._state.look = begin_run(self.executable, inputs, self.begin, self.around)

@@ -12,7 +12,7 @@ from stepgraph.runtime.capture.captured import Captured
 from stepgraph.runtime.program.bound_weights import BoundWeights
 from stepgraph.runtime.program.facts import Difference
 from stepgraph.runtime.session.follow_weights import follow_values, follow_weights
-from stepgraph.runtime.session.put_on_model import can_move, moved, put_on_model, refuse_other_configuration
+from stepgraph.runtime.session.put_on_model import can_move, moved, put_on_model, refuse_other_configuration, weights_on
 from stepgraph.runtime.session.refuse_difference import refuse
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def suited(executable: "Compiled", inputs: "Mapping[str, Any] | None" = None, be
     """
     siblings, model = executable.siblings, executable.model
     with siblings.lock:
-        differences = siblings.present.known(inputs, begin).watch.differences(model)
+        differences = siblings.present.known(inputs, begin).watch.follow(model)
         if not differences:
             return siblings.present
         settle(model)
-        found = _kept(siblings, model)
-        if found is not None:
-            return found
+        known = _turn_to_kept(siblings, model)
+        if known is not None:
+            return known
         changed = _follow_adapters(siblings.kept[0], model)
         new = _new(siblings.kept[0], model, changed)
         object.__setattr__(new, "siblings", siblings)
@@ -93,7 +93,7 @@ def refuse_unsuited(executable: "Compiled") -> None:
     siblings, model = executable.siblings, executable.model
     with siblings.lock:
         settle(model)
-        if _kept(siblings, model) is None:
+        if _turn_to_kept(siblings, model) is None:
             _follow_adapters(siblings.kept[0], model)
 
 
@@ -116,14 +116,14 @@ def put_on(executable: "Compiled", model: nn.Module) -> "Compiled":
     return new
 
 
-def _kept(siblings: Siblings, model: nn.Module) -> "Compiled | None":
-    """The executable that is kept for the adapters that the model has, on the modules that it has."""
+def _turn_to_kept(siblings: Siblings, model: nn.Module) -> "Compiled | None":
+    """Let the executable that is kept for the adapters of the model, on its modules, be the present one; None without one."""
     for one in reversed(siblings.kept):
-        if one.programs[0].watch.differences(model):
+        if one.programs[0].watch.follow(model):
             continue
         if one.weights.stands(model):
             return siblings.turn_to(one)
-        weights = BoundWeights(model, one.weights.compiled)
+        weights = weights_on(one, model)
         if can_move(one, weights):
             return siblings.turn_to(moved(one, model, weights), instead=one)
     return None

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepgraph as sg
-from helpers.corrections import LINEARS, both, error, factors_of, maps_of, plan_of
+from helpers.corrections import LINEARS, both, factors_of, maps_of, plan_of
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, UVIT, flux_inputs, run_uvit, uvit_inputs
 from helpers.oracle import run_loop
 from helpers.oracle_families import FluxOracle, UVitOracle, run_flow
@@ -74,7 +75,7 @@ def test_full_rank_is_compute(dit):
         maps[path] = ((u * s).float(), v.float())
     got = both(dit, plan_of(dit, {"attn": "CLLLCL", "ff": "CLLLLL"}), maps)[0]
     eager = run_loop(dit, tiny_scheduler("ddim"), noise(2), 6, 1.0, labels(1, 2))[0]
-    assert error(got, eager) < 1e-5
+    assert error(got, eager) < SAME_RUN
 
 
 @pytest.mark.slow
@@ -89,8 +90,8 @@ def test_lowrank_is_deterministic_under_inductor(dit):
     assert torch.equal(run(), compiled)
     # A program that is compiled anew gives the same bits too.
     assert torch.equal(both(dit, plan, maps, backend="inductor", exact=False)[0], compiled)
-    assert error(compiled, exact) < 1e-5
-    assert error(compiled, wanted) < 1e-5
+    assert error(compiled, exact) < SAME_RUN
+    assert error(compiled, wanted) < SAME_RUN
 
 
 @pytest.mark.parametrize("rank", [4, 30])
@@ -233,7 +234,7 @@ def test_lowrank_on_u_vit(actions):
     # Where nothing else is reused, factors that lack nothing leave the eager model's run.
     with torch.no_grad():
         eager = torch.stack(run_uvit(model, scheduler, 4, uvit_inputs(2)))
-    assert error(run(other("R", "C"), exact), eager) < 1e-5
+    assert error(run(other("R", "C"), exact), eager) < SAME_RUN
 
 
 def test_a_site_without_a_linear_map(dit):

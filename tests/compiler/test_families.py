@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.families import (
     FLUX,
     IMAGE,
@@ -29,6 +30,7 @@ from stepgraph.compiler.entry.load_model import load_model, load_scheduler, load
 from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models import FAMILIES, family_of
 from stepgraph.errors import CompileError, PlanError
+from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import CachePlan
 
 
@@ -216,16 +218,16 @@ def test_the_time_of_a_joint_attention_stands_with_its_first_output(flux, monkey
     # A clock that goes on by a second whenever it is looked at: every operation takes one.
     monkeypatch.setattr("stepgraph.compiler.calibration.time_sites.time.perf_counter", lambda: float(next(ticks)))
     marked = marked_graph(flux, flux_inputs())
-    ends = {node.meta["marker"]: node for node in marked.graph.nodes if "marker" in node.meta}
+    ends = {node.meta[MARKER]: node for node in marked.graph.nodes if MARKER in node.meta}
 
     def needed(*cut: int) -> int:
         """How many nodes the output depends on where the values of some markers are given."""
-        pending, seen = [next(iter(reversed(marked.graph.nodes)))], set()
+        pending, seen = [output_of(marked.graph)], set()
         while pending:
             node = pending.pop()
             if node not in seen:
                 seen.add(node)
-                inner = node.args[:1] if "marker" in node.meta else node.all_input_nodes
+                inner = node.args[:1] if MARKER in node.meta else node.all_input_nodes
                 pending += [] if node in [ends[i] for i in cut] else inner
         return len(seen)
 
@@ -244,7 +246,7 @@ def test_flux_runs_compiled_by_inductor(flow):
     exe = sg.compile(flux, plan, flux_inputs(2), backend="inductor")
     wanted = run_flow(FluxOracle.of(flux, plan), flow, 2, flux_inputs(2))
     for value, expected in zip(run_flow(exe.session(), flow, 2, flux_inputs(2)), wanted, strict=True):
-        assert (value - expected).norm() <= 1e-5 * expected.norm()
+        assert error(value, expected) <= SAME_RUN
 
 
 # -- U-ViT ---------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from stepgraph.compiler.interfaces.family import Family, Stack
 from stepgraph.compiler.marking.mark_sites import mark_sites
 from stepgraph.compiler.specializing.specialize import specialize
 from stepgraph.compiler.tracing.trace import trace
+from stepgraph.node_facts import MUTATES
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.liveness import traffic
 
@@ -123,9 +124,9 @@ def test_the_trace_is_exact(way):
     plan = CachePlan(header(1), marked.sites, ("C" * len(marked.sites),))
     graphs, [(got, wanted)] = run_both(model, marked, plan)
     assert torch.equal(got, wanted)
-    names = [node.target for node in graphs.graphs[0].graph.nodes if node.meta.get("mutates")]
+    names = [node.target for node in graphs.graphs[0].graph.nodes if node.meta.get(MUTATES)]
     assert names.count("mul_") == 4
-    assert len([node for node in marked.graph.nodes if node.meta.get("mutates")]) == len(names)
+    assert len([node for node in marked.graph.nodes if node.meta.get(MUTATES)]) == len(names)
 
 
 @pytest.mark.parametrize("way", WAYS)

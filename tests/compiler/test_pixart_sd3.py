@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepgraph as sg
-from helpers.corrections import error
+from helpers.distance import SAME_RUN, error
 from helpers.families import compare, random_rows
 from helpers.oracle import run_loop
 from helpers.oracle_families import PixArtOracle, SD3Oracle
@@ -17,7 +17,7 @@ from helpers.pixart_sd3 import IMAGE, PIXART, SD3, STEPS, TEXT, WIDTH, pixart_in
 from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.models import family_of
 from stepgraph.errors import CompileError, PlanError
-from stepgraph.node_facts import op_of
+from stepgraph.node_facts import PROVIDER, op_of
 from stepgraph.plan import MODULE_KINDS, CachePlan
 
 
@@ -160,7 +160,7 @@ def test_the_sizes_are_hoisted_and_compared_at_every_call(sized_pixart, exact):
         with torch.no_grad():
             found, expected = session(**call).sample, sized_pixart(**call).sample
             apart = sized_pixart(**{**call, "added_cond_kwargs": sized_inputs()["added_cond_kwargs"]}).sample
-        assert torch.equal(found, expected) if exact else error(found, expected) < 1e-5, number
+        assert torch.equal(found, expected) if exact else error(found, expected) < SAME_RUN, number
         results.append(error(apart, expected))
     assert results[0] == 0
     assert min(results[1:]) > 1e-4
@@ -311,7 +311,7 @@ def test_modulations_and_gates_are_fused_and_give_the_same(name, batch, request)
     assert error(got[-1], wanted[-1]) < 2e-6
     found = []
     for variant in exe.default.rows:
-        nodes = [n for n in exe.default.variants[variant].graph.graph.nodes if "provider" in n.meta]
+        nodes = [n for n in exe.default.variants[variant].graph.graph.nodes if PROVIDER in n.meta]
         ops = Counter(op_of(n) for n in nodes)
         found.append((ops["modulated_norm"], [len(n.args[1]) for n in nodes if op_of(n) == "gated_residual"]))
     assert found == [(norms, fresh), (1, reused), (norms, fresh)]

@@ -41,7 +41,7 @@ def test_every_dtype_has_a_digest_and_values(dtype):
     before, some = content_sums([tensor]), Scattered([tensor])
     tensor.view(torch.uint8).bitwise_xor_(1)
     assert content_sums([tensor]) != before
-    assert some.changed([tensor]) == [0]
+    assert some.look([tensor]) == [0]
 
 
 def test_places_matter_and_memory_does_not():
@@ -93,14 +93,14 @@ def test_small_tensors_are_looked_at_whole_and_large_ones_at_scattered_values():
     small, large = filled(VALUES), filled(64 * 96).reshape(64, 96)
     some = Scattered([small, large])
     small[VALUES - 1] += 1
-    assert some.changed([small, large]) == [0]
+    assert some.look([small, large]) == [0]
     # A block of an eighth of the rows, one of a third of the columns, a NaN that stays a NaN.
     for part in (large[24:32], large[:, 32:64]):
         part += 1e-3
-        assert some.changed([small, large]) == [1]
+        assert some.look([small, large]) == [1]
     large.fill_(float("nan"))
-    assert some.changed([small, large]) == [1]
-    assert some.changed([small, large]) == []
+    assert some.look([small, large]) == [1]
+    assert some.look([small, large]) == []
 
 
 def test_what_a_tensor_subclass_holds_is_looked_at():
@@ -124,4 +124,4 @@ def test_what_a_tensor_subclass_holds_is_looked_at():
     before, some = content_sums([pair]), Scattered([pair])
     pair.other[2] += 1
     assert content_sums([pair]) != before
-    assert some.changed([pair]) == [0]
+    assert some.look([pair]) == [0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import tolerances
-from stepgraph.tolerances import FIRST_STEP, OP, PASS_CHECK, REPLAY, tolerance
+from stepgraph.tolerances import EXPORTED_RUN, FIRST_STEP, OP, PASS_CHECK, REPLAY, WHOLE_RUN, tolerance
 
 PURPOSES = {name: value for name, value in vars(tolerances).items() if name.isupper() and isinstance(value, dict)}
 
@@ -13,6 +13,9 @@ def test_a_dtype_that_a_row_names_and_one_that_it_does_not():
     assert tolerance(REPLAY, torch.float32) == 1e-5
     assert tolerance(REPLAY, torch.float8_e4m3fn) == 6e-2
     assert tolerance(PASS_CHECK, torch.bfloat16) == 3e-2
+    # What the tests go by, too.
+    assert tolerance(WHOLE_RUN, torch.float32) == tolerance(EXPORTED_RUN, torch.float32) == 1e-5
+    assert (tolerance(OP, torch.float32), tolerance(OP, torch.float16), tolerance(OP, torch.bfloat16)) == (1e-6, 1e-3, 8e-3)
     with pytest.raises(KeyError):
         tolerance(FIRST_STEP, torch.int64)
 

@@ -9,6 +9,7 @@ import torch
 import stepgraph as sg
 from helpers.captures import EACH_UPDATE, SCHEDULERS, STEPS, planned, two_prompts, with_calls
 from helpers.corrections import factors_of, maps_of
+from helpers.distance import SAME_REPLAY, error
 from helpers.pipes import tiny_pipe
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.fingerprint import model_dtype
@@ -137,7 +138,7 @@ def test_a_replayed_run_waits_for_nothing(dit):
     with no_waiting():
         again = run(start, [given], Look())
         run(start, [other], Look())
-    assert (again - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(again, wanted) <= SAME_REPLAY
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -155,7 +156,7 @@ def test_the_loop_waits_at_its_ends_only(dit, graphs):
             got = sg.sample(exe, scheduler, start, on_step=on_step, **given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert (got - sg.sample(exe, scheduler, start, capture=False, **given)).norm() <= 1e-5 * got.norm()
+    assert error(got, sg.sample(exe, scheduler, start, capture=False, **given)) <= SAME_REPLAY
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -178,7 +179,7 @@ def test_an_attached_transformer_waits_at_a_runs_ends_only(dit, graphs):
         dit.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default")),
     ]
     try:
-        assert (images() - wanted).norm() <= 1e-5 * wanted.norm()
+        assert error(images(), wanted) <= SAME_REPLAY
     finally:
         torch.cuda.set_sync_debug_mode("default")
         for hook in hooks:
@@ -200,7 +201,7 @@ def test_a_host_read_is_declined_and_the_device_stays_usable(dit):
         two_prompts(other, scheduler, capture=True)
     for _ in range(2):
         got = two_prompts(other, scheduler)
-        assert all((one - expected).norm() <= 1e-5 * expected.norm() for one, expected in zip(got, wanted, strict=True))
+        assert all(error(one, expected) <= SAME_REPLAY for one, expected in zip(got, wanted, strict=True))
     # The recorder that failed, the allocator, the generator and the stream are as before.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()

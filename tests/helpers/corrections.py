@@ -54,7 +54,3 @@ def both(model, plan, maps=None, tables=None, scheduler=None, guidance_scale=1.0
     separate = {"separate": plan.header.guidance == "separate"}
     wanted = run_loop(Oracle.of(model, plan, maps, tables), *arguments, **separate)[0]
     return run_loop(exe.session(), *arguments, **separate)[0], wanted, exe
-
-
-def error(got, wanted) -> float:
-    return float((got - wanted).norm() / wanted.norm())

@@ -3,6 +3,8 @@
 import torch
 from torch import fx
 
+from stepgraph.node_facts import output_of
+
 
 def region(factor: float = 2.0) -> fx.GraphModule:
     """(x, y) -> (x * factor + y,)"""
@@ -15,8 +17,8 @@ def region(factor: float = 2.0) -> fx.GraphModule:
 def product() -> fx.GraphModule:
     """(x, y) -> (x * 2 + y, (x * 2 + y) @ its transpose): the same kernel as `region`, and more."""
     gm = region()
-    (total,) = next(iter(reversed(gm.graph.nodes))).args[0]
-    output = next(iter(reversed(gm.graph.nodes)))
+    (total,) = output_of(gm.graph).args[0]
+    output = output_of(gm.graph)
     with gm.graph.inserting_before(output):
         square = gm.graph.call_function(torch.mm, (total, gm.graph.call_method("t", (total,))))
     output.args = ((total, square),)

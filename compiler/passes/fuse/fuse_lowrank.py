@@ -59,9 +59,9 @@ def _take_gate(graph: fx.Graph, residual: fx.Node) -> int:
             {**delta.kwargs, "gate": gates[0], "residual": x},  # type: ignore[index]
         )
         moved.meta |= delta.meta
-        result = graph.call_function(operator.getitem, (moved, 0))
-        result.meta |= residual.meta
-    residual.replace_all_uses_with(result)
+        gated = graph.call_function(operator.getitem, (moved, 0))
+        gated.meta |= residual.meta
+    residual.replace_all_uses_with(gated)
     for gone in (residual, part, delta):
         graph.erase_node(gone)
     return 1

@@ -158,14 +158,14 @@ class _Cones:
             self.levels[node] = self.inputs.level(name)
             self._known["placeholder", name] = node
 
-    def add_borders(self, gm: fx.GraphModule, kept: Collection[str]) -> dict[fx.Node, fx.Node]:
+    def add_borders(self, gm: fx.GraphModule, stays: Collection[str]) -> dict[fx.Node, fx.Node]:
         """The hoisted values that a graph's loop reads, each with its node here."""
         levels = levels_of(gm.graph, self.inputs)
         live = live_nodes([output_of(gm.graph)])
         while True:
             border, levels = _border(gm.graph, live, levels)
             copies = self._copied(gm, border)
-            demoted = [node for node in border if copies[node].name in kept]
+            demoted = [node for node in border if copies[node].name in stays]
             if not demoted:
                 break
             levels |= dict.fromkeys(demoted, Level.LATENT)
@@ -220,14 +220,14 @@ class _Cones:
         timestep = self._subgraph(stepped, passed, (self.inputs.timestep, *self.inputs.prompt))
         return prompt, timestep, passed + stepped
 
-    def _subgraph(self, results: Sequence[fx.Node], given: Sequence[fx.Node], names: Sequence[str]) -> fx.GraphModule:
-        """The graph of some results, with the inputs `names` and then the values `given`."""
+    def _subgraph(self, results: Sequence[fx.Node], prompt_values: Sequence[fx.Node], names: Sequence[str]) -> fx.GraphModule:
+        """The graph of some results, with the inputs `names` and then the values `prompt_values`."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for name in names:
             copies[self._known["placeholder", name]] = graph.placeholder(name)
-        for node in given:
+        for node in prompt_values:
             copies[node] = graph.placeholder(f"prompt_{node.name}")
-        needed = live_nodes(results, cut=set(given)) if results else set()
+        needed = live_nodes(results, cut=set(prompt_values)) if results else set()
         for node in self.graph.nodes:
             if node in needed and node not in copies:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])

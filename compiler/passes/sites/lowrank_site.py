@@ -87,7 +87,7 @@ def _stored(graph: fx.Graph, ctx: PassContext, index: int, tensor: int) -> fx.No
     return node
 
 
-def _project(gm: fx.GraphModule, index: int, group: MapGroup, number: int, name: str) -> None:
+def _project(gm: fx.GraphModule, index: int, group: MapGroup, position: int, name: str) -> None:
     """Add the node of a group's input in rank space, behind the input."""
     x = _nodes(gm.graph)[group.input]
     wide: torch.Tensor = x.meta["val"]
@@ -98,7 +98,7 @@ def _project(gm: fx.GraphModule, index: int, group: MapGroup, number: int, name:
     p.meta |= {
         "val": wide.new_empty((*wide.shape[:-1], group.b.shape[0]), dtype=coefficient_dtype(wide.dtype)),
         MACS: wide.numel() // wide.shape[-1] * group.b.numel(),
-        PROJECTION: (index, number),
+        PROJECTION: (index, position),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 
 import stepgraph as sg
 from helpers.command_line import error_of, invoke
+from helpers.distance import SAME_RUN, error
 from helpers.oracle import Oracle, run_loop
 from helpers.small_glyphs import save_small_glyph_dit
 from helpers.tiny import inputs, labels, noise, tiny_dit, tiny_scheduler
@@ -162,7 +163,7 @@ def test_skipped_steps_among_corrected_ones_run_like_the_oracle(dit):
     exe = sg.compile(dit, made, inputs(2), backend="eager", exact=True)
     got = sg.sample(exe, scheduler, noise(2), **labels(1, 2))
     wanted, _ = run_loop(Oracle.of(dit, made), scheduler, noise(2), 6, 1.0, labels(1, 2))
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -249,7 +250,7 @@ def test_residual_affine(watched):
     got = sg.sample(exe, scheduler, noise(2), **labels(1, 2))
     oracle = Oracle.of(model, made, tables=factors.affine)
     wanted, _ = run_loop(oracle, scheduler, noise(2), 4, 1.0, labels(1, 2))
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN
 
 
 def test_least_squares_against_numpy():

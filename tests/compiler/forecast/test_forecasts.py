@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.oracle import Oracle, run_loop
 from helpers.taylorseer import TaylorSeer
 from helpers.tiny import inputs, labels, noise, tiny_scheduler
@@ -224,7 +225,7 @@ def test_modules_run_as_taylorseer_does(dit, scheduler, order):
             return super().value(site, compute)
 
     wanted, _ = run_loop(Seer.of(dit, plan), chosen, noise(2), 6, 1.0, given)
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN
     assert exe.providers()["linear_combination by reference"] == 2 * 3 + 2 * 3
 
 
@@ -237,4 +238,4 @@ def test_every_kind_of_stream_is_forecast(dit, ddim, kind, guidance):
     oracle = Oracle.of(dit, made)
     uncond = {"class_labels": NULL["negative_class_labels"]}
     wanted, _ = run_loop(oracle, ddim, noise(2), 6, 3.0, labels(1, 2), uncond, guidance == "separate")
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, flux_inputs, flux_plan
 from helpers.tiny import inputs, labels, noise, tiny_scheduler
 from stepgraph.compiler.specializing import passes as order
@@ -48,7 +49,7 @@ def test_every_optional_pass_can_be_left_out(dit, ddim, rewrite, monkeypatch):
     exe = sg.compile(dit, plan_of(dit), inputs(2), backend="eager")
     assert (exe.default.hoisted is None) == (rewrite is order.hoist_conditioning)
     images = sg.sample(exe, ddim, noise(2), **labels(1, 2))
-    assert float((images - wanted).norm() / wanted.norm()) < 1e-5
+    assert error(images, wanted) < SAME_RUN
 
 
 def broken_model_pass(gm: fx.GraphModule, ctx) -> int:

@@ -31,7 +31,7 @@ def followed(model, x):
     """The bound graph, what looks after it, and the paths that it follows."""
     traced = trace(model, {"x": x})
     watch = FactsWatch(traced.facts)
-    assert not watch.differences(model)
+    assert not watch.follow(model)
     return traced.bind(model), watch, [strength.path for strength in traced.facts.strengths]
 
 
@@ -57,7 +57,7 @@ def test_products_follow_with_the_eager_models_bits(name, dtype):
     assert paths == (["scaling['one']"] if "dict" in name or name == "values" else ["strength"])
     for value in (HALF, 0.1, -1.7, 0.0, 3, 1e-9, 0.7):
         model.strength = model.scaling["one"] = value
-        assert not watch.differences(model)
+        assert not watch.follow(model)
         with torch.no_grad():
             assert torch.equal(graph(x)[0], model(x)), value
 
@@ -99,7 +99,7 @@ def test_a_number_that_anything_else_depends_on_is_held_to(name):
     with torch.no_grad():
         assert torch.equal(graph(x)[0], model(x))
     model.strength = model.scaling["one"] = 0.25
-    found = [difference.path for difference in watch.differences(model)]
+    found = [difference.path for difference in watch.follow(model)]
     assert found == ["scaling['one']" if name == "dict's" else "strength"]
 
 
@@ -115,10 +115,10 @@ def test_one_whose_class_was_asked_stays_a_float(name):
     graph, watch, paths = followed(model, x)
     assert paths == ["strength"]
     model.strength = 0.5
-    assert not watch.differences(model)
+    assert not watch.follow(model)
     assert torch.equal(graph(x)[0], model(x))
     model.strength = 2
-    assert [difference.path for difference in watch.differences(model)] == ["strength"]
+    assert [difference.path for difference in watch.follow(model)] == ["strength"]
 
 
 def test_one_that_decides_does_not_keep_another_from_being_followed():
@@ -164,7 +164,7 @@ def test_two_programs_that_share_a_trace_do_not_mislead_each_other():
     graph, first = traced.bind(model), model.strength
     for watch, value in ((one, first), (other, first), (one, 0.5), (other, first), (one, 0.5), (other, 0.5), (one, first)):
         model.strength = value
-        assert not watch.differences(model)
+        assert not watch.follow(model)
         assert torch.equal(graph(x)[0], model(x))
 
 

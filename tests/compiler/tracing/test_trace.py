@@ -20,6 +20,7 @@ from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import TraceError
+from stepgraph.node_facts import SITE
 
 # -- DiT -----------------------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def test_nodes_know_shape_dtype_and_site(dit):
         "transformer_blocks.0.norm3": "transformer_blocks.0",
         "proj_out_2": None,
     }
-    assert {target: by_target[target].meta.get("site") for target in places} == places
+    assert {target: by_target[target].meta.get(SITE) for target in places} == places
 
 
 def test_inputs_are_untouched_and_torch_is_put_back(dit):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.example_plans import HEADER, SITES
 from helpers.tiny import inputs, labels, noise
 from stepgraph.plan import CachePlan
@@ -77,17 +78,13 @@ def shorter_euler(dit, prepared, pattern) -> torch.Tensor:
     return latents
 
 
-def distance(got, wanted) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_reusing_the_output_under_ddim_is_the_shorter_schedule(dit, prediction, pattern):
     got = under_plan(dit, ddim(prediction), pattern)
-    assert distance(got, shorter_ddim(dit, prediction, pattern)) < 1e-5
+    assert error(got, shorter_ddim(dit, prediction, pattern)) < SAME_RUN
     # It is not what all steps give, so the equality says something.
-    assert distance(got, shorter_ddim(dit, prediction, "C" * T)) > 1e-3
+    assert error(got, shorter_ddim(dit, prediction, "C" * T)) > 1e-3
     assert "that IS a shorter schedule" in reusing(dit, ddim(prediction), pattern).summary().warnings[0]
 
 
@@ -96,21 +93,21 @@ def test_reusing_the_output_under_ddim_is_the_shorter_schedule(dit, prediction, 
 def test_reusing_the_output_under_euler_is_the_shorter_schedule(dit, make, pattern):
     got = under_plan(dit, make(), pattern)
     prepared = prepare_scheduler(make(), T)
-    assert distance(got, shorter_euler(dit, prepared, pattern)) < 1e-5
-    assert distance(got, shorter_euler(dit, prepared, "C" * T)) > 1e-3
+    assert error(got, shorter_euler(dit, prepared, pattern)) < SAME_RUN
+    assert error(got, shorter_euler(dit, prepared, "C" * T)) > 1e-3
     assert "that IS a shorter schedule" in reusing(dit, make(), pattern).summary().warnings[0]
 
 
 def test_a_regular_pattern_is_a_schedule_that_the_scheduler_knows(dit):
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     got = under_plan(dit, scheduler, "CRCRCRCR")
-    assert distance(got, sg.sample(dit, scheduler, noise(), steps=4, **labels(3)).double()) < 1e-5
+    assert error(got, sg.sample(dit, scheduler, noise(), steps=4, **labels(3)).double()) < SAME_RUN
 
 
 def test_reusing_a_v_prediction_is_no_shorter_schedule_and_does_not_warn(dit):
     got = under_plan(dit, ddim("v_prediction"), PATTERNS[0])
-    assert distance(under_plan(dit, ddim("v_prediction"), "C" * T), shorter_ddim(dit, "v_prediction", "C" * T)) < 1e-5
-    assert distance(got, shorter_ddim(dit, "v_prediction", PATTERNS[0])) > 1e-3
+    assert error(under_plan(dit, ddim("v_prediction"), "C" * T), shorter_ddim(dit, "v_prediction", "C" * T)) < SAME_RUN
+    assert error(got, shorter_ddim(dit, "v_prediction", PATTERNS[0])) > 1e-3
     assert reusing(dit, ddim("v_prediction"), PATTERNS[0]).summary().warnings == ()
 
 

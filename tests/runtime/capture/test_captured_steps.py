@@ -9,6 +9,7 @@ import torch
 import stepgraph as sg
 from helpers.captures import REUSED, STEPS, planned, with_calls
 from helpers.corrections import factors_of, maps_of
+from helpers.distance import SAME_RUN, error
 from helpers.oracle import Oracle, run_loop
 from helpers.pipes import images, oracle_images
 from helpers.tape import Tape
@@ -51,7 +52,7 @@ def test_captured_steps_are_the_oracle(dit):
     exe = compiled(dit)
     wanted = run_loop(Oracle.of(dit, exe.plan), DDIM(), noise(2, 1), STEPS, 1.0, labels(3, 4), None)[0]
     got = runs(exe, capture=True)[1]
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN
 
 
 def test_forecasts_increments_and_narrow_slots_are_captured(dit):

@@ -16,7 +16,8 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import stepgraph as sg
-from helpers.exports import error_of, mixed_plan, run_fresh
+from helpers.distance import SAME_EXPORTED_RUN, error
+from helpers.exports import mixed_plan, run_fresh
 from helpers.paths import ROOT
 from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import inputs, tiny_dit
@@ -67,7 +68,7 @@ def binary(tmp_path_factory):
 @pytest.mark.slow
 def test_a_process_with_torch_alone_makes_the_same_images(glyphs, tmp_path):
     _, folder, images = glyphs
-    assert error_of(run_fresh(folder, GIVEN, tmp_path, GUIDANCE), images) <= 1e-5
+    assert error(run_fresh(folder, GIVEN, tmp_path, GUIDANCE), images) <= SAME_EXPORTED_RUN
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def test_a_process_without_python_makes_the_same_images(glyphs, binary, tmp_path
     # No variable says where a Python would be.
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env={})
     assert result.returncode == 0, result.stderr
-    assert error_of(load_file(tmp_path / "latents.safetensors")["latents"], images) <= 1e-5
+    assert error(load_file(tmp_path / "latents.safetensors")["latents"], images) <= SAME_EXPORTED_RUN
     made, wanted = Image.open(tmp_path / "images.ppm"), contact_sheet(images, zoom=1)
     assert made.size == wanted.size == (48, 24)
     # One level of 255, where rounding went the other way.

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import stepgraph as sg
-from helpers.exports import error_of, mixed_plan, run_fresh
+from helpers.distance import SAME_EXPORTED_RUN, error
+from helpers.exports import mixed_plan, run_fresh
 from helpers.oracle import Oracle, run_loop
 from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit, tiny_scheduler
@@ -51,9 +52,9 @@ def test_a_process_with_torch_alone_samples_what_the_oracle_does(mixed, tmp_path
     exe, plan, factors, folder = mixed
     wanted, _ = run_loop(Oracle.of(exe.model, plan, dict(factors.maps)), DDIM, noise(2), STEPS, 3.0, CLASSES, NULL)
     got = run_fresh(folder, {"noise": noise(2), **CLASSES, **negative(NULL)}, tmp_path, 3.0)
-    assert error_of(got, wanted) <= 1e-5
+    assert error(got, wanted) <= SAME_EXPORTED_RUN
     full, _ = run_loop(exe.model, DDIM, noise(2), STEPS, 3.0, CLASSES, NULL)
-    assert error_of(got, full) > 1e-4
+    assert error(got, full) > 1e-4
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_the_shipped_model_is_sampled_without_stepgraph(tmp_path):
     given = {"class_labels": torch.tensor([3, 7]), "negative_class_labels": torch.tensor([10, 10])}
     wanted = sg.sample(exe, scheduler, start, 2.0, **given)
     folder = exe.export(tmp_path / "glyphs", scheduler=scheduler)
-    assert error_of(run_fresh(folder, {"noise": start, **given}, tmp_path, 2.0), wanted) <= 1e-5
+    assert error(run_fresh(folder, {"noise": start, **given}, tmp_path, 2.0), wanted) <= SAME_EXPORTED_RUN
 
 
 def test_weights_lie_in_one_file_and_nowhere_else(mixed):
@@ -133,7 +134,7 @@ def test_other_samplers_branches_and_options(tmp_path, name, guidance, options):
     runner = Runner(exe.export(tmp_path / "out", scheduler=scheduler))
     conditioning = {**labels(5), "negative_class_labels": torch.tensor([NULL_CLASS])}
     wanted = sg.sample(exe, scheduler, noise(1), 2.5, **conditioning)
-    assert error_of(runner.sample(noise(1), 2.5, **conditioning), wanted) <= 1e-5
+    assert error(runner.sample(noise(1), 2.5, **conditioning), wanted) <= SAME_EXPORTED_RUN
     hoisted = options.get("hoist", True)
     assert runner.schedule["tables"]["batched"] == (hoisted and not options.get("exact"))
     assert ("prompt" in runner.schedule["programs"]) == hoisted
@@ -149,7 +150,7 @@ def test_a_limit_may_leave_tables_of_one_level_alone(tmp_path, steps, limit, pro
     runner = Runner(exe.export(tmp_path / "out", scheduler=DDIM))
     assert {name for name in runner.schedule["programs"] if not name.startswith("variant")} == programs
     wanted, _ = run_loop(Oracle.of(model, plan, dict(factors.maps)), DDIM, noise(2), steps, 3.0, CLASSES, NULL)
-    assert error_of(runner.sample(noise(2), 3.0, **CLASSES, **negative(NULL)), wanted) <= 1e-5
+    assert error(runner.sample(noise(2), 3.0, **CLASSES, **negative(NULL)), wanted) <= SAME_EXPORTED_RUN
 
 
 def test_fused_operations_stay_on_request(mixed, tmp_path):
@@ -285,7 +286,7 @@ def test_conditioning_that_changes_within_a_run_is_used(mixed, change):
             given = given.clone() if change == "equal" else given.flip(0) if change == "another tensor" else given.add_(1)
         timestep = torch.full((4,), int(step["timestep"]))
         wanted = own(hidden_states=noise(4), timestep=timestep, class_labels=given, return_dict=False)[0]
-        assert error_of(session(noise(4), timestep, {"class_labels": given}), wanted) <= 1e-5
+        assert error(session(noise(4), timestep, {"class_labels": given}), wanted) <= SAME_EXPORTED_RUN
     assert calls.count("timestep") == (1 if change == "equal" else 2)
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import stepgraph as sg
-from helpers.exports import error_of, mixed_plan
+from helpers.distance import SAME_EXPORTED_RUN, error
+from helpers.exports import mixed_plan
 from helpers.pixart_sd3 import PIXART
 from helpers.small_glyphs import small_glyph_dit
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
@@ -32,7 +33,7 @@ def test_the_shipped_model_is_sampled_by_onnxruntime(tmp_path):
     wanted = sg.sample(exe, scheduler, start, 2.0, **given)
     folder = exe.export(tmp_path / "glyphs", "onnx", scheduler=scheduler)
     assert {path.suffix for path in (folder / "programs").iterdir()} == {".onnx"}
-    assert error_of(Runner(folder).sample(start, 2.0, **given), wanted) <= 1e-5
+    assert error(Runner(folder).sample(start, 2.0, **given), wanted) <= SAME_EXPORTED_RUN
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_a_row_of_reused_pixart_blocks(tmp_path):
     for step in runner.schedule["steps"]:
         timestep = torch.full((2,), step["timestep"]).to(given["timestep"].dtype)
         wanted = own(**{**given, "timestep": timestep}, return_dict=False)[0]
-        assert error_of(session(given["hidden_states"], step["timestep"], conditioning), wanted) <= 1e-5
+        assert error(session(given["hidden_states"], step["timestep"], conditioning), wanted) <= SAME_EXPORTED_RUN
 
 
 def test_what_onnx_does_not_take_is_said(dit, ddim, tmp_path, monkeypatch):

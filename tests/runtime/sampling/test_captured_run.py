@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 import stepgraph as sg
 from helpers.captures import EACH_UPDATE, REUSED, SCHEDULERS, STEPS, planned, two_prompts, with_calls
 from helpers.corrections import factors_of, maps_of
+from helpers.distance import SAME_RUN, error
 from helpers.oracle import Oracle, run_loop
 from helpers.tape import HostReadError, Tape
 from helpers.tiny import NULL_CLASS, inputs, labels, noise, tiny_dit
@@ -48,7 +49,7 @@ def test_a_captured_run_is_the_oracle(dit):
     exe = compiled(dit, scheduler)
     got = two_prompts(exe, scheduler, capture=True)[1]
     wanted = run_loop(Oracle.of(dit, exe.plan), scheduler, noise(2, 1), STEPS, 1.0, labels(3, 4), None)[0]
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert error(got, wanted) <= SAME_RUN
 
 
 def test_modes_around_are_neither_captured_nor_left_out(dit):

@@ -15,6 +15,7 @@ from stepgraph.errors import PlanError
 from stepgraph.runtime.sampling.linear_steps import Term, linear_steps
 from stepgraph.runtime.sampling.update import FusedUpdate, SchedulerUpdate, choose_update
 from stepgraph.scheduler import prepare_scheduler, step_arguments
+from stepgraph.tolerances import OP, tolerance
 
 STEPS = 20
 NULL = {"negative_class_labels": torch.tensor([NULL_CLASS, NULL_CLASS])}
@@ -184,7 +185,7 @@ def test_lower_precisions_accumulate_in_float32(dtype):
     (*_, got), (*_, rounded) = both_ways(unclipped, outputs, 4.0)
     *_, exact = both_ways(unclipped, doubled(outputs), 4.0)[1]
     assert got.dtype == dtype
-    assert far(got, exact) <= {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert far(got, exact) <= tolerance(OP, dtype)
     assert far(got, exact) < far(rounded, exact)
 
 

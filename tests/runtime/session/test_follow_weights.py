@@ -11,6 +11,7 @@ from torch import nn
 
 import stepgraph as sg
 from helpers.captures import tape  # noqa: F401 (a fixture)
+from helpers.distance import error
 from helpers.tiny import inputs, labels, noise, tiny_dit
 from stepgraph.compiler.tracing import trace as trace_file
 from stepgraph.contents import Scattered
@@ -20,6 +21,7 @@ from stepgraph.packed_weights import forget_packed
 from stepgraph.plan.measured import measured
 from stepgraph.runtime.export.runner import Runner, ScheduleError, write_tensors
 from stepgraph.runtime.program import bound_weights, packed_linear
+from stepgraph.tolerances import WHOLE_RUN, tolerance
 
 STEPS, DDIM = 3, diffusers.DDIMScheduler(clip_sample=False)
 # The same tensors in all runs, so that what is kept of the conditioning stays.
@@ -115,8 +117,8 @@ def assert_follows(model, exe, change) -> None:
     change(model)
     got, wanted = sampled(exe, model.dtype), sampled(model, model.dtype)
     assert not torch.equal(got, before)
-    close = 0.0 if exe.config.exact else 1e-5 if model.dtype == torch.float32 else 0.03
-    assert (got - wanted).norm() <= close * wanted.norm()
+    close = 0.0 if exe.config.exact else tolerance(WHOLE_RUN, model.dtype)
+    assert error(got, wanted) <= close
 
 
 @cache
@@ -151,7 +153,7 @@ def test_without_a_look_at_contents_the_old_weights_would_run(original, change, 
     """What the tests above test."""
     model, exe = original
     sampled(exe)
-    monkeypatch.setattr(Scattered, "changed", lambda *_: [])
+    monkeypatch.setattr(Scattered, "look", lambda *_: [])
     with pytest.raises(AssertionError):
         assert_follows(model, exe, CHANGES[change])
 
@@ -166,8 +168,8 @@ def test_small_changes_show_in_every_weight_that_they_touch(dtype, change):
     CHANGES[change](model) if change != "average" else [
         w.data.mul_(0.99).add_(0.01 * torch.randn_like(w) * w.std()) for w in touched
     ]
-    assert some.changed(touched) == list(range(len(touched)))
-    assert some.changed(touched) == []
+    assert some.look(touched) == list(range(len(touched)))
+    assert some.look(touched) == []
 
 
 def test_tensors_without_versions_are_followed():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import stepgraph as sg
-from helpers.corrections import LINEARS, both, error, factors_of, maps_of, plan_of
+from helpers.corrections import LINEARS, both, factors_of, maps_of, plan_of
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, IMAGE, TEXT, WIDTH, flux_inputs, flux_plan
 from helpers.lowrank_runs import OPERATIONS, run_glyph_dit
 from helpers.oracle_families import FluxOracle, run_flow
@@ -20,7 +21,7 @@ from stepgraph.compiler.passes.fuse.fuse_gated_residual import fuse_gated_residu
 from stepgraph.compiler.passes.fuse.fuse_modulated_norm import fuse_modulated_norm
 from stepgraph.csrc.library import native
 from stepgraph.errors import OpError
-from stepgraph.node_facts import op_of
+from stepgraph.node_facts import SLOT, op_of
 from stepgraph.ops import OPS, gated_residual, lowrank_delta, modulated_norm
 
 # Per row: (modulated_norm, gated_residual, lowrank_delta, lowrank_input) in the graphs of a DiT of two blocks.
@@ -64,7 +65,7 @@ def test_a_run_of_reused_sites_is_one_pass_over_the_tokens(dit):
     exe = both(dit, plan_of(dit, {"attn": "CR", "ff": "CR"}), exact=False)[2]
     graph = exe.default.variants[exe.default.rows[1]].graph.graph
     (fused,) = (node for node in graph.nodes if op_of(node) == "gated_residual")
-    assert [node.meta["slot"] for node in fused.args[2]] == [0, 1, 3, 4]
+    assert [node.meta[SLOT] for node in fused.args[2]] == [0, 1, 3, 4]
     assert not [node for node in graph.nodes if node.target in ("mul", operator.mul) and node.meta["val"].ndim == 3]
 
 
@@ -181,7 +182,7 @@ def test_latents_stay_the_callers_own(dit):
 @pytest.mark.skipif(bool(native().missing), reason="no native library")
 def test_the_kernels_of_the_cpu_run_by_default():
     drift, providers = run_glyph_dit(steps=4)
-    assert drift < 1e-5
+    assert drift < SAME_RUN
     assert {"modulated_norm by cpu", "lowrank_delta by cpu"} <= set(providers)
 
 
@@ -189,7 +190,7 @@ def test_the_kernels_of_the_cpu_run_by_default():
 def test_a_forced_provider_runs_everything(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_PROVIDERS", "cpu")
     drift, providers = run_glyph_dit(steps=4, layers=2)
-    assert drift < 1e-5
+    assert drift < SAME_RUN
     assert set(providers) == {f"{op} by cpu" for op in OPERATIONS}
 
 
@@ -220,7 +221,7 @@ def test_exact_mode_says_that_it_runs_the_references(dit, monkeypatch, caplog):
 
 def test_every_pass_is_right_on_the_shipped_model(monkeypatch):
     monkeypatch.setenv("STEPGRAPH_CHECK", "1")
-    assert run_glyph_dit(steps=2, layers=2)[0] < 1e-5
+    assert run_glyph_dit(steps=2, layers=2)[0] < SAME_RUN
 
 
 @pytest.mark.parametrize("pair", [{"scale": torch.zeros(1, 8)}, {"gate": torch.zeros(1, 8)}])

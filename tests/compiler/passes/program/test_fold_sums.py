@@ -5,16 +5,13 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.families import UVIT, uvit_inputs
 from helpers.pixart_sd3 import PIXART, pixart_inputs, planned
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
 from stepgraph.plan import CachePlan
 
 STEPS = 6
-
-
-def error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 def stepped(exe: sg.Executable, given) -> list[torch.Tensor]:
@@ -38,7 +35,7 @@ def stored(model, plan: CachePlan, given, monkeypatch, backend: str = "eager") -
     for disabled in ("", "fold_sums"):
         monkeypatch.setenv("STEPGRAPH_DISABLE_PASS", disabled)
         exe = sg.compile(model, plan, given, backend=backend)
-        assert all(error(*pair) < 1e-5 for pair in zip(stepped(exe, given), exact, strict=True))
+        assert all(error(*pair) < SAME_RUN for pair in zip(stepped(exe, given), exact, strict=True))
         counts.append(exe.memory().values_stored)
     return counts[0], counts[1]
 

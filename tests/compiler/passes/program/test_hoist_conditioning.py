@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import stepgraph as sg
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, flux_inputs, flux_plan
 from helpers.families import STEPS as FLUX_STEPS
 from helpers.pixart_sd3 import PIXART, pixart_inputs, planned
@@ -32,10 +33,6 @@ def compiled(model, *, every=2, **options):
 def sampled(runner, **options):
     given = {"class_labels": torch.tensor([1, 2]), **options}
     return sg.sample(runner, tiny_scheduler("ddim"), noise(2), **given)
-
-
-def error(value, expected):
-    return float((value - expected).norm() / expected.norm())
 
 
 def steps_of(executable, sequence):
@@ -79,7 +76,7 @@ def test_the_bytes_of_tables_are_those_of_their_steps(dit):
 def test_tables_change_no_bit_in_exact_mode(dit, every):
     exact = sampled(compiled(dit, every=every, exact=True))
     assert torch.equal(exact, sampled(compiled(dit, every=every, exact=True, hoist=False)))
-    assert error(sampled(compiled(dit, every=every)), exact) < 1e-5
+    assert error(sampled(compiled(dit, every=every)), exact) < SAME_RUN
     if every == 1:
         assert torch.equal(exact, sampled(dit, steps=STEPS))
 
@@ -95,7 +92,7 @@ def test_new_conditioning_within_a_run_is_seen(dit, exact):
         if step == 4:
             given["class_labels"] = sequence[3]["class_labels"].fill_(NULL_CLASS)
         found, expected = session(**given).sample, dit(**given).sample
-        assert torch.equal(found, expected) if exact else error(found, expected) < 1e-5, step
+        assert torch.equal(found, expected) if exact else error(found, expected) < SAME_RUN, step
 
 
 def test_conditioning_without_versions_is_compared_by_value(dit):
@@ -115,7 +112,7 @@ def test_a_timestep_that_is_not_the_schedulers_gets_tables_of_its_own(dit):
         for step in changed:
             sequence[step]["timestep"] = sequence[step]["timestep"] + 1
         for found, given in zip(steps_of(exe, sequence), sequence, strict=True):
-            assert error(found, dit(**given).sample) < 1e-5
+            assert error(found, dit(**given).sample) < SAME_RUN
 
 
 def test_timesteps_may_differ_within_a_batch(dit):
@@ -123,7 +120,7 @@ def test_timesteps_may_differ_within_a_batch(dit):
     for given in sequence:
         given["timestep"] = given["timestep"] - torch.tensor([0, 1])
     for found, given in zip(steps_of(compiled(dit, every=1), sequence), sequence, strict=True):
-        assert error(found, dit(**given).sample) < 1e-5
+        assert error(found, dit(**given).sample) < SAME_RUN
 
 
 def test_beyond_the_limit_values_stay_in_the_loop(dit, caplog):
@@ -134,10 +131,10 @@ def test_beyond_the_limit_values_stay_in_the_loop(dit, caplog):
     assert "stay in the loop" in caplog.text
     assert 0 < exe.memory().table_bytes <= limit
     assert exe.default.hoisted.kept
-    assert error(sampled(exe), sampled(free)) < 1e-5
+    assert error(sampled(exe), sampled(free)) < SAME_RUN
     none = compiled(dit, hoist_limit_mb=0)
     assert none.memory().table_bytes == 0
-    assert error(sampled(none), sampled(free)) < 1e-5
+    assert error(sampled(none), sampled(free)) < SAME_RUN
     with pytest.raises(ValueError, match="hoist_limit_mb is -1; expected megabytes"):
         compiled(dit, hoist_limit_mb=-1)
 
@@ -159,7 +156,7 @@ def test_branches_have_tables_of_their_own(dit):
     given = {"class_labels": torch.tensor([1]), "negative_class_labels": torch.tensor([NULL_CLASS]), "guidance_scale": 2.0}
     exe = sg.compile(dit, plan, inputs(1), backend="eager")
     found = sg.sample(exe, tiny_scheduler("ddim"), noise(1), **given)
-    assert error(found, sg.sample(dit, tiny_scheduler("ddim"), noise(1), steps=STEPS, **given)) < 1e-5
+    assert error(found, sg.sample(dit, tiny_scheduler("ddim"), noise(1), steps=STEPS, **given)) < SAME_RUN
 
 
 def test_equal_values_are_one_table():
@@ -176,7 +173,7 @@ def test_equal_values_are_one_table():
     given = flux_inputs()
     session = exe.session()
     for _ in range(FLUX_STEPS):
-        assert error(session(**given).sample, model(**given).sample) < 1e-5
+        assert error(session(**given).sample, model(**given).sample) < SAME_RUN
 
 
 def test_what_writes_in_place_or_is_random_stays_in_the_loop():
@@ -249,7 +246,7 @@ def test_conditioning_made_anew_at_every_step_is_not_batched_each_time(dit, monk
     monkeypatch.setattr(tables.Tables, "_compute_all", lambda self, *given: batches.append(1) or compute(self, *given))
     sequence = [{**given, "class_labels": torch.tensor([1, 2])} for given in run_inputs()]
     for found, given in zip(steps_of(exe, sequence), sequence, strict=True):
-        assert error(found, dit(**given).sample) < 1e-5
+        assert error(found, dit(**given).sample) < SAME_RUN
     assert len(batches) == 2
 
 
@@ -269,7 +266,7 @@ def test_constants_of_a_tensors_shape_are_no_tables_of_all_steps():
     session, exact = exe.session(), sg.compile(model, plan, given, backend="eager", exact=True).session()
     for t in plan.header.timesteps:
         step = {**given, "timestep": torch.full((2,), int(t))}
-        assert error(session(**step).sample, exact(**step).sample) < 1e-5
+        assert error(session(**step).sample, exact(**step).sample) < SAME_RUN
 
 
 def test_what_is_folded_is_what_was_there():

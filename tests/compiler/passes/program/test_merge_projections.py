@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import stepgraph as sg
 from helpers.corrections import factors_of, maps_of, plan_of
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, flux_inputs, flux_plan
 from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, planned, sd3_inputs
 from helpers.tiny import TINY, inputs, noise, tiny_dit, tiny_scheduler
@@ -20,14 +21,11 @@ from stepgraph.packed_weights import PackedWeights
 from stepgraph.runtime.program.packed_linear import PACKED, merged_linear, packs
 from stepgraph.runtime.program.program import signature
 from stepgraph.runtime.program.region_calls import GraphCall
+from stepgraph.tolerances import OP, tolerance
 
 needs_packing = pytest.mark.skipif(
     not packs(torch.zeros(1, 4), torch.zeros(4, 4)), reason="oneDNN's packed linear maps are not there"
 )
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 def merged(exe: sg.Executable, given) -> tuple[sg.Executable, list[int]]:
@@ -85,7 +83,7 @@ def test_maps_of_one_input_are_one_and_change_nothing_but_rounding(name):
     assert parts_of(graph) == MERGED[name]
     assert not [n for n in graph.graph.nodes if str(n.target).endswith((".to_q", ".add_q_proj")) and "attn2" not in n.target]
     for found, expected in zip(outputs(exe, None, given), outputs(exe, model, given), strict=True):
-        assert error(found, expected) < 1e-5
+        assert error(found, expected) < SAME_RUN
 
 
 @needs_packing
@@ -94,7 +92,7 @@ def test_what_is_computed_once_a_prompt_is_merged_only_where_it_stays_in_the_loo
     exe, _ = merged(sg.compile(model, plan, given, backend="eager", hoist=False), given)
     assert parts_of(exe.default.variants[0].graph) == [3, 2] * PIXART["num_layers"]
     for found, expected in zip(outputs(exe, None, given), outputs(exe, model, given), strict=True):
-        assert error(found, expected) < 1e-5
+        assert error(found, expected) < SAME_RUN
 
 
 @needs_packing
@@ -111,7 +109,7 @@ def test_stored_maps_are_parts_of_the_product_and_keep_no_more_alive(dit):
     assert [counts[i] for i in exe.default.rows] == [2, 0, 2, 0]
     session = exe.session()
     for t, expected, held in zip(plan.header.timesteps, wanted, bytes_held, strict=True):
-        assert error(session(**{**given, "timestep": torch.full((2,), int(t))}).sample, expected) < 1e-5
+        assert error(session(**{**given, "timestep": torch.full((2,), int(t))}).sample, expected) < SAME_RUN
         assert session.slot_bytes == held
     assert max(bytes_held) > 0
 
@@ -132,7 +130,7 @@ def test_compiled_regions_run_merged_maps_with_one_packed_copy_and_follow_the_we
         return sg.sample(runner, tiny_scheduler("ddim"), noise(2), steps=exe.plan.steps, class_labels=torch.tensor([1, 2]))
 
     before, width = run(exe), TINY["num_attention_heads"] * TINY["attention_head_dim"]
-    assert error(before, run(model)) < 1e-5
+    assert error(before, run(model)) < SAME_RUN
     # Of the four square weights of an attention, the output's alone is packed by itself; the head's is square here, too.
     assert Counter(packed)[3 * width, width] == TINY["num_layers"]
     assert Counter(packed)[width, width] == TINY["num_layers"] + 1
@@ -143,7 +141,7 @@ def test_compiled_regions_run_merged_maps_with_one_packed_copy_and_follow_the_we
         attention.to_v.bias.add_(1)
     after = run(exe)
     assert error(after, before) > 1e-3
-    assert error(after, run(model)) < 1e-5
+    assert error(after, run(model)) < SAME_RUN
     assert packed == [(3 * width, width)]
 
 
@@ -208,7 +206,7 @@ def test_what_is_left_alone(reason, count):
     assert merge_maps(gm, lambda x, weight: True) == count
     gm.recompile()
     with torch.no_grad():
-        assert error(gm(x.clone())[0], model(x.clone())) < 1e-5
+        assert error(gm(x.clone())[0], model(x.clone())) < SAME_RUN
 
 
 @needs_packing
@@ -223,7 +221,7 @@ def test_a_merged_linear_map_is_the_linear_maps_side_by_side(dtype, bias):
     maps = [m.to(dtype) for m in maps]
     found = merged_linear(x, [m.weight for m in maps], [m.bias for m in maps] if bias else [])
     assert (found.dtype, found.shape) == (dtype, (2, 5, 65))
-    assert error(found, exact) < (1e-6 if dtype == torch.float32 else 8e-3)
+    assert error(found, exact) < tolerance(OP, dtype)
 
 
 def test_a_packed_stack_follows_each_of_its_parts_and_goes_with_any():

@@ -11,6 +11,7 @@ from stepgraph.compiler.marking.mark_sites import bound_copy
 from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.passes.sites.soften_site import beta_name, soften_site
 from stepgraph.compiler.routers.mixed_model import MixedModel
+from stepgraph.node_facts import MARKER
 from stepgraph.plan.liveness import VALUE, Read
 
 MODULES = (0, 1, 3, 4)
@@ -38,9 +39,9 @@ def test_a_mixture_per_site(dit, reads):
     assert {node.target for node in added} == {beta_name(marked.sites[i]) for i in reads}
     assert all(tuple(node.meta["val"].shape) == (3, 1, 1) for node in added)
     # The markers stay where they were, behind the mixtures.
-    markers = [node for node in gm.graph.nodes if "marker" in node.meta]
+    markers = [node for node in gm.graph.nodes if MARKER in node.meta]
     assert len(markers) == len(marked.sites)
-    assert [m.meta["marker"] for m in markers if m.args[0] in mixed] == list(reads)
+    assert [m.meta[MARKER] for m in markers if m.args[0] in mixed] == list(reads)
 
 
 def test_only_module_sites_are_mixed(dit):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stepgraph as sg
-from helpers.corrections import error
+from helpers.distance import SAME_RUN, error
 from helpers.families import FLUX, IMAGE, STEPS, TEXT, WIDTH, flux_inputs, flux_plan
 from helpers.oracle_families import FluxOracle, run_flow
 from stepgraph.compiler.lowering.cut import cut
@@ -20,6 +20,7 @@ from stepgraph.config import CompileConfig
 from stepgraph.plan import CachePlan
 from stepgraph.plan.corrections import Forecast
 from stepgraph.runtime.program.packed_linear import PACKED, packed_columns, packs
+from stepgraph.tolerances import OP, tolerance
 
 N, C = IMAGE + TEXT, WIDTH
 # What each half costs, and its part of the projection.
@@ -162,7 +163,7 @@ def test_halves_run_in_compiled_regions_and_follow_the_weights(flow, monkeypatch
             got = run_flow(exe.session(), flow, plan.steps, inputs)
             wanted = run_flow(FluxOracle.of(model, plan), flow, plan.steps, inputs)
         for value, expected in zip(got, wanted, strict=True):
-            assert error(value, expected) < 1e-5
+            assert error(value, expected) < SAME_RUN
         return got
 
     before = compare()
@@ -184,6 +185,6 @@ def test_a_product_with_packed_columns_is_the_linear_map():
                 x.double(), linear.weight.double()[:, 3:10], None if bias is None else bias.double()
             )
             for _ in range(2):
-                assert error(packed_columns(x, linear.weight, bias, 3, 10), expected.float()) < 1e-6
+                assert error(packed_columns(x, linear.weight, bias, 3, 10), expected.float()) < tolerance(OP, torch.float32)
         linear.weight.mul_(2)
-        assert error(packed_columns(x, linear.weight, None, 3, 10), 2 * expected.float()) < 1e-6
+        assert error(packed_columns(x, linear.weight, None, 3, 10), 2 * expected.float()) < tolerance(OP, torch.float32)
