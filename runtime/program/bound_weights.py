@@ -106,14 +106,22 @@ class BoundWeights:
         # Which of the names' places are the first of their tensor.
         self._first = [place for place, tensor in enumerate(held) if first.setdefault(id(tensor), place) == place]
         self._same = [first[id(tensor)] for tensor in held]
+        # What stood for the modules when they were last compared with those here.
+        self._tree: object = None
         self.names = tuple(self._places[place][-1] for place in self._first)
         self.base = tuple(base[name] for name in self.names if name in base)
         self.tensors: list[Tensor] = [tensor for place in self._first if (tensor := held[place]) is not None]
         self.filled = all(map(has_data, self.tensors))
         self.later = any(tensor.device.type != "cpu" for tensor in self.tensors)
+        self._stand()
         self._take_stock()
         known = () if compiled is None else tuple(compiled)[: len(self._sums)]
         self.compiled = (*known, *self._sums[len(known) :])
+
+    def _stand(self) -> None:
+        """Note which tensor each place has."""
+        of_first = dict(zip(self._first, self.tensors, strict=True))
+        self._standing = [of_first[place] for place in self._same]
 
     def _take_stock(self) -> None:
         """Take down what the tensors are."""
@@ -144,6 +152,7 @@ class BoundWeights:
                 self.names += (name,)
                 self.tensors.append(tensor)
             self._bind()
+            self._stand()
             self._take_stock()
             self.compiled += tuple(self._sums[len(self.compiled) :])
 
@@ -169,17 +178,18 @@ class BoundWeights:
         wanted = set(names)
         return [tensor for name, tensor in zip(self.names, self.tensors, strict=True) if name in wanted]
 
-    def look(self, everything: bool = False) -> Look:
+    def look(self, everything: bool = False, tree: object = None) -> Look:
         """Find out what has changed since the last look.
 
         Args:
             everything: Read all bits of all tensors, and wait for that.
+            tree: Where the model's modules were compared just before, what stands for them (`FactsWatch.tree`).
 
         Raises:
             CompileError: A parameter or buffer is gone, or new; or one is of another class, dtype, device, shape or strides.
         """
         with self.lock:
-            present = self._present()
+            present = self._present(tree)
             refuse_other_layouts(self.names, [_layout(tensor) for tensor in present], self._layouts)
             if not self.filled:
                 return Look(self._replaced(present))
@@ -192,6 +202,8 @@ class BoundWeights:
                 self.moves += 1
             self.changes += bool(marked or replaced)
             self.tensors, before, self._marks = present, self._marks, marks
+            if replaced:
+                self._stand()
             if self.later and not (marked or everything):
                 return Look(replaced, moved, marked=marked, later=content_sums(present))
             seen = self._scattered.look(present) if self._scattered is not None else []
@@ -202,14 +214,17 @@ class BoundWeights:
             self.changes += bool(unseen)
             return Look(replaced, moved, tuple(self.names[number] for number in written), marked, bool(unseen))
 
-    def displaced(self) -> tuple[str, ...]:
+    def displaced(self, tree: object = None) -> tuple[str, ...]:
         """Names of the tensors that are other objects now than at the last look, or lie elsewhere.
+
+        Args:
+            tree: See `look`.
 
         Raises:
             CompileError: See `look`.
         """
         with self.lock:
-            together = zip(self.names, self._present(), self.tensors, self._marks, strict=True)
+            together = zip(self.names, self._present(tree), self.tensors, self._marks, strict=True)
             return tuple(name for name, now, then, mark in together if now is not then or _mark(now)[::2] != mark[::2])
 
     def finish(self, look: Look) -> Look:
@@ -229,17 +244,25 @@ class BoundWeights:
         self._sums = now
         return written
 
-    def _present(self) -> list[Tensor]:
+    def _present(self, tree: object = None) -> list[Tensor]:
         """The tensors that stand in the model's places now, each once."""
-        self._follow_stores()
-        if any(self._empty) or list(map(len, self._filled)) != self._sizes or not all(map(is_, self._now_below(), self._below)):
-            self._refuse_other_contents()
+        if tree is None or tree is not self._tree:
+            self._compare_modules()
+            self._tree = tree
         if any(map(is_not, map(dict.get, *self._nowhere), repeat(None))):
             raise CompileError(GROWN)
         held = self._in_places()
+        if all(map(is_, held, self._standing)):
+            return self.tensors
         if not all(map(is_, held, map(held.__getitem__, self._same))) or any(map(is_, held, repeat(None))):
             self._refuse_other_tensors(held)
         return [held[place] for place in self._first]  # type: ignore[misc]  # none is None here
+
+    def _compare_modules(self) -> None:
+        """See that the model is made of the modules that it was, with as many tensors in them."""
+        self._follow_stores()
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes or not all(map(is_, self._now_below(), self._below)):
+            self._refuse_other_contents()
 
     def _follow_stores(self) -> None:
         """See which dicts modules keep tensors and submodules in: those may be replaced, too.
@@ -300,7 +323,11 @@ class BoundWeights:
                 raise CompileError(f"{names} were one tensor and are two now; tie them again, or compile the model again")
 
     def _replaced(self, present: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return [(then, now) for then, now in zip(self.tensors, present, strict=True) if now is not then]
+        return (
+            []
+            if present is self.tensors
+            else [pair for pair in zip(self.tensors, present, strict=True) if pair[0] is not pair[1]]
+        )
 
     def refuse_other(self, model: "BoundWeights") -> None:
         """See that another model has the same tensors, whatever they hold.

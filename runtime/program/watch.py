@@ -2,16 +2,17 @@
 
 import operator
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import nn
 
 from stepgraph.runtime.program.bound_weights import version_of
-from stepgraph.runtime.program.facts import HOOKS, Difference, Facts, Strength
+from stepgraph.runtime.program.facts import HOOKS, STORES, Difference, Facts, Strength
 from stepgraph.runtime.program.freeze import Containers, bytes_of, content_of, freeze
 from stepgraph.runtime.program.process_state import process_state
 from stepgraph.wrapped_models import refuse_offload
@@ -20,8 +21,13 @@ Space = Mapping[str, Any]
 # Where libraries keep what moves or casts a module's weights while it runs; they replace its forward as well, but for the
 # model's own that is not looked at.
 OFFLOADS = ("_hf_hook", "_diffusers_hook")
-# From how many spaces on it is faster to look a name up in all of them at once than with their other names.
-MANY = 16
+_kept_of = operator.itemgetter(*STORES, *HOOKS)
+# Past the attributes that `nn.Module` looks up in other ways.
+_attributes_of = vars(nn.Module)["__dict__"].__get__
+# What every module keeps, whose contents are compared apart.
+KEPT = (*STORES, *HOOKS)
+# From how many spaces on it is faster to look up all their names together than one by one.
+MANY = 8
 
 
 class FactsWatch:
@@ -69,6 +75,11 @@ class FactsWatch:
         return snapshot is None or snapshot.model is not model or snapshot.strengths_hold()
 
     @property
+    def tree(self) -> object:
+        """Stands for the modules that the last comparison found, with the dicts in which they keep tensors."""
+        return self._snapshot
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """How often strengths have been written to where the graph reads them."""
         return tuple(constant._version for strength in self.facts.strengths for constant in strength.constants)
@@ -105,36 +116,45 @@ class _Snapshot:
         modules = {path: module for path, module in model.named_modules() if path in facts.parts}
         self._modules, self._kinds = list(modules.values()), list(map(type, modules.values()))
         self._empty: list[Mapping[Any, Any]] = []
-        filled: list[Mapping[Any, Any]] = []
-        self._absent: dict[str, list[Space]] = defaultdict(list)
+        filled: list[tuple[Space, str]] = []
+        absent: list[tuple[Space, str]] = []
         spaces: list[tuple[Space, tuple[str, ...]]] = []
         containers = Containers()
 
         def watch(space: Space, names: Iterable[str]) -> None:
             present = tuple(name for name in names if name in space)
             for name in present:
-                if name not in (*HOOKS, *OFFLOADS):
+                if name not in OFFLOADS:
                     freeze(space[name], containers)
             spaces.append((space, present))
-            for name in names:
-                if name not in space:
-                    self._absent[name].append(space)
+            absent.extend((space, name) for name in names if name not in space)
 
         for path, module in modules.items():
             attributes, outermost = vars(module), path == ""
-            # What became of parameters and buffers is seen where their values are (`BoundWeights`).
-            for kind in ("_modules", *(() if outermost else HOOKS)):
-                (filled if attributes[kind] else self._empty).append(attributes[kind])
-            watch(attributes, [*facts.parts[path].values, *(OFFLOADS if outermost else (*HOOKS, "forward"))])
+            for kind in STORES if outermost else KEPT:
+                if attributes[kind]:
+                    filled.append((attributes, kind))
+                else:
+                    self._empty.append(attributes[kind])
+            watch(attributes, [*(OFFLOADS if outermost else ("forward",)), *facts.parts[path].values])
         for names in facts.names:
             watch(names.space, names.values)
 
-        self._looks = _looks(operator.itemgetter, spaces) + _looks(operator.attrgetter, containers.members.values())
-        # A plain attribute that is new may hide a tensor or a submodule.
+        self._where_absent, self._names_absent = [space for space, _ in absent], [name for _, name in absent]
+        members = containers.members.values()
+        self._looks = _looks(operator.itemgetter, operator.getitem, spaces) + _looks(operator.attrgetter, getattr, members)
         self._attributes = [vars(module) for module in modules.values()]
-        self._sizes = list(map(len, self._attributes))
+        self._looks.append(_Look(partial(map, _attributes_of, self._modules)))
+        self._kept = list(map(_kept_of, self._attributes))
+        spaces_filled, kinds_filled = [space for space, _ in filled], [kind for _, kind in filled]
+        self._looks.append(_Look(partial(map, operator.getitem, spaces_filled, kinds_filled)))
+        # What became of parameters and buffers is seen where their values are (`BoundWeights`), here only that none came.
+        counted = [space[kind] for space, kind in filled if kind in STORES[:2]]
+        # A plain attribute that is new may hide a tensor or a submodule.
+        self._sized = self._attributes + counted
+        self._sizes = list(map(len, self._sized))
         self._unset = containers.absent
-        self._values = _Contents(filled)
+        self._values = _Contents([space[kind] for space, kind in filled if kind not in STORES[:2]])
         self._empty += [container for container in containers.dicts.values() if not container]
         self._contents = _Keyed([container for container in containers.dicts.values() if container])
         self._lists = [(container, list(container)) for container in containers.lists.values()]
@@ -175,11 +195,13 @@ class _Snapshot:
         """Whether everything is the same object still."""
         return (
             list(map(type, self._modules)) == self._kinds
-            and list(map(len, self._attributes)) == self._sizes
+            and list(map(len, self._sized)) == self._sizes
             and not any(self._empty)
             and self._values.hold()
             and all(look.holds() for look in self._looks)
-            and not any(any(map(operator.contains, spaces, repeat(name))) for name, spaces in self._absent.items())
+            # Of dicts that are empty, others are as good.
+            and all(map(operator.eq, map(_kept_of, self._attributes), self._kept))
+            and not any(map(operator.contains, self._where_absent, self._names_absent))
             and self._contents.hold()
             and self._members_hold()
             and process_state(self._asked) == self._process
@@ -219,15 +241,11 @@ def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
 
 
 class _Look:
-    """A name, or some names, in spaces or objects that have them all."""
+    """What names mean in spaces, or objects have under them."""
 
-    def __init__(self, getter: Callable[[Any], Any], spaces: Sequence[Any], several: bool) -> None:
-        self._getter, self._spaces, self._several = getter, spaces, several
-        self._before = list(self._now())
-
-    def _now(self) -> Iterable[Any]:
-        values = map(self._getter, self._spaces)
-        return chain.from_iterable(values) if self._several else values
+    def __init__(self, look: Callable[[], Iterable[Any]]) -> None:
+        self._now = look
+        self._before = list(look())
 
     def holds(self) -> bool:
         """Whether they mean the same objects still."""
@@ -237,19 +255,24 @@ class _Look:
             return False
 
 
-def _looks(getter: Callable[..., Any], spaces: Iterable[tuple[Any, tuple[str, ...]]]) -> list[_Look]:
-    """Looks at spaces for names: one name in all spaces where these are many, all names of alike spaces where they are few."""
-    spaces = list(spaces)
-    counts = Counter(chain.from_iterable(names for _, names in spaces))
+def _looks(
+    getter: Callable[..., Any], get: Callable[[Any, str], Any], spaces: Iterable[tuple[Any, tuple[str, ...]]]
+) -> list[_Look]:
+    """Looks at spaces for names: at many spaces for the same names together, at all others for one name after another."""
     groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for space, names in spaces:
-        for name in names:
-            if counts[name] >= MANY:
-                groups[(name,)].append(space)
-        few = tuple(name for name in names if counts[name] < MANY)
-        if few:
-            groups[few].append(space)
-    return [_Look(getter(*names), group, len(names) > 1) for names, group in groups.items()]
+        groups[names].append(space)
+    looks, single = [], list[tuple[Any, str]]()
+    for names, group in groups.items():
+        if names and len(group) * len(names) >= MANY:
+            looks.append(_Look(partial(_all_of if len(names) > 1 else map, getter(*names), group)))
+        else:
+            single += product(group, names)
+    return [*looks, _Look(partial(map, get, [space for space, _ in single], [name for _, name in single]))]
+
+
+def _all_of(getter: Callable[[Any], Iterable[Any]], group: Sequence[Any]) -> Iterable[Any]:
+    return chain.from_iterable(map(getter, group))
 
 
 class _Contents:

@@ -43,7 +43,7 @@ def begin_run(
     if not around:
         refuse_around(present, program)
     _follow_strengths(present, program)
-    return present, program, follow_weights(present)
+    return present, program, follow_weights(present, tree=program.watch.tree)
 
 
 def follow_facts(executable: "Compiled", program: Program) -> None:
@@ -79,7 +79,7 @@ def refuse_changed_within(executable: "Compiled", programs: Sequence[Program], m
             raise _changed_within(executable, f"{one.path} was {one.old} when it began, and is {one.new}")
         if program.watch.versions != followed:
             raise _changed_within(executable, "a strength was written to past its version, so that no call noticed")
-    displaced = executable.weights.displaced()
+    displaced = executable.weights.displaced(programs[0].watch.tree if programs else None)
     if displaced or executable.weights.moves != moves:
         names = displaced or ("a weight",)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stepgraph.runtime.session.compiled import Compiled
 
 
-def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
+def follow_weights(executable: "Compiled", everything: bool = False, tree: object = None) -> Look:
     """See that an executable's programs compute with its model as it is now.
 
     Weights that are other objects or lie elsewhere are bound anew; copies of weights that hold other values are dropped, and
@@ -22,6 +22,7 @@ def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
     Args:
         executable: Whose model may have changed.
         everything: Read all bits of all weights, as STEPGRAPH_CHECK=1 does at every run.
+        tree: Where the model's modules were compared just before, what stands for them (`FactsWatch.tree`).
 
     Returns:
         For `finish_run`, which looks at the rest on an accelerator.
@@ -33,7 +34,7 @@ def follow_weights(executable: "Compiled", everything: bool = False) -> Look:
     """
     weights, everything = executable.weights, everything or read_env().check
     with weights.lock:
-        look, packed = weights.look(everything), packings()
+        look, packed = weights.look(everything, tree), packings()
         if look.replaced:
             for program in executable.programs:
                 rebind(program, look.replaced)
