@@ -2,10 +2,13 @@
 
 Tracing is most of what a tiny model's compilation takes. A trace is handed on only while all that it could have read of the
 model is what it was: every attribute of every module, plain values and what dicts and lists hold by value, all else by
-identity. What lies outside the model (a patched function of torch, say) is not seen: tests of such things are marked `traces`.
+identity. A model that was built anew gets the trace of one like it: of the same modules with the same attributes, and tensors
+of the same shapes, which a graph has by name. What lies outside the model (a patched function of torch, say) is not seen but by
+the facts of the trace: tests of such things are marked `traces`.
 """
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -18,7 +21,9 @@ from stepgraph.runtime.program.program import signature
 trace_anew = traced_model.trace
 # Beside each trace its key, which keeps the objects that it compares alive: a new object cannot take the place of an old one.
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, Trace]]" = weakref.WeakKeyDictionary()
-DEPTH = 4
+# Traces of models by what these are like, the last ones.
+_of_models_like: OrderedDict[Hashable, Trace] = OrderedDict()
+DEPTH, MOST = 4, 64
 
 
 class Same:
@@ -37,28 +42,49 @@ class Same:
 def trace_once(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """In place of `trace` where marked graphs are made."""
     traces = _known.setdefault(model, {})
-    key = (signature(inputs), tuple(inputs), facts_of(model), torch.get_default_dtype())
+    around = (signature(inputs), tuple(inputs), torch.get_default_dtype())
+    key = (*around, facts_of(model))
     if key not in traces:
-        traces[key] = trace_anew(model, inputs)
+        traces[key] = _of_one_like(model, inputs, (*around, facts_of(model, alike=True)))
     return traces[key]
 
 
-def facts_of(model: torch.nn.Module) -> Hashable:
-    """Everything that a forward can read of its model."""
+def _of_one_like(model: torch.nn.Module, inputs: Mapping[str, Any], key: Hashable) -> Trace:
+    """The trace of a model like this one, or its own."""
+    known = _of_models_like.get(key)
+    if known is not None and known.facts.matches(model):
+        return known
+    trace = trace_anew(model, inputs)
+    # Tensors that a graph holds itself are those of its model.
+    if not trace.tensors:
+        _of_models_like[key] = trace
+        if len(_of_models_like) > MOST:
+            _of_models_like.popitem(last=False)
+    return trace
+
+
+def facts_of(model: torch.nn.Module, alike: bool = False) -> Hashable:
+    """Everything that a forward can read of its model; where others are to be `alike`, of tensors and modules their kind."""
     return tuple(
-        (path, type(module), Same(type(module).forward), _by_value(vars(module), DEPTH))
+        (path, type(module), Same(type(module).forward), _by_value(vars(module), DEPTH, alike))
         for path, module in model.named_modules()
     )
 
 
-def _by_value(value: Any, depth: int) -> Hashable:
+def _by_value(value: Any, depth: int, alike: bool) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return type(value), value
     if depth and isinstance(value, Mapping):
-        return type(value), tuple((repr(key), _by_value(entry, depth - 1)) for key, entry in value.items())
+        return type(value), tuple((repr(key), _by_value(entry, depth - 1, alike)) for key, entry in value.items())
     if depth and isinstance(value, (list, tuple)):
-        return type(value), tuple(_by_value(entry, depth - 1) for entry in value)
+        return type(value), tuple(_by_value(entry, depth - 1, alike) for entry in value)
     # An attention processor is no module, but has attributes of its own.
-    if depth and type(value).__name__.endswith("Processor"):
-        return Same(value), type(value), _by_value(vars(value), depth - 1)
+    if depth and "Processor" in type(value).__name__:
+        return type(value) if alike else Same(value), type(value), _by_value(vars(value), depth - 1, alike)
+    if alike and type(value) in (torch.Tensor, torch.nn.Parameter):
+        return type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if alike and isinstance(value, torch.nn.Module):
+        return (type(value),)
+    if alike and isinstance(value, (set, frozenset)):
+        return type(value), frozenset(value)
     return Same(value)

@@ -59,3 +59,30 @@ def test_a_trace_is_handed_on_while_nothing_changes():
     assert trace_once(model, inputs(2)) is not first
     model.transformer_blocks[0].ff.net[1] = torch.nn.Identity().eval()
     assert trace_once(model, inputs()) is not first
+
+
+def test_a_model_built_anew_gets_the_trace_of_one_like_it():
+    model, twin, other = tiny_dit(seed=1), tiny_dit(seed=2), tiny_dit(seed=1, num_layers=1)
+    first = trace_once(model, inputs())
+    assert trace_once(twin, inputs()) is first
+    assert trace_once(other, inputs()) is not first
+    bound = first.bind(twin)
+    own = twin(**inputs(), return_dict=False)[0]
+    assert torch.equal(bound(**inputs())[0], own)
+    assert not torch.equal(own, model(**inputs(), return_dict=False)[0])
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_model_that_is_not_like_another_is_traced(change):
+    model, twin = tiny_dit(), tiny_dit()
+    for each in (model, twin):
+        each.transformer_blocks[0].ff.scaling = {"adapter": 1.0}
+    assert facts_of(model, alike=True) == facts_of(twin, alike=True)
+    change(twin)
+    assert facts_of(model, alike=True) != facts_of(twin, alike=True)
+
+
+def test_weights_of_another_kind_are_not_alike():
+    assert facts_of(tiny_dit(), alike=True) != facts_of(tiny_dit().to(torch.float64), alike=True)
+    frozen = tiny_dit().requires_grad_(False)
+    assert facts_of(tiny_dit(), alike=True) != facts_of(frozen, alike=True)
