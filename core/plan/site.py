@@ -29,7 +29,10 @@ READS_STORED = frozenset((REUSE, LOWRANK, FORECAST))
 # What is computed for such a value alone is not computed at all.
 REPLACED = frozenset((REUSE, FORECAST))
 
-MODULE_KINDS = ("attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out")
+MODULE_KINDS = (
+    "attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out", "modal_attn", "audio_attn", "audio_cross_attn",
+    "audio_ff",
+)  # fmt: skip
 STREAM_KINDS = ("block", "stack_residual", "hidden", "output")
 KINDS = MODULE_KINDS + STREAM_KINDS
 # A stream value holds everything before it; only module sites consist of linear maps that can be corrected one by one.
