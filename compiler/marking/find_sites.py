@@ -205,16 +205,17 @@ class _Block:
             if node in covered or macs_of(saved) < LEAST * total:
                 continue
             covered |= saved
-            values[name] = (self._kind_inline(saved, within, name),)
+            values[name] = (self._kind_inline(saved, everything, within, name),)
             if values[name] == ("proj_out",):
                 values |= self._activations(saved, within)
         return dict(reversed(values.items()))
 
-    def _kind_inline(self, saved: set[fx.Node], within: set[fx.Node], name: str) -> str:
+    def _kind_inline(self, saved: set[fx.Node], everything: set[fx.Node], within: set[fx.Node], name: str) -> str:
+        """What a reuse of a map saves says what it is."""
         attention = [node for node in saved & self.modules.products if node not in within]
         if attention:
             return "cross_attn" if all(map(self._is_cross, attention)) else "context_attn" if CONTEXT.search(name) else "attn"
-        gone = [site for site in self._sites if saved.intersection(self.modules.call(site).outputs)]
+        gone = [site for site in self._sites if saved.issuperset(everything.intersection(self.modules.call(site).outputs))]
         if gone and all(_attends(self.modules, site) for site in gone):
             return "proj_out"
         return "context_ff" if CONTEXT.search(name) else "ff"

@@ -83,11 +83,6 @@ class TracedModules:
         key = f"{path}@{call_index}" if call_index else path
         return [node for node in products if call_index is None or key in node.meta["nn_module_stack"]]
 
-    def innermost(self, node: fx.Node) -> str:
-        """The path of the innermost module of a node that is no leaf."""
-        paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        return paths[-2] if node.op == "call_module" and len(paths) > 1 else paths[-1]
-
 
 def is_product(node: fx.Node) -> bool:
     """Whether a node is an attention, or a product of tensors as attentions consist of."""
