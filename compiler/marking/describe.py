@@ -104,7 +104,7 @@ def complete_conditioning(
         cond = family.completed(cond, tokens)
     parameters = [name for name in inspect.signature(type(model).forward).parameters if name not in ("self", "return_dict")]
     # What a class without an adapter needs is in the example inputs that it is traced with.
-    usual = dict.fromkeys(parameters[:1])
+    usual: Mapping[str, Any] = dict.fromkeys(parameters[:1])
     if not family.found:
         usual = family.example_inputs(config_of(model), 1, model_dtype(model), torch.device("meta"))
     takes = {*usual, *parameters}

@@ -44,7 +44,8 @@ def find_sites(family: Family, trace: Trace, model: nn.Module) -> Family:
             f"class an adapter (compiler/models)"
         )
     stacks = tuple(Stack(block, _Block(modules, block, family.pins).values()) for block in blocks)
-    return replace(family, stacks=stacks, **_ends(modules, blocks))
+    tokens, tokens_in = _ends(modules, blocks)
+    return replace(family, stacks=stacks, tokens=tokens, tokens_in=tokens_in)
 
 
 def find_blocks(modules: TracedModules) -> list[str]:
@@ -233,7 +234,7 @@ class _Block:
 ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU)
 
 
-def _ends(modules: TracedModules, blocks: list[str]) -> dict[str, int | None]:
+def _ends(modules: TracedModules, blocks: list[str]) -> tuple[int | None, int | None]:
     """Which output of the last block are the tokens that the output head takes, and which input of the first they begin as.
 
     A site for the whole stack stands for everything before it: where another stream leaves the stack beside the tokens, there
@@ -245,5 +246,5 @@ def _ends(modules: TracedModules, blocks: list[str]) -> dict[str, int | None]:
     for number, node in enumerate(last.outputs):
         if node in modules.moving and not live_nodes([output], cut=[node]).intersection(work):
             taken = [i for i, one in enumerate(first.inputs) if one in modules.moving and shape(one) == shape(node)]
-            return {"tokens": number, "tokens_in": taken[0] if taken else None}
-    return {"tokens": None, "tokens_in": None}
+            return number, taken[0] if taken else None
+    return None, None

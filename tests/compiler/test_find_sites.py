@@ -162,3 +162,28 @@ def test_what_nobody_knows_of_a_class_is_asked_for(planned, monkeypatch):
     ).header.timestep)  # fmt: skip
     exe = sg.compile(model, told, toy_inputs(), backend="eager")
     assert torch.isfinite(sg.sample(exe, scheduler, torch.randn(2, 5, 8), **given)).all()
+
+
+class Rotated(Toy):
+    """Takes tables as pipelines give rotary embeddings: in a tuple, here with a list in it."""
+
+    def forward(self, hidden_states, timestep, text, audio_hidden_states, tables):
+        scaled = hidden_states * tables[0] + tables[1][0]
+        return super().forward(scaled, timestep, text, audio_hidden_states)
+
+
+def rotated_inputs():
+    return toy_inputs() | {"tables": (torch.randn(5, 8), [torch.randn(5, 8), None])}
+
+
+def test_an_artifact_keeps_inputs_that_lie_inside_containers(tmp_path):
+    model, scheduler, inputs = Rotated().eval(), diffusers.FlowMatchEulerDiscreteScheduler(), rotated_inputs()
+    plan = sg.make_plan("full", model=model, scheduler=scheduler, steps=2, example_inputs=inputs, guidance="none")
+    assert plan.header.shapes["tables__1__0"] == (5, 8)
+    exe = sg.compile(model, plan, inputs, backend="eager", exact=True)
+    exe.save(tmp_path / "artifact")
+    loaded, following = sg.load(tmp_path / "artifact", model), rotated_inputs()
+    with torch.no_grad():
+        assert torch.equal(loaded.session()(**following)[0], model(**following)[0])
+    # Nothing was compiled anew for these inputs.
+    assert len(loaded.programs) == 1
