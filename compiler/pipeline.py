@@ -44,6 +44,7 @@ from stepgraph.runtime.program.packed_linear import packs
 from stepgraph.runtime.program.program import Program, Variant, described, refuse_nan_weights, signature
 from stepgraph.runtime.program.stated_facts import other_facts_of_plan
 from stepgraph.runtime.session.follow_weights import watch_tensors
+from stepgraph.schedule import TimestepInput
 from stepgraph.wrapped_models import unwrapped
 
 
@@ -81,6 +82,7 @@ def compile_plan(
             return build_program(TracedModel.of(model, graphs), plan, inputs, config, factors, tell)
 
     inputs = {name: value for name, value in example_inputs.items() if value is not None and name != "return_dict"}
+    inputs = graphs.ordered(inputs)
     program = build(model, inputs, plan)
     if factors is not None:
         plan = replace(plan, header=program.plan.header, increments=program.plan.increments)
@@ -99,9 +101,9 @@ def build_program(
     tell: Callable[[str], None],
 ) -> Program:
     """All stages for inputs of one signature; `tell` gets what differs from what the plan was made under, if anything does."""
-    clock, model, family = _StageClock(), traced.model, traced.family
+    clock, model = _StageClock(), traced.model
     refuse_odd_tensors(inputs)
-    refuse_other_inputs(plan, inputs, family.unbatched)
+    refuse_other_inputs(plan, inputs, traced.unbatched(inputs, plan.header.shapes))
     _refuse_other_device(model, inputs)
 
     # One graph of the whole forward, with a marker on every value that a plan can speak of.
@@ -123,7 +125,8 @@ def build_program(
 
     # Over all rows: what is only added up is one stored sum, what depends on the prompt or the timestep alone leaves the loop.
     results = marked.trace.output_spec.num_leaves
-    timestep = plan.header.timestep or family.timestep
+    family = marked.family
+    timestep = plan.header.timestep or family.timestep or TimestepInput()
     context = ProgramContext(tuple(marked.trace.inputs), results, plan.steps, config, timestep, packs)
     rewrite_program(rows, plan, context, config, example, constants)
     slots = assign_slots(plan, rows.folded)

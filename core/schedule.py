@@ -132,8 +132,24 @@ def register_timestep(classes: Sequence[str], timestep: TimestepInput) -> None:
 
 
 def timestep_of(model: Any) -> TimestepInput:
-    """What a model is given as its timestep: by its class; the scheduler's value where no adapter knows the class."""
-    return _inputs.get(type(unwrapped(model)).__name__, TimestepInput())
+    """What a model is given as its timestep: by its class; the scheduler's value where it is none of diffusers'.
+
+    Raises:
+        ArgumentError: It is a class of diffusers that no adapter knows; its pipelines may give it another value.
+    """
+    kind = type(unwrapped(model))
+    if kind.__name__ not in _inputs and kind.__module__.startswith("diffusers."):
+        raise ArgumentError(
+            f"no adapter knows what pipelines make of the scheduler's timestep for {kind.__name__}; say it with timestep= in "
+            f"make_plan or calibrate: () for the scheduler's own value, ('cast', '/1000') for one in 0..1; or run a session "
+            f"step by step with the pipeline's own"
+        )
+    return _inputs.get(kind.__name__, TimestepInput())
+
+
+def timestep_input(wish: "TimestepInput | Sequence[str] | None") -> TimestepInput | None:
+    """What a caller says that pipelines make of the timestep: operations, or None where nothing is said."""
+    return wish if wish is None or isinstance(wish, TimestepInput) else TimestepInput(tuple(wish))
 
 
 def image_shift(tokens: int, config: Mapping[str, Any]) -> float:

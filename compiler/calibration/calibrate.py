@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from stepgraph.fingerprint import config_of, model_dtype
 from stepgraph.inputs import latents_of
 from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
-from stepgraph.schedule import Schedule, counted_steps, image_tokens
+from stepgraph.schedule import Schedule, TimestepInput, counted_steps, image_tokens, timestep_input
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
 from stepgraph.wrapped_models import refuse_autocast, unwrapped
 
@@ -54,6 +54,7 @@ def calibrate(
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
+    timestep: TimestepInput | Sequence[str] | None = None,
 ) -> CalibrationStats:
     """Run the sampler and average over the samples how each site changes from step to step.
 
@@ -83,6 +84,8 @@ def calibrate(
             several processes, one per process. It is left behind: delete it when the statistics are saved.
         on_step: Called with (evaluations done, evaluations in all) of this process.
         schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with.
+        timestep: What the pipeline makes of the scheduler's timestep for the model, such as ("cast", "/1000"); as the model's
+            adapter says unless given.
 
     Memory holds the sites' values of `lags` + 2 steps, whatever the number of steps and samples, and of the current run's other
     steps at most 2048 elements of each value, for the similarities of any two steps.
@@ -95,6 +98,7 @@ def calibrate(
         TracedModel(unwrapped(model)), scheduler, steps=steps, samples=samples, seed=seed, guidance_scale=guidance_scale,
         conditioning=conditioning, inputs=inputs, provisional=provisional, metrics=metrics, channels=channels, lags=lags,
         eta=eta, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step, schedule=schedule,
+        timestep=timestep,
     )  # fmt: skip
 
 
@@ -104,6 +108,7 @@ def calibrate_traced(
     provisional: torch.Tensor | None = None, metrics: Mapping[str, Metric] | None = None, channels: bool = True, lags: int = 3,
     eta: float = 0.0, allow_stochastic: bool = False, checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None, schedule: Schedule | Mapping[str, Any] | None = None,
+    timestep: TimestepInput | Sequence[str] | None = None,
 ) -> CalibrationStats:  # fmt: skip
     """`calibrate`, on the graphs of a traced model, so that it is traced for no signature twice."""
     model = traced.model
@@ -122,16 +127,17 @@ def calibrate_traced(
         refuse_stochastic(scheduler, steps, schedule)
     step_arguments(prepare_scheduler(scheduler, steps, schedule=schedule), eta)
     check_whole("lags", lags, 1)
-    marked, family = traced.marked(inputs), traced.family
+    marked = traced.marked(inputs)
+    family = marked.family
     header = make_header(model, scheduler, steps, marked, "batched" if guided else "none", schedule)
-    header = replace(header, seed=seed, samples=samples)
+    header = replace(header, seed=seed, samples=samples, timestep=timestep_input(timestep) or header.timestep)
     evaluations = len(header.timesteps)
     if provisional is not None and tuple(provisional.shape) != (evaluations, len(marked.sites)):
         raise ArgumentError(f"provisional is {list(provisional.shape)}; expected [{evaluations}, {len(marked.sites)}]")
     measured = {**METRICS, **(metrics or {})}
     observer = Observer(
         model, marked, evaluations, measured, provisional=provisional, channels=channels, embedding=family.embedding,
-        lags=lags,
+        lags=lags, timestep=header.timestep,
     )  # fmt: skip
     latents = latents_of(inputs)
     refuse_autocast(latents.device)

@@ -12,6 +12,7 @@ from stepgraph.compiler.calibration.stats import table_shapes
 from stepgraph.compiler.marking.maps_of_sites import maps_of_sites
 from stepgraph.compiler.marking.mark_sites import MarkedGraph
 from stepgraph.compiler.marking.watched_graph import watched_graph
+from stepgraph.schedule import TimestepInput
 
 # Sites of one shape are measured together, as long as the stack of their values stays below this many elements.
 STACK = 2**24
@@ -25,7 +26,7 @@ CHANNEL_NAMES = tuple(
 class Observer(nn.Module):
     """Runs the traced model and hands every site's value, and where asked every linear map's, to the running sums.
 
-    Called like the model; `observed` is the model, for whoever needs its signature.
+    Called like the model; `observed` is the model, for whoever needs its signature, and `timestep` what it is given as such.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Observer(nn.Module):
         channels: bool = False,
         embedding: str | None = None,
         lags: int = 3,
+        timestep: TimestepInput | None = None,
     ) -> None:
         super().__init__()
-        self.observed = model
+        self.observed, self.timestep = model, timestep
         self.names = tuple(marked.trace.inputs)
         self.sites = SiteSums(marked.batch, steps, len(marked.sites), metrics, provisional, lags)
         linears = list(maps_of_sites(marked, model)) if channels else []

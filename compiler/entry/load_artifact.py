@@ -15,7 +15,7 @@ from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.errors import ArgumentError, CompileError, FileFormatError, MismatchError, PlanError, TraceError
 from stepgraph.files.tensor_record import parse_tensors
 from stepgraph.fingerprint import model_dtype
-from stepgraph.inputs import flat_inputs, like_flat
+from stepgraph.inputs import TIMESTEPS, flat_inputs, like_flat, timestep_key
 from stepgraph.metrics import relative_l2
 from stepgraph.plan.factors import Factors, refuse_model
 from stepgraph.plan.refuse_other import follow_model
@@ -24,7 +24,7 @@ from stepgraph.runtime.artifact.read_artifact import read_artifact
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.program.program import zero_inputs
 from stepgraph.runtime.program.stated_facts import other_facts, stated_facts
-from stepgraph.schedule import timestep_of
+from stepgraph.schedule import TimestepInput
 from stepgraph.tolerances import FIRST_STEP, tolerance
 from stepgraph.wrapped_models import unwrapped
 
@@ -109,13 +109,15 @@ def verify_first_step(executable: Executable) -> None:
     random = {
         name: torch.randn(value.shape, generator=generator).to(value)
         for name, value in flat_inputs(inputs).items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timestep"
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in TIMESTEPS
     }
     inputs = like_flat(inputs, random)
-    if isinstance(inputs.get("timestep"), torch.Tensor):
-        example = inputs["timestep"]
+    name = timestep_key(inputs)
+    if name is not None and isinstance(inputs[name], torch.Tensor):
+        example = inputs[name]
         first = torch.full(example.shape, header.timesteps[0], device=device)
-        inputs["timestep"] = (header.timestep or timestep_of(model))(first, model_dtype(model)).to(example.dtype)
+        # Of a class without an adapter any timestep serves to compare with.
+        inputs[name] = (header.timestep or TimestepInput())(first, model_dtype(model)).to(example.dtype)
     with torch.no_grad():
         expected = model(**inputs, return_dict=False)[0]
     output = executable.session()(**inputs, return_dict=False)[0]

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from stepgraph.compiler.policies import POLICIES
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan
 from stepgraph.plan.refuse_other import refuse_other_model, refuse_other_schedule
-from stepgraph.schedule import Schedule, counted_steps, schedule_of
+from stepgraph.schedule import Schedule, TimestepInput, counted_steps, schedule_of, timestep_input
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
 from stepgraph.wrapped_models import unwrapped
 
@@ -45,6 +45,7 @@ def make_plan(
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
+    timestep: TimestepInput | Sequence[str] | None = None,
     **arguments: Any,
 ) -> CachePlan:
     """Make a plan.
@@ -66,6 +67,8 @@ def make_plan(
             delete it when the plan is saved.
         on_step: Called with (evaluations done, evaluations in all) where the policy measures.
         schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with. Statistics bring theirs.
+        timestep: What the pipeline makes of the scheduler's timestep for the model, such as ("cast", "/1000"); as the model's
+            adapter says unless given.
         **arguments: The policy's own.
 
     Raises:
@@ -75,7 +78,7 @@ def make_plan(
     return plan_traced(
         policy, stats, traced, scheduler, arguments, steps=steps, example_inputs=example_inputs, guidance=guidance,
         conditioning=conditioning, metrics=metrics, allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=on_step,
-        schedule=schedule,
+        schedule=schedule, timestep=timestep,
     )  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def plan_traced(
     steps: int | None, example_inputs: Mapping[str, Any] | None = None, guidance: str = "batched",
     conditioning: Mapping[str, Any] | None = None, metrics: Mapping[str, Metric] | None = None, allow_stochastic: bool = False,
     checkpoint: str | Path | None = None, on_step: Callable[[int, int], None] | None = None,
-    schedule: Schedule | Mapping[str, Any] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None, timestep: TimestepInput | Sequence[str] | None = None,
 ) -> CachePlan:  # fmt: skip
     """`make_plan`, on the graphs of a traced model, so that it is traced for no signature twice."""
     if not isinstance(policy, str) or policy not in POLICIES:
@@ -108,6 +111,7 @@ def plan_traced(
             example_inputs = traced.example_inputs(1, conditioning)
         marked = traced.marked(example_inputs)
         header, sites = make_header(traced.model, scheduler, count, marked, guidance, chosen), marked.sites
+        header = replace(header, timestep=timestep_input(timestep) or header.timestep)
         if not allow_stochastic:
             refuse_stochastic(scheduler, count, header.schedule)
     services = ModelServices(

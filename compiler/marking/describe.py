@@ -22,6 +22,9 @@ from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
 from stepgraph.wrapped_models import unwrapped
 
+# Positions of tokens, which pipelines give without a batch dimension.
+POSITIONS = frozenset(("img_ids", "txt_ids"))
+
 
 @checked
 def example_inputs(model: nn.Module, batch: int = 1, conditioning: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,9 +102,12 @@ def complete_conditioning(
     refuse_odd_tensors(cond)
     if family.completed is not None:
         cond = family.completed(cond, tokens)
-    meta = torch.device("meta")
-    usual = family.example_inputs(config_of(model), 1, model_dtype(model), meta)
-    takes = {*usual, *inspect.signature(type(model).forward).parameters} - {"self", "return_dict"}
+    parameters = [name for name in inspect.signature(type(model).forward).parameters if name not in ("self", "return_dict")]
+    # What a class without an adapter needs is in the example inputs that it is traced with.
+    usual: Mapping[str, Any] = dict.fromkeys(parameters[:1])
+    if not family.found:
+        usual = family.example_inputs(config_of(model), 1, model_dtype(model), torch.device("meta"))
+    takes = {*usual, *parameters}
     expected = [name for name in usual if name not in own_inputs(usual)]
     for name in cond:
         if name not in takes or name in own_inputs(usual):
@@ -137,6 +143,34 @@ def input_shapes(inputs: Mapping[str, Any], unbatched: Collection[str] = ()) -> 
     """Shapes of the tensor inputs without the batch dimension, which those named `unbatched` do not have."""
     tensors = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
     return {name: tuple(value.shape[name not in unbatched :]) for name, value in tensors.items()}
+
+
+def unbatched_of(inputs: Mapping[str, Any], planned: Mapping[str, tuple[int, ...]] | None = None) -> frozenset[str]:
+    """Names of the tensor inputs that have no batch dimension, where no adapter says so.
+
+    A plan says it by its shapes, which are without the batch. Else these are they whose first dimension is not the latents',
+    and all where the latents are a list, one entry for each sample.
+
+    Args:
+        inputs: The forward's arguments, the latents first.
+        planned: The shapes of a plan's header.
+    """
+    tensors = {name: value for name, value in flat_inputs(inputs).items() if isinstance(value, torch.Tensor)}
+    if planned is not None:
+        return frozenset(name for name, value in tensors.items() if value.ndim == len(planned.get(name, ())))
+    latents = latents_of(inputs)
+    batch = latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else None
+    return frozenset(
+        name
+        for name, value in tensors.items()
+        if not value.ndim or value.shape[0] != batch or (name in POSITIONS and value.ndim == 2)
+    )
+
+
+def latents_first(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments in the order in which the model's forward takes them, as pipelines give them by name in any order."""
+    order = list(inspect.signature(type(model).forward).parameters)
+    return dict(sorted(inputs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def branches_of(guidance: str) -> tuple[str, ...]:
@@ -204,7 +238,7 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             f"{', '.join(missing + more)}; pass just these, or make a plan with example_inputs= as it will be called"
         )
     batched = {name: flat[name] for name in shapes if name not in unbatched}
-    latents = latents_key(batched)
+    latents = latents_key(shapes)
     for name, shape in shapes.items():
         what = _what_differs(name, name in (latents, "img_ids"), planned[name], shape)
         if what == "shape" or (what and rests_on_measurement(plan)):
@@ -213,14 +247,14 @@ def refuse_other_inputs(plan: CachePlan, inputs: Mapping[str, Any], unbatched: C
             raise PlanError(
                 f"the plan is for {name} of shape [{sizes[0]}]; given is [{sizes[1]}]; make a plan for this {what}{measuring}"
             )
-    if dtype_name(batched[latents].dtype) != plan.header.dtype:
-        raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(batched[latents].dtype)}")
+    if dtype_name(flat[latents].dtype) != plan.header.dtype:
+        raise PlanError(f"the plan is for {plan.header.dtype}; {latents} is {dtype_name(flat[latents].dtype)}")
     empty = [name for name, value in batched.items() if not value.ndim or not value.shape[0]]
     if empty:
         raise PlanError(
             f"the input {empty[0]} has no samples: its shape is {list(batched[empty[0]].shape)}, expected [batch, ...]"
         )
-    if len({value.shape[0] for value in batched.values()}) != 1:
+    if len({value.shape[0] for value in batched.values()}) > 1:
         rows = {name: value.shape[0] for name, value in batched.items()}
         raise PlanError(
             f"the inputs disagree on the batch size: {rows}; a graph is made for one size and repeats no row: give every "

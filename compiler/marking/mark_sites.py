@@ -91,9 +91,9 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
         current[original] = ends[last] = marker
 
     for path, stack in blocks.items():
-        for child, kinds in stack.values.items():
+        for child in stack.children:
             for call_index in range(_calls(trace, f"{path}.{child}")):
-                call = trace.calls[f"{path}.{child}", call_index]
+                call, kinds = trace.calls[f"{path}.{child}", call_index], stack.kinds(child, call_index)
                 _refuse_other_outputs(f"{path}.{child}", len(call.outputs), kinds)
                 for position, (node, kind) in enumerate(zip(call.outputs, kinds, strict=True)):
                     if node in live:
@@ -102,9 +102,11 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
         if stack.streams:
             mark(call.outputs[0], call.last, Site(path, "block"))
     first, last = (trace.calls[list(blocks)[end], 0] for end in (0, -1))
-    tokens_in = _kept(graph, copies[first.inputs[0]], copies[first.before])
-    mark(last.outputs[family.tokens], last.last, Site("", "stack_residual"), tokens_in)
-    mark(last.outputs[family.tokens], last.last, Site("", "hidden"))
+    if family.tokens is not None and family.tokens_in is not None:
+        tokens_in = _kept(graph, copies[first.inputs[family.tokens_in]], copies[first.before])
+        mark(last.outputs[family.tokens], last.last, Site("", "stack_residual"), tokens_in)
+    if family.tokens is not None:
+        mark(last.outputs[family.tokens], last.last, Site("", "hidden"))
     output = output_of(trace.graph)
     if len(output.all_input_nodes) == 1:
         mark(output.all_input_nodes[0], output.prev, Site("", "output"))
@@ -147,7 +149,7 @@ def _calls(trace: Trace, path: str) -> int:
 
 def _name_members(graph: fx.Graph, blocks: Mapping[str, Stack]) -> None:
     """Write into every node's meta the name of the innermost module site it belongs to."""
-    members = {f"{path}.{child}" for path, stack in blocks.items() for child in stack.values}
+    members = {f"{path}.{child}" for path, stack in blocks.items() for child in stack.children}
     members |= {path for path, stack in blocks.items() if stack.streams}
     for node in graph.nodes:
         inside = [key for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if path in members]
@@ -158,7 +160,7 @@ def _name_members(graph: fx.Graph, blocks: Mapping[str, Stack]) -> None:
 def _measured(trace: Trace, graph: fx.Graph, family: Family, site_of: Mapping[fx.Node, Site]) -> MarkedGraph:
     """Number the markers in graph order and measure what a reuse of each saves and how large its value is."""
     output = output_of(graph)
-    batch = next(value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched)
+    batch = next((value.shape[0] for name, value in trace.inputs.items() if name not in family.unbatched), 1)
     markers = [node for node in graph.nodes if node in site_of]
     for index, marker in enumerate(markers):
         marker.meta[MARKER] = index

@@ -11,6 +11,7 @@ from torch import fx
 from stepgraph.compiler.interfaces.pass_context import PassContext, coefficients_name, slot_name
 from stepgraph.compiler.interfaces.program_context import RowGraphs
 from stepgraph.errors import CompileError
+from stepgraph.inputs import timestep_key
 from stepgraph.metrics import relative_error
 from stepgraph.node_facts import MARKER, TABLE
 from stepgraph.ops import lowrank_input
@@ -102,8 +103,9 @@ class ProgramCheck:
         for step, variant in enumerate(program.rows):
             gm, context = program.graphs[variant], program.contexts[variant]
             inputs = dict(self._example)
-            if "timestep" in inputs:
-                inputs["timestep"] = torch.full_like(inputs["timestep"], self._timesteps[step])
+            timestep = timestep_key(inputs)
+            if timestep is not None:
+                inputs[timestep] = torch.full_like(inputs[timestep], self._timesteps[step])
             for read in context.reads:
                 for index, tensor in enumerate(held[read.site, read.part][read.age - 1]):
                     inputs[slot_name(context.sites[read.site], read.part, read.age, index)] = tensor.clone()

@@ -15,6 +15,7 @@ from stepgraph.compiler.tracing.strengths import HALVES, Place, Strengths, write
 from stepgraph.runtime.program.facts import GATE, NOTHING, STORES, Facts, Strength, facts_of
 from stepgraph.runtime.program.freeze import LIBRARIES, Frozen, root_of
 
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # What every module has, and its calls look at.
 OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
 
@@ -34,6 +35,7 @@ class Reads:
         self.values: dict[str, dict[str, Frozen]] = {path: {} for path in self.paths.values()}
         self.globals = Globals()
         self._others: list[nn.Module] = []
+        self._slices: set[int] = set()
         self._kinds: set[tuple[type, str]] = set()
         self._seen: set[tuple[int, str]] = set()
         self._thread = threading.get_ident()
@@ -78,9 +80,15 @@ class Reads:
             self.values[path][name] = NOTHING
 
     def _of_other(self, module: nn.Module, name: str, attributes: dict[str, Any]) -> None:
-        """Take down what was read of a module that is none of the model's, whose tensors nobody else looks after."""
+        """Take down what was read of a module that is none of the model's, whose tensors nobody else looks after.
+
+        A container that is met empty is one that the forward is making, such as a slice of a ModuleList: no state of anything.
+        """
         self._others.append(module)
-        for store in (attributes, *(attributes[store] for store in STORES)):
+        if type(module) in CONTAINERS and not module._modules:
+            self._slices.add(id(module))
+        stores = () if id(module) in self._slices else (attributes, *(attributes[store] for store in STORES))
+        for store in stores:
             self.globals.note(f"a {type(module).__name__} in no module: ", store, name)
             if name in store:
                 return

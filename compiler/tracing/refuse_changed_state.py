@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from stepgraph.compiler.tracing.tracer import NO_PAST
-from stepgraph.errors import TraceError
+from stepgraph.compiler.tracing.tracer import NO_PAST, KeptStateError
 
 
 def module_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
@@ -31,7 +30,7 @@ def refuse_changed_state(model: nn.Module, before: Mapping[tuple[str, str], Any]
             continue
         module = model.get_submodule(path)
         where = _line_of(type(module).forward, f"self.{name}")
-        raise TraceError(f"{where}: the forward of {path or type(module).__name__} changes its own {name!r}; {NO_PAST}")
+        raise KeptStateError(f"{where}: the forward of {path or type(module).__name__} changes its own {name!r}; {NO_PAST}")
 
 
 def _line_of(function: Any, text: str) -> str:

@@ -7,8 +7,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from stepgraph.compiler.tracing.traced_tensor import TracedTensor
-from stepgraph.compiler.tracing.tracer import NO_PAST
-from stepgraph.errors import TraceError
+from stepgraph.compiler.tracing.tracer import NO_PAST, KeptStateError
 
 # Not searched on: these refer to all the rest of the process.
 ENDS = (type, ModuleType, FunctionType)
@@ -27,12 +26,12 @@ def refuse_survivors(references: list["weakref.ref[TracedTensor]"]) -> None:
     """See that the forward left no traced tensors behind; they have no data to go on with.
 
     Raises:
-        TraceError: The forward kept one elsewhere than in a functools cache: that is its own past.
+        KeptStateError: The forward kept one elsewhere than in a functools cache: that is its own past.
     """
     forget_in_memos(references)
     left = next((traced for ref in references if (traced := ref()) is not None), None)
     if left is not None:
-        raise TraceError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
+        raise KeptStateError(f"{left.node.format_node()}: the forward keeps this tensor outside its module; {NO_PAST}")
 
 
 def _holding(things: list[Any], wanted: set[int]) -> list[Any]:

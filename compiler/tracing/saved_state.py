@@ -36,10 +36,10 @@ class SavedState:
             if not _is_elsewhere(kind):
                 self._keep_class(kind)
 
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, called: bool = False) -> None:
+        """Put everything back; of a forward that was `called` as it is, tensors that it left outside the model too."""
         for holder, before, owned in self._saved:
-            if owned or _holds_traced(holder):
+            if owned or _holds_traced(holder) or (called and _holds_new_tensor(holder, before)):
                 _put_back(holder, before)
 
     def _keep_class(self, kind: type) -> None:
@@ -98,6 +98,11 @@ def _holds_traced(value: Any, depth: int = 4) -> bool:
         return False
     parts = _members(value) if isinstance(value, (dict, list, tuple, set, deque, CellType)) else ()
     return any(_holds_traced(part, depth - 1) for part in parts)
+
+
+def _holds_new_tensor(holder: Any, before: Any) -> bool:
+    known = {id(member) for member in _members(before)}
+    return any(isinstance(member, torch.Tensor) and id(member) not in known for member in _members(holder))
 
 
 def _put_back(holder: Any, before: Any) -> None:

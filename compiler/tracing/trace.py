@@ -36,8 +36,10 @@ from stepgraph.compiler.tracing.refuse_survivors import forget_in_memos, refuse_
 from stepgraph.compiler.tracing.saved_state import SavedState, drop_traced
 from stepgraph.compiler.tracing.strengths import STRENGTH, Strengths, restore
 from stepgraph.compiler.tracing.traced_tensor import TracedTensor
-from stepgraph.compiler.tracing.tracer import ModuleCall, Tracer
+from stepgraph.compiler.tracing.tracer import KeptStateError, ModuleCall, Tracer
+from stepgraph.env import get_logger
 from stepgraph.errors import TraceError
+from stepgraph.fingerprint import has_data
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
 from stepgraph.runtime.program.facts import Facts
@@ -91,11 +93,13 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Args:
         model: In evaluation mode; real, on the meta device, or built of fake tensors.
         inputs: Keyword arguments of the forward. Tensors (real or fake) become inputs of the graph, named like the
-            argument; tensors inside a dict become inputs too (`stepgraph.inputs`). Everything else is a constant of the graph.
+            argument; tensors inside dicts, lists and tuples become inputs too (`stepgraph.inputs`). Everything else is a
+            constant of the graph. Where the forward fills a table of its own in its first call, it is called with them once.
 
     Raises:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
-            twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
+            twice to see that), the model is in training mode, or an input holds tensors inside something else than such
+            containers.
         Exception: Whatever the model's own code raises (`forward_errors.is_own`), as it is.
     """
     training = in_training(model)
@@ -111,35 +115,74 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TraceError(
                 f"the input {name} holds tensors inside a {type(value).__name__}, which would become constants of the "
-                f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
+                f"graph; only inputs that are tensors themselves, or dicts by name, lists and tuples of these, can change from "
+                f"call to call"
             )
     refuse_offload(model)
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
-        before, references = SavedState(model), list[weakref.ref[TracedTensor]]()
-
-        def leave_no_trace() -> None:
-            before.restore()
-            forget_in_memos(references)
-            drop_traced(references)
-
-        recorded, error = None, None
+        before = SavedState(model)
         try:
-            recorded = _record_twice(model, inputs, references, Strengths())
-            if recorded is None:
-                leave_no_trace()
-                recorded = _record_twice(model, inputs, references, Strengths(denied=None))
-        except BaseException as refusal:
-            # The model that was refused is still the user's, to run without us.
-            leave_no_trace()
-            error = own_error(refusal)
-            if error is None:
-                raise
+            recorded, error = _record_or_refuse(model, inputs)
+        except KeptStateError:
+            recorded, error = _record_warm(model, inputs, before)
     if error is not None:
         # Outside of the handler, so that it does not name the refusal as what it came from.
         raise error
     assert recorded is not None
     return replace(recorded, seconds=time.perf_counter() - started)
+
+
+def _record_or_refuse(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace | None, Exception | None]:
+    """The trace, or the error of the model's own code; the model is as it was after a refusal.
+
+    Raises:
+        TraceError: A refusal.
+    """
+    before, references = SavedState(model), list[weakref.ref[TracedTensor]]()
+
+    def leave_no_trace() -> None:
+        before.restore()
+        forget_in_memos(references)
+        drop_traced(references)
+
+    try:
+        recorded = _record_twice(model, inputs, references, Strengths())
+        if recorded is None:
+            leave_no_trace()
+            recorded = _record_twice(model, inputs, references, Strengths(denied=None))
+    except BaseException as refusal:
+        # The model that was refused is still the user's, to run without us.
+        leave_no_trace()
+        error = own_error(refusal)
+        if error is None:
+            raise
+        return None, error
+    return recorded, None
+
+
+def _record_warm(model: nn.Module, inputs: Mapping[str, Any], before: SavedState) -> tuple[Trace | None, Exception | None]:
+    """`_record_or_refuse` behind a call of the forward as it is, in which it makes the tables that its first call makes.
+
+    Raises:
+        KeptStateError: There is nothing to call it with, or it keeps something of every call.
+    """
+    examples = [value for value in flat_inputs(inputs).values() if isinstance(value, torch.Tensor)]
+    real = all(has_data(tensor) for tensor in (*model.parameters(), *model.buffers(), *examples))
+    if real:
+        get_logger("trace").info("%s keeps what its first call makes: it is called once", type(model).__name__)
+        forward = own_forward(model) or model.forward
+    try:
+        if real:
+            with torch.random.fork_rng():
+                forward(**inputs)
+        recorded, error = _record_or_refuse(model, inputs)
+    except BaseException:
+        before.restore(called=True)
+        raise
+    if error is not None:
+        before.restore(called=True)
+    return recorded, error
 
 
 def _record_twice(

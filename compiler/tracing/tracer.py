@@ -32,6 +32,10 @@ DATA = vars(torch._C.TensorBase)["data"]
 NO_PAST = "a later call would depend on an earlier one, which a static graph cannot carry"
 
 
+class KeptStateError(TraceError):
+    """The forward keeps something for its next call: a past of its own, or a table that its first call makes."""
+
+
 @dataclass(frozen=True)
 class ModuleCall:
     """One call of an inlined or leaf module.

@@ -29,7 +29,10 @@ READS_STORED = frozenset((REUSE, LOWRANK, FORECAST))
 # What is computed for such a value alone is not computed at all.
 REPLACED = frozenset((REUSE, FORECAST))
 
-MODULE_KINDS = ("attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out")
+MODULE_KINDS = (
+    "attn", "context_attn", "cross_attn", "ff", "context_ff", "mlp", "proj_out", "modal_attn", "audio_attn", "audio_cross_attn",
+    "audio_ff",
+)  # fmt: skip
 STREAM_KINDS = ("block", "stack_residual", "hidden", "output")
 KINDS = MODULE_KINDS + STREAM_KINDS
 # A stream value holds everything before it; only module sites consist of linear maps that can be corrected one by one.
@@ -84,15 +87,15 @@ def first_live(sites: Sequence[Site], row: str) -> int:
 def containers(sites: Sequence[Site], row: str) -> dict[int, int]:
     """Index of every DEAD site -> index of the replaced site that it lies inside.
 
-    Inside a stream value is whatever is listed before it; inside a FLUX single block's `proj_out` are the `attn` and `mlp` of
-    that block, which nothing else reads.
+    Inside a stream value is whatever is listed before it; inside a FLUX single block's `proj_out` are the attention and `mlp`
+    of that block, which nothing else reads.
     """
     live = first_live(sites, row)
     inside = dict.fromkeys(range(live), live)
     for i in range(live, len(sites)):
         if sites[i].kind == "proj_out" and row[i] in REPLACED:
             block = sites[i].path.rpartition(".")[0]
-            parts = (j for j in range(live, i) if sites[j].kind in ("attn", "mlp"))
+            parts = (j for j in range(live, i) if sites[j].kind in ("attn", "context_attn", "mlp"))
             inside |= {j: i for j in parts if sites[j].path.rpartition(".")[0] == block}
     return inside
 

@@ -28,8 +28,8 @@ class Artifact:
         path: Where it lies.
         plan: Its plan.
         options: How it is compiled.
-        inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), a dict of tensors as a dict
-            of these, anything else by its value.
+        inputs: The model's forward arguments that it was compiled for: a tensor as (shape, dtype), a container of tensors as
+            one of these, anything else by its value.
         model: "class", "fingerprint" and "dtype" of the model, and with weights its "config", what is "tied", and
             the "facts" that its forward read (`stated_facts`).
         scheduler: "class", "hash" and, where it was given, "config".

@@ -37,6 +37,8 @@ DTYPES = {dtype_name(dtype): dtype for dtype in (
     torch.bool,
 )}  # fmt: skip
 MOST_SAMPLES = 2**16
+# Containers of tensors within each other.
+DEEPEST = 8
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -147,19 +149,26 @@ def _options(value: Any) -> CompileConfig:
         raise FileFormatError(f"options: {error}") from error
 
 
-def _inputs(value: Any, plan: CachePlan, prefix: str = "") -> dict[str, Any]:
+def _inputs(value: Any, plan: CachePlan) -> dict[str, Any]:
     """Shapes and dtypes of the tensors, the plan's but for the batch, and the values of everything else."""
-    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+    if not isinstance(value, dict):
         raise FileFormatError(f"inputs is {value!r}; expected an object of objects")
-    inputs: dict[str, Any] = {}
-    for name, entry in value.items():
-        if set(entry) == {"value"}:
-            inputs[name] = entry["value"]
-        elif set(entry) == {"entries"} and not prefix:
-            inputs[name] = _inputs(entry["entries"], plan, f"{name}__")
-        else:
-            inputs[name] = _tensor(f"{prefix}{name}", entry, plan)
-    return inputs
+    return {name: _input(name, entry, plan, DEEPEST) for name, entry in value.items()}
+
+
+def _input(name: str, entry: Any, plan: CachePlan, deep: int) -> Any:
+    """What is said of one input, or of an entry of one that is a container, with so many levels to go."""
+    if not isinstance(entry, dict) or not deep:
+        raise FileFormatError(f"inputs has {name}: {entry!r}; expected an object, at most {DEEPEST} containers deep")
+    if set(entry) == {"value"}:
+        return entry["value"]
+    if set(entry) == {"entries"} and isinstance(entry["entries"], dict):
+        return {key: _input(f"{name}__{key}", part, plan, deep - 1) for key, part in entry["entries"].items()}
+    for kind in (list, tuple):
+        parts = entry.get(kind.__name__)
+        if len(entry) == 1 and isinstance(parts, list):
+            return kind(_input(f"{name}__{i}", part, plan, deep - 1) for i, part in enumerate(parts))
+    return _tensor(name, entry, plan)
 
 
 def _tensor(name: str, entry: Mapping[str, Any], plan: CachePlan) -> tuple[tuple[int, ...], torch.dtype]:

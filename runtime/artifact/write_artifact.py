@@ -26,6 +26,7 @@ from stepgraph.runtime.artifact.artifact import (
     current_versions,
     manifest_bytes,
 )
+from stepgraph.runtime.program.program import describes_tensor, describes_tensors
 from stepgraph.runtime.program.stated_facts import stated_facts
 from stepgraph.runtime.session.begin_run import begin_run
 from stepgraph.runtime.session.compiled import Compiled
@@ -119,15 +120,13 @@ def _plain(value: Any, what: str) -> Any:
 
 
 def _describe_input(name: str, value: Any) -> dict[str, Any]:
-    if _is_tensor(value):
+    if describes_tensor(value):
         return {"shape": list(value[0]), "dtype": dtype_name(value[1])}
-    if isinstance(value, dict) and any(map(_is_tensor, value.values())):
+    if not describes_tensors(value):
+        return {"value": _plain(value, f"the input {name}")}
+    if isinstance(value, dict):
         return {"entries": {key: _describe_input(f"{name}[{key!r}]", entry) for key, entry in value.items()}}
-    return {"value": _plain(value, f"the input {name}")}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
+    return {type(value).__name__: [_describe_input(f"{name}[{i}]", entry) for i, entry in enumerate(value)]}
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import CompileError
-from stepgraph.inputs import refuse_odd_tensors
+from stepgraph.inputs import refuse_odd_tensors, timestep_key
 from stepgraph.runtime.program.program import signature
 
 
@@ -34,12 +34,13 @@ class Call:
     @property
     def timestep(self) -> Any:
         """The timestep as it is given."""
-        return self.inputs.get("timestep")
+        return self.inputs.get(timestep_key(self.inputs) or "")
 
     @property
     def conditioning(self) -> dict[str, torch.Tensor]:
         """All other tensors, by name; those inside dicts are not looked at."""
-        rest = (item for item in self.inputs.items() if item[0] not in ("timestep", self.latents))
+        timestep = timestep_key(self.inputs)
+        rest = (item for item in self.inputs.items() if item[0] not in (timestep, self.latents))
         return {name: value for name, value in rest if isinstance(value, torch.Tensor)}
 
     def refuse_without_values(self) -> None:

@@ -91,6 +91,8 @@ def _step(program: Program, names: WeightNames, step: int) -> dict[str, Any]:
 
 
 def _refuse_broken_timesteps(inputs: Mapping[str, torch.Tensor], timesteps: Sequence[float]) -> None:
+    if "timestep" not in inputs:
+        raise CompileError(f"an export has one input called timestep; this model's are {', '.join(inputs)}")
     broken = [t for t in timesteps if t != int(t)]
     dtype = inputs["timestep"].dtype
     if broken and not dtype.is_floating_point:

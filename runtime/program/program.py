@@ -141,23 +141,39 @@ class Memory:
 
 
 def described(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs without contents: a tensor as (shape, dtype), a dict of tensors as a dict of these, all else by its value."""
+    """Inputs without contents: a tensor as (shape, dtype), a container of tensors as one of these, all else by its value."""
 
     def about(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return tuple(value.shape), value.dtype
-        return described(value) if holds_tensors(value) else value
+        if not holds_tensors(value):
+            return value
+        return described(value) if isinstance(value, dict) else type(value)(map(about, value))
 
     return {name: about(value) for name, value in inputs.items()}
+
+
+def describes_tensor(value: Any) -> bool:
+    """Whether a value is what `described` makes of a tensor."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
+
+
+def describes_tensors(value: Any) -> bool:
+    """Whether a value is what `described` makes of a tensor, or of a container of tensors."""
+    if isinstance(value, (dict, list, tuple)) and not describes_tensor(value):
+        return any(map(describes_tensors, value.values() if isinstance(value, dict) else value))
+    return describes_tensor(value)
 
 
 def zero_inputs(about: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Inputs of which `described` says this."""
 
     def made(value: Any) -> Any:
-        if isinstance(value, tuple):
+        if describes_tensor(value):
             return torch.zeros(value[0], dtype=value[1], device=device)
-        return zero_inputs(value, device) if isinstance(value, dict) else value
+        if not describes_tensors(value):
+            return value
+        return zero_inputs(value, device) if isinstance(value, dict) else type(value)(map(made, value))
 
     return {name: made(value) for name, value in about.items()}
 

@@ -9,6 +9,7 @@ import torch
 from stepgraph.contents import content_sums
 from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
+from stepgraph.inputs import TIMESTEPS, timestep_key
 from stepgraph.runtime.program.bound_weights import version_of
 from stepgraph.schedule import TimestepInput
 
@@ -100,7 +101,7 @@ class Tables:
             self._rows = []
         if not any(table.per_step for table in self.hoisted.tables):
             return self._prompt
-        timestep = inputs["timestep"]
+        timestep = _timestep_in(inputs)
         if self.batched and not self._rows:
             self._compute_all(step, timestep, values)
         if self._rows and self._compare_timestep(step, timestep):
@@ -125,7 +126,7 @@ class Tables:
 
     def fixed(self, inputs: Mapping[str, Any]) -> "FixedTables":
         """The same tables at addresses that stay, for inputs that are written anew in place; after a run."""
-        every = self._every(inputs["timestep"]) if self._rows else None
+        every = self._every(_timestep_in(inputs)) if self._rows else None
         return FixedTables(self.hoisted, [inputs[name] for name in self.hoisted.inputs], every, self._prompt, self._stacked)
 
     def _compare_timestep(self, step: int, timestep: torch.Tensor) -> bool:
@@ -240,10 +241,16 @@ class FixedTables:
             return self._prompt + self._rows[step]
         if not any(table.per_step for table in self._hoisted.tables):
             return self._prompt
-        return self._prompt + self._hoisted.timestep(inputs["timestep"], *self._given, *self._prompt)
+        return self._prompt + self._hoisted.timestep(_timestep_in(inputs), *self._given, *self._prompt)
 
     def finish(self) -> None:
         """The timesteps are the scheduler's own: nothing to check."""
+
+
+def _timestep_in(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The timestep among a forward's arguments; tables at timestep level are of forwards that have one."""
+    timestep: torch.Tensor = inputs[timestep_key(inputs) or TIMESTEPS[0]]
+    return timestep
 
 
 def evaluate_rows(hoisted: Hoisted, every: torch.Tensor, fixed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -31,7 +31,7 @@ from stepgraph.runtime.session.follow_weights import follow_weights
 from stepgraph.runtime.session.lease_captured_steps import wants_graphs
 from stepgraph.runtime.session.row_numbers import RowNumbers
 from stepgraph.runtime.session.siblings import suited
-from stepgraph.schedule import Schedule, schedule_of, timestep_of
+from stepgraph.schedule import Schedule, TimestepInput, schedule_of, timestep_of
 from stepgraph.scheduler import latents_name, model_calls, prepare_scheduler, shifted, split_conditioning, step_arguments
 from stepgraph.wrapped_models import refuse_modes
 
@@ -105,7 +105,8 @@ def sample(
         raise PlanError(f"fused_update=True, but {reason}; leave it out, or use a scheduler without that")
     doubled = uncond is not None and not separate
     model = _model_of(runner)
-    convert = (runner.plan.header.timestep if isinstance(runner, Compiled) else None) or timestep_of(model)
+    known = runner.plan.header.timestep if isinstance(runner, Compiled) else getattr(runner, "timestep", None)
+    convert = known if isinstance(known, TimestepInput) else timestep_of(model)
     loop = Loop.of(prepared, begin, latents_name(model), doubled, noise, convert)
 
     def calls() -> Sequence[Mapping[str, Any]]:

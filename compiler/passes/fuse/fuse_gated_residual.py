@@ -26,15 +26,18 @@ def fuse_gated_residual(gm: fx.GraphModule, ctx: PassContext) -> int:
     are gone.
     """
     count = 0
-    ones: fx.Node | None = None
+    ones: dict[tuple[torch.Size, torch.dtype], fx.Node] = {}
     for node in list(gm.graph.nodes):
         match = _matched(node)
         ungated = _ungated(node) if match is None else None
         if ungated is not None:
             x, value = ungated
-            if ones is None:
-                ones = _ones_like(gm.graph, x.args[1][0], x)  # type: ignore[index, arg-type]
-            match = x, ones, value, node
+            gate: fx.Node = x.args[1][0]  # type: ignore[index, assignment]
+            # Streams of several widths have gates of as many.
+            width = gate.meta["val"].shape, gate.meta["val"].dtype
+            if width not in ones:
+                ones[width] = _ones_like(gm.graph, gate, x)
+            match = x, ones[width], value, node
         if match is None or any(storages_of(n) & ctx.written for n in match[:3]):
             continue
         x, gate, value, gated = match

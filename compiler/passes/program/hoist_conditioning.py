@@ -11,6 +11,7 @@ from torch import fx
 from stepgraph.compiler.interfaces.program_context import ProgramContext, RowGraphs
 from stepgraph.compiler.marking.graphs import erase_dead, live_nodes, storages_of, written_storages
 from stepgraph.env import get_logger
+from stepgraph.inputs import TIMESTEPS, is_of_latents, timestep_key
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
 from stepgraph.runtime.program.tables import Hoisted, Table
 from stepgraph.weight_kinds import own_kinds
@@ -31,12 +32,16 @@ class Inputs:
     """Names of a model's tensor inputs: the latents come first, the timestep has its name, the rest is the prompt's."""
 
     names: tuple[str, ...]
-    timestep: str = "timestep"
+
+    @property
+    def timestep(self) -> str:
+        """What the timestep is called."""
+        return timestep_key(self.names) or TIMESTEPS[0]
 
     @property
     def prompt(self) -> tuple[str, ...]:
         """All but latents and timestep."""
-        return tuple(name for name in self.names[1:] if name != self.timestep)
+        return tuple(name for name in self.names if name != self.timestep and not is_of_latents(name, self.names))
 
     def level(self, name: str) -> Level:
         """Of a graph input; stored values and coefficients are the loop's."""

@@ -1,6 +1,8 @@
 """Policies: the plans they make, and the arguments they refuse."""
 
 import pytest
+import torch
+from torch import nn
 
 import stepgraph as sg
 from helpers.tiny import tiny_scheduler
@@ -131,8 +133,9 @@ def test_every_policy_is_described(name):
     assert set(MODULE_KINDS) >= {"attn", "ff"}
 
 
-def test_a_model_of_no_known_family_is_refused(ddim):
-    from torch import nn
-
-    with pytest.raises(sg.CompileError, match="no adapter for the model class Linear; supported: DiTTransformer2DModel"):
-        sg.make_plan("full", model=nn.Linear(2, 2).eval(), scheduler=ddim, steps=2)
+def test_the_inputs_of_a_class_without_an_adapter_are_asked_for(ddim):
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    with pytest.raises(sg.CompileError, match=r"no adapter knows what Sequential is called with.*example_inputs="):
+        sg.make_plan("full", model=model, scheduler=ddim, steps=2)
+    with pytest.raises(sg.CompileError, match="no transformer blocks in Sequential"):
+        sg.make_plan("full", model=model, scheduler=ddim, steps=2, example_inputs={"input": torch.ones(2, 2)})

@@ -20,7 +20,9 @@ from stepgraph.compiler.entry.load_model import load_model
 from stepgraph.compiler.marking.traced_model import marked_graph
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.errors import TraceError
+from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.node_facts import SITE
+from stepgraph.runtime.program.program import described, signature, zero_inputs
 
 # -- DiT -----------------------------------------------------------------------------------------------------------------
 
@@ -250,6 +252,60 @@ def test_a_tensor_left_outside_the_module_is_refused_and_taken_back():
         trace(model, {"x": x})
     assert LEFT_BEHIND == {}
     assert torch.equal(model(x), x * 2)
+
+
+class Tables(nn.Module):
+    """Makes tables in its first call and keeps them: in a list of its own, and in its file."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.calls = None, 0
+
+    def forward(self, x):
+        if self.table is None:
+            self.calls += 1
+            self.table = [torch.arange(5.0), x.shape[1] * torch.ones(5)]
+        return {"y": x * self.table[0] + self.table[1]}
+
+
+def test_tables_of_a_first_call_are_made_before_the_trace():
+    model, x = Tables().eval(), torch.randn(2, 5)
+    traced = trace(model, {"x": x})
+    assert model.calls == 1
+    assert torch.equal(traced.bind(model)(x)[0], x * torch.arange(5.0) + 5)
+    with pytest.raises(TraceError, match="changes its own"):
+        trace(Tables().eval().to("meta"), {"x": x.to("meta")})
+
+
+class Nested(nn.Module):
+    def forward(self, x, tables, options):
+        cos, (sin, factor) = tables
+        return x[0] * cos + x[1] * sin * factor + options["more"][1]["shift"]
+
+
+def test_tensors_inside_lists_tuples_and_dicts_are_inputs():
+    def given():
+        return {
+            "x": [torch.randn(3), torch.randn(3)],
+            "tables": (torch.randn(3), [torch.randn(3), 2]),
+            "options": {"more": [None, {"shift": torch.randn(3)}], "name": "a"},
+        }
+
+    model = Nested().eval()
+    traced = trace(model, given())
+    names = ["x__0", "x__1", "tables__0", "tables__1__0", "options__more__1__shift"]
+    assert list(traced.inputs) == names
+    inputs = given()
+    flat = flat_inputs(inputs)
+    assert torch.equal(traced.bind(model)(*(flat[name] for name in names))[0], model(**inputs))
+    assert flat_inputs(flat) == flat
+    assert flat["tables__1__1"] == 2
+    # Back to where they were, and as what was compiled for is kept without its tensors.
+    assert pytree.tree_leaves(like_flat(given(), flat)) == pytree.tree_leaves(inputs)
+    zeros = zero_inputs(described(inputs), torch.device("cpu"))
+    assert pytree.tree_structure(zeros) == pytree.tree_structure(inputs)
+    assert torch.equal(zeros["options"]["more"][1]["shift"], torch.zeros(3))
+    assert signature(zeros) == signature(inputs)
 
 
 def test_a_leaf_with_a_forward_of_its_own_is_traced():
