@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import stepgraph.op_shapes as op_shapes
 from stepgraph.checked import checked
-from stepgraph.errors import CompileError, OpError
+from stepgraph.errors import CompileError as CompileError
+from stepgraph.errors import OpError
 from stepgraph.op_registry import (
     INTO,
     LIBRARY,
@@ -39,9 +40,7 @@ __all__ = [
     "PRIORITY",
     "REFERENCE",
     "TUNED",
-    "CompileError",
     "Op",
-    "OpError",
     "Provider",
     "forced",
     "forget_choices",
