@@ -41,7 +41,7 @@ from stepgraph.errors import TraceError
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
 from stepgraph.runtime.program.facts import Facts
-from stepgraph.wrapped_models import refuse_offload, uncompiled
+from stepgraph.wrapped_models import refuse_modes, refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
 TRACE_LOCK = threading.RLock()
@@ -96,6 +96,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Raises:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
             twice to see that), the model is in training mode, or an input holds tensors inside a tuple, list or nested dict.
+        CompileError: Hooks move or cast the model's weights, or a mode of torch's stands around.
         Exception: Whatever the model's own code raises (`forward_errors.is_own`), as it is.
     """
     training = in_training(model)
@@ -114,6 +115,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"graph; only inputs that are tensors themselves, or dicts of these by name, can change from call to call"
             )
     refuse_offload(model)
+    refuse_modes(besides=("FakeTensorMode",))
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
         before, made = SavedState(model), list[weakref.ref[TracedTensor]]()
