@@ -1,6 +1,7 @@
 """What stands around a model: compiled and parallel wrappers, and hooks that move or cast its weights while it runs."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def refuse_autocast(device: torch.device) -> None:
-    """See that nothing is measured in another precision than it runs in.
+def refuse_around_measuring(device: torch.device) -> None:
+    """See that nothing is measured in another precision than it runs in, or with what a mode makes of a forward.
 
     Raises:
-        CompileError: Autocast is on.
+        CompileError: Autocast is on, or a mode stands around (`refuse_modes`).
     """
+    refuse_modes()
     if torch.is_autocast_enabled(device.type):
         raise CompileError(
             "autocast is on, but executables run without it, so that what is measured now would be of another model; convert "
@@ -60,8 +62,12 @@ def refuse_autocast(device: torch.device) -> None:
         )
 
 
-def refuse_modes() -> None:
-    """See that no mode of torch's stands around a run: it would see a forward's operations, and none of compiled code's.
+def refuse_modes(besides: Sequence[str] = ()) -> None:
+    """See that no mode of torch's stands around a run or a measurement: it would see a forward's operations, and none of
+    compiled code's.
+
+    Args:
+        besides: Names of further modes that do no harm.
 
     Raises:
         CompileError: One does, which is neither the default device nor torch's counter of operations.
@@ -69,11 +75,11 @@ def refuse_modes() -> None:
     if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():
         return
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    other = next((mode for mode in modes if type(mode).__qualname__ not in HARMLESS), None)
+    other = next((mode for mode in modes if type(mode).__qualname__ not in (*HARMLESS, *besides)), None)
     if other is not None:
         raise CompileError(
-            f"{type(other).__name__} stands around the run, which changes or watches what a forward calls, and executables "
-            f"call other things; leave it, or detach and let the model answer"
+            f"{type(other).__name__} stands around the call, which changes or watches what a forward calls, and executables "
+            f"call other things; leave it, or let the model answer (detached, where an executable is attached)"
         )
 
 

@@ -28,7 +28,7 @@ from stepgraph.plan import PlanHeader
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, TimestepInput, counted_steps, image_tokens, timestep_input
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic, shifted, step_arguments
-from stepgraph.wrapped_models import refuse_autocast, unwrapped
+from stepgraph.wrapped_models import refuse_around_measuring, unwrapped
 
 UNFINISHED = "stepgraph-calibration"
 VERSION = 1
@@ -112,6 +112,7 @@ def calibrate_traced(
 ) -> CalibrationStats:  # fmt: skip
     """`calibrate`, on the graphs of a traced model, so that it is traced for no signature twice."""
     model = traced.model
+    refuse_around_measuring(next(model.parameters()).device)
     rank, world = _place()
     check_samples(samples, world)
     schedule, steps = counted_steps(schedule, steps, scheduler, 50)
@@ -140,7 +141,6 @@ def calibrate_traced(
         lags=lags, timestep=header.timestep,
     )  # fmt: skip
     latents = latents_of(inputs)
-    refuse_autocast(latents.device)
     tokens = image_tokens(latents_shape(inputs), config_of(model))
     conditions = conditioning_of(traced, conditioning, samples, guided, latents.device, tokens)
     _refuse_other_names(inputs, conditions)
@@ -259,6 +259,7 @@ def conditioning_of(
         if rows is None or (rows != samples and name.removeprefix("negative_") not in family.unbatched):
             got = list(value.shape) if isinstance(value, torch.Tensor) else shown(value)
             raise ArgumentError(f"conditioning {name} is {got}; expected {samples} rows, one per sample")
+    traced.refuse_no_rows(completed)
     return {name: value.to(device) for name, value in completed.items()}
 
 

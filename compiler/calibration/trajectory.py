@@ -24,7 +24,7 @@ from stepgraph.scheduler import (
     without_variance,
 )
 from stepgraph.tolerances import LANDING, NO_SLOPE
-from stepgraph.wrapped_models import refuse_autocast
+from stepgraph.wrapped_models import refuse_around_measuring
 
 
 class Trajectory:
@@ -43,7 +43,7 @@ class Trajectory:
         guidance_scale: float,
         conditioning: Mapping[str, Any],
     ) -> None:
-        refuse_autocast(noise.device)
+        refuse_around_measuring(noise.device)
         self._scheduler = prepare_scheduler(scheduler, header.steps, noise.device, header.schedule)
         self._arguments = step_arguments(self._scheduler)
         self._cond, self._uncond = split_conditioning(dict(conditioning), guidance_scale)

@@ -270,4 +270,4 @@ def with_affine(factors: Factors | None, affine: Mapping[str, torch.Tensor], pla
     if factors is not None:
         return replace(factors, affine={**factors.affine, **affine})
     header = plan.header
-    return Factors(header.model, header.fingerprint, header.dtype, AFFINE, {}, {}, dict(affine))
+    return Factors(header.model, header.fingerprint, header.dtype, AFFINE, {}, {}, dict(affine), facts=header.facts)

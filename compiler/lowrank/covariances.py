@@ -27,7 +27,7 @@ from stepgraph.plan.json import parse_record
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.schedule import Schedule, counted_steps
 from stepgraph.scheduler import refuse_stochastic
-from stepgraph.wrapped_models import refuse_autocast, unwrapped
+from stepgraph.wrapped_models import refuse_around_measuring, unwrapped
 
 FORMAT = "stepgraph-covariances"
 VERSION = 1
@@ -231,6 +231,7 @@ def covariances_traced(
 ) -> Covariances:  # fmt: skip
     """`measure_covariances`, on the graphs of a traced model, so that it is traced for no signature twice."""
     model = traced.model
+    refuse_around_measuring(next(model.parameters()).device)
     check_samples(samples, 1)
     guided = check_guidance(guidance_scale)
     wish = plan.header.schedule if plan is not None and schedule is None else schedule
@@ -257,7 +258,6 @@ def covariances_traced(
     groups = plan_passes(targets, memory_gb, sketch, runs.ages if runs is not None else len(periods))
     measured = PassResults(groups, samples * evaluations, on_step)
     latents = latents_of(example)
-    refuse_autocast(latents.device)
     for pass_index, group in enumerate(groups):
         sums = {target: new_sum(target, sketch, latents.device) for target in group}
         watcher = Watcher(model, marked, sums, periods) if runs is None else PlanWatcher(model, marked, sums, runs)

@@ -29,6 +29,7 @@ from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import dtype_name, fingerprint, has_data, model_dtype
 from stepgraph.plan.factors import METHODS, Factors, as_json, refuse_model
+from stepgraph.runtime.program.stated_facts import refuse_other_facts
 from stepgraph.wrapped_models import unwrapped
 
 Source = CalibrationStats | Covariances | None
@@ -97,6 +98,8 @@ def factors_traced(
     model = traced.model
     check_arguments(model, source, method, rank, budget, scale, shrinkage)
     marked = traced.marked(inputs)
+    if source is not None:
+        refuse_other_facts("what was measured", source.header.facts, marked.trace.facts)
     rows = find_paths(model, marked, method, kinds, source)
     if rank is not None:
         check_rank(model, marked, rank, list(rows), method, source)
@@ -131,6 +134,7 @@ def factors_traced(
         as_json(arguments),
         pairs,
         errors=measured,
+        facts={} if source is None else source.header.facts,
     )
 
 

@@ -11,8 +11,10 @@ from stepgraph.compiler.marking.describe import input_shapes, inputs_for, latent
 from stepgraph.compiler.marking.find_sites import find_sites
 from stepgraph.compiler.marking.mark_sites import MarkedGraph, mark_sites
 from stepgraph.compiler.models import family_of
+from stepgraph.compiler.tracing.table_rows import table_rows
 from stepgraph.compiler.tracing.trace import trace
 from stepgraph.runtime.program.program import signature
+from stepgraph.runtime.session.row_numbers import RowNumbers
 
 
 class TracedModel:
@@ -88,6 +90,18 @@ class TracedModel:
             self._graphs[key] = mark_sites(traced, find_sites(family, traced, self.model))
         self._family = self._graphs[key].family
         return self._graphs[key]
+
+    def refuse_no_rows(self, conditioning: Mapping[str, Any]) -> None:
+        """See that whole numbers among the conditioning, such as class labels, are rows of the tables that the forward has.
+
+        Raises:
+            ArgumentError: One is none.
+        """
+        known = next(iter(self._graphs.values()), None) or self.marked()
+        rows = table_rows(known.trace.graph, self.model)
+        numbers = RowNumbers()
+        numbers.look(rows | {f"negative_{name}": count for name, count in rows.items()}, conditioning)
+        numbers.finish()
 
 
 def marked_graph(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> MarkedGraph:

@@ -20,7 +20,7 @@ from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
 from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
-from stepgraph.wrapped_models import refuse_autocast, unwrapped
+from stepgraph.wrapped_models import refuse_around_measuring, unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
 TABLES = ("logits", "history", "exp_avg", "exp_avg_sq", "updates", "generator")
@@ -62,7 +62,7 @@ def train_router(
     Raises:
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
             is not finite.
-        CompileError: Autocast is on.
+        CompileError: Autocast is on, or a mode of torch's stands around.
     """
     return train_traced(
         TracedModel(unwrapped(model)), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
@@ -77,10 +77,10 @@ def train_traced(
 ) -> Router:  # fmt: skip
     """`train_router`, on the graphs of a traced model, so that it is traced for no signature twice."""
     model = traced.model
+    refuse_around_measuring(next(model.parameters()).device)
     chosen = settings or RouterSettings()
     prepared = prepare_scheduler(scheduler, steps)
     example = traced.example_inputs(chosen.batch)
-    refuse_autocast(example["timestep"].device)
     refuse_stochastic(scheduler, steps)
     # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
     example["timestep"] = prepared.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
@@ -254,6 +254,7 @@ def _states(
         if name not in conditions or len(conditions[name]) != len(data):
             got = f"of {len(conditions[name])} samples" if name in conditions else "missing"
             raise ArgumentError(f"the conditioning {name!r} is {got}; expected one for each of the {len(data)} latents")
+    traced.refuse_no_rows(conditions)
     device, dtype = example[latents].device, example[latents].dtype
     return NoisedLatents(
         traced, scheduler, steps, data.to(device, dtype), {name: conditions[name].to(device) for name in others}, dropout

@@ -17,6 +17,7 @@ from stepgraph.node_facts import MARKER, output_of
 from stepgraph.plan import LOWRANK, CachePlan
 from stepgraph.plan.corrections import Increment
 from stepgraph.plan.factors import Factors
+from stepgraph.runtime.program.stated_facts import refuse_other_facts
 
 
 def group_maps(
@@ -79,7 +80,8 @@ def bind_factors(
     """The plan with the costs of its LOWRANK sites under some factors, and these sites' maps; as it is where it has none.
 
     Raises:
-        PlanError: The factors are of another model, others than it was bound to, or missing where it has LOWRANK sites.
+        PlanError: The factors are of another model, or of one whose forward read other values; others than it was bound to; or
+            missing where it has LOWRANK sites.
     """
     corrected = sorted(
         {i for row in plan.rows for i, action in enumerate(row) if action == LOWRANK and not plan.sites[i].output}
@@ -87,6 +89,7 @@ def bind_factors(
     tables = sorted({(step, i) for (step, i), forecast in plan.forecasts.items() if forecast.per_channel})
     if factors is not None:
         factors.refuse_other(model)
+        refuse_other_facts("what these factors were made from", factors.facts, marked.trace.facts)
         if plan.header.factors not in ("", factors.digest):
             raise PlanError(f"the plan is bound to the factors {plan.header.factors}, but given are {factors.digest}")
     if not corrected and not tables:

@@ -43,7 +43,7 @@ from stepgraph.fingerprint import has_data
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
 from stepgraph.runtime.program.facts import Facts
-from stepgraph.wrapped_models import refuse_offload, uncompiled
+from stepgraph.wrapped_models import refuse_modes, refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
 TRACE_LOCK = threading.RLock()
@@ -100,6 +100,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         TraceError: The forward depends on data, on its own past or on anything else but its inputs and weights (it is traced
             twice to see that), the model is in training mode, or an input holds tensors inside something else than such
             containers.
+        CompileError: Hooks move or cast the model's weights, or a mode of torch's stands around.
         Exception: Whatever the model's own code raises (`forward_errors.is_own`), as it is.
     """
     training = in_training(model)
@@ -119,6 +120,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 f"call to call"
             )
     refuse_offload(model)
+    refuse_modes(besides=("FakeTensorMode",))
     started = time.perf_counter()
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
         before = SavedState(model)

@@ -46,6 +46,8 @@ class Factors:
         affine: "<site name>/<step>" -> [2, C] float32, scale and shift per channel; empty unless fitted.
         errors: Per map, where known: sqrt(E||(W - A B) dx||^2 / E||W dx||^2) over the increments it was made from; of whole
             maps sqrt(E||dy - A B dx||^2 / E||dy||^2).
+        facts: What the forward read (`PlanHeader.facts`) when what they were made from was measured; empty where nothing was,
+            or the file does not say.
 
     Raises:
         PlanError: On construction, when a tensor's shape, dtype or contents are wrong.
@@ -59,6 +61,7 @@ class Factors:
     maps: Mapping[str, tuple[Tensor, Tensor]]
     affine: Mapping[str, Tensor] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "the factors' ")
@@ -90,10 +93,12 @@ class Factors:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits over the model, the method and all tensors."""
+        """16 hexadecimal digits over the model, the method, the facts and all tensors."""
         sha = hashlib.sha256(f"{self.model} {self.fingerprint} {self.dtype} {self.method}".encode())
         for name, tensor in sorted(self._tensors().items()):
             sha.update(f"{name} {tuple(tensor.shape)}".encode() + tensor_digest(tensor))
+        if self.facts:
+            sha.update(json.dumps(dict(self.facts), sort_keys=True).encode())
         return sha.hexdigest()[:16]
 
     @checked
@@ -120,6 +125,13 @@ class Factors:
         twice = sorted(set(self.maps) & set(other.maps)) + sorted(set(self.affine) & set(other.affine))
         if twice:
             raise ArgumentError(f"both factors have {twice[0]!r}; leave it out of one of them")
+        other_facts = [path for path, text in self.facts.items() if other.facts.get(path, text) != text]
+        if other_facts:
+            path = other_facts[0]
+            raise MismatchError(
+                f"factors that were measured on different models cannot be merged: {path} was {self.facts[path]!a} and "
+                f"{other.facts[path]!a}"
+            )
         arguments = {
             "merged": [dict(self.arguments) | {"method": self.method}, dict(other.arguments) | {"method": other.method}]
         }
@@ -130,6 +142,7 @@ class Factors:
             maps={**self.maps, **other.maps},
             affine={**self.affine, **other.affine},
             errors={**self.errors, **other.errors},
+            facts={**self.facts, **other.facts},
         )
 
     @checked
@@ -155,7 +168,7 @@ class Factors:
     @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata is the rest as JSON; it appears whole or not at all."""
-        names = ("model", "fingerprint", "dtype", "method", "arguments", "errors")
+        names = ("model", "fingerprint", "dtype", "method", "arguments", "errors", "facts")
         described = {name: getattr(self, name) for name in names}
         write_tensor_record(
             path, FORMAT, VERSION, described | {"maps": list(self.maps), "digest": self.digest}, self._tensors()
@@ -180,7 +193,9 @@ class Factors:
 
     @classmethod
     def _of_record(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> "Factors":
-        for what, kind in (("maps", list), ("arguments", dict), ("errors", dict)):
+        # Older files do not say what was read.
+        described = {"facts": {}, **described}
+        for what, kind in (("maps", list), ("arguments", dict), ("errors", dict), ("facts", dict)):
             if not isinstance(described.get(what), kind):
                 actual = f"{what} is {type(described.get(what)).__name__}"
                 raise FileFormatError(f"{path}: in its metadata {actual}; expected a {kind.__name__}; {REMEDY}")
@@ -197,7 +212,7 @@ class Factors:
         affine = {key.removeprefix("affine/"): t for key, t in tensors.items() if key.startswith("affine/")}
         try:
             model, model_fingerprint, dtype, method = map(str, texts)
-            read = cls(model, model_fingerprint, dtype, method, arguments, maps, affine, errors)
+            read = cls(model, model_fingerprint, dtype, method, arguments, maps, affine, errors, described["facts"])
         except PlanError as error:
             raise FileFormatError(f"{path}: {error}") from error
         if described.get("digest") != read.digest:

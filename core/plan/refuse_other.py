@@ -9,7 +9,7 @@ from stepgraph.adapters import active_adapters, tuners_of
 from stepgraph.errors import MismatchError
 from stepgraph.fingerprint import adapters_hash, contents_hash, dtype_name, model_dtype, structure_hash
 from stepgraph.plan.header import NOTHING, PlanHeader
-from stepgraph.plan.measured import measured, refuse_other_values
+from stepgraph.plan.measured import NUMBERS, measured, refuse_other_values, rests_on_measurement
 from stepgraph.plan.plan import CachePlan
 from stepgraph.scheduler import scheduler_facts
 from stepgraph.tolerances import TIMESTEPS
@@ -131,6 +131,44 @@ def refuse_other_schedule(header: PlanHeader, scheduler: Any, what: str, follow:
                 f"what the sampler sets, schedule={{'sigmas': ..., 'mu': ..., 'timesteps': ...}} (now {header.schedule}; "
                 f"the plan's timesteps are {_listed(header.timesteps)}, those of {what} {_listed(facts['timesteps'])})"
             )
+
+
+def refuse_other_timesteps(plan: CachePlan, begin: int, timesteps: Sequence[float], strict: bool) -> str:
+    """Decide whether a run of a plan may have other timesteps than those it was made for.
+
+    Args:
+        plan: The plan.
+        begin: Its step with which the run begins.
+        timesteps: Of the steps from there on, in the scheduler's unit.
+        strict: Whether a plan whose choice was measured is refused too (`CompileConfig.strict`).
+
+    Returns:
+        What the user should be told once; empty where they are the plan's, or the plan holds for any.
+
+    Raises:
+        MismatchError: The plan computes with coefficients, which are for its own timesteps; or, if `strict`, its choice was
+            measured at these.
+    """
+    pairs = enumerate(zip(plan.header.timesteps[begin:], timesteps, strict=True), begin)
+    others = [(step, planned, asked) for step, (planned, asked) in pairs if abs(planned - asked) > NEAR]
+    if not others or not rests_on_measurement(plan):
+        return ""
+    step, planned, asked = others[0]
+    policy, what = plan.header.policy, f"compiled for timestep {planned:g} at step {step}, but the run has {asked:g} there"
+    if plan.forecasts or plan.increments or measured(plan) == NUMBERS:
+        raise MismatchError(
+            f"{what}; the plan ({policy}) computes with coefficients or factors for its own timesteps: run these, or make a "
+            f"plan for the others (schedule=)"
+        )
+    if strict:
+        raise MismatchError(
+            f"{what}; what the plan ({policy}) reuses was chosen by measuring at its own, and strict=True refuses others: make "
+            f"a plan for these timesteps (schedule=), or leave strict out"
+        )
+    return (
+        f"{what}; the plan goes on with the run's, but what it ({policy}) reuses was chosen by measuring at its own: images "
+        f"can be worse. Make a plan for these timesteps (schedule=), or pass strict=True to refuse"
+    )
 
 
 def _listed(timesteps: Sequence[float]) -> str:

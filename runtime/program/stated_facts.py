@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+from stepgraph.errors import MismatchError
 from stepgraph.runtime.program.facts import ACTIVE, GATE, NOTHING, Facts, Part, dotted, without_adapters
 from stepgraph.runtime.program.value_texts import KNOWN_LIBRARIES, label_of, name_of, same_text, texts_of
 
@@ -74,6 +75,19 @@ def other_facts_of_plan(before: Mapping[str, str], facts: Facts) -> str:
         if path.endswith((AROUND, INSTEAD)) and all(path not in (one, _alike(one)) for one in now):
             return f"{path!a} is nothing, and was {text!a} when the plan was made"
     return ""
+
+
+def refuse_other_facts(whose: str, before: Mapping[str, str], facts: Facts) -> None:
+    """Compare a trace with what something was measured under, as `other_facts_of_plan` does.
+
+    Raises:
+        MismatchError: They differ; the message says what, and begins with `whose`, such as "the factors".
+    """
+    difference = other_facts_of_plan(before, facts)
+    if difference:
+        raise MismatchError(
+            f"{whose} does not fit this model: {difference.replace('the plan', 'that')}; set it back, or measure anew"
+        )
 
 
 def _alike(path: str) -> str:

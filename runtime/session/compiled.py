@@ -96,12 +96,13 @@ class Compiled:
                 them; others launch every kernel.
             begin: The plan's step with which the run begins (`CachePlan.tail`); what it would read of earlier ones is
                 computed.
-            timesteps: The scheduler's, of every step of the run, where they are not the plan's.
+            timesteps: The scheduler's, of every step of the run, where they are not the plan's. A plan that measured nothing
+                takes any; one whose choice was measured says so once, or refuses if the executable is strict.
             around: Whether calls of the model itself end here, so that its own hooks have run.
 
         Raises:
             PlanError: The plan has no such step, a forecast reads what the run does not have, or the timesteps are not finite
-                numbers, one for each step of the run.
+                numbers, one for each step of the run; or the plan computes with coefficients that are for its own.
         """
         return Session(self, capture, begin, timesteps, around=around)
 

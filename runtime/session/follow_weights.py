@@ -94,7 +94,11 @@ def follow_values(executable: "Compiled", difference: str, adapters: bool = Fals
     Raises:
         MismatchError: Numbers of the plan were measured on the former values; or its choice was, and it is strict.
     """
-    warning = refuse_other_values(executable.plan, difference, executable.config.strict, adapters)
+    warn_of(executable, refuse_other_values(executable.plan, difference, executable.config.strict, adapters))
+
+
+def warn_of(executable: "Compiled", warning: str) -> None:
+    """Say once that a plan goes on with something else than it was measured with; nothing for no words."""
     if warning and not any(one.weights.warned for one in executable.siblings.kept):
         executable.weights.warned = True
         get_logger("weights").warning("%s", warning)

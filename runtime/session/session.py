@@ -13,13 +13,14 @@ from stepgraph.errors import ArgumentError, CaptureError, CompileError, Mismatch
 from stepgraph.inputs import flat_inputs, refuse_odd_tensors
 from stepgraph.plan import CachePlan
 from stepgraph.plan.liveness import Read, traffic
+from stepgraph.plan.refuse_other import refuse_other_timesteps
 from stepgraph.runtime.capture.cudagraph import ordinary_tensors
 from stepgraph.runtime.memory.layout import Moves
 from stepgraph.runtime.memory.slot_table import SlotMemory, SlotTable
 from stepgraph.runtime.program.program import Program, Variant, program_key, refuse_nan
 from stepgraph.runtime.program.tables import FixedTables, Tables
 from stepgraph.runtime.session.begin_run import begin_run, follow_facts, refuse_changed_within
-from stepgraph.runtime.session.follow_weights import finish_run, follow_weights
+from stepgraph.runtime.session.follow_weights import finish_run, follow_weights, warn_of
 from stepgraph.runtime.session.lease_captured_steps import LAUNCHED, lease_captured_steps
 from stepgraph.runtime.session.run_state import BranchState, RunState
 from stepgraph.wrapped_models import refuse_modes
@@ -51,6 +52,7 @@ class Session:
         self.executable, self.capture, self.begin = executable, capture, begin
         self.checked, self.around = checked, around
         self.timesteps = _timesteps_of(executable.plan, begin, timesteps)
+        warn_of(executable, refuse_other_timesteps(executable.plan, begin, self.timesteps, executable.config.strict))
         self._state = self._fresh_state()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

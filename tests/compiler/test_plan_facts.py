@@ -5,6 +5,7 @@ import collections
 import functools
 import types
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,26 @@ def test_a_plan_with_fitted_numbers_fits_what_it_was_made_on(fitted):
     compiled(scaled(), fitted)
     # A file that does not say what was read is taken as before.
     compiled(scaled(0.5), fitted.with_header(facts={}))
+
+
+def test_factors_know_what_the_forward_read_when_they_were_measured(tmp_path):
+    scheduler = tiny_scheduler("ddim")
+    covariances = sg.measure_covariances(scaled(), scheduler, steps=STEPS, samples=1)
+    with pytest.raises(
+        MismatchError, match=r"what was measured does not fit .*to_v\.strength is 0\.5 \(float\), and was '1\.0"
+    ):
+        sg.factorize(scaled(0.5), covariances, rank=2)
+    sg.factorize(scaled(), covariances, rank=2).save(tmp_path / "factors")
+    factors = sg.Factors.load(tmp_path / "factors")
+    actions = {"ff": "CLCL"}
+    plan = sg.make_plan("manual", model=scaled(0.5), scheduler=scheduler, steps=STEPS, actions=actions)
+    with pytest.raises(MismatchError, match=r"factors were made from does not fit .*to_v\.strength is 0\.5"):
+        compiled(scaled(0.5), plan, factors=factors)
+    compiled(scaled(), plan.with_header(facts={}), factors=factors)
+    compiled(scaled(0.5), plan, factors=sg.factorize(scaled(0.5), method="svd", rank=2))
+    path = next(path for path in factors.facts if path.endswith("to_v.strength"))
+    with pytest.raises(MismatchError, match=r"cannot be merged: .*strength was '1\.0 \(float\)' and '0\.5 \(float\)'"):
+        factors.merge(replace(factors, maps={}, errors={}, facts={path: "0.5 (float)"}))
 
 
 def test_a_plan_that_chose_by_measuring_follows_with_one_warning_or_is_strict(caplog):

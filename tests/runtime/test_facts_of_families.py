@@ -2,18 +2,15 @@
 
 import copy
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
 from helpers.changed_values import VALUES, ordinary, watched
-from helpers.families import FLUX, UVIT, flux_inputs, uvit_inputs
+from helpers.five_models import MODELS
 from helpers.grown import attention, grow
-from helpers.pixart_sd3 import PIXART, SD3, pixart_inputs, sd3_inputs
 from helpers.read_values import Beside, closing_over
-from helpers.tiny import inputs, tiny_dit
 from stepgraph.compiler.tracing.trace import trace
 
 
@@ -21,37 +18,6 @@ from stepgraph.compiler.tracing.trace import trace
 def _settings():
     yield
     ordinary()
-
-
-def flux():
-    torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(**FLUX).eval()
-
-
-def pixart():
-    torch.manual_seed(0)
-    return diffusers.PixArtTransformer2DModel(**PIXART).eval()
-
-
-def sd3():
-    torch.manual_seed(0)
-    return diffusers.SD3Transformer2DModel(**SD3).eval()
-
-
-def uvit():
-    from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransformer2DModel
-
-    torch.manual_seed(0)
-    return UTransformer2DModel(**UVIT).eval()
-
-
-MODELS = {
-    "dit": (tiny_dit, inputs),
-    "pixart": (pixart, pixart_inputs),
-    "sd3": (sd3, sd3_inputs),
-    "flux": (flux, flux_inputs),
-    "uvit": (uvit, uvit_inputs),
-}
 
 
 def read_everything(model):

@@ -61,7 +61,7 @@ def test_modes_around_are_neither_captured_nor_left_out(dit):
     scheduler = SCHEDULERS["ddim"]()
     exe = compiled(dit, scheduler)
     for _ in range(2):
-        with Doubled(), pytest.raises(CompileError, match="Doubled stands around the run"):
+        with Doubled(), pytest.raises(CompileError, match="Doubled stands around the call"):
             sg.sample(exe, scheduler, noise(2), capture=True, **labels(1, 2))
         assert_same(exe, scheduler)
 

@@ -6,7 +6,7 @@ import pytest
 
 import stepgraph as sg
 from helpers.tiny import inputs, tiny_dit, tiny_scheduler
-from stepgraph.errors import PlanError
+from stepgraph.errors import MismatchError, PlanError
 
 STEPS = 3
 
@@ -58,3 +58,29 @@ def test_a_run_has_one_step_for_each_timestep(executable, begin):
         assert (run.step, run.finished) == (step, False)
         run(**inputs(1, timestep=STEPS - begin - step))
     assert run.finished
+
+
+def test_other_timesteps_are_taken_warned_of_or_refused_as_the_plan_was_made(scheduler, caplog):
+    model = tiny_dit()
+    full = sg.make_plan("full", model=model, scheduler=scheduler, steps=STEPS)
+    forecast = sg.forecast(sg.make_plan("manual", model=model, scheduler=scheduler, steps=4, actions={"attn": "CCRR"}))
+    chosen, others = full.with_header(measured="choice"), [float(t) + 5 for t in full.header.timesteps]
+
+    def compiled(plan, **options):
+        return sg.compile(model, plan, inputs(1), backend="eager", **options)
+
+    with caplog.at_level("WARNING", logger="stepgraph"):
+        compiled(full, strict=True).session(timesteps=others)
+        for plan in (chosen, forecast):
+            compiled(plan, strict=True).session(timesteps=plan.header.timesteps)
+        assert not caplog.records
+        lenient = compiled(chosen)
+        for _ in range(2):
+            assert lenient.session(timesteps=others).timesteps == tuple(others)
+    (said,) = (record.getMessage() for record in caplog.records)
+    planned = full.header.timesteps[0]
+    assert f"compiled for timestep {planned:g} at step 0, but the run has {planned + 5:g} there; the plan goes on" in said
+    with pytest.raises(MismatchError, match="strict=True refuses others"):
+        compiled(chosen, strict=True).session(timesteps=others)
+    with pytest.raises(MismatchError, match=r"at step 1, .*coefficients"):
+        compiled(forecast).session(timesteps=[forecast.header.timesteps[0], 3.0, 2.0, 1.0])
