@@ -12,7 +12,7 @@ from stepgraph.bench.record import CHECKOUT
     ("name", "sites"),
     [
         ("PRXTransformer2DModel", 7),
-        ("CogView4Transformer2DModel", 11),
+        ("CogView4Transformer2DModel", 9),
         ("Kandinsky5Transformer3DModel", 9),
         ("AnyFlowTransformer3DModel", 9),
     ],
