@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; stepgraph needs 3.10 or newer: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'setuptools>=77'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint,onnx,emoji]'
 	@touch $@
 
 setup: $(STAMP) ## Create .venv with the pinned versions and the package, editable

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
+from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, contact_sheet, load_classifier
+from stepgraph.assets.image_classifier import top_accuracy
 from stepgraph.bench.glyphs.glyph_data import render
 from stepgraph.bench.record import write_record
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
@@ -53,11 +54,11 @@ def main() -> None:
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "seed": arguments.seed,
-        "accuracy": accuracy(classifier, generated, labels),
+        "accuracy": top_accuracy(classifier, generated, labels),
         "per_class": {
-            name: accuracy(classifier, generated[labels == i], labels[labels == i]) for i, name in enumerate(CLASSES)
+            name: top_accuracy(classifier, generated[labels == i], labels[labels == i]) for i, name in enumerate(CLASSES)
         },
-        "accuracy_on_10000_fresh_real_images": accuracy(classifier, real.float() / 127.5 - 1, real_labels),
+        "accuracy_on_10000_fresh_real_images": top_accuracy(classifier, real.float() / 127.5 - 1, real_labels),
     }
     write_record(arguments.out / "glyph-dit-evaluation.json", arguments.device, results)
     with whole_file(arguments.out / "glyph-dit-samples.png") as partial:

@@ -11,7 +11,6 @@ trained on v-prediction with its embedder tied across blocks (it is stored once 
 
 import argparse
 import math
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
 
-from stepgraph.assets.glyphs import NULL_CLASS, GlyphClassifier
+from stepgraph.assets.glyphs import NULL_CLASS, glyph_classifier
 from stepgraph.bench.glyphs.glyph_data import Warp, render
 from stepgraph.bench.record import write_record
+from stepgraph.bench.training import Training, plot_losses
 
 TRAIN_STEPS = 1000
 
@@ -107,18 +107,6 @@ def stratified_timesteps(batch: int, device: torch.device) -> torch.Tensor:
     return ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * TRAIN_STEPS / batch).long()
 
 
-def rng_state(device: torch.device) -> list[torch.Tensor]:
-    """The random state of the CPU and, where it is used, of the CUDA device."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def restore_rng(state: list[torch.Tensor]) -> None:
-    """Continue the random numbers where `rng_state` was taken."""
-    torch.set_rng_state(state[0].cpu())
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1].cpu())
-
-
 def train_transformer(name: str, out: Path, device: torch.device, limit_s: float) -> bool:
     """Train `name` for at most `limit_s` seconds; returns whether its recipe is complete, and if so writes it."""
     recipe = RECIPES[name]
@@ -129,102 +117,51 @@ def train_transformer(name: str, out: Path, device: torch.device, limit_s: float
     if device.type == "cpu":
         for block in model.transformer_blocks:  # the fused attention's bf16 backward takes half of a step on the CPU
             block.attn1.set_processor(AttnProcessor())
-    ema = {key: value.detach().clone() for key, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     noise_schedule = scheduler()
-    checkpoint, step, losses = out / f"{name}.checkpoint.pt", 0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, step, losses = state["ema"], state["step"], state["losses"]
-        restore_rng(state["rng"])
+    training = Training(
+        [model], out / f"{name}.checkpoint.pt", asdict(recipe), rate=recipe.learning_rate, keep=0.999, device=device,
+        total=recipe.steps,
+    )  # fmt: skip
 
-    def save_checkpoint() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state | {"losses": losses, "rng": rng_state(device)}, partial)
-        partial.replace(checkpoint)
+    def loss() -> torch.Tensor:
+        pick = torch.randint(len(images), (recipe.batch,), device=device)
+        clean = images[pick].float() / 127.5 - 1
+        noise, timestep = torch.randn_like(clean), stratified_timesteps(recipe.batch, device)
+        dropped = torch.rand(recipe.batch, device=device) < 0.1
+        label = torch.where(dropped, NULL_CLASS, labels[pick])
+        noisy = noise_schedule.add_noise(clean, noise, timestep)
+        target = noise_schedule.get_velocity(clean, noise, timestep)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = model(noisy, timestep=timestep, class_labels=label).sample
+        error: torch.Tensor = (predicted.float() - target).square().mean()
+        return error
 
-    model.train()
-    started = saved = time.monotonic()
-    with Progress(*Progress.get_default_columns()) as progress:
-        bar = progress.add_task(name, total=recipe.steps, completed=step)
-        while step < recipe.steps and time.monotonic() - started < limit_s:
-            pick = torch.randint(len(images), (recipe.batch,), device=device)
-            clean = images[pick].float() / 127.5 - 1
-            noise, timestep = torch.randn_like(clean), stratified_timesteps(recipe.batch, device)
-            dropped = torch.rand(recipe.batch, device=device) < 0.1
-            label = torch.where(dropped, NULL_CLASS, labels[pick])
-            noisy = noise_schedule.add_noise(clean, noise, timestep)
-            target = noise_schedule.get_velocity(clean, noise, timestep)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * learning_rate(step, recipe)
-            with torch.autocast(device.type, torch.bfloat16):
-                predicted = model(noisy, timestep=timestep, class_labels=label).sample
-            loss = (predicted.float() - target).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                keep = min(0.999, (step + 1) / (step + 10))
-                parameters = dict(model.named_parameters())
-                torch._foreach_lerp_([ema[key] for key in parameters], list(parameters.values()), 1 - keep)
-            losses.append(loss.item())
-            step += 1
-            recent = sum(losses[-100:]) / len(losses[-100:])
-            progress.update(bar, completed=step, description=f"{name} loss {recent:.4f}")
-            if time.monotonic() - saved > 60:
-                save_checkpoint()
-                print(f"step {step} loss {recent:.4f}", flush=True)
-                saved = time.monotonic()
-    if step < recipe.steps:
-        save_checkpoint()
+    if not training.run(name, loss, lambda: learning_rate(training.step, recipe), limit_s):
         return False
-    finish(name, recipe, ema, losses, out, str(device))
-    checkpoint.unlink(missing_ok=True)
+    training.use_average()
+    finish(name, recipe, model, training.losses, out, str(device))
+    training.checkpoint.unlink(missing_ok=True)
     return True
 
 
-def finish(name: str, recipe: Recipe, ema: dict[str, torch.Tensor], losses: list[float], out: Path, device: str) -> None:
+def finish(name: str, recipe: Recipe, model: nn.Module, losses: list[float], out: Path, device: str) -> None:
     """Write the averaged weights in `save_pretrained` layout, the scheduler, the losses and their curve."""
-    model = build(recipe)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(ema[key])
     # Untie: a stored model holds one embedder per block, and safetensors refuses shared tensors.
-    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     untied = DiTTransformer2DModel.from_config(model.config)
     untied.load_state_dict(state)
     untied.half().save_pretrained(out / name)
     scheduler().save_pretrained(out / name)
     results = {"recipe": asdict(recipe), "losses": [round(value, 5) for value in losses[::10]]}
     write_record(out / f"{name}-training.json", device, results)
-    plot_losses(name, losses, out / f"{name}-loss.png")
-
-
-def plot_losses(name: str, losses: list[float], path: Path) -> None:
-    """The training loss and its running mean over 100 steps, as a picture."""
-    import matplotlib.pyplot as plt
-
-    series = torch.tensor(losses)
-    smooth = series.unfold(0, min(100, len(losses)), 1).mean(1)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.semilogy(series, lw=0.4, alpha=0.4, label="per batch")
-    axes.semilogy(range(len(losses) - len(smooth), len(losses)), smooth, lw=1.5, label="mean of 100")
-    axes.set(xlabel="training step", ylabel="MSE of v", title=f"{name}: final {smooth[-1]:.4f}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plot_losses(name, losses, out / f"{name}-loss.png", "MSE of v")
 
 
 def train_classifier(out: Path, device: torch.device, size: int = 24, epochs: int = 6) -> float:
     """Train the classifier on both transformers' image sizes; returns its accuracy on fresh 24 x 24 images."""
     torch.manual_seed(0)
     images, labels = render(30_000, size, seed=1)
-    model = GlyphClassifier().to(device)
+    model = glyph_classifier().to(device)
     batch, total = 128, epochs * len(images) // 128
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)

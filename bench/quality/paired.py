@@ -11,7 +11,8 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, load_classifier
+from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, load_classifier
+from stepgraph.assets.image_classifier import features_of, top_accuracy
 from stepgraph.bench.glyphs.glyph_data import render
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.marking.describe import example_inputs
@@ -78,7 +79,7 @@ class Host:
             for seed in self.seeds
         ]
         self.reference = self.images(self.model)
-        self.features = self._features(self.reference)
+        self.features = features_of(self.classifier, self.reference)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, seeds: Sequence[int] = range(4)) -> "Host":
@@ -147,8 +148,8 @@ class Host:
             "seed_spread": float(by_seed.std()) if len(by_seed) > 1 else None,
             # JSON knows no infinity.
             "psnr": ratio if math.isfinite(ratio) else None,
-            "feature_distance": float((self._features(images) - self.features).norm(dim=1).mean()),
-            "accuracy": accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
+            "feature_distance": float((features_of(self.classifier, images) - self.features).norm(dim=1).mean()),
+            "accuracy": top_accuracy(self.classifier, images, self.labels.cpu().repeat(len(self.seeds))),
         }
 
     def fewer_steps(self, count: int) -> dict[str, Any]:
@@ -158,14 +159,10 @@ class Host:
 
     def frechet(self, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
         """Fréchet distances of the classifier's features: to real images' features, and to the full runs'."""
-        features = self._features(images)
+        features = features_of(self.classifier, images)
         return {"frechet_real": frechet_distance(features, real), "frechet_full": frechet_distance(features, self.features)}
 
     def real_features(self, count: int = 10_000) -> torch.Tensor:
         """Features of freshly rendered glyphs, [count, 32]."""
         real, _ = render(count, 24, seed=3)
-        return self._features(real.float() / 127.5 - 1)
-
-    @torch.no_grad()
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.classifier.features(part.clamp(-1, 1)) for part in images.split(500)]).double()
+        return features_of(self.classifier, real.float() / 127.5 - 1)

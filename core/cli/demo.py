@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, accuracy, contact_sheet, load_classifier
+from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, contact_sheet, load_classifier
+from stepgraph.assets.image_classifier import top_accuracy
 from stepgraph.cli.options import (
     Backend,
     Device,
@@ -172,7 +173,7 @@ def run_demo(
                 speedup=statistics.median(e / s for e, s in zip(seconds["eager diffusers"], seconds[name], strict=True)),
                 relative_l2=relative_l2(latents[name], reference),
                 psnr=decibel if decibel != float("inf") else None,
-                accuracy=accuracy(classifier, latents[name], labels),
+                accuracy=top_accuracy(classifier, latents[name], labels),
                 peak_slot_mb=executable.memory().peak_slot_bytes / 1e6 if executable else 0.0,
             )
         )

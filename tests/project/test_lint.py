@@ -33,7 +33,7 @@ FLOORS = (
     ("compiler/planning",),
     ("compiler/entry",),
     ("core/cli", "bench"),
-    ("bench/glyphs",),
+    ("bench/glyphs", "bench/emoji"),
     ("bench/ops", "bench/speed", "bench/deploy", "bench/quality"),
 )
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

@@ -1,0 +1,1 @@
+"""The data, training and evaluation of flux-emoji, a small text-conditioned FLUX."""

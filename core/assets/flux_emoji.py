@@ -1,0 +1,142 @@
+"""What flux-emoji has beside its transformer: pixels as latents, words as text embeddings, and a real FluxPipeline of it all.
+
+Its folder holds `transformer`, `vae`, `text` and `scheduler`, each as its own `save_pretrained` wrote it. The module imports
+diffusers when it is imported, because classes of models have to inherit from it; whoever needs it imports it in a function.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, FluxPipeline, FluxTransformer2DModel, ModelMixin  # noqa: TID253
+from diffusers.configuration_utils import register_to_config  # noqa: TID253
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput  # noqa: TID253
+from diffusers.models.autoencoders.vae import DecoderOutput  # noqa: TID253
+from torch import nn
+
+from stepgraph.errors import ArgumentError
+
+PARTS = ("transformer", "vae", "text", "scheduler")
+
+
+class PixelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """The identity: latents [B, 12, H / 2, W / 2] are the pixels [B, 3, H, W] in -1..1, four to a place.
+
+    With FLUX's own packing of 2 x 2 latents a token has 4 x 4 pixels. The configuration has what pipelines read of it: two
+    entries of `block_out_channels` stand for one halving of the resolution.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        block_out_channels: Sequence[int] = (12, 12),
+        latent_channels: int = 12,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # A model without any tensor has neither a dtype nor a device.
+        self.register_buffer("anchor", torch.zeros(1))
+
+    def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> Any:
+        """Pixels [B, 3, H, W] to latents [B, 12, H / 2, W / 2]."""
+        latents = nn.functional.pixel_unshuffle(pixels, 2)
+        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = True, **_: Any) -> Any:
+        """Latents [B, 12, H / 2, W / 2] to pixels [B, 3, H, W]."""
+        pixels = nn.functional.pixel_shuffle(latents, 2)
+        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+
+
+class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A text encoder that knows some words: an embedding with positions, and its mean through a linear map as pooled text."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, *, words: Sequence[str], length: int, width: int) -> None:
+        super().__init__()
+        # Token 0 is no word.
+        self.embedding = nn.Embedding(len(words) + 1, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.pooled = nn.Linear(width, width)
+        self.numbers = {word: number for number, word in enumerate(words, start=1)}
+
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Numbers of the words, [B, length] int64; an empty prompt is what the model was trained without text by.
+
+        Raises:
+            ArgumentError: A word is not known, or there are too many.
+        """
+        numbers = torch.zeros(len(prompts), self.positions.shape[0], dtype=torch.int64)
+        for row, prompt in zip(numbers, prompts, strict=True):
+            words = re.findall(r"[^\s-]+", prompt.lower())
+            if len(words) > len(row):
+                raise ArgumentError(f"{prompt!r} has {len(words)} words; flux-emoji takes at most {len(row)}")
+            row[: len(words)] = torch.tensor([self._number(word, prompt) for word in words], dtype=torch.int64)
+        return numbers.to(self.positions.device)
+
+    def _number(self, word: str, prompt: str) -> int:
+        if word not in self.numbers:
+            near = difflib.get_close_matches(word, self.numbers, n=4, cutoff=0.4)
+            instead = f"the nearest known ones are {', '.join(near)}" if near else "none that it knows is near"
+            raise ArgumentError(f"flux-emoji does not know the word {word!r} of {prompt!r}; {instead}")
+        return self.numbers[word]
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, L] to embeddings [B, L, D] and pooled text [B, D]."""
+        embeddings = self.embedding(tokens) + self.positions
+        known = (tokens > 0).to(embeddings.dtype)[..., None]
+        return embeddings, self.pooled((embeddings * known).sum(1) / known.sum(1).clamp_min(1))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What a FluxPipeline makes of prompts: `prompt_embeds` [B, L, D], `pooled_prompt_embeds` [B, D], `text_ids` [L, 3].
+
+        Raises:
+            ArgumentError: As `tokens`.
+        """
+        embeddings, pooled = self(self.tokens(prompts))
+        text_ids = torch.zeros(embeddings.shape[1], 3, dtype=embeddings.dtype, device=embeddings.device)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "text_ids": text_ids}
+
+    def arguments(self, prompts: Sequence[str], guidance: float = 1.0) -> dict[str, Any]:
+        """The arguments of a call of a FluxPipeline; true guidance, of two calls a step, where it is above 1."""
+        arguments: dict[str, Any] = self.encode(prompts)
+        del arguments["text_ids"]  # the pipeline makes them itself
+        if guidance > 1:
+            empty = self.encode([""] * len(prompts))
+            arguments |= {f"negative_{name}": empty[name] for name in arguments} | {"true_cfg_scale": guidance}
+        return arguments
+
+
+def assemble(transformer: nn.Module, scheduler: Any, vae: PixelVAE | None = None) -> FluxPipeline:
+    """The pipeline; its text encoder stands beside it, and gives the arguments of its calls."""
+    pipe = FluxPipeline(scheduler, vae or PixelVAE(), None, None, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_flux_emoji(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[FluxPipeline, WordEncoder]:
+    """The pipeline and the text encoder of a trained model's folder.
+
+    Raises:
+        ArgumentError: The folder lacks a part; the message says how to train the model.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    lacking = [part for part in PARTS if not (folder / part).is_dir()]
+    if lacking:
+        raise ArgumentError(
+            f"{folder} lacks {', '.join(lacking)} of flux-emoji; `python -m stepgraph.bench.emoji.train_flux_emoji` trains it"
+        )
+    models = [
+        kind.from_pretrained(folder / part, torch_dtype=dtype).to(device).eval()
+        for part, kind in (("transformer", FluxTransformer2DModel), ("vae", PixelVAE), ("text", WordEncoder))
+    ]
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    return assemble(models[0], scheduler, models[1]), models[2]
