@@ -67,7 +67,7 @@ def recorded(name):
     grow(model)
     traced = trace(model, example())
     watcher = FactsWatch(traced.facts)
-    assert not watcher.differences(model)
+    assert not watcher.follow(model)
     read = [
         Place(f"{path}.{attribute}", vars(model.get_submodule(path)), attribute)
         for path, part in traced.facts.parts.items()
@@ -104,7 +104,7 @@ def assert_right_or_refused(name, place, other):
     inputs = list(flat_inputs(example).values())
     place.put(other)
     try:
-        if watcher.differences(model):
+        if watcher.follow(model):
             return "refused"
         with torch.no_grad():
             assert torch.equal(graph(*inputs)[0], eager(model, example)), place
@@ -130,7 +130,7 @@ def test_what_the_forward_read_is_followed_or_refused(name):
 
     mutated()
     assert outcomes["refused"]
-    assert not watcher.differences(model)
+    assert not watcher.follow(model)
     with torch.no_grad():
         assert torch.equal(graph(*flat_inputs(example).values())[0], eager(model, example))
 
