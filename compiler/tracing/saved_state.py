@@ -102,7 +102,14 @@ def _holds_traced(value: Any, depth: int = 4) -> bool:
 
 def _holds_new_tensor(holder: Any, before: Any) -> bool:
     known = {id(member) for member in _members(before)}
-    return any(isinstance(member, torch.Tensor) and id(member) not in known for member in _members(holder))
+    return any(id(member) not in known and _leads_to_tensor(member) for member in _members(holder))
+
+
+def _leads_to_tensor(value: Any, depth: int = 4) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    parts = _members(value) if depth and isinstance(value, (dict, list, tuple, set, deque)) else ()
+    return any(_leads_to_tensor(part, depth - 1) for part in parts)
 
 
 def _put_back(holder: Any, before: Any) -> None:
