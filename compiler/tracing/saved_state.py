@@ -91,18 +91,23 @@ def _is_elsewhere(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ELSEWHERE
 
 
-def _holds_traced(value: Any, depth: int = 4) -> bool:
-    if isinstance(value, TracedTensor):
-        return True
-    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
-        return False
-    parts = _members(value) if isinstance(value, (dict, list, tuple, set, deque, CellType)) else ()
-    return any(_holds_traced(part, depth - 1) for part in parts)
+def _holds_traced(value: Any) -> bool:
+    return _leads_to(value, TracedTensor, 4)
 
 
 def _holds_new_tensor(holder: Any, before: Any) -> bool:
     known = {id(member) for member in _members(before)}
-    return any(isinstance(member, torch.Tensor) and id(member) not in known for member in _members(holder))
+    return any(_leads_to(member, torch.Tensor, 3) for member in _members(holder) if id(member) not in known)
+
+
+def _leads_to(value: Any, kind: type, depth: int) -> bool:
+    """Whether a value is of a kind, or a container in which there is one."""
+    if issubclass(type(value), kind):
+        return True
+    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
+        return False
+    parts = _members(value) if isinstance(value, (dict, list, tuple, set, deque, CellType)) else ()
+    return any(_leads_to(part, kind, depth - 1) for part in parts)
 
 
 def _put_back(holder: Any, before: Any) -> None:
