@@ -91,25 +91,23 @@ def _is_elsewhere(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ELSEWHERE
 
 
-def _holds_traced(value: Any, depth: int = 4) -> bool:
-    if isinstance(value, TracedTensor):
-        return True
-    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
-        return False
-    parts = _members(value) if isinstance(value, (dict, list, tuple, set, deque, CellType)) else ()
-    return any(_holds_traced(part, depth - 1) for part in parts)
+def _holds_traced(value: Any) -> bool:
+    return _leads_to(value, TracedTensor, 4)
 
 
 def _holds_new_tensor(holder: Any, before: Any) -> bool:
     known = {id(member) for member in _members(before)}
-    return any(id(member) not in known and _leads_to_tensor(member) for member in _members(holder))
+    return any(_leads_to(member, torch.Tensor, 3) for member in _members(holder) if id(member) not in known)
 
 
-def _leads_to_tensor(value: Any, depth: int = 4) -> bool:
-    if isinstance(value, torch.Tensor):
+def _leads_to(value: Any, kind: type, depth: int) -> bool:
+    """Whether a value is of a kind, or a container in which there is one."""
+    if issubclass(type(value), kind):
         return True
-    parts = _members(value) if depth and isinstance(value, (dict, list, tuple, set, deque)) else ()
-    return any(_leads_to_tensor(part, depth - 1) for part in parts)
+    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)):
+        return False
+    parts = _members(value) if isinstance(value, (dict, list, tuple, set, deque, CellType)) else ()
+    return any(_leads_to(part, kind, depth - 1) for part in parts)
 
 
 def _put_back(holder: Any, before: Any) -> None:
@@ -132,9 +130,9 @@ def _put_back(holder: Any, before: Any) -> None:
         holder.update(before) if isinstance(holder, set) else holder.extend(before)
 
 
-def drop_traced(references: Iterable["weakref.ref[TracedTensor]"]) -> None:
+def drop_traced(made: Iterable["weakref.ref[TracedTensor]"]) -> None:
     """Take traced tensors that are still held out of the dicts, lists, sets and tuples that hold them, wherever these are."""
-    left = {id(traced): traced for ref in references if (traced := ref()) is not None}
+    left = {id(traced): traced for ref in made if (traced := ref()) is not None}
     if not left:
         return
     holders = [holder for holder in gc.get_referrers(*left.values()) if holder is not left]
