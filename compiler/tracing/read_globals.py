@@ -2,6 +2,8 @@
 
 import dis
 import importlib.util
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -56,6 +58,7 @@ class Globals:
         for kind in containers.kinds:
             # A class that is a value itself may be asked to make an object.
             self._kinds[kind] = self._kinds.get(kind, False) or kind is value
+            self._kinds.setdefault(type(kind), False)
         return frozen
 
     def note(self, label: str, space: Mapping[str, Any], name: str, owner: object = None) -> None:
@@ -92,10 +95,11 @@ class Globals:
         if str(space.get("__name__")).partition(".")[0] in STRANGE:
             return
         self._names |= dict.fromkeys(code.co_names)
-        # Of names that are put together or passed on, the texts are here.
-        self._names |= {text: None for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+        # Of names that are put together or passed on (`getattr`, `globals()`, `attrgetter`, `eval`), the texts are here.
+        texts = dict.fromkeys(_names_in_texts(code))
+        self._names |= texts
         self._imports += [(module, code.co_names) for module in _imports(code, space)]
-        self.add_names(f"{space.get('__name__')}.", space, code.co_names)
+        self.add_names(f"{space.get('__name__')}.", space, dict.fromkeys([*code.co_names, *texts]))
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
                 self.add_code(constant, space)
@@ -122,6 +126,8 @@ class Globals:
             for kind, written in list(self._kinds.items()):
                 for name in self._of_kind(kind, written):
                     self.note_of_class(kind, name)
+        if "getenv" in self._names:
+            self.note("os.", vars(os), "environ")
         # Whoever replaces a tensor's method does so for all.
         for name in self._names:
             if not name.startswith("__") and hasattr(torch.Tensor, name):
@@ -136,6 +142,15 @@ class Globals:
                 special = name.startswith("__") and callable(value) and name not in ASIDE and (made or name not in MAKING)
                 if special or name in self._names:
                     yield name
+
+
+def _names_in_texts(code: CodeType) -> Iterator[str]:
+    """The names among the texts in a function's code: alone or dotted, and in what is evaluated any."""
+    evaluated = not {"eval", "exec"}.isdisjoint(code.co_names)
+    for text in code.co_consts:
+        if isinstance(text, str):
+            parts = re.findall(r"[^\W\d]\w*", text) if evaluated else text.split(".")
+            yield from parts if all(map(str.isidentifier, parts)) else ()
 
 
 def _imports(code: CodeType, space: Mapping[str, Any]) -> Iterator[str]:

@@ -156,8 +156,15 @@ class BoundWeights:
             self._take_stock()
             self.compiled += tuple(self._sums[len(self.compiled) :])
 
-    def stands(self, model: nn.Module) -> bool:
-        """Whether a model is made of the very modules that it was."""
+    def stands(self, model: nn.Module, tree: object = None) -> bool:
+        """Whether a model is made of the very modules that it was.
+
+        Args:
+            model: The model.
+            tree: See `look`.
+        """
+        if tree is not None and tree is self._tree:
+            return True
         modules = dict(model.named_modules())
         return modules.keys() == self.modules.keys() and all(map(is_, modules.values(), self.modules.values()))
 
@@ -189,7 +196,7 @@ class BoundWeights:
             CompileError: A parameter or buffer is gone, or new; or one is of another class, dtype, device, shape or strides.
         """
         with self.lock:
-            present = self._present(tree)
+            present = self.present(tree)
             refuse_other_layouts(self.names, [_layout(tensor) for tensor in present], self._layouts)
             if not self.filled:
                 return Look(self._replaced(present))
@@ -224,7 +231,7 @@ class BoundWeights:
             CompileError: See `look`.
         """
         with self.lock:
-            together = zip(self.names, self._present(tree), self.tensors, self._marks, strict=True)
+            together = zip(self.names, self.present(tree), self.tensors, self._marks, strict=True)
             return tuple(name for name, now, then, mark in together if now is not then or _mark(now)[::2] != mark[::2])
 
     def finish(self, look: Look) -> Look:
@@ -244,7 +251,7 @@ class BoundWeights:
         self._sums = now
         return written
 
-    def _present(self, tree: object = None) -> list[Tensor]:
+    def present(self, tree: object = None) -> list[Tensor]:
         """The tensors that stand in the model's places now, each once."""
         if tree is None or tree is not self._tree:
             self._compare_modules()

@@ -1,5 +1,6 @@
 """Settings of the process that a forward depends on without reading them itself, or by asking torch."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Container, Mapping
@@ -51,6 +52,8 @@ ASKED: Mapping[str, Callable[[], Any]] = {
     "allow_tf32": lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
     "benchmark": lambda: torch.backends.cudnn.benchmark,
     "deterministic": lambda: torch.backends.cudnn.deterministic,
+    "getcwd": os.getcwd,
+    "cwd": os.getcwd,
     "current_thread": lambda: threading.current_thread().name,
 }
 QUESTION = "the process's answer to "

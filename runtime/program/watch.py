@@ -224,7 +224,7 @@ def _complete(modules: Mapping[str, nn.Module], facts: Facts) -> bool:
     """Whether every strength is where it was."""
     for strength in facts.strengths:
         holder = vars(modules[strength.module]).get(strength.name) if strength.module in modules else None
-        if holder is None or (strength.key and strength.key[0] not in holder):
+        if holder is None or (strength.key and not (isinstance(holder, Mapping) and strength.key[0] in holder)):
             return False
     return True
 

@@ -68,9 +68,10 @@ def suited(executable: "Compiled", inputs: "Mapping[str, Any] | None" = None, be
     """
     siblings, model = executable.siblings, executable.model
     with siblings.lock:
-        differences = siblings.present.known(inputs, begin).watch.follow(model)
-        if not differences:
-            return siblings.present
+        present = siblings.present
+        watch = present.known(inputs, begin).watch
+        if not watch.follow(model) and present.weights.stands(model, watch.tree):
+            return present
         settle(model)
         known = _turn_to_kept(siblings, model)
         if known is not None:
@@ -133,12 +134,16 @@ def _follow_adapters(first: "Compiled", model: nn.Module) -> str:
     """See whether a plan can be compiled for the adapters of a model.
 
     Returns:
-        What they have made other than when it was first compiled, as the beginning of a sentence.
+        What they have made other than when it was first compiled, as the beginning of a sentence; empty where that is
+        nothing but which objects modules are.
     """
     facts = first.programs[0].facts
     others: Sequence[Difference] = list(facts.differences(model, base=True))
     differences = others or list(facts.differences(model))
-    if others or not first.config.respecialize or not differences:
+    if not differences:
+        # Modules that are other objects, in graphs that hold the former ones.
+        return ""
+    if others or not first.config.respecialize:
         refuse(first, differences, adapters=not others)
     one = differences[0]
     changed = f"{one.path} is {one.new}, and was {one.old} when the plan was compiled"

@@ -77,7 +77,8 @@ def recorded(name):
     names = [
         Place(f"{names.label}{each}", names.space, each)
         for names in traced.facts.names
-        if isinstance(names.space, MutableMapping)
+        # Libraries with other things in them would not work at all.
+        if isinstance(names.space, MutableMapping) and names.label.startswith(("diffusers", "helpers"))
         for each in names.values
         if each in names.space
     ]

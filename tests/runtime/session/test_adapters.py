@@ -68,6 +68,14 @@ def test_a_first_lora_after_compiling_and_its_end(monkeypatch):
     load(model, "one", 2)
     assert not torch.equal(check(exe, model), plain)
     assert len(traced) == 1
+    # Without a run in between.
+    model.unload_lora()
+    load(model, "one", 3)
+    check(exe, model)
+    model.delete_adapters("one")
+    load(model, "one", 4)
+    check(exe, model)
+    assert len(traced) == 1
     model.fuse_lora()
     model.unload_lora()
     check(exe, model)

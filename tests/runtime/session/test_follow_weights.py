@@ -258,7 +258,7 @@ def test_dicts_of_modules_that_were_replaced_are_refused():
     children = vars(blocks)["_modules"]
     blocks._modules = dict(children)
     sampled(exe)
-    for others in (dict(reversed(children.items())), {**children, "1": copy.deepcopy(blocks[1])}, {}):
+    for others in (dict(reversed(children.items())), {**children, "2": copy.deepcopy(blocks[1])}, {}):
         blocks._modules = others
         with pytest.raises(CompileError, match=r"other parts .*transformer_blocks"):
             sampled(exe)
@@ -268,6 +268,22 @@ def test_dicts_of_modules_that_were_replaced_are_refused():
     layer.__dict__ = dict(vars(layer))
     with pytest.raises(CompileError, match=r"attributes of 'transformer_blocks\.0\.attn1\.to_v'"):
         sampled(exe)
+
+
+def test_modules_of_the_same_make_in_their_places_are_followed(traces):
+    model = tiny_dit()
+    exe = compiled(model)
+    before = len(traces)
+
+    def exchange(_):
+        other = copy.deepcopy(model.transformer_blocks[1])
+        with torch.no_grad():
+            other.attn1.to_v.weight.mul_(3)
+        model.transformer_blocks[1] = other
+
+    assert_follows(model, exe, exchange)
+    assert_follows(model, exe, lambda _: model.transformer_blocks[1].ff.net[2].weight.data.mul_(2))
+    assert len(traces) == before
 
 
 # ---- on an accelerator, where contents are digested during the run
