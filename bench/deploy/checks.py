@@ -56,7 +56,7 @@ def cost_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], rounds: int) -
     weights = BoundWeights(model)
 
     def check() -> None:
-        assert not watch.differences(model)
+        assert not watch.follow(model)
         weights.present(watch.tree)
 
     def call() -> None:

@@ -62,10 +62,10 @@ def test_it_is_noticed(way, monkeypatch):
     find, change = WAYS[way]
     model, x = Reader(find).eval(), torch.ones(2)
     watch = FactsWatch(trace(model, {"x": x}).facts)
-    assert not watch.differences(model)
+    assert not watch.follow(model)
     before = model(x)
     with monkeypatch.context() as patch:
         change(patch)
         assert not torch.equal(model(x), before)
-        assert watch.differences(model)
-    assert not watch.differences(model)
+        assert watch.follow(model)
+    assert not watch.follow(model)
