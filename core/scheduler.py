@@ -227,7 +227,7 @@ def split_conditioning(conditioning: dict[str, Any], guidance_scale: float) -> t
     cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
     stray = sorted(set(negative) - set(cond))
     if stray:
-        raise ArgumentError(f"negative_{stray[0]} is conditioning, but {stray[0]} is not")
+        raise ArgumentError(f"negative_{stray[0]} is given, but {stray[0]} is not")
     # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None
