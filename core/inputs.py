@@ -12,6 +12,10 @@ T = TypeVar("T")
 
 # What diffusers' models call their timestep.
 TIMESTEPS = ("timestep", "timesteps", "t")
+# The latents of a sound, which some video models take beside those of the pictures.
+SOUND = "audio_hidden_states"
+# Positions of tokens as FLUX takes them: one row per token, the same for all samples.
+POSITIONS = frozenset(("img_ids", "txt_ids"))
 
 
 def latents_key(inputs: Mapping[str, Any]) -> str:
@@ -23,7 +27,7 @@ def is_of_latents(name: str, names: Iterable[str]) -> bool:
     """Whether a flat input is the latents, lies in the container that they are in, or is the latents of a sound beside them."""
     first = next(iter(names))
     container, entry, _ = first.partition("__")
-    return name in (first, "audio_hidden_states") or (bool(entry) and name.startswith(f"{container}__"))
+    return name in (first, SOUND) or (bool(entry) and name.startswith(f"{container}__"))
 
 
 def timestep_key(names: Collection[str]) -> str | None:
@@ -78,9 +82,10 @@ def refuse_odd_tensors(inputs: Mapping[str, Any]) -> None:
     Raises:
         ArgumentError: The message names one.
     """
-    timestep = inputs.get("timestep")
+    name = timestep_key(inputs) or ""
+    timestep = inputs.get(name)
     if isinstance(timestep, complex) or (isinstance(timestep, torch.Tensor) and timestep.is_complex()):
-        raise ArgumentError(f"timestep is {shown(timestep)}; expected real numbers, as the scheduler has them")
+        raise ArgumentError(f"{name} is {shown(timestep)}; expected real numbers, as the scheduler has them")
     for name, value in flat_inputs(inputs).items():
         if isinstance(value, torch.Tensor) and value.layout != torch.strided:
             layout = str(value.layout).removeprefix("torch.")

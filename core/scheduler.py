@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stepgraph.checks import check_number, check_whole, shown
 from stepgraph.errors import ArgumentError, PlanError
 from stepgraph.fingerprint import config_of, hash_config
+from stepgraph.inputs import POSITIONS
 from stepgraph.schedule import Schedule, image_shift, image_tokens
 
 # More than any sampler takes; a scheduler would fill the memory with its timesteps.
@@ -218,11 +219,13 @@ def model_calls(cond: dict[str, Any], uncond: dict[str, Any] | None, separate: b
     """Per call of the model within a step, its inputs beside latents and timestep, put into batches."""
     if uncond is None:
         return [cond]
-    return [cond, uncond] if separate else [{name: together(value, uncond.get(name)) for name, value in cond.items()}]
+    if separate:
+        return [cond, uncond]
+    return [{name: value if name in POSITIONS else together(value, uncond.get(name)) for name, value in cond.items()}]
 
 
 def split_conditioning(conditioning: dict[str, Any], guidance_scale: float) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Conditional inputs and, with guidance, the unconditional ones."""
+    """Conditional inputs and, with guidance, the unconditional ones, which share the positions of tokens."""
     negative = {name.removeprefix("negative_"): value for name, value in conditioning.items() if name.startswith("negative_")}
     cond = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
     stray = sorted(set(negative) - set(cond))
@@ -231,11 +234,15 @@ def split_conditioning(conditioning: dict[str, Any], guidance_scale: float) -> t
     # As in diffusers' pipelines, a scale of 1 or less means no guidance.
     if guidance_scale <= 1:
         return cond, None
+    negative = {name: value for name, value in cond.items() if name in POSITIONS} | negative
     missing = sorted(set(cond) - set(negative))
     if missing:
         raise ArgumentError(f"guidance_scale {guidance_scale} needs the unconditional input negative_{missing[0]}")
     for name, value in cond.items():
         _refuse_unlike(name, value, negative[name])
+        other = negative[name]
+        if name in POSITIONS and other is not value and not torch.equal(other, value):
+            raise ArgumentError(f"{name} and negative_{name} differ; both halves of the guidance are of the same tokens")
     return cond, negative
 
 

@@ -22,15 +22,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepgraph.assets.flux_emoji import PixelVAE, WordEncoder
+from stepgraph.assets.flux_emoji import PIXELS, PixelVAE, WordEncoder, positions
 from stepgraph.bench.emoji.captions import distinct_names, longest, vocabulary
 from stepgraph.bench.emoji.emoji_data import STILL, EmojiData, Jitter
 from stepgraph.bench.emoji.icons import NOTICE, Icons, rendered
 from stepgraph.bench.record import write_record
 from stepgraph.bench.training import Training, plot_losses
 
-# Tokens of 4 x 4 RGB pixels.
-CHANNELS, PIXELS = 48, 4
+# RGB pixels of a token.
+CHANNELS = 3 * PIXELS**2
 
 PLACED = Jitter(shift=1.0, scale=(0.92, 1.0), mirrored=0.5)
 
@@ -104,13 +104,6 @@ def packed(pictures: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, S, S] as the tokens [B, (S / 4)^2, 48] that FluxPipeline packs of their latents."""
     twice = nn.functional.pixel_unshuffle(nn.functional.pixel_unshuffle(pictures, 2), 2)
     return twice.flatten(2).transpose(1, 2)
-
-
-def positions(size: int, device: torch.device) -> torch.Tensor:
-    """Positions of the tokens, [(S / 4)^2, 3]: 0, row, column."""
-    axis = torch.arange(size // PIXELS, dtype=torch.float32, device=device)
-    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
 def noise_levels(normal: torch.Tensor, shift: float) -> torch.Tensor:
@@ -235,7 +228,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="rendered icons; by default out/emoji/icons-SIZE.npz")
     parser.add_argument("--out", type=Path, default=Path("out/emoji"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on GPUs, less than half as fast on most CPUs")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16: faster on GPUs, less than half as fast on most CPUs"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the transformer with inductor")
     parser.add_argument("--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint")
     arguments = parser.parse_args()

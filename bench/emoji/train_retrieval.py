@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from safetensors import safe_open
 from torch import nn
 
+from stepgraph.assets.flux_emoji import load_retrieval, retrieval_network
 from stepgraph.assets.image_classifier import ImageClassifier, top_accuracy
 from stepgraph.bench.emoji.captions import distinct_names
 from stepgraph.bench.emoji.emoji_data import EmojiData, Jitter, unseen
@@ -22,22 +22,7 @@ from stepgraph.bench.emoji.icons import Icons, rendered
 from stepgraph.bench.record import write_record
 from stepgraph.files.whole_file import save_tensors
 
-WIDTHS, FEATURES = (32, 64, 128, 128), 128
 NEAR = Jitter(shift=1.5, scale=(0.88, 1.03), mirrored=0.5)
-
-
-def retrieval_network(classes: int) -> ImageClassifier:
-    """The untrained network."""
-    return ImageClassifier(classes, WIDTHS, FEATURES)
-
-
-def load_retrieval(path: Path) -> tuple[ImageClassifier, list[str]]:
-    """The trained network, fp32 on the CPU, and the icons' names in the order of its classes."""
-    with safe_open(path, framework="pt") as file:
-        names = json.loads(file.metadata()["names"])
-        network = retrieval_network(len(names))
-        network.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
-    return network.eval(), names
 
 
 def train_retrieval(icons: Icons, steps: int, device: torch.device, batch: int = 128, rate: float = 3e-3) -> ImageClassifier:

@@ -8,7 +8,7 @@ calibration runs with a seed of their own. `versus_fewer_steps` is the error ove
 equal MACs; below 1 the plan beats them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,7 +50,7 @@ class Workshop:
     @property
     def runs(self) -> dict[str, Any]:
         """The calibration runs of whatever is fitted."""
-        return {"samples": SAMPLES, "seed": SEED, "guidance_scale": self.host.guidance}
+        return self.host.fits(SAMPLES, SEED)
 
     @cached_property
     def stats(self) -> CalibrationStats:
@@ -61,7 +61,7 @@ class Workshop:
         """Everything of some kinds reused but at every `every`-th step."""
         return make_plan(
             "interval", model=self.host.model, scheduler=self.host.scheduler, steps=self.host.steps, every=every,
-            kinds=list(kinds) or None,
+            kinds=list(kinds) or None, example_inputs=self.host.example(2),
         )  # fmt: skip
 
     def factors(self, method: str, rank: int, period: int = 2) -> Factors:
@@ -207,23 +207,29 @@ def _routed(shop: Workshop, plan: CachePlan, rank: int) -> Made:
 
 def measure(host: Host, progress: Progress, part: str, folder: Path) -> list[dict[str, Any]]:
     """All rows of a part."""
-    shop, rows = Workshop(host), [host.fewer_steps(count) for count in fewer_steps(host.steps)]
+    shop = Workshop(host)
     makers: dict[str, Callable[[], Iterator[Row]]] = {
         "increments": lambda: increments(shop, (2, 3), RANKS),
         "forecasts": lambda: forecasts(shop),
         "further": lambda: further(shop, folder, progress),
         "refined": lambda: refined(shop),
     }
-    bar = progress.add_task(part, total=None)
-    for name, setting, make in makers[part]():
+    rows = [host.fewer_steps(count) for count in fewer_steps(host.steps)]
+    rows += corrected_rows(host, makers[part](), progress)
+    against_fewer_steps(rows)
+    return rows
+
+
+def corrected_rows(host: Host, made: Iterable[Row], progress: Progress) -> Iterator[dict[str, Any]]:
+    """One row after the other."""
+    bar = progress.add_task("corrections", total=None)
+    for name, setting, make in made:
         progress.update(bar, description=f"{name} {setting}", advance=1)
         plan, factors = make()
         executable = host.compiled(plan, factors)
         facts = {"name": name, "setting": setting, "target": None, "fewer_macs": executable.macs().ideal_speedup}
         slots = executable.memory().peak_slot_bytes / executable.default.batch
-        rows.append({**facts, "slot_bytes": slots, **host.compare(host.images(executable))})
-    against_fewer_steps(rows)
-    return rows
+        yield {**facts, "slot_bytes": slots, **host.compare(host.images(executable))}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -140,7 +140,10 @@ def tuned(knob: Knob, stats: CalibrationStats, target: float) -> tuple[float, Ca
 def corrected(host: Host, stats: CalibrationStats, plan: CachePlan) -> CachePlan:
     """The plan with InvarDiff's phase 2."""
     arguments = {**plan.header.arguments, "phase2": True}
-    return make_plan("invardiff", stats, model=host.model, scheduler=host.scheduler, **arguments)
+    runs = host.fits(stats.header.samples or 1, 0)
+    return make_plan(
+        "invardiff", stats, model=host.model, scheduler=host.scheduler, conditioning=runs.get("conditioning"), **arguments
+    )
 
 
 def front(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -175,7 +178,7 @@ def measure(host: Host, stats: CalibrationStats, progress: Progress, knobs: dict
     """All rows."""
     counts = fewer_steps(host.steps)
     bar = progress.add_task("", total=len(counts) + 1 + len(TARGETS) * len(knobs))
-    other = Host(host.scheduler_name, host.steps, host.guidance, [1000 + s for s in host.seeds], host.per_seed, host.device)
+    other = replace(host, seeds=[1000 + seed for seed in host.seeds])
     rows = [{"name": "other seed", "fewer_macs": 1.0, **host.compare(other.reference)}]
     progress.advance(bar)
     for count in counts:

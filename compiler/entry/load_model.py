@@ -17,7 +17,7 @@ from stepgraph.assets.glyphs import ASSETS
 from stepgraph.compiler.models import FAMILIES
 from stepgraph.errors import CompileError
 
-SHIPPED = {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/config.json"))}
+SHIPPED = {name: ASSETS / name for name in ("glyph-dit", "flux-emoji")}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -32,7 +32,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     """A model in evaluation mode.
 
     Args:
-        name: `glyph-dit`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights
+        name: `glyph-dit`, `flux-emoji`, a diffusers folder or hub id, or `NAME:random` for a published size with random weights
             (seed 0), drawn where they will lie: other ones than on a CPU.
         device: Where its weights go; "meta" makes a model without any, to plan for.
         dtype: Of its weights.

@@ -14,6 +14,7 @@ import torch
 
 from stepgraph.compiler.interfaces.family import Family, Stack
 from stepgraph.errors import ArgumentError, CompileError
+from stepgraph.inputs import POSITIONS
 from stepgraph.schedule import TimestepInput
 
 # 1024 x 1024 pixels: latents of 128 x 128 in patches of 2 x 2. The configuration does not say.
@@ -98,7 +99,7 @@ FLUX = Family(
     timestep=TimestepInput(("cast", "/1000")),
     random={"flux-dev": {**DEV, "guidance_embeds": True}, "flux-schnell": {**DEV, "guidance_embeds": False}},
     tokens=1,
-    unbatched=frozenset(("img_ids", "txt_ids")),
+    unbatched=POSITIONS,
     completed=completed,
     sigmas=sigmas,
     # The published dynamic shift, exp(1.15), at 4096 image tokens.

@@ -1,10 +1,14 @@
 """What flux-emoji has beside its transformer: pixels as latents, words as text embeddings, and a real FluxPipeline of it all.
 
-Its folder holds `transformer`, `vae`, `text` and `scheduler`, each as its own `save_pretrained` wrote it. The module imports
+Its folder holds `transformer`, `vae`, `text` and `scheduler`, each as its own `save_pretrained` wrote it; beside it lies the
+retrieval network, which says which icon a picture shows. They were trained by `python -m
+stepgraph.bench.emoji.train_flux_emoji` and `python -m stepgraph.bench.emoji.train_retrieval`. The module imports
 diffusers when it is imported, because classes of models have to inherit from it; whoever needs it imports it in a function.
 """
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +19,17 @@ from diffusers import ConfigMixin, FluxPipeline, FluxTransformer2DModel, ModelMi
 from diffusers.configuration_utils import register_to_config  # noqa: TID253
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput  # noqa: TID253
 from diffusers.models.autoencoders.vae import DecoderOutput  # noqa: TID253
+from safetensors import safe_open
 from torch import nn
 
+from stepgraph.assets.glyphs import ASSETS
+from stepgraph.assets.image_classifier import ImageClassifier
 from stepgraph.errors import ArgumentError
 
 PARTS = ("transformer", "vae", "text", "scheduler")
+# Either way, of a token.
+PIXELS = 4
+WIDTHS, FEATURES = (32, 64, 128, 128), 128
 
 
 class PixelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -119,8 +129,36 @@ def assemble(transformer: nn.Module, scheduler: Any, vae: PixelVAE | None = None
     return pipe
 
 
+def positions(size: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Positions of the tokens of square pictures, [(size / 4)^2, 3]: 0, row, column."""
+    axis = torch.arange(size // PIXELS, dtype=dtype, device=device)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+
+
+def unpacked(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, N, 48] of square pictures, as FluxPipeline packs their latents, as pixels [B, 3, 4 N^.5, 4 N^.5]."""
+    side = math.isqrt(tokens.shape[1])
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return nn.functional.pixel_shuffle(nn.functional.pixel_shuffle(grid, 2), 2)
+
+
+def retrieval_network(classes: int) -> ImageClassifier:
+    """The untrained retrieval network."""
+    return ImageClassifier(classes, WIDTHS, FEATURES)
+
+
+def load_retrieval(path: Path = ASSETS / "emoji-retrieval.safetensors") -> tuple[ImageClassifier, list[str]]:
+    """The trained retrieval network, fp32 on the CPU, and the icons' names in the order of its classes."""
+    with safe_open(path, framework="pt") as file:
+        names = json.loads(file.metadata()["names"])
+        network = retrieval_network(len(names))
+        network.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+    return network.eval(), names
+
+
 def load_flux_emoji(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path = ASSETS / "flux-emoji", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[FluxPipeline, WordEncoder]:
     """The pipeline and the text encoder of a trained model's folder.
 

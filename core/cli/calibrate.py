@@ -23,6 +23,7 @@ from stepgraph.cli.options import (
     reports_errors,
     show,
 )
+from stepgraph.cli.shipped import conditions
 from stepgraph.compiler.calibration.calibrate import calibrate, unfinished_files
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.files.whole_file import writable_folder
@@ -61,6 +62,7 @@ def calibrate_command(
                 loaded, chosen, steps=steps, samples=samples, seed=seed, guidance_scale=guidance, channels=channels, eta=eta,
                 allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=lambda d, t: report("calibrating", d, t),
                 schedule=parse_arguments(schedule),
+                conditioning=conditions(model, samples, guidance > 1, parse_device(own_device), parse_dtype(dtype)),
             )  # fmt: skip
         if not first:
             return

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, contact_sheet, load_classifier
-from stepgraph.assets.image_classifier import top_accuracy
+from stepgraph.assets.glyphs import contact_sheet
 from stepgraph.cli.options import (
     Backend,
     Device,
@@ -25,17 +24,17 @@ from stepgraph.cli.options import (
     Json,
     Out,
     Seed,
-    Steps,
     parse_device,
     parse_dtype,
     progress_bar,
     reports_errors,
 )
-from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.cli.shipped import SHIPPED
 from stepgraph.compiler.entry.make_plan import plan_traced
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.pipeline import compile_plan
 from stepgraph.config import CompileConfig
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import save_figure, writable_folder
 from stepgraph.metrics import psnr, relative_l2
 from stepgraph.runtime.executable import Executable
@@ -59,7 +58,8 @@ class DemoRow:
         speedup: Median over the rounds of the eager model's time over this one's in the same round.
         relative_l2: Of the final images.
         psnr: In dB; None where the images are equal.
-        accuracy: Share of the images that the classifier reads as the class that was asked for.
+        accuracy: Share of the images that the shipped classifier reads as what was asked for: for flux-emoji among its five
+            best guesses.
         peak_slot_mb: Stored values for the whole batch.
     """
 
@@ -77,9 +77,11 @@ class DemoRow:
 class Demo:
     """What the demo measured, and the pictures it wrote."""
 
+    model: str
     device: str
     dtype: str
     backend: str
+    scheduler: str
     steps: int
     images: int
     guidance_scale: float
@@ -97,10 +99,11 @@ class Demo:
 def run_demo(
     out: Path,
     *,
+    model_name: str = "glyph-dit",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "eager",
-    steps: int = 50,
+    steps: int | None = None,
     images: int = 32,
     guidance_scale: float = 2.0,
     rounds: int = 3,
@@ -111,11 +114,12 @@ def run_demo(
 
     Args:
         out: Folder for the pictures; made if it does not exist.
+        model_name: Which of the shipped models.
         device: Where to run.
         dtype: Of model and noise.
         backend: "eager" or "inductor".
-        steps: DDIM steps.
-        images: How many, the classes in turn.
+        steps: Of its scheduler; as many as are usual unless given.
+        images: How many, the classes or captions in turn.
         guidance_scale: Of classifier-free guidance, both halves in one batch.
         rounds: Timed rounds; in each, every runner samples all images once.
         seed: Of the noise.
@@ -123,12 +127,16 @@ def run_demo(
 
     Raises:
         OSError: `out` cannot be written; found before anything is sampled.
+        ArgumentError: No such model is shipped.
     """
     writable_folder(out)
-    model, scheduler, classifier = load_model("glyph-dit", device, dtype), load_scheduler("glyph-dit"), load_classifier()
+    if model_name not in SHIPPED:
+        raise ArgumentError(f"no shipped model {model_name!r}; the demo has {', '.join(SHIPPED)}")
+    shipped = SHIPPED[model_name](images, device, dtype, seed)
+    model, scheduler, noise, steps = shipped.model, shipped.scheduler, shipped.noise, steps or shipped.steps
     # One graph serves all plans and all executables.
     traced = TracedModel(model)
-    inputs = traced.example_inputs(2 * images)
+    inputs = traced.example_inputs(2 * images, shipped.inputs)
     plans = {
         name: plan_traced(policy, None, traced, scheduler, arguments, steps=steps, example_inputs=inputs)
         for name, (policy, arguments) in PLANS.items()
@@ -136,9 +144,7 @@ def run_demo(
     runners: dict[str, Executable | nn.Module] = {"eager diffusers": model}
     for name, plan in plans.items():
         runners[name] = compile_plan(model, plan, inputs, CompileConfig(backend), traced=traced)
-    noise = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    labels = torch.arange(images, device=device) % len(CLASSES)
-    conditioning: dict[str, Any] = {"class_labels": labels, "negative_class_labels": torch.full_like(labels, NULL_CLASS)}
+    conditioning: dict[str, Any] = {**shipped.conditioning}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     latents: dict[str, torch.Tensor] = {}
     done, total = 0, (rounds * steps + 2) * len(runners)
@@ -173,20 +179,25 @@ def run_demo(
                 speedup=statistics.median(e / s for e, s in zip(seconds["eager diffusers"], seconds[name], strict=True)),
                 relative_l2=relative_l2(latents[name], reference),
                 psnr=decibel if decibel != float("inf") else None,
-                accuracy=top_accuracy(classifier, latents[name], labels),
+                accuracy=shipped.accuracy(latents[name]),
                 peak_slot_mb=executable.memory().peak_slot_bytes / 1e6 if executable else 0.0,
             )
         )
-    pictures = [_draw_sheets(out, latents), _draw_difference(out, latents)]
+    # Glyphs keep the names that they always had.
+    stem = "demo" if model_name == "glyph-dit" else f"demo-{model_name}"
+    images_of = {name: shipped.pictures(of_runner) for name, of_runner in latents.items()}
+    pictures = [_draw_sheets(out, stem, images_of), _draw_difference(out, stem, images_of)]
     for name, plan in plans.items():
         if name != "full":
-            path = out / f"demo-plan-{name.split()[0].lower()}.png"
+            path = out / f"{stem}-plan-{name.split()[0].lower()}.png"
             plan.plot(path)
             pictures.append(path)
     return Demo(
+        model=model_name,
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         backend=backend,
+        scheduler=type(scheduler).__name__.removesuffix("Scheduler"),
         steps=steps,
         images=images,
         guidance_scale=guidance_scale,
@@ -216,13 +227,13 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _draw_sheets(out: Path, results: Mapping[str, torch.Tensor]) -> Path:
+def _draw_sheets(out: Path, stem: str, results: Mapping[str, torch.Tensor]) -> Path:
     """The eager model's images and each cached plan's beside them."""
     chosen = {name: images for name, images in results.items() if name != "full"}
-    return _draw_panels(out / "demo-images.png", {name: contact_sheet(images) for name, images in chosen.items()})
+    return _draw_panels(out / f"{stem}-images.png", {name: contact_sheet(images) for name, images in chosen.items()})
 
 
-def _draw_difference(out: Path, results: Mapping[str, torch.Tensor], gain: float = 4.0) -> Path:
+def _draw_difference(out: Path, stem: str, results: Mapping[str, torch.Tensor], gain: float = 4.0) -> Path:
     """Each plan's difference from the eager model's images, amplified."""
     reference = results["eager diffusers"]
     panels = {
@@ -230,7 +241,7 @@ def _draw_difference(out: Path, results: Mapping[str, torch.Tensor], gain: float
         for name, images in results.items()
         if name not in ("eager diffusers", "full")
     }
-    return _draw_panels(out / "demo-difference.png", panels)
+    return _draw_panels(out / f"{stem}-difference.png", panels)
 
 
 def _draw_panels(path: Path, panels: Mapping[str, Any]) -> Path:
@@ -247,21 +258,22 @@ def _draw_panels(path: Path, panels: Mapping[str, Any]) -> Path:
 
 @reports_errors
 def demo_command(
+    model: Annotated[str, typer.Option(help=f"{' or '.join(SHIPPED)}")] = "glyph-dit",
     out: Out = Path("out"),
     device: Device = "cpu",
     dtype: Dtype = "float32",
     backend: Backend = "eager",
-    steps: Steps = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="number of inference steps; 50, or 28 for flux-emoji")] = None,
     images: Annotated[int, typer.Option(min=1, help="how many images")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="timed rounds; each runs every plan once")] = 3,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Sample the shipped model fully and with two cache plans; print what each costs and write the pictures."""
+    """Sample a shipped model fully and with two cache plans; print what each costs and write the pictures."""
     with progress_bar("loading", as_json) as report:
         demo = run_demo(
-            out, device=parse_device(device), dtype=parse_dtype(dtype), backend=backend, steps=steps, images=images,
-            rounds=rounds, seed=seed, on_step=report,
+            out, model_name=model, device=parse_device(device), dtype=parse_dtype(dtype), backend=backend, steps=steps,
+            images=images, rounds=rounds, seed=seed, on_step=report,
         )  # fmt: skip
     if as_json:
         print(json.dumps(demo.as_dict()))
@@ -273,7 +285,9 @@ def show_demo(result: Demo) -> None:
     """The demo's table and where its pictures are."""
     # Where there is no terminal to fit into, the table keeps its columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(title=f"glyph-dit, DDIM {result.steps}, {result.images} images, guidance {result.guidance_scale:g}")
+    table = Table(
+        title=f"{result.model}, {result.scheduler} {result.steps}, {result.images} images, guidance {result.guidance_scale:g}"
+    )
     for name in ("", "GMAC/image", "ms/step", "speed-up", "rel-L2", "PSNR dB", "accuracy", "peak slots MB"):
         table.add_column(name, justify="left" if not name else "right")
     for row in result.rows:

@@ -22,7 +22,7 @@ from stepgraph.plan import CachePlan
 from stepgraph.plan.factors import Factors
 
 messages = Console(stderr=True)
-MODEL_HELP = "glyph-dit, a diffusers folder or hub id, or NAME:random (dit-xl-2-256:random)"
+MODEL_HELP = "glyph-dit, flux-emoji, a diffusers folder or hub id, or NAME:random (dit-xl-2-256:random)"
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 PlanFile = Annotated[Path, typer.Argument(help="a plan file")]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import CompileError
-from stepgraph.inputs import refuse_odd_tensors, timestep_key
+from stepgraph.inputs import SOUND, flat_inputs, refuse_odd_tensors, timestep_key
 from stepgraph.runtime.program.program import signature
 
 
@@ -38,10 +38,10 @@ class Call:
 
     @property
     def conditioning(self) -> dict[str, torch.Tensor]:
-        """All other tensors, by name; those inside dicts are not looked at."""
-        timestep = timestep_key(self.inputs)
-        rest = (item for item in self.inputs.items() if item[0] not in (timestep, self.latents))
-        return {name: value for name, value in rest if isinstance(value, torch.Tensor)}
+        """All other tensors, by name; those inside dicts, lists and tuples under their flat names (`flat_inputs`)."""
+        of_step = (timestep_key(self.inputs), self.latents, SOUND)
+        rest = flat_inputs({name: value for name, value in self.inputs.items() if name not in of_step})
+        return {name: value for name, value in rest.items() if isinstance(value, torch.Tensor)}
 
     def refuse_without_values(self) -> None:
         """Refuse tensors that hold no values, or do not hold them as graphs take them.
