@@ -62,6 +62,7 @@ class Workshop:
         return make_plan(
             "interval", model=self.host.model, scheduler=self.host.scheduler, steps=self.host.steps, every=every,
             kinds=list(kinds) or None, example_inputs=self.host.example(2),
+            schedule=self.host.schedule(self.host.steps),
         )  # fmt: skip
 
     def factors(self, method: str, rank: int, period: int = 2) -> Factors:

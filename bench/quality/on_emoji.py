@@ -30,6 +30,7 @@ from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.marking.describe import example_inputs
+from stepgraph.compiler.models.flux import sigmas
 
 SIZE = 32
 SEED, SAMPLES = NOISE_SEEDS[CALIBRATION][0], 16
@@ -63,6 +64,10 @@ class EmojiHost(Host):
         chosen = self._captions(MEASURING, self.count)
         labels = torch.tensor([self.icons.index(name) for name, _ in chosen])
         return labels, self._encoded(chosen, guided=True)
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """The sigmas that FluxPipeline sets."""
+        return {"sigmas": list(sigmas(steps))}
 
     def fixed(self) -> dict[str, Any]:
         """Positions of the image's and the text's tokens."""
@@ -141,7 +146,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(POLICIES), help="names of policies of the quality benchmark")
     arguments = parser.parse_args()
     host = EmojiHost.of(arguments, seeds=NOISE_SEEDS[MEASURING][:2])
-    stats = calibrate(host.model, host.scheduler, steps=host.steps, channels=False, **host.unguided(SAMPLES, SEED))
+    stats = calibrate(
+        host.model, host.scheduler, schedule=host.schedule(host.steps), channels=False, **host.unguided(SAMPLES, SEED)
+    )
     with Progress() as progress:
         rows = measure(host, stats, progress, {name: KNOBS[name] for name in arguments.only})
         rows += second_order(host)

@@ -108,6 +108,10 @@ class Host:
         classes = labels.to(self.device)
         return labels, {"class_labels": classes, "negative_class_labels": torch.full_like(classes, NULL_CLASS)}
 
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """What the scheduler is set with, beside the number of steps."""
+        return {}
+
     def fixed(self) -> dict[str, Any]:
         """Conditioning that has no batch dimension."""
         return {}
@@ -145,8 +149,11 @@ class Host:
         for group in torch.arange(self.count).split(self.per_seed):
             for rows in group.split(BATCH):
                 chosen: Mapping[str, Any] = {name: value[rows.to(self.device)] for name, value in self.conditioning.items()}
-                noise, host = self.noise[rows.to(self.device)], scheduler or self.scheduler
-                final = sample(runner, host, noise, self.guidance, steps=steps or self.steps, **chosen, **self.fixed())
+                own = self.schedule(steps or self.steps) if scheduler is None else {}
+                final = sample(
+                    runner, scheduler or self.scheduler, self.noise[rows.to(self.device)], self.guidance,
+                    steps=steps or self.steps, schedule=own, **chosen, **self.fixed(),
+                )  # fmt: skip
                 parts.append(final.cpu())
                 on_batch()
         return torch.cat(parts)

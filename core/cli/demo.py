@@ -134,11 +134,12 @@ def run_demo(
         raise ArgumentError(f"no shipped model {model_name!r}; the demo has {', '.join(SHIPPED)}")
     shipped = SHIPPED[model_name](images, device, dtype, seed)
     model, scheduler, noise, steps = shipped.model, shipped.scheduler, shipped.noise, steps or shipped.steps
+    schedule = shipped.schedule(steps)
     # One graph serves all plans and all executables.
     traced = TracedModel(model)
     inputs = traced.example_inputs(2 * images, shipped.inputs)
     plans = {
-        name: plan_traced(policy, None, traced, scheduler, arguments, steps=steps, example_inputs=inputs)
+        name: plan_traced(policy, None, traced, scheduler, arguments, steps=steps, example_inputs=inputs, schedule=schedule)
         for name, (policy, arguments) in PLANS.items()
     }
     runners: dict[str, Executable | nn.Module] = {"eager diffusers": model}
@@ -154,7 +155,9 @@ def run_demo(
             if on_step is not None:
                 on_step(name, done + step, total)
 
-        return sample(runners[name], scheduler, noise, guidance_scale, steps=count, on_step=report, **conditioning)
+        return sample(
+            runners[name], scheduler, noise, guidance_scale, steps=count, schedule=schedule, on_step=report, **conditioning
+        )  # fmt: skip
 
     for name in runners:
         _warm_up(runners[name], inputs)

@@ -29,7 +29,7 @@ from stepgraph.cli.options import (
     show_plan,
 )
 from stepgraph.cli.router import plan_train_router
-from stepgraph.cli.shipped import conditions
+from stepgraph.cli.shipped import conditions, pipeline_schedule
 from stepgraph.cli.sweep import plan_sweep
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler, load_to_plan
@@ -87,6 +87,7 @@ def plan_make(
         wish = parse_arguments(schedule)
         if measured is None:
             steps = counted_steps(wish, steps, chosen, 50)[1]
+            wish = wish or pipeline_schedule(model, steps)
         samples, guided = (1, False) if measured is None else (measured.header.samples or 1, measured.guidance_scale > 1)
         cache_plan = make_plan(
             policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,

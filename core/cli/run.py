@@ -134,7 +134,12 @@ def run_command(
 def _full_plan(drawn: Shipped, scheduler: Any) -> CachePlan:
     """Everything computed, in as many steps as are usual."""
     return make_plan(
-        "full", model=drawn.model, scheduler=scheduler, steps=drawn.steps, conditioning=dict(drawn.inputs), guidance="batched"
+        "full",
+        model=drawn.model,
+        scheduler=scheduler,
+        steps=drawn.steps,
+        conditioning=dict(drawn.inputs),
+        schedule=drawn.schedule(drawn.steps),
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, load_classifier
 from stepgraph.assets.image_classifier import ImageClassifier, top_accuracy
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
+from stepgraph.compiler.models.flux import sigmas
 
 # Of flux-emoji's captions.
 BACKGROUNDS = ("mint", "sky", "rose", "lemon", "lilac", "peach", "snow", "slate")
@@ -43,6 +44,10 @@ class Shipped:
     judge: ImageClassifier
     guesses: int
     pictures: Callable[[torch.Tensor], torch.Tensor]
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """What its pipeline sets the scheduler with."""
+        return pipeline_schedule(self.name, steps)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -99,6 +104,11 @@ def prompted(encoder: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         conditioning[f"{prefix}pooled_projections"] = encoded["pooled_prompt_embeds"]
     ids = encoded["text_ids"]
     return conditioning | {"img_ids": positions(SIZE, ids.device, ids.dtype), "txt_ids": ids}
+
+
+def pipeline_schedule(name: str, steps: int) -> dict[str, Any]:
+    """What a shipped model's pipeline sets its scheduler with, for `stepgraph.sample`; nothing for other models."""
+    return {"sigmas": list(sigmas(steps))} if name == "flux-emoji" else {}
 
 
 def conditions(name: str, samples: int, guided: bool, device: str, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -13,9 +13,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "axes_dims_rope": (4, 4, 8),
 }
-RECIPE = Recipe(
-    8, None, SHAPE, width=12, batch=4, still=1, jitter=Jitter(shift=1.0, scale=(0.8, 1.0), mirrored=0.5)
-)  # fmt: skip
+RECIPE = Recipe(8, None, SHAPE, width=12, batch=4, still=1, jitter=Jitter(shift=1.0, scale=(0.8, 1.0), mirrored=0.5))
 BODIES = {
     "pizza": '<rect width="32" height="16" fill="#f00"/>',
     "left-arrow": '<rect width="8" height="32" fill="#00f"/>',

@@ -11,7 +11,7 @@ import torch
 import stepgraph as sg
 from helpers.emoji import RECIPE, drawn_icons
 from helpers.oracle_families import FluxOracle
-from stepgraph.assets.flux_emoji import load_flux_emoji
+from stepgraph.assets.flux_emoji import load_flux_emoji, load_retrieval, positions, unpacked
 from stepgraph.bench.emoji.emoji_data import EmojiData
 from stepgraph.bench.emoji.evaluate_emoji import pictures_of
 from stepgraph.bench.emoji.train_flux_emoji import (
@@ -22,11 +22,10 @@ from stepgraph.bench.emoji.train_flux_emoji import (
     cooled,
     noise_levels,
     packed,
-    positions,
     rate_factor,
     train,
 )
-from stepgraph.bench.emoji.train_retrieval import load_retrieval, save_retrieval, train_retrieval
+from stepgraph.bench.emoji.train_retrieval import save_retrieval, train_retrieval
 from stepgraph.bench.training import Training
 from stepgraph.errors import ArgumentError, MismatchError
 
@@ -108,6 +107,11 @@ def test_averages_begin_near_the_weights_and_then_keep_most_of_themselves(tmp_pa
         expected = keep * expected + (1 - keep) * linear.weight.detach()
     training.use_average()
     assert torch.allclose(linear.weight, expected, atol=1e-6)
+
+
+def test_pixels_come_back_from_tokens():
+    pictures = torch.randn(2, 3, 8, 8)
+    assert torch.equal(unpacked(packed(pictures)), pictures)
 
 
 def test_tokens_and_positions_are_those_of_flux_s_pipeline():
