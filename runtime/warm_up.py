@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepgraph.env import get_logger
 from stepgraph.errors import ArgumentError
+from stepgraph.inputs import timestep_key
 from stepgraph.runtime.program.program import zero_inputs
 from stepgraph.runtime.sampling.captured_run import CapturedRun
 from stepgraph.runtime.sampling.sample import sample
@@ -73,14 +74,16 @@ def _captured(executable: Compiled) -> str:
 def _run_steps(executable: Compiled, inputs: Mapping[str, Any], device: torch.device) -> None:
     """One run of the plan, call by call, as pipelines and sessions make them."""
     example = {**zero_inputs(executable.example or {}, device), **inputs}
-    name = latents_name(executable.model)
-    if name not in example or "timestep" not in example:
-        raise ArgumentError(f"the executable has no example of {name} and timestep; pass the model's inputs")
+    name, of_step = latents_name(executable.model), timestep_key(example) or "timestep"
+    if not isinstance(example.get(name), torch.Tensor) or not isinstance(example.get(of_step), torch.Tensor):
+        raise ArgumentError(
+            f"the executable has no example of {name} and {of_step} that are tensors; pass the model's inputs"
+        )
     session = executable.session()
     convert = executable.plan.header.timestep or timestep_of(executable.model)
-    every = convert(torch.tensor(session.timesteps, device=device), example[name].dtype).to(example["timestep"].dtype)
+    every = convert(torch.tensor(session.timesteps, device=device), example[name].dtype).to(example[of_step].dtype)
     while not session.finished:
-        session(**{**example, "timestep": every[session.step].expand(example["timestep"].shape)})
+        session(**{**example, of_step: every[session.step].expand(example[of_step].shape)})
 
 
 def _run_whole(
@@ -93,7 +96,7 @@ def _run_whole(
     scale = 1.0 if guidance_scale is None else guidance_scale
     example = zero_inputs(executable.example or {}, device)
     latents = example.pop(latents_name(executable.model), None)
-    example.pop("timestep", None)
+    example.pop(timestep_key(example) or "", None)
     noise = inputs.get("noise", latents)
     if noise is None:
         raise ArgumentError("the executable has no example of latents; pass noise")

@@ -125,8 +125,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     with TRACE_LOCK, pause_garbage_collector(), torch.inference_mode(False), torch.no_grad():
         before = SavedState(model)
         try:
-            recorded, error = _record_or_refuse(model, inputs)
+            recorded, error = _record_or_refuse(model, inputs, before)
         except KeptStateError:
+            if not _have_values(model, inputs):
+                raise
             recorded, error = _record_warm(model, inputs, before)
     if error is not None:
         # Outside of the handler, so that it does not name the refusal as what it came from.
@@ -135,13 +137,19 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     return replace(recorded, seconds=time.perf_counter() - started)
 
 
-def _record_or_refuse(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace | None, Exception | None]:
-    """The trace, or the error of the model's own code; the model is as it was after a refusal.
+def _have_values(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the forward could be called as it is."""
+    examples = [value for value in flat_inputs(inputs).values() if isinstance(value, torch.Tensor)]
+    return all(has_data(tensor) for tensor in (*model.parameters(), *model.buffers(), *examples))
+
+
+def _record_or_refuse(model: nn.Module, inputs: Mapping[str, Any], before: SavedState) -> tuple[Trace | None, Exception | None]:
+    """The trace, or the error of the model's own code; the model is as it was `before` after a refusal.
 
     Raises:
         TraceError: A refusal.
     """
-    before, references = SavedState(model), list[weakref.ref[TracedTensor]]()
+    references = list[weakref.ref[TracedTensor]]()
 
     def leave_no_trace() -> None:
         before.restore()
@@ -167,18 +175,14 @@ def _record_warm(model: nn.Module, inputs: Mapping[str, Any], before: SavedState
     """`_record_or_refuse` behind a call of the forward as it is, in which it makes the tables that its first call makes.
 
     Raises:
-        KeptStateError: There is nothing to call it with, or it keeps something of every call.
+        KeptStateError: It keeps something of every call.
     """
-    examples = [value for value in flat_inputs(inputs).values() if isinstance(value, torch.Tensor)]
-    real = all(has_data(tensor) for tensor in (*model.parameters(), *model.buffers(), *examples))
-    if real:
-        get_logger("trace").info("%s keeps what its first call makes: it is called once", type(model).__name__)
-        forward = own_forward(model) or model.forward
+    get_logger("trace").info("%s keeps what its first call makes: it is called once", type(model).__name__)
+    forward = own_forward(model) or model.forward
     try:
-        if real:
-            with torch.random.fork_rng():
-                forward(**inputs)
-        recorded, error = _record_or_refuse(model, inputs)
+        with torch.random.fork_rng():
+            forward(**inputs)
+        recorded, error = _record_or_refuse(model, inputs, SavedState(model))
     except BaseException:
         before.restore(called=True)
         raise
