@@ -43,6 +43,7 @@ class EmojiHost(Host):
 
     name: ClassVar[str] = "flux-emoji"
     shape: ClassVar[tuple[int, ...]] = (64, 48)
+    guesses: ClassVar[int] = 5
 
     def loaded(self) -> nn.Module:
         """The transformer; the rest of the pipeline is kept beside it."""

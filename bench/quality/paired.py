@@ -62,6 +62,9 @@ class Host:
         seeds: One group of `BATCH` images, or of several batches, starts from each.
         per_seed: Images per seed.
         device: Where it runs.
+        name: Of the model.
+        shape: Of a sample's latents.
+        guesses: Among how many of the classifier's best ones the right one counts.
         noise: Of every image, [count, ...].
         labels: What the classifier should see in every image, [count].
         conditioning: Of every image, for `stepgraph.sample`.
@@ -75,6 +78,7 @@ class Host:
     device: str = "cpu"
     name: ClassVar[str] = "glyph-dit"
     shape: ClassVar[tuple[int, ...]] = (3, 24, 24)
+    guesses: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.model, self.scheduler, self.classifier = self.loaded(), self.sampler(), self.judge()
@@ -195,7 +199,7 @@ class Host:
             "psnr": ratio if math.isfinite(ratio) else None,
             "feature_distance": float((features_of(self.classifier, pictures) - self.features).norm(dim=1).mean()),
             "perceptual_distance": perceptual_distance(self.classifier, pictures, self.pictures(self.reference)),
-            "accuracy": top_accuracy(self.classifier, pictures, self.labels),
+            "accuracy": top_accuracy(self.classifier, pictures, self.labels, self.guesses),
         }
 
     def fewer_steps(self, count: int) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.distance import SAME_RUN, error
+from stepgraph.assets.flux_emoji import load_flux_emoji
+from stepgraph.bench.emoji.captions import CALIBRATION, MEASURING, caption, captions_of
+from stepgraph.bench.quality import corrections, on_emoji
+from stepgraph.bench.quality.on_emoji import EmojiHost
+
+
+@pytest.fixture(scope="module")
+def host() -> EmojiHost:
+    return EmojiHost("flow-euler", 4, 2.0, seeds=(0, 1), per_seed=2)
+
+
+def test_the_host_samples_as_the_pipeline_does(host):
+    pipe, encoder = load_flux_emoji()
+    prompts = [caption(*pair) for pair in captions_of(MEASURING, host.icons)[:4]]
+    noise = torch.cat([torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    images = pipe(
+        **encoder.arguments(prompts, 2.0), height=32, width=32, num_inference_steps=4, latents=noise, output_type="pt"
+    ).images
+    assert error((host.pictures(host.reference) / 2 + 0.5).clamp(0, 1), images) < SAME_RUN
+
+
+def test_what_is_fitted_has_captions_of_the_other_half(host):
+    _, encoder = load_flux_emoji()
+    wanted = encoder.encode([caption(*pair) for pair in captions_of(CALIBRATION, host.icons)[:3]])
+    assert torch.equal(host.fits(3, 0)["conditioning"]["encoder_hidden_states"], wanted["prompt_embeds"])
+    assert not [name for name in host.unguided(3, 0)["conditioning"] if name.startswith("negative_")]
+
+
+@pytest.mark.slow
+def test_the_bench_runs_and_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = ["on_emoji", "--steps", "4", "--samples", "2", "--only", "FORA (interval)", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(on_emoji, "SAMPLES", 1)
+    monkeypatch.setattr(corrections, "SAMPLES", 1)
+    on_emoji.main()
+    rows = json.loads((tmp_path / "quality-flux-emoji-4.json").read_text())["results"]["rows"]
+    names = {row["name"] for row in rows}
+    assert names > {"fewer steps", "fewer steps, 2nd order", "FORA (interval)", "Taylor 1", "whole step", "LOWRANK cov"}
+    for row in rows:
+        assert row["relative_l2"] <= row["p95"] * 1.01 <= row["largest"] * 1.02
+    assert (tmp_path / "quality-flux-emoji-4.png").read_bytes()[:4] == b"\x89PNG"
