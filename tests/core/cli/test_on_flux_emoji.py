@@ -49,6 +49,7 @@ def test_run_draws_what_the_pipeline_draws(eager: torch.Tensor, tmp_path: Path):
     assert Image.open(tmp_path / "samples.png").size == (2 * 32 * 3, 32 * 3)
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_and_run(eager: torch.Tensor, tmp_path: Path):
     path = tmp_path / "plan.json"
     invoke("plan", "make", "--policy", "interval", "--model", "flux-emoji", "--steps", 28, "-a", "every=2", "-o", path)
