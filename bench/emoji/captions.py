@@ -4,13 +4,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from stepgraph.assets.emoji_captions import BACKGROUNDS
 from stepgraph.errors import FileFormatError
 
-# RGB in 0..1.
-BACKGROUNDS = {
-    "mint": (0.74, 0.95, 0.83), "sky": (0.72, 0.88, 0.98), "rose": (0.98, 0.78, 0.84), "lemon": (0.99, 0.96, 0.70),
-    "lilac": (0.86, 0.80, 0.97), "peach": (0.99, 0.85, 0.72), "snow": (0.97, 0.97, 0.97), "slate": (0.45, 0.50, 0.58),
-}  # fmt: skip
 # No model sees these: the retrieval network is tested on them.
 UNSEEN = ((0.80, 0.70, 0.58), (0.64, 0.90, 0.92), (0.95, 0.70, 0.95), (0.62, 0.72, 0.50), (0.83, 0.86, 0.90))
 TONES = ("medium-light", "medium-dark", "light", "medium", "dark")
@@ -34,11 +30,6 @@ def is_base(name: str, names: Collection[str]) -> bool:
     """Whether an icon's name is not that of another one in a skin tone: "police-car-light" is no car."""
     tone = next((tone for tone in TONES if name.endswith(f"-{tone}")), None)
     return tone is None or f"{name.removesuffix(tone)}medium-dark" not in names
-
-
-def caption(name: str, background: str) -> str:
-    """The words of an icon's name, and its background: "pizza on mint"."""
-    return f"{name.replace('-', ' ')} on {background}"
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from stepgraph.bench.emoji.captions import BACKGROUNDS, FOLDER, write_split
+from stepgraph.assets.emoji_captions import BACKGROUNDS
+from stepgraph.bench.emoji.captions import FOLDER, write_split
 from stepgraph.bench.emoji.icons import Icons, rendered
 
 

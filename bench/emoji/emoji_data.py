@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
+from stepgraph.assets.emoji_captions import BACKGROUNDS, caption
 from stepgraph.assets.flux_emoji import WordEncoder
-from stepgraph.bench.emoji.captions import BACKGROUNDS, UNSEEN, caption, may_mirror
+from stepgraph.bench.emoji.captions import UNSEEN, may_mirror
 from stepgraph.bench.emoji.icons import Icons
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from stepgraph.assets.emoji_captions import BACKGROUNDS, caption
 from stepgraph.assets.flux_emoji import WordEncoder, load_flux_emoji, load_retrieval
 from stepgraph.assets.glyphs import contact_sheet
 from stepgraph.assets.image_classifier import features_of, top_accuracy
-from stepgraph.bench.emoji.captions import BACKGROUNDS, MEASURING, NOISE_SEEDS, caption, captions_of
+from stepgraph.bench.emoji.captions import MEASURING, NOISE_SEEDS, captions_of
 from stepgraph.bench.emoji.emoji_data import EmojiData
 from stepgraph.bench.emoji.icons import rendered
 from stepgraph.bench.record import write_record

@@ -1,6 +1,6 @@
 """Train flux-emoji, a small text-conditioned FLUX, by flow matching.
 
-    python -m stepgraph.bench.emoji.train_flux_emoji                       # about an hour and a half on two CPU cores
+    python -m stepgraph.bench.emoji.train_flux_emoji --compile             # about an hour and a half on two CPU cores
     python -m stepgraph.bench.emoji.train_flux_emoji --icons 256           # fewer icons
     python -m stepgraph.bench.emoji.train_flux_emoji flux-emoji-l --device cuda --bf16 --limit 280
 
@@ -29,7 +29,7 @@ from stepgraph.bench.emoji.icons import NOTICE, Icons, rendered
 from stepgraph.bench.record import write_record
 from stepgraph.bench.training import Training, plot_losses
 
-# RGB pixels of a token.
+# Values of a token: RGB pixels.
 CHANNELS = 3 * PIXELS**2
 
 PLACED = Jitter(shift=1.0, scale=(0.92, 1.0), mirrored=0.5)
@@ -147,8 +147,8 @@ class FlowLoss:
         noise = torch.randn_like(clean)
         tokens = self.tokens[batch.icons, batch.backgrounds].masked_fill(dropped.to(device)[:, None], 0)
         share = level[:, None, None]
-        kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), sdpa_kernel(kinds):
+        attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), attention:
             embeddings, pooled = self.encoder(tokens)
             velocity = self.transformer(
                 hidden_states=(1 - share) * clean + share * noise, encoder_hidden_states=embeddings, pooled_projections=pooled,
@@ -228,9 +228,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="rendered icons; by default out/emoji/icons-SIZE.npz")
     parser.add_argument("--out", type=Path, default=Path("out/emoji"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16: faster on GPUs, less than half as fast on most CPUs"
-    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, which is slower on CPUs")
     parser.add_argument("--compile", action="store_true", help="compile the transformer with inductor")
     parser.add_argument("--limit", type=float, default=math.inf, help="stop after this many seconds, leaving a checkpoint")
     arguments = parser.parse_args()

@@ -126,31 +126,31 @@ def increments(shop: Workshop, periods: tuple[int, ...], ranks: tuple[int, ...])
         yield "none", f"p{period}", partial(_plain, shop.interval, period)
         for method in ("svd", "ca", "cd", "cov"):
             for rank in ranks:
-                yield method, f"p{period} r{rank}", partial(_lowrank, shop, period, method, rank)
+                yield method, f"p{period} r{rank}", partial(with_lowrank, shop, period, method, rank)
 
 
 def forecasts(shop: Workshop) -> Iterator[Row]:
     """Forecasts per module, around which increments are taken, and of whole steps."""
     for period in (2, 3, 5):
         for order in (1, 2):
-            yield f"Taylor {order}", f"p{period}", partial(_forecast, shop, period, "taylor", order)
-        yield "whole step", f"p{period}", partial(_whole_step, shop, period)
-        yield "Taylor 1, output", f"p{period}", partial(_forecast, shop, period, "taylor", 1, "output")
+            yield f"Taylor {order}", f"p{period}", partial(with_forecast, shop, period, "taylor", order)
+        yield "whole step", f"p{period}", partial(with_whole_step, shop, period)
+        yield "Taylor 1, output", f"p{period}", partial(with_forecast, shop, period, "taylor", 1, "output")
     for period in (2, 3):
         for rank in (8, 16, 32):
-            yield "Taylor 1 + cov", f"p{period} r{rank}", partial(_lowrank, shop, period, "cov", rank, "taylor")
+            yield "Taylor 1 + cov", f"p{period} r{rank}", partial(with_lowrank, shop, period, "cov", rank, "taylor")
         yield "fitted, modules", f"p{period}", partial(_fitted, shop, period)
-        yield "Adams-Bashforth 1", f"p{period}", partial(_forecast, shop, period, "adams_bashforth", 1)
+        yield "Adams-Bashforth 1", f"p{period}", partial(with_forecast, shop, period, "adams_bashforth", 1)
 
 
 def further(shop: Workshop, folder: Path, progress: Progress) -> Iterator[Row]:
     """Compositions: whole modules, the stack's residual, module plans under the whole-step rule, a learned plan."""
     for rank in (16, 32):
-        yield "whole modules", f"p2 r{rank}", partial(_lowrank, shop, 2, "whole", rank)
+        yield "whole modules", f"p2 r{rank}", partial(with_lowrank, shop, 2, "whole", rank)
     for period in (2, 3):
         yield "residual", f"p{period}", partial(_plain, shop.interval, period, "stack_residual")
         yield "residual, affine", f"p{period}", partial(_affine, shop, period)
-        yield "residual, Taylor 1", f"p{period}", partial(_forecast, shop, period, "taylor", 1, "stack_residual")
+        yield "residual, Taylor 1", f"p{period}", partial(with_forecast, shop, period, "taylor", 1, "stack_residual")
     for corrected, name in (("R", "modules reused"), ("F", "modules Taylor 1"), ("L", "cov")):
         yield f"whole step + {name}", f"p2x2{' r16' * (corrected == 'L')}", partial(_both, shop, corrected)
     routed = shop.routed(folder, progress)
@@ -164,7 +164,7 @@ def refined(shop: Workshop) -> Iterator[Row]:
     """Factors fitted on full runs, and once more on the runs of the plan that they correct."""
     for method, name in (("whole", "whole modules"), ("cov", "cov")):
         for rank in (16, 32):
-            yield name, f"p2 r{rank}", partial(_lowrank, shop, 2, method, rank)
+            yield name, f"p2 r{rank}", partial(with_lowrank, shop, 2, method, rank)
             yield f"{name}, own runs", f"p2 r{rank}", partial(_refined, shop, 2, method, rank)
 
 
@@ -172,7 +172,8 @@ def _plain(make: Callable[..., CachePlan], *arguments: Any) -> Made:
     return make(*arguments), None
 
 
-def _lowrank(shop: Workshop, period: int, method: str, rank: int, around: str | None = None) -> Made:
+def with_lowrank(shop: Workshop, period: int, method: str, rank: int, around: str | None = None) -> Made:
+    """A period's plan with low-rank increments, and their factors."""
     return lowrank(shop.interval(period), around=around), shop.factors(method, rank, period)
 
 
@@ -180,11 +181,13 @@ def _refined(shop: Workshop, period: int, method: str, rank: int) -> Made:
     return lowrank(shop.interval(period)), shop.refined(method, rank, period)
 
 
-def _forecast(shop: Workshop, period: int, rule: str, order: int, *kinds: str) -> Made:
+def with_forecast(shop: Workshop, period: int, rule: str, order: int, *kinds: str) -> Made:
+    """A period's plan with forecasts."""
     return forecast(shop.interval(period, *kinds), rule, order), None
 
 
-def _whole_step(shop: Workshop, period: int) -> Made:
+def with_whole_step(shop: Workshop, period: int) -> Made:
+    """A period's plan with its skipped steps fitted."""
     return shop.whole_step(shop.interval(period, "output")), None
 
 

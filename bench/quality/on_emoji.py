@@ -8,105 +8,98 @@ of whatever is calibrated or fitted are of the calibration half, those of what i
 share of the pictures whose icon is among the five best guesses of the retrieval network.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from rich.progress import Progress
-from torch import nn
 
-from stepgraph.assets.flux_emoji import load_flux_emoji, load_retrieval, positions, unpacked
+from stepgraph.assets.emoji_captions import caption
+from stepgraph.assets.flux_emoji import WordEncoder, load_retrieval, load_words, unpacked
 from stepgraph.assets.image_classifier import ImageClassifier
-from stepgraph.bench.emoji.captions import CALIBRATION, MEASURING, NOISE_SEEDS, caption, captions_of
-from stepgraph.bench.quality.corrections import Row, Workshop, corrected_rows
+from stepgraph.bench.emoji.captions import CALIBRATION, MEASURING, NOISE_SEEDS, captions_of
+from stepgraph.bench.quality.corrections import Row, Workshop, corrected_rows, with_forecast, with_lowrank, with_whole_step
 from stepgraph.bench.quality.paired import Host, host_options
 from stepgraph.bench.quality.quality import KNOBS, against_fewer_steps, front, measure
 from stepgraph.bench.quality.quality_plot import plot_quality
 from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
-from stepgraph.compiler.forecast.correct_plan import forecast, lowrank
 from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.models.flux import sigmas
+from stepgraph.inputs import POSITIONS
 
 SIZE = 32
 SEED, SAMPLES = NOISE_SEEDS[CALIBRATION][0], 16
 POLICIES = ("FORA (interval)", "interval, output", "MagCache", "SmoothCache", "InvarDiff", "InvarDiff, no phase 2")
+METHODS = ("svd", "ca", "cd", "cov")
 
 
 @dataclass
 class EmojiHost(Host):
-    """flux-emoji under Euler's method, its captions in turn."""
+    """flux-emoji, its captions in turn."""
 
     name: ClassVar[str] = "flux-emoji"
     shape: ClassVar[tuple[int, ...]] = (64, 48)
     guesses: ClassVar[int] = 5
 
-    def loaded(self) -> nn.Module:
-        """The transformer; the rest of the pipeline is kept beside it."""
-        self.pipe, self.encoder = load_flux_emoji(device=self.device)
-        transformer: nn.Module = self.pipe.transformer
-        return transformer
+    @cached_property
+    def encoder(self) -> WordEncoder:
+        """The text encoder."""
+        return load_words(device=self.device)
 
-    def sampler(self) -> Any:
-        """The pipeline's own."""
-        return self.pipe.scheduler
+    @cached_property
+    def icons(self) -> list[str]:
+        """Names of all icons, in the order of the retrieval network's classes."""
+        return load_retrieval()[1]
 
     def judge(self) -> ImageClassifier:
         """The retrieval network."""
-        network, self.icons = load_retrieval()
-        return network
+        return load_retrieval()[0]
 
     def wanted(self) -> tuple[torch.Tensor, dict[str, Any]]:
         """Captions of the measuring half."""
-        chosen = self._captions(MEASURING, self.count)
+        chosen = self._chosen(MEASURING, self.count)
+        conditioning = self._conditioning(chosen, guided=True)
         labels = torch.tensor([self.icons.index(name) for name, _ in chosen])
-        return labels, self._encoded(chosen, guided=True)
+        return labels, {name: value for name, value in conditioning.items() if name not in POSITIONS}
+
+    def fixed(self) -> dict[str, Any]:
+        """Positions of the image's and the text's tokens."""
+        return {name: value for name, value in self._conditioning([], guided=False).items() if name in POSITIONS}
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """The sigmas that FluxPipeline sets."""
         return {"sigmas": list(sigmas(steps))}
-
-    def fixed(self) -> dict[str, Any]:
-        """Positions of the image's and the text's tokens."""
-        text_ids = torch.zeros(self.encoder.config.length, 3, device=self.device)
-        return {"img_ids": positions(SIZE, self.device), "txt_ids": text_ids}
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """Tokens [B, 64, 48] as pixels."""
         return unpacked(latents)
 
     def fits(self, samples: int, seed: int) -> dict[str, Any]:
-        """Runs of the calibration half, with guidance."""
-        chosen = self._captions(CALIBRATION, samples)
-        return {**super().fits(samples, seed), "conditioning": {**self._encoded(chosen, guided=True), **self.fixed()}}
+        """Runs of the calibration half."""
+        return {**super().fits(samples, seed), "conditioning": self._calibration(samples, guided=True)}
 
-    def unguided(self, samples: int, seed: int) -> dict[str, Any]:
-        """The same, as policies are calibrated: conditional, without guidance."""
-        chosen = self._captions(CALIBRATION, samples)
-        conditioning = {**self._encoded(chosen, guided=False), **self.fixed()}
-        return {"samples": samples, "seed": seed, "conditioning": conditioning}
+    def watched(self, samples: int, seed: int) -> dict[str, Any]:
+        """Runs of the calibration half."""
+        return {**super().watched(samples, seed), "conditioning": self._calibration(samples, guided=False)}
 
     def example(self, rows: int) -> dict[str, Any]:
         """Inputs of the model of this many rows."""
-        conditioning = {**self._encoded(self._captions(CALIBRATION, rows), guided=False), **self.fixed()}
-        return example_inputs(self.model, rows, conditioning)
+        return example_inputs(self.model, rows, self._calibration(rows, guided=False))
 
-    def _captions(self, half: str, count: int) -> list[tuple[str, str]]:
-        captions = captions_of(half, self.icons)
-        return [captions[place % len(captions)] for place in range(count)]
+    def _calibration(self, count: int, guided: bool) -> dict[str, torch.Tensor]:
+        return self._conditioning(self._chosen(CALIBRATION, count), guided)
 
-    def _encoded(self, captions: Sequence[tuple[str, str]], guided: bool) -> dict[str, torch.Tensor]:
-        prompts = {"": [caption(*pair) for pair in captions]} | ({"negative_": [""] * len(captions)} if guided else {})
-        conditioning = {}
-        for prefix, texts in prompts.items():
-            encoded = self.encoder.encode(texts)
-            conditioning[f"{prefix}encoder_hidden_states"] = encoded["prompt_embeds"]
-            conditioning[f"{prefix}pooled_projections"] = encoded["pooled_prompt_embeds"]
-        return conditioning
+    def _chosen(self, half: str, count: int) -> list[tuple[str, str]]:
+        return list(itertools.islice(itertools.cycle(captions_of(half, self.icons)), count))
+
+    def _conditioning(self, captions: Sequence[tuple[str, str]], guided: bool) -> dict[str, torch.Tensor]:
+        return self.encoder.conditioning([caption(*pair) for pair in captions], SIZE, guided)
 
 
 def second_order(host: EmojiHost) -> Iterator[dict[str, Any]]:
@@ -122,22 +115,10 @@ def second_order(host: EmojiHost) -> Iterator[dict[str, Any]]:
 def corrections(shop: Workshop) -> Iterator[Row]:
     """Forecasts and low-rank increments of periods 2 and 3."""
     for period in (2, 3):
-        yield "Taylor 1", f"p{period}", partial(_forecast, shop, period)
-        yield "whole step", f"p{period}", partial(_whole_step, shop, period)
-        for method in ("svd", "ca", "cd", "cov"):
-            yield f"LOWRANK {method}", f"p{period} r16", partial(_lowrank, shop, period, method)
-
-
-def _forecast(shop: Workshop, period: int) -> Any:
-    return forecast(shop.interval(period), "taylor", 1), None
-
-
-def _whole_step(shop: Workshop, period: int) -> Any:
-    return shop.whole_step(shop.interval(period, "output")), None
-
-
-def _lowrank(shop: Workshop, period: int, method: str) -> Any:
-    return lowrank(shop.interval(period)), shop.factors(method, 16, period)
+        yield "Taylor 1", f"p{period}", partial(with_forecast, shop, period, "taylor", 1)
+        yield "whole step", f"p{period}", partial(with_whole_step, shop, period)
+        for method in METHODS:
+            yield f"LOWRANK {method}", f"p{period} r16", partial(with_lowrank, shop, period, method, 16)
 
 
 def main() -> None:
@@ -148,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     host = EmojiHost.of(arguments, seeds=NOISE_SEEDS[MEASURING][:2])
     stats = calibrate(
-        host.model, host.scheduler, schedule=host.schedule(host.steps), channels=False, **host.unguided(SAMPLES, SEED)
+        host.model, host.scheduler, schedule=host.schedule(host.steps), channels=False, **host.watched(SAMPLES, SEED)
     )
     with Progress() as progress:
         rows = measure(host, stats, progress, {name: KNOBS[name] for name in arguments.only})

@@ -128,6 +128,10 @@ class Host:
         """The runs that something is fitted on, as calibration and fits take them."""
         return {"samples": samples, "seed": seed, "guidance_scale": self.guidance}
 
+    def watched(self, samples: int, seed: int) -> dict[str, Any]:
+        """The runs that policies are calibrated on: conditional ones, without guidance."""
+        return {"samples": samples, "seed": seed}
+
     def example(self, rows: int) -> dict[str, Any]:
         """Inputs of the model of this many rows."""
         return example_inputs(self.model, rows)

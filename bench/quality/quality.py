@@ -140,7 +140,7 @@ def tuned(knob: Knob, stats: CalibrationStats, target: float) -> tuple[float, Ca
 def corrected(host: Host, stats: CalibrationStats, plan: CachePlan) -> CachePlan:
     """The plan with InvarDiff's phase 2."""
     arguments = {**plan.header.arguments, "phase2": True}
-    runs = host.fits(stats.header.samples or 1, 0)
+    runs = host.watched(stats.header.samples or 1, stats.header.seed or 0)
     return make_plan(
         "invardiff", stats, model=host.model, scheduler=host.scheduler, conditioning=runs.get("conditioning"), **arguments
     )
@@ -252,7 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
     host = Host.of(arguments)
     stats = calibrate(
-        host.model, host.scheduler, steps=arguments.steps, samples=arguments.calibration, seed=1000, channels=False
+        host.model, host.scheduler, steps=arguments.steps, channels=False, **host.watched(arguments.calibration, 1000)
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"quality-{arguments.scheduler}-{arguments.steps}.json"

@@ -26,6 +26,7 @@ from stepgraph.assets.glyphs import ASSETS
 from stepgraph.assets.image_classifier import ImageClassifier
 from stepgraph.errors import ArgumentError
 
+FOLDER = ASSETS / "flux-emoji"
 PARTS = ("transformer", "vae", "text", "scheduler")
 # Either way, of a token.
 PIXELS = 4
@@ -112,6 +113,20 @@ class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         text_ids = torch.zeros(embeddings.shape[1], 3, dtype=embeddings.dtype, device=embeddings.device)
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "text_ids": text_ids}
 
+    def conditioning(self, prompts: Sequence[str], size: int, guided: bool = True) -> dict[str, torch.Tensor]:
+        """What `stepgraph.sample` conditions the transformer on, for pictures of `size` pixels; with the unconditional half.
+
+        Raises:
+            ArgumentError: As `tokens`.
+        """
+        conditioning: dict[str, torch.Tensor] = {}
+        for prefix, texts in {"": prompts, **({"negative_": [""] * len(prompts)} if guided else {})}.items():
+            encoded = self.encode(texts)
+            conditioning[f"{prefix}encoder_hidden_states"] = encoded["prompt_embeds"]
+            conditioning[f"{prefix}pooled_projections"] = encoded["pooled_prompt_embeds"]
+        ids = encoded["text_ids"]
+        return conditioning | {"img_ids": positions(size, ids.device, ids.dtype), "txt_ids": ids}
+
     def arguments(self, prompts: Sequence[str], guidance: float = 1.0) -> dict[str, Any]:
         """The arguments of a call of a FluxPipeline; true guidance, of two calls a step, where it is above 1."""
         arguments: dict[str, Any] = self.encode(prompts)
@@ -157,8 +172,14 @@ def load_retrieval(path: Path = ASSETS / "emoji-retrieval.safetensors") -> tuple
     return network.eval(), names
 
 
+def load_words(folder: Path = FOLDER, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WordEncoder:
+    """The text encoder of a trained model's folder."""
+    words: WordEncoder = WordEncoder.from_pretrained(folder / "text", torch_dtype=dtype).to(device).eval()
+    return words
+
+
 def load_flux_emoji(
-    folder: Path = ASSETS / "flux-emoji", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path = FOLDER, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[FluxPipeline, WordEncoder]:
     """The pipeline and the text encoder of a trained model's folder.
 
@@ -172,9 +193,9 @@ def load_flux_emoji(
         raise ArgumentError(
             f"{folder} lacks {', '.join(lacking)} of flux-emoji; `python -m stepgraph.bench.emoji.train_flux_emoji` trains it"
         )
-    models = [
+    transformer, vae = (
         kind.from_pretrained(folder / part, torch_dtype=dtype).to(device).eval()
-        for part, kind in (("transformer", FluxTransformer2DModel), ("vae", PixelVAE), ("text", WordEncoder))
-    ]
+        for part, kind in (("transformer", FluxTransformer2DModel), ("vae", PixelVAE))
+    )
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    return assemble(models[0], scheduler, models[1]), models[2]
+    return assemble(transformer, scheduler, vae), load_words(folder, device, dtype)

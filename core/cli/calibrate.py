@@ -23,7 +23,7 @@ from stepgraph.cli.options import (
     reports_errors,
     show,
 )
-from stepgraph.cli.shipped import conditions, pipeline_schedule
+from stepgraph.cli.shipped import conditions, schedule_of
 from stepgraph.compiler.calibration.calibrate import calibrate, unfinished_files
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.files.whole_file import writable_folder
@@ -61,8 +61,8 @@ def calibrate_command(
             stats = calibrate(
                 loaded, chosen, steps=steps, samples=samples, seed=seed, guidance_scale=guidance, channels=channels, eta=eta,
                 allow_stochastic=allow_stochastic, checkpoint=checkpoint, on_step=lambda d, t: report("calibrating", d, t),
-                schedule=parse_arguments(schedule) or pipeline_schedule(model, steps or 50),
-                conditioning=conditions(model, samples, guidance > 1, parse_device(own_device), parse_dtype(dtype)),
+                schedule=schedule_of(model, parse_arguments(schedule), steps or 50),
+                conditioning=conditions(model, loaded, samples, guidance > 1),
             )  # fmt: skip
         if not first:
             return

@@ -29,7 +29,7 @@ from stepgraph.cli.options import (
     show_plan,
 )
 from stepgraph.cli.router import plan_train_router
-from stepgraph.cli.shipped import conditions, pipeline_schedule
+from stepgraph.cli.shipped import conditions, schedule_of
 from stepgraph.cli.sweep import plan_sweep
 from stepgraph.compiler.calibration.stats import CalibrationStats
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler, load_to_plan
@@ -87,13 +87,13 @@ def plan_make(
         wish = parse_arguments(schedule)
         if measured is None:
             steps = counted_steps(wish, steps, chosen, 50)[1]
-            wish = wish or pipeline_schedule(model, steps)
+            wish = schedule_of(model, wish, steps)
         samples, guided = (1, False) if measured is None else (measured.header.samples or 1, measured.guidance_scale > 1)
         cache_plan = make_plan(
             policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,
             allow_stochastic=allow_stochastic, checkpoint=checkpoint,
             on_step=lambda d, t: report("running the model", d, t), schedule=wish,
-            conditioning=conditions(model, samples, guided, parse_device(device), kind), **arguments,
+            conditioning=conditions(model, loaded, samples, guided), **arguments,
         )  # fmt: skip
     cache_plan = cache_plan.for_any_adapters() if any_adapters else cache_plan
     cache_plan.save(out)

@@ -26,7 +26,7 @@ from stepgraph.cli.options import (
     reports_errors,
     show,
 )
-from stepgraph.cli.shipped import Shipped, emoji
+from stepgraph.cli.shipped import EMOJI, Shipped, emoji
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.marking.describe import planned_inputs
@@ -41,8 +41,6 @@ from stepgraph.metrics import psnr, relative_l2
 from stepgraph.plan import CachePlan
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampling.sample import sample
-
-EMOJI = "flux-emoji"
 
 
 @reports_errors

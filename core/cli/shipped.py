@@ -1,5 +1,6 @@
 """The models that ship with stepgraph, each with what its samples are made of and judged by."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepgraph.assets.emoji_captions import BACKGROUNDS, caption
 from stepgraph.assets.glyphs import CLASSES, NULL_CLASS, load_classifier
 from stepgraph.assets.image_classifier import ImageClassifier, top_accuracy
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.models.flux import sigmas
 
-# Of flux-emoji's captions.
-BACKGROUNDS = ("mint", "sky", "rose", "lemon", "lilac", "peach", "snow", "slate")
+EMOJI = "flux-emoji"
 SIZE = 32
 
 
@@ -47,7 +48,7 @@ class Shipped:
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """What its pipeline sets the scheduler with."""
-        return pipeline_schedule(self.name, steps)
+        return schedule_of(self.name, {}, steps)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -76,7 +77,7 @@ def emoji(images: int, device: str, dtype: torch.dtype, seed: int, prompts: Sequ
     Raises:
         ArgumentError: A prompt has a word that the model does not know; the message names the nearest ones.
     """
-    from stepgraph.assets.flux_emoji import load_flux_emoji, load_retrieval, unpacked
+    from stepgraph.assets.flux_emoji import PIXELS, load_flux_emoji, load_retrieval, unpacked
 
     pipe, encoder = load_flux_emoji(device=device, dtype=dtype)
     judge, names = load_retrieval()
@@ -84,42 +85,39 @@ def emoji(images: int, device: str, dtype: torch.dtype, seed: int, prompts: Sequ
         labels = torch.full((images,), -1)
         wanted = [prompts[image % len(prompts)] for image in range(images)]
     else:
-        labels = torch.arange(images) * len(names) // images
-        backgrounds = [BACKGROUNDS[image % len(BACKGROUNDS)] for image in range(images)]
-        icons = [names[label].replace("-", " ") for label in labels]
-        wanted = [f"{icon} on {background}" for icon, background in zip(icons, backgrounds, strict=True)]
-    conditioning = prompted(encoder, wanted)
-    noise = _noise(((SIZE // 4) ** 2, 48), images, device, dtype, seed)
-    return Shipped("flux-emoji", pipe.transformer, pipe.scheduler, 28, noise, conditioning, labels, judge, 5, unpacked)
+        labels, wanted = _icons(names, images)
+    conditioning = encoder.conditioning(wanted, SIZE)
+    noise = _noise(((SIZE // PIXELS) ** 2, pipe.transformer.config.in_channels), images, device, dtype, seed)
+    return Shipped(EMOJI, pipe.transformer, pipe.scheduler, 28, noise, conditioning, labels, judge, 5, unpacked)
 
 
-def prompted(encoder: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """flux-emoji's conditioning of prompts [B], with the unconditional one."""
-    from stepgraph.assets.flux_emoji import positions
-
-    conditioning: dict[str, torch.Tensor] = {}
-    for prefix, texts in (("", prompts), ("negative_", [""] * len(prompts))):
-        encoded = encoder.encode(texts)
-        conditioning[f"{prefix}encoder_hidden_states"] = encoded["prompt_embeds"]
-        conditioning[f"{prefix}pooled_projections"] = encoded["pooled_prompt_embeds"]
-    ids = encoded["text_ids"]
-    return conditioning | {"img_ids": positions(SIZE, ids.device, ids.dtype), "txt_ids": ids}
+def _icons(names: Sequence[str], count: int) -> tuple[torch.Tensor, list[str]]:
+    """Numbers and captions of icons, evenly over all names, on the backgrounds in turn."""
+    numbers = torch.arange(count) * len(names) // count
+    backgrounds = itertools.cycle(BACKGROUNDS)
+    return numbers, [caption(names[number], next(backgrounds)) for number in numbers]
 
 
-def pipeline_schedule(name: str, steps: int) -> dict[str, Any]:
-    """What a shipped model's pipeline sets its scheduler with, for `stepgraph.sample`; nothing for other models."""
-    return {"sigmas": list(sigmas(steps))} if name == "flux-emoji" else {}
+def schedule_of(name: str, wish: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What a scheduler is set with, for `stepgraph.sample`: as wished, and where that names neither sigmas nor timesteps, the
+    sigmas that a shipped model's pipeline sets.
+    """
+    own = {"sigmas": list(sigmas(steps))} if name == EMOJI and not wish.keys() & {"sigmas", "timesteps"} else {}
+    return {**own, **wish}
 
 
-def conditions(name: str, samples: int, guided: bool, device: str, dtype: torch.dtype) -> dict[str, Any] | None:
+def conditions(name: str, model: nn.Module, samples: int, guided: bool) -> dict[str, Any] | None:
     """What a model is calibrated on, for `stepgraph.calibrate`; None where its family says that itself."""
-    if name != "flux-emoji":
+    if name != EMOJI:
         return None
-    drawn = emoji(samples, device, dtype, 0)
-    return {**(drawn.conditioning if guided else drawn.inputs)}
+    from stepgraph.assets.flux_emoji import load_retrieval, load_words
+
+    weight = next(model.parameters())
+    words, (_, names) = load_words(device=weight.device, dtype=weight.dtype), load_retrieval()
+    return {**words.conditioning(_icons(names, samples)[1], SIZE, guided)}
 
 
-SHIPPED: Mapping[str, Callable[[int, str, torch.dtype, int], Shipped]] = {"glyph-dit": glyphs, "flux-emoji": emoji}
+SHIPPED: Mapping[str, Callable[[int, str, torch.dtype, int], Shipped]] = {"glyph-dit": glyphs, EMOJI: emoji}
 
 
 def _noise(shape: Sequence[int], images: int, device: str, dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from helpers.emoji import BODIES, COLLECTION, drawn_icons
+from stepgraph.assets.emoji_captions import BACKGROUNDS, caption
 from stepgraph.assets.flux_emoji import WordEncoder
 from stepgraph.bench.emoji.captions import (
-    BACKGROUNDS,
     CALIBRATION,
     MEASURING,
     NOISE_SEEDS,
     UNSEEN,
-    caption,
     captions_of,
     distinct_names,
     longest,
