@@ -76,9 +76,7 @@ def _run_steps(executable: Compiled, inputs: Mapping[str, Any], device: torch.de
     example = {**zero_inputs(executable.example or {}, device), **inputs}
     name, of_step = latents_name(executable.model), timestep_key(example) or "timestep"
     if not isinstance(example.get(name), torch.Tensor) or not isinstance(example.get(of_step), torch.Tensor):
-        raise ArgumentError(
-            f"the executable has no example of {name} and {of_step} that are tensors; pass the model's inputs"
-        )
+        raise ArgumentError(f"the executable has no example of {name} and {of_step} that are tensors; pass the model's inputs")
     session = executable.session()
     convert = executable.plan.header.timestep or timestep_of(executable.model)
     every = convert(torch.tensor(session.timesteps, device=device), example[name].dtype).to(example[of_step].dtype)
