@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +26,7 @@ from stepgraph.assets.image_classifier import ImageClassifier
 from stepgraph.bench.emoji.captions import CALIBRATION, MEASURING, NOISE_SEEDS, captions_of
 from stepgraph.bench.quality.corrections import Row, Workshop, corrected_rows, with_forecast, with_lowrank, with_whole_step
 from stepgraph.bench.quality.paired import Host, host_options
-from stepgraph.bench.quality.quality import KNOBS, against_fewer_steps, front, measure
+from stepgraph.bench.quality.quality import KNOBS, against_fewer_steps, front, l2c, l2c_name, measure
 from stepgraph.bench.quality.quality_plot import plot_quality
 from stepgraph.bench.record import write_record
 from stepgraph.bench.tables import show_rows
@@ -88,6 +90,10 @@ class EmojiHost(Host):
         """Runs of the calibration half."""
         return {**super().watched(samples, seed), "conditioning": self._calibration(samples, guided=False)}
 
+    def trained_on(self, samples: int) -> dict[str, Any]:
+        """Runs of the calibration half."""
+        return {"conditioning": self._calibration(samples, guided=True), "schedule": self.schedule(self.steps)}
+
     def example(self, rows: int) -> dict[str, Any]:
         """Inputs of the model of this many rows."""
         return example_inputs(self.model, rows, self._calibration(rows, guided=False))
@@ -126,13 +132,16 @@ def main() -> None:
     parser = host_options(__doc__)
     parser.set_defaults(scheduler="flow-euler", steps=28, guidance=2.0)
     parser.add_argument("--only", nargs="*", default=list(POLICIES), help="names of policies of the quality benchmark")
+    parser.add_argument("--routers", nargs="*", type=int, default=[1, 2], help="L2C: routed steps after each full one")
     arguments = parser.parse_args()
     host = EmojiHost.of(arguments, seeds=NOISE_SEEDS[MEASURING][:2])
     stats = calibrate(
         host.model, host.scheduler, schedule=host.schedule(host.steps), channels=False, **host.watched(SAMPLES, SEED)
     )
-    with Progress() as progress:
-        rows = measure(host, stats, progress, {name: KNOBS[name] for name in arguments.only})
+    with Progress() as progress, TemporaryDirectory() as folder:
+        knobs = {name: KNOBS[name] for name in arguments.only}
+        knobs |= {l2c_name(run): l2c(host, run, Path(folder), progress) for run in arguments.routers}
+        rows = measure(host, stats, progress, knobs)
         rows += second_order(host)
         rows += [{**row, "target": None} for row in corrected_rows(host, corrections(Workshop(host)), progress)]
         against_fewer_steps(rows)

@@ -132,6 +132,10 @@ class Host:
         """The runs that policies are calibrated on: conditional ones, without guidance."""
         return {"samples": samples, "seed": seed}
 
+    def trained_on(self, samples: int) -> dict[str, Any]:
+        """The runs that routers are trained on, for `stepgraph.train_router`."""
+        return {}
+
     def example(self, rows: int) -> dict[str, Any]:
         """Inputs of the model of this many rows."""
         return example_inputs(self.model, rows)
@@ -177,7 +181,7 @@ class Host:
         bar = progress.add_task(what, total=settings.iterations)
         return train_router(
             self.model, self.scheduler, steps=self.steps, settings=settings, checkpoint=checkpoint,
-            on_step=lambda done, _: progress.update(bar, completed=done),
+            on_step=lambda done, _: progress.update(bar, completed=done), **self.trained_on(settings.pool),
         )  # fmt: skip
 
     def errors(self, images: torch.Tensor) -> torch.Tensor:

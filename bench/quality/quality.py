@@ -114,6 +114,11 @@ KNOBS: dict[str, Knob] = {
 }
 
 
+def l2c_name(run: int) -> str:
+    """What the tables call Learning-to-Cache with `run` routed steps after each full one."""
+    return f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"
+
+
 def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
     """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
     router = host.trained_router(progress, f"training routers, runs of {run}", run=run)
@@ -263,7 +268,7 @@ def main() -> None:
         if not results["rows"]:
             knobs = {name: KNOBS[name] for name in arguments.only}
             for run in arguments.routers:
-                knobs[f"L2C, {'pairs' if run == 1 else f'runs of {run}'}"] = l2c(host, run, Path(folder), progress)
+                knobs[l2c_name(run)] = l2c(host, run, Path(folder), progress)
             results["rows"] = measure(host, stats, progress, knobs)
             write_record(path, arguments.device, results)
             plot_quality(results, front(results["rows"]), path.with_suffix(".png"))

@@ -14,16 +14,13 @@ from stepgraph.compiler.marking.mark_sites import MarkedGraph, same_sites
 from stepgraph.compiler.models import family_of
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.fingerprint import adapters_hash, config_of, dtype_name, fingerprint, has_data, model_dtype
-from stepgraph.inputs import flat_inputs, latents_key, latents_of, like_flat, refuse_odd_tensors
+from stepgraph.inputs import POSITIONS, flat_inputs, latents_key, latents_of, like_flat, refuse_odd_tensors
 from stepgraph.plan import CachePlan, PlanHeader
 from stepgraph.plan.measured import rests_on_measurement
 from stepgraph.runtime.program.stated_facts import facts_of_plan
 from stepgraph.schedule import Schedule
 from stepgraph.scheduler import prepare_scheduler, scheduler_facts, shifted
 from stepgraph.wrapped_models import unwrapped
-
-# Positions of tokens, which pipelines give without a batch dimension.
-POSITIONS = frozenset(("img_ids", "txt_ids"))
 
 
 @checked

@@ -19,7 +19,6 @@ from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.compiler.routers.train_router import train_traced
 from stepgraph.errors import ArgumentError, MismatchError
 from stepgraph.plan import CachePlan, PlanHeader, Site
-from stepgraph.schedule import Schedule
 
 # Parameters of policies that are filled in with the functions of these names; users do not pass them.
 MODEL_SERVICES = ("again", "fit", "train")
@@ -106,12 +105,8 @@ class ModelServices:
             raise ArgumentError(
                 "routers are trained on the model: pass model= and scheduler=, or router= with a file of trained ones"
             )
-        if self.header.schedule != Schedule():
-            raise ArgumentError(
-                f"routers are trained on the scheduler's own timesteps, not with {self.header.schedule}; leave schedule out"
-            )
         settings = settings_of(preset, changes)
         return train_traced(
             self.traced, self.scheduler, steps=self.header.steps, settings=settings, checkpoint=self.checkpoint,
-            on_step=self.on_step,
+            on_step=self.on_step, conditioning=self.conditioning, schedule=self.header.schedule, timestep=self.header.timestep,
         )  # fmt: skip

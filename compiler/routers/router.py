@@ -21,6 +21,8 @@ from stepgraph.plan.described import described_sites
 
 FORMAT = "stepgraph-router"
 VERSION = 1
+# Of the header: what routers and a plan must have in common.
+FACTS = ("model", "fingerprint", "scheduler", "scheduler_hash", "steps", "timesteps", "timestep", "shapes", "dtype")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ class Router:
         Raises:
             PlanError: They are not the ones that the routers were trained for.
         """
-        for name in ("model", "fingerprint", "scheduler", "scheduler_hash", "steps", "timesteps", "shapes", "dtype"):
+        for name in FACTS:
             trained, wanted = getattr(self.header, name), getattr(header, name)
             if name == "fingerprint" and model is not None:
                 wanted = fingerprint(model, trained)

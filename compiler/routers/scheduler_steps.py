@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.scheduler import prepare_scheduler, step_arguments, stepped
+from stepgraph.scheduler import step_arguments, stepped
 from stepgraph.tolerances import LONE_STEP
 
 
@@ -31,13 +31,19 @@ def by_step(
     return result
 
 
-def remembers(scheduler: Any, steps: int, latents: torch.Tensor) -> bool:
-    """Whether a step within a run is another one than the same step on its own, as in solvers with a history."""
-    running = prepare_scheduler(scheduler, steps, latents.device)
-    for step, t in enumerate(running.timesteps):
+def remembers(prepared: Callable[[], Any], timesteps: torch.Tensor, latents: torch.Tensor) -> bool:
+    """Whether a step within a run is another one than the same step on its own, as in solvers with a history.
+
+    Args:
+        prepared: Gives a scheduler that is set to its steps, anew at each call.
+        timesteps: Of its evaluations, [T].
+        latents: Of the right shape, of any values.
+    """
+    running = prepared()
+    for step, t in enumerate(timesteps):
         output = torch.full_like(latents, 0.3 * (step + 1))
         moved = stepped(running, output, t, latents, step_arguments(running))
-        alone = stepped(prepare_scheduler(scheduler, steps, latents.device), output, t, latents, step_arguments(running))
+        alone = stepped(prepared(), output, t, latents, step_arguments(running))
         relative, absolute = LONE_STEP
         if not torch.allclose(moved, alone, rtol=relative, atol=absolute):
             return True

@@ -1,8 +1,9 @@
 """Learning-to-Cache: which module may be reused at which step, learnt by gradient (arXiv 2406.01733)."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,24 @@ import torch
 from torch import nn
 
 from stepgraph.checked import checked
-from stepgraph.compiler.marking.describe import make_header
+from stepgraph.compiler.marking.describe import latents_shape, make_header
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router, read_router, write_router
 from stepgraph.compiler.routers.router_settings import RouterSettings, full_steps
-from stepgraph.compiler.routers.router_states import NoisedLatents, States, Trajectories, clean_latents
+from stepgraph.compiler.routers.router_states import (
+    Conditioning,
+    NoisedLatents,
+    Sampling,
+    States,
+    Trajectories,
+    clean_latents,
+)
 from stepgraph.errors import ArgumentError, MismatchError, PlanError
 from stepgraph.fingerprint import tensor_digest
 from stepgraph.plan import PlanHeader
-from stepgraph.scheduler import prepare_scheduler, refuse_stochastic
+from stepgraph.schedule import Schedule, TimestepInput, counted_steps, timestep_input, timestep_of
+from stepgraph.scheduler import refuse_stochastic, shifted
 from stepgraph.wrapped_models import refuse_around_measuring, unwrapped
 
 CHECKPOINT = "stepgraph-router-checkpoint"
@@ -38,6 +47,8 @@ def train_router(
     checkpoint: str | Path | None = None,
     every: int = 100,
     on_step: Callable[[int, int], None] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None,
+    timestep: TimestepInput | Sequence[str] | None = None,
 ) -> Router:
     """Train one logit per routed step and module site; the model's own weights stay as they are.
 
@@ -53,11 +64,15 @@ def train_router(
         steps: Number of inference steps.
         settings: The paper's unless given.
         data: Clean latents [N, C, ...] for `states="q_sample"`; the model samples `settings.pool` itself unless given.
-        conditioning: The model's other inputs for `data`, [N, ...] each.
+        conditioning: The model's other inputs, as for `stepgraph.sample` with one row for each of `data`; without data, as many
+            as the pool is to have. `negative_<name>` are what dropped labels are replaced by; the family's unconditional inputs
+            unless given. The family's example conditioning, `settings.pool` rows, where neither is given.
         checkpoint: A file that is written every `every` iterations and at the end; where it exists, training goes on from it.
             A resumed training equals an uninterrupted one bit for bit.
         every: Iterations between checkpoints.
         on_step: Called with (iterations done, iterations in all).
+        schedule: As for `stepgraph.sample`: what the pipeline will set its scheduler with.
+        timestep: As for `stepgraph.calibrate`: what the pipeline makes of the scheduler's timestep for the model.
 
     Raises:
         PlanError: The settings, data or checkpoint do not fit, no step would be routed, the scheduler draws noise, or the loss
@@ -66,7 +81,7 @@ def train_router(
     """
     return train_traced(
         TracedModel(unwrapped(model)), scheduler, steps=steps, settings=settings, data=data, conditioning=conditioning,
-        checkpoint=checkpoint, every=every, on_step=on_step,
+        checkpoint=checkpoint, every=every, on_step=on_step, schedule=schedule, timestep=timestep,
     )  # fmt: skip
 
 
@@ -74,20 +89,23 @@ def train_traced(
     traced: TracedModel, scheduler: Any, *, steps: int, settings: RouterSettings | None = None,
     data: torch.Tensor | None = None, conditioning: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None, every: int = 100, on_step: Callable[[int, int], None] | None = None,
+    schedule: Schedule | Mapping[str, Any] | None = None, timestep: TimestepInput | Sequence[str] | None = None,
 ) -> Router:  # fmt: skip
     """`train_router`, on the graphs of a traced model, so that it is traced for no signature twice."""
     model = traced.model
     refuse_around_measuring(next(model.parameters()).device)
     chosen = settings or RouterSettings()
-    prepared = prepare_scheduler(scheduler, steps)
-    example = traced.example_inputs(chosen.batch)
-    refuse_stochastic(scheduler, steps)
-    # The graph is traced for the scheduler's kind of timestep: whole numbers or not.
-    example["timestep"] = prepared.timesteps[0].to(example["timestep"].device).expand(chosen.batch)
+    wish, steps = counted_steps(schedule, steps, scheduler)
+    example = traced.example_inputs(chosen.batch, conditioning)
+    wish = shifted(wish, scheduler, latents_shape(example), model)
+    refuse_stochastic(scheduler, steps, wish)
+    how = Sampling(traced, scheduler, steps, example, wish, timestep_input(timestep) or timestep_of(model))
+    # The graph is traced for the kind of timestep that the model is given: whole numbers or not.
+    example["timestep"] = how.inputs(how.latents, how.timesteps()[:1].expand(chosen.batch), {})["timestep"]
     marked = traced.marked(example)
-    header = make_header(model, scheduler, steps, marked, guidance="none")
+    header = replace(make_header(model, scheduler, steps, marked, "none", wish), timestep=how.convert)
     with torch.no_grad():
-        states = _states(traced, scheduler, steps, chosen, data, conditioning)
+        states = _states(how, chosen, data, conditioning)
     training = _Training(MixedModel(model, marked), states, header, chosen)
     digest = _digest(data, conditioning)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -228,37 +246,33 @@ class _Training:
 
 
 def _states(
-    traced: TracedModel,
-    scheduler: Any,
-    steps: int,
-    settings: RouterSettings,
-    data: torch.Tensor | None,
-    conditioning: Mapping[str, Any] | None,
+    how: Sampling, settings: RouterSettings, data: torch.Tensor | None, conditioning: Mapping[str, Any] | None
 ) -> States:
     """The source of states that the settings ask for."""
-    pool, batch, dropout, seed = settings.pool, settings.batch, settings.label_dropout, settings.seed + 2
-    if settings.states == "trajectory":
-        if data is not None:
-            raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
-        return Trajectories(traced, scheduler, steps, pool, batch, dropout, seed)
+    batch, dropout, generator = settings.batch, settings.label_dropout, torch.Generator().manual_seed(settings.seed + 2)
+    real_runs = settings.states == "trajectory"
     if data is None:
-        clean, classes = clean_latents(traced, scheduler, steps, pool, batch, seed)
-        return NoisedLatents(traced, scheduler, steps, clean, classes, dropout)
-    example = traced.example_inputs()
-    latents, _, *others = example
-    wanted = tuple(example[latents].shape[1:])
-    if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
-        raise ArgumentError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
-    conditions = dict(conditioning or {})
-    for name in others:
-        if name not in conditions or len(conditions[name]) != len(data):
-            got = f"of {len(conditions[name])} samples" if name in conditions else "missing"
-            raise ArgumentError(f"the conditioning {name!r} is {got}; expected one for each of the {len(data)} latents")
-    traced.refuse_no_rows(conditions)
-    device, dtype = example[latents].device, example[latents].dtype
-    return NoisedLatents(
-        traced, scheduler, steps, data.to(device, dtype), {name: conditions[name].to(device) for name in others}, dropout
-    )
+        size = _rows(how, conditioning) or settings.pool
+    elif real_runs:
+        raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
+    else:
+        wanted = tuple(how.latents.shape[1:])
+        if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
+            raise ArgumentError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")
+        # Whoever brings latents knows what they are conditioned on.
+        size, conditioning = len(data), conditioning or {}
+    pool = Conditioning.of_pool(how, conditioning, size, dropout)
+    if real_runs:
+        return Trajectories(how, pool, size, batch, dropout, generator)
+    clean = clean_latents(how, pool, size, batch, generator) if data is None else data.to(how.latents)
+    return NoisedLatents(how, clean, pool, dropout)
+
+
+def _rows(how: Sampling, conditioning: Mapping[str, Any] | None) -> int:
+    """How many samples are conditioned; 0 where nothing says it."""
+    unbatched = how.traced.family.unbatched
+    values = [value for name, value in (conditioning or {}).items() if name.removeprefix("negative_") not in unbatched]
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim), 0)
 
 
 def _digest(data: torch.Tensor | None, conditioning: Mapping[str, Any] | None) -> str:

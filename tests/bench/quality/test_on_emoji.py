@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from helpers.distance import SAME_RUN, error
 from stepgraph.assets.emoji_captions import caption
@@ -11,6 +12,9 @@ from stepgraph.assets.flux_emoji import load_flux_emoji
 from stepgraph.bench.emoji.captions import CALIBRATION, MEASURING, captions_of
 from stepgraph.bench.quality import corrections, on_emoji
 from stepgraph.bench.quality.on_emoji import EmojiHost
+from stepgraph.compiler.calibration.calibrate import calibrate
+from stepgraph.compiler.entry.make_plan import make_plan
+from stepgraph.compiler.models.flux import sigmas
 
 # InvarDiff measures the model once more for its second phase.
 POLICIES = ("MagCache", "InvarDiff")
@@ -38,9 +42,23 @@ def test_what_is_fitted_has_captions_of_the_other_half(host):
     assert not [name for name in host.watched(3, 0)["conditioning"] if name.startswith("negative_")]
 
 
+def test_routers_are_trained_on_runs_of_the_other_half(host, tmp_path):
+    with Progress(disable=True) as progress:
+        router = host.trained_router(progress, "", iterations=1, batch=2, pool=2, label_dropout=0.5)
+    shift = host.scheduler.config.shift
+    assert router.header.timesteps == pytest.approx([1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas(4)])
+    # The second of each pair of steps is routed.
+    assert (router.logits != 0).any(dim=1).tolist() == [False, True, False, True]
+    router.save(tmp_path / "router.safetensors")
+    stats = calibrate(host.model, host.scheduler, schedule=host.schedule(4), channels=False, **host.watched(1, 0))
+    plan = make_plan("l2c", stats, router=str(tmp_path / "router.safetensors"), theta=1.0)
+    assert host.images(host.compiled(plan)).isfinite().all()
+    assert 1.5 < plan.summary().ideal_speedup < 2
+
+
 @pytest.mark.slow
 def test_the_bench_runs_and_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    command = ["on_emoji", "--steps", "4", "--samples", "2", "--out", str(tmp_path), "--only", *POLICIES]
+    command = ["on_emoji", "--steps", "4", "--samples", "2", "--out", str(tmp_path), "--only", *POLICIES, "--routers"]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(on_emoji, "SAMPLES", 1)
     monkeypatch.setattr(on_emoji, "METHODS", ("svd",))

@@ -12,7 +12,7 @@ from helpers.tiny import labels, noise, tiny_dit, tiny_scheduler
 from stepgraph.compiler.marking.traced_model import TracedModel
 from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import PRESETS, RouterSettings, full_steps, settings_of
-from stepgraph.compiler.routers.router_states import NoisedLatents, Trajectories
+from stepgraph.compiler.routers.router_states import Conditioning, NoisedLatents, Sampling, Trajectories
 from stepgraph.errors import PlanError
 from stepgraph.fingerprint import fingerprint
 
@@ -21,6 +21,16 @@ SMALL = settings_of("quick", {"iterations": 6, "batch": 8, "pool": 8})
 
 def train(model, scheduler=None, steps: int = 4, settings=SMALL, **options) -> Router:
     return sg.train_router(model, scheduler or DDIMScheduler(), steps=steps, settings=settings, **options)
+
+
+def sampling(model, steps: int = 4) -> Sampling:
+    return Sampling(TracedModel(model), DDIMScheduler(), steps, sg.example_inputs(model))
+
+
+def trajectories(model, size: int, steps: int = 4, batch: int = 4, dropout: float = 0.0, seed: int = 0) -> Trajectories:
+    how = sampling(model, steps)
+    pool = Conditioning.of_pool(how, None, size, dropout)
+    return Trajectories(how, pool, size, batch, dropout, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,7 @@ def test_pairs_are_those_of_ascending_timestep_indices(steps):
 
 
 def test_trajectories_are_the_states_of_real_runs(model):
-    source = Trajectories(TracedModel(model), DDIMScheduler(), steps=4, size=3, batch=2, dropout=0.0, seed=5)
+    source = trajectories(model, 3, batch=2, seed=5)
     window = source.window(torch.tensor([0, 2, 3]), 1, torch.Generator().manual_seed(0))
     assert window.steps.tolist() == [[0, 2, 3], [1, 3, 3]]
     assert window.valid.tolist() == [[True] * 3, [True, True, False]]
@@ -83,7 +93,7 @@ def test_trajectories_are_the_states_of_real_runs(model):
 
 def test_noised_latents_follow_the_forward_process(model):
     clean = noise(3, seed=4)
-    source = NoisedLatents(TracedModel(model), DDIMScheduler(), 4, clean.expand(3, 4, 8, 8), labels(1, 2, 3), dropout=0.0)
+    source = NoisedLatents(sampling(model), clean.expand(3, 4, 8, 8), Conditioning(labels(1, 2, 3)), dropout=0.0)
     with torch.no_grad():
         window = source.window(torch.tensor([0, 2, 0, 2] * 64), 1, torch.Generator().manual_seed(0))
     own = DDIMScheduler()
@@ -121,8 +131,8 @@ def test_schedulers_that_draw_noise_are_refused(model):
 
 
 def test_label_dropout_takes_the_null_class(model):
-    source = Trajectories(TracedModel(model), DDIMScheduler(), steps=2, size=40, batch=20, dropout=0.5, seed=0)
-    dropped = int((source.conditioning["class_labels"] == 1000).sum())
+    source = trajectories(model, 40, steps=2, batch=20, dropout=0.5)
+    dropped = int((source.conditioning.wanted["class_labels"] == 1000).sum())
     assert 8 < dropped < 32
 
 
@@ -153,7 +163,7 @@ def test_the_loss_is_the_papers(model):
     settings = replace(SMALL, iterations=1, batch=4, pool=4, init=1.0, label_dropout=0.0)
     trained = train(model, settings=settings)
     weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(settings.seed))
-    source = Trajectories(TracedModel(model), DDIMScheduler(), 4, 4, 4, 0.0, settings.seed + 2)
+    source = trajectories(model, 4, seed=settings.seed + 2)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     offset = int(torch.randint(2, (1,), generator=generator))
     window = source.window(torch.tensor([0, 2])[(torch.arange(4) + offset) % 2], 1, generator)
@@ -236,7 +246,7 @@ def test_longer_runs_read_what_the_step_before_mixed(model):
     settings = replace(SMALL, run=2, batch=4)
     marked = marked_graph(model, example_inputs(model, 4))
     header = make_header(model, DDIMScheduler(), 3, marked)
-    states = Trajectories(TracedModel(model), DDIMScheduler(), 3, 4, 4, 0.0, 0)
+    states = trajectories(model, 4, steps=3)
     training = _Training(MixedModel(model, marked), states, header, settings)
     window = states.window(torch.zeros(4, dtype=torch.int64), 2, torch.Generator().manual_seed(0))
     _, stored = training.soft.fill(window.inputs[0])
@@ -389,9 +399,9 @@ def test_bad_data(model):
     noised = replace(SMALL, states="q_sample")
     with pytest.raises(PlanError, match=r"data is \[2, 3\]; expected clean latents \[N, 4, 8, 8\]"):
         train(model, settings=noised, data=torch.zeros(2, 3))
-    with pytest.raises(PlanError, match="the conditioning 'class_labels' is missing; expected one for each of the 2 latents"):
+    with pytest.raises(PlanError, match="conditioning lacks class_labels, which DiTTransformer2DModel needs"):
         train(model, settings=noised, data=noise(2))
-    with pytest.raises(PlanError, match="'class_labels' is of 3 samples"):
+    with pytest.raises(PlanError, match=r"conditioning class_labels is \[3\]; expected 2 rows, one per sample"):
         train(model, settings=noised, data=noise(2), conditioning=labels(1, 2, 3))
     with pytest.raises(PlanError, match="states is 'trajectory', where the model samples"):
         train(model, data=noise(2), conditioning=labels(1, 2))
