@@ -22,7 +22,7 @@ from stepgraph.compiler.entry.make_plan import make_plan
 from stepgraph.compiler.marking.traced_model import TracedModel, marked_graph
 from stepgraph.compiler.routers.mixed_model import MixedModel
 from stepgraph.compiler.routers.router import Router
-from stepgraph.compiler.routers.router_states import Trajectories
+from stepgraph.compiler.routers.router_states import Conditioning, Sampling, Trajectories
 from stepgraph.files.whole_file import save_figure
 from stepgraph.plan import COMPUTE, REUSE, CachePlan
 
@@ -153,7 +153,8 @@ def loss_against_image(host: Host, base: CachePlan, router: Router, progress: Pr
     steps = [step for step, full in enumerate(router.full) if not full]
     kinds = list(dict.fromkeys(site.kind for site in router.sites))
     bar = progress.add_task("loss against image", total=len(steps) * len(kinds))
-    states = Trajectories(TracedModel(host.model), host.scheduler, host.steps, 64, 64, 0.0, seed=7)
+    how = Sampling(TracedModel(host.model), host.scheduler, host.steps, host.example(1))
+    states = Trajectories(how, Conditioning.of_pool(how, None, 64, 0.0), 64, 64, 0.0, torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(0)
     soft: MixedModel | None = None
     rows = []

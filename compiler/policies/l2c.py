@@ -21,6 +21,7 @@ def l2c(
     iterations: int | None = None,
     batch: int | None = None,
     init: float | None = None,
+    label_dropout: float | None = None,
     states: str | None = None,
     pool: int | None = None,
     run: int | None = None,
@@ -46,8 +47,9 @@ def l2c(
         iterations: Number of updates.
         batch: Samples per update.
         init: Standard deviation of the first logits.
+        label_dropout: Share of samples that are conditioned on nothing.
         states: "q_sample" (noised clean latents) or "trajectory" (states of real sampling runs).
-        pool: Number of samples or runs to train on.
+        pool: Number of samples or runs to train on, and of the rows of the conditioning where that is given.
         run: Routed steps after each full one; 1 in the paper.
         shift: The first full step of the rhythm; 0 for DiT, 1 for U-ViT under DPM-Solver-2.
         seed: Of the training.
@@ -57,8 +59,8 @@ def l2c(
         PlanError: An argument is out of range, or there is neither a model to train on nor a file.
     """
     settings = {
-        "lam": lam, "lr": lr, "iterations": iterations, "batch": batch, "init": init, "states": states, "pool": pool,
-        "run": run, "shift": shift, "seed": seed,
+        "lam": lam, "lr": lr, "iterations": iterations, "batch": batch, "init": init,
+        "label_dropout": label_dropout, "states": states, "pool": pool, "run": run, "shift": shift, "seed": seed,
     }  # fmt: skip
     changes = {name: value for name, value in settings.items() if value is not None}
     if router is not None and changes:

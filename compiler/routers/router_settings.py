@@ -27,8 +27,7 @@ class RouterSettings:
         loss: "mean" of the squared error over the whole output (DiT), or its "sum" (U-ViT); then the mean over samples.
         states: Where the states x_t come from: "q_sample" noises clean latents, as the paper does; "trajectory" takes those
             of real sampling runs, which any deterministic scheduler has.
-        pool: Number of clean latents or sampling runs to train on, made by the model itself; data or conditioning that is given
-            brings its own number.
+        pool: Number of clean latents or sampling runs to train on, made by the model itself; not used where `data` is given.
         run: Routed steps after each full one. The paper's pairs are 1; longer runs are unrolled, and what a routed step
             computes refreshes what the next one reads.
         shift: The first full step of the rhythm; steps before it are full too. 0 for pairs from the first step on (DiT), 1 for

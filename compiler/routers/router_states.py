@@ -95,25 +95,17 @@ class Sampling:
         now = self.convert(timesteps.to(latents.device), latents.dtype)
         return {latents_name(self.traced.model): latents, "timestep": now, **conditioning}
 
-    def runs(self, conditioning: "Conditioning", size: int, batch: int, generator: torch.Generator) -> Iterator["Run"]:
-        """`size` sampling runs in batches, each from noise of its own."""
+    def sampled(self, model: nn.Module, noise: torch.Tensor, conditioning: Mapping[str, Any]) -> torch.Tensor:
+        """The final latents of a run from noise [B, C, ...], by the model or by what watches it."""
+        return sample(model, self.scheduler, noise, steps=self.steps, schedule=self.schedule, **conditioning)
+
+    def runs(
+        self, conditioning: "Conditioning", size: int, batch: int, generator: torch.Generator
+    ) -> Iterator[tuple[torch.Tensor, Mapping[str, Any]]]:
+        """Noise and conditioning of `size` sampling runs in batches."""
         for rows in torch.arange(size).split(batch):
             noise = torch.randn((len(rows), *self.latents.shape[1:]), generator=generator)
-            yield Run(self, noise.to(self.latents.device, model_dtype(self.traced.model)), conditioning.of(rows).wanted)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A sampling run: how, from which noise [B, C, ...], and the conditioning."""
-
-    sampling: Sampling
-    noise: torch.Tensor
-    conditioning: Mapping[str, torch.Tensor]
-
-    def sampled(self, model: nn.Module) -> torch.Tensor:
-        """The final latents."""
-        how = self.sampling
-        return sample(model, how.scheduler, self.noise, steps=how.steps, schedule=how.schedule, **self.conditioning)
+            yield noise.to(self.latents.device, model_dtype(self.traced.model)), conditioning.of(rows).wanted
 
 
 @dataclass(frozen=True)
@@ -208,9 +200,9 @@ class Trajectories:
         self.how, self.timesteps = how, how.timesteps()
         self.conditioning = conditioning.dropped(dropout, generator)
         parts = []
-        for run in how.runs(self.conditioning, size, batch, generator):
+        for noise, wanted in how.runs(self.conditioning, size, batch, generator):
             recorder = _RecordedModel(how.traced.model, how.convert)
-            run.sampled(recorder)
+            how.sampled(recorder, noise, wanted)
             parts.append((torch.stack(recorder.latents), torch.stack(recorder.outputs)))
         self.latents, self.outputs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
@@ -277,7 +269,7 @@ class NoisedLatents:
 
 def clean_latents(how: Sampling, conditioning: Conditioning, size: int, batch: int, generator: torch.Generator) -> torch.Tensor:
     """Latents [size, C, ...] that the model itself samples without guidance."""
-    return torch.cat([run.sampled(how.traced.model) for run in how.runs(conditioning, size, batch, generator)])
+    return torch.cat([how.sampled(how.traced.model, *run) for run in how.runs(conditioning, size, batch, generator)])
 
 
 def steps_of(first: torch.Tensor, run: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:

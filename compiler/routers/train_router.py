@@ -64,9 +64,9 @@ def train_router(
         steps: Number of inference steps.
         settings: The paper's unless given.
         data: Clean latents [N, C, ...] for `states="q_sample"`; the model samples `settings.pool` itself unless given.
-        conditioning: The model's other inputs, as for `stepgraph.sample` with one row for each of `data`; without data, as many
-            as the pool is to have. `negative_<name>` are what dropped labels are replaced by; the family's unconditional inputs
-            unless given. The family's example conditioning, `settings.pool` rows, where neither is given.
+        conditioning: The model's other inputs, as for `stepgraph.sample`: one row for each of `data`, or of the pool.
+            `negative_<name>` are what dropped labels are replaced by, the family's unconditional inputs unless given. The
+            family's example conditioning where neither it nor data is given.
         checkpoint: A file that is written every `every` iterations and at the end; where it exists, training goes on from it.
             A resumed training equals an uninterrupted one bit for bit.
         every: Iterations between checkpoints.
@@ -251,11 +251,12 @@ def _states(
     """The source of states that the settings ask for."""
     batch, dropout, generator = settings.batch, settings.label_dropout, torch.Generator().manual_seed(settings.seed + 2)
     real_runs = settings.states == "trajectory"
-    if data is None:
-        size = _rows(how, conditioning) or settings.pool
-    elif real_runs:
+    size, rows = settings.pool, _rows(how, conditioning)
+    if data is None and rows not in (0, size):
+        raise ArgumentError(f"conditioning is of {rows} samples, the pool of {size}; pass as many rows, or pool={rows}")
+    if data is not None and real_runs:
         raise ArgumentError("data is noised, but states is 'trajectory', where the model samples; pass states='q_sample'")
-    else:
+    if data is not None:
         wanted = tuple(how.latents.shape[1:])
         if data.ndim < 2 or not len(data) or tuple(data.shape[1:]) != wanted:
             raise ArgumentError(f"data is {list(data.shape)}; expected clean latents [N, {', '.join(map(str, wanted))}]")

@@ -2,8 +2,9 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,6 +39,7 @@ from stepgraph.compiler.importers import EXPORTERS, IMPORTERS
 from stepgraph.compiler.planning.import_plan import import_plan
 from stepgraph.compiler.planning.list_policies import policies
 from stepgraph.compiler.policies import POLICIES
+from stepgraph.compiler.routers.router_settings import settings_of
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import whole_file
 from stepgraph.plan import CachePlan
@@ -88,7 +90,9 @@ def plan_make(
         if measured is None:
             steps = counted_steps(wish, steps, chosen, 50)[1]
             wish = schedule_of(model, wish, steps)
-        samples, guided = (1, False) if measured is None else (measured.header.samples or 1, measured.guidance_scale > 1)
+            samples, guided = _runs_of(policy, arguments), True
+        else:
+            samples, guided = measured.header.samples or 1, measured.guidance_scale > 1
         cache_plan = make_plan(
             policy, measured, model=loaded, scheduler=chosen, steps=steps, guidance=guidance,
             allow_stochastic=allow_stochastic, checkpoint=checkpoint,
@@ -99,6 +103,16 @@ def plan_make(
     cache_plan.save(out)
     checkpoint.unlink(missing_ok=True)
     show_plan(cache_plan, as_json, f"wrote {out}")
+
+
+def _runs_of(policy: str, arguments: Mapping[str, Any]) -> int:
+    """The sampling runs that a policy takes of the model without statistics; what is no number it refuses itself."""
+    if policy == "l2c":
+        return settings_of(
+            arguments.get("preset", "quick"), {k: v for k, v in arguments.items() if k == "pool" and v is not None}
+        ).pool
+    asked = arguments.get("samples", 16 if runs_model(policy) else 1)
+    return asked if isinstance(asked, int) and asked > 0 else 1
 
 
 @plan_app.command(name="policies")

@@ -11,8 +11,9 @@ from stepgraph.cli.options import (
     Dtype,
     Json,
     Model,
+    ScheduleOption,
     SchedulerName,
-    Steps,
+    StepsOrSchedule,
     parse_arguments,
     parse_device,
     parse_dtype,
@@ -20,18 +21,21 @@ from stepgraph.cli.options import (
     reports_errors,
     show,
 )
+from stepgraph.cli.shipped import conditions, schedule_of
 from stepgraph.compiler.entry.load_model import load_model, load_scheduler
 from stepgraph.compiler.routers.router_settings import PRESETS, settings_of
 from stepgraph.compiler.routers.train_router import train_router
 from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import writable_folder
+from stepgraph.schedule import counted_steps
 
 
 @reports_errors
 def plan_train_router(
     model: Model,
-    steps: Steps = 50,
+    steps: StepsOrSchedule = None,
     scheduler: SchedulerName = None,
+    schedule: ScheduleOption = None,
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}: settings that -a changes")] = "quick",
     arg: Arguments = None,
     device: Device = "cpu",
@@ -52,9 +56,12 @@ def plan_train_router(
     checkpoint = out.with_name(f"{out.name}.unfinished")
     with progress_bar("loading", as_json) as report:
         loaded = load_model(model, parse_device(device), parse_dtype(dtype))
+        chosen, wish = load_scheduler(model, scheduler), parse_arguments(schedule)
+        count = counted_steps(wish, steps, chosen, 50)[1]
         router = train_router(
-            loaded, load_scheduler(model, scheduler), steps=steps, settings=settings, checkpoint=checkpoint,
-            on_step=lambda done, total: report("training", done, total),
+            loaded, chosen, steps=count, settings=settings, checkpoint=checkpoint,
+            on_step=lambda done, total: report("training", done, total), schedule=schedule_of(model, wish, count),
+            conditioning=conditions(model, loaded, settings.pool, settings.label_dropout > 0),
         )  # fmt: skip
     router.save(out)
     if export is not None:

@@ -53,6 +53,21 @@ def test_a_plan_is_made_and_run(eager: torch.Tensor, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_routers_and_fits_take_the_captions_too(tmp_path: Path):
+    router, plan = tmp_path / "router.safetensors", tmp_path / "plan.json"
+    few = ("-a", "iterations=1", "-a", "pool=2", "-a", "batch=2")
+    invoke("plan", "train-router", "flux-emoji", "--steps", 4, *few, "-o", router)
+    made = ("plan", "make", "--model", "flux-emoji", "--steps", 4, "-o", plan)
+    invoke(*made, "--policy", "l2c", "-a", f"router={router}", "-a", "theta=1.0")
+    routed = CachePlan.load(plan)
+    assert ["R" in row for row in routed.rows] == [False, True, False, True]
+    invoke(*made, "--policy", "l2c", *few)
+    assert CachePlan.load(plan).header.timesteps == routed.header.timesteps
+    invoke(*made, "--policy", "whole-step", "-a", "samples=2")
+    assert CachePlan.load(plan).header.samples == 2
+
+
+@pytest.mark.slow
 def test_calibrated_plans(tmp_path: Path):
     stats, path = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     invoke("calibrate", "flux-emoji", "--steps", 4, "--samples", 2, "--guidance", 2.0, "--no-channels", "-o", stats)
