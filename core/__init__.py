@@ -38,6 +38,7 @@ from stepgraph.config import CompileConfig
 from stepgraph.errors import CompileError, PlanError, StepgraphError, TraceError
 from stepgraph.plan import Action, CachePlan, PlanHeader, Site
 from stepgraph.plan.factors import Factors
+from stepgraph.runtime.attach.watch_call import WatchedCall, watch
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.sampling.sample import sample
 from stepgraph.runtime.session.session import Session
@@ -98,7 +99,8 @@ def load(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
-    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "StepgraphError", "TraceError", "accelerate",
+    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "StepgraphError", "TraceError", "WatchedCall", "accelerate",
     "calibrate", "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "load",
     "lowrank", "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
+    "watch",
 ]  # fmt: skip

@@ -131,20 +131,25 @@ def register_timestep(classes: Sequence[str], timestep: TimestepInput) -> None:
     _inputs.update(dict.fromkeys(classes, timestep))
 
 
+def known_timestep(model: Any) -> TimestepInput | None:
+    """What a model is given as its timestep, by its class; None where no adapter says so."""
+    return _inputs.get(type(unwrapped(model)).__name__)
+
+
 def timestep_of(model: Any) -> TimestepInput:
     """What a model is given as its timestep: by its class; the scheduler's value where it is none of diffusers'.
 
     Raises:
         ArgumentError: It is a class of diffusers that no adapter knows; its pipelines may give it another value.
     """
-    kind = type(unwrapped(model))
-    if kind.__name__ not in _inputs and kind.__module__.startswith("diffusers."):
+    kind, known = type(unwrapped(model)), known_timestep(model)
+    if known is None and kind.__module__.startswith("diffusers."):
         raise ArgumentError(
             f"no adapter knows what pipelines make of the scheduler's timestep for {kind.__name__}; say it with timestep= in "
             f"make_plan or calibrate: () for the scheduler's own value, ('cast', '/1000') for one in 0..1; or run a session "
             f"step by step with the pipeline's own"
         )
-    return _inputs.get(kind.__name__, TimestepInput())
+    return known or TimestepInput()
 
 
 def timestep_input(wish: "TimestepInput | Sequence[str] | None") -> TimestepInput | None:

@@ -23,6 +23,7 @@ from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.fingerprint import config_of
 from stepgraph.plan import CachePlan
+from stepgraph.runtime.attach.watch_call import watch
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.program.stated_facts import stated_facts
 from stepgraph.schedule import Schedule, counted_steps
@@ -50,11 +51,14 @@ def accelerate(
     cache: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Executable:
     """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
 
-    Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
+    With `call`, the pipeline's own call is watched as far as its first step (`stepgraph.watch`), and says what the transformer
+    is given and how the scheduler is set: so any pipeline with one transformer is accelerated, also one whose class no adapter
+    knows. Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
 
     Args:
         pipe: A diffusers pipeline with a transformer.
@@ -82,7 +86,8 @@ def accelerate(
 
     Raises:
         PlanError: The policy is unknown or refuses its arguments, `samples`, `seed` or `guidance_scale` is given for one that
-            runs nothing with it, or the model or sampler cannot be calibrated.
+            runs nothing with it, or the model or sampler cannot be calibrated; or `call` comes with what it says itself, or
+            with a policy that measures.
         CompileError: The pipeline has no transformer, or it cannot be compiled.
     """
     transformer = unwrapped(getattr(pipe, "transformer", None))
@@ -90,20 +95,39 @@ def accelerate(
         raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
     if policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise CompileError(
+            f"{type(pipe).__name__} has two transformers, each for a part of the steps, and a plan is for all steps of one; "
+            f"compile the one that shall be accelerated, and run its session step by step"
+        )
     asked = {"samples": samples, "seed": seed, "guidance_scale": guidance_scale}
     policy_arguments, settings = _divided(policy, _policy_arguments(arguments, more), asked)
+    if call is not None:
+        measures = POLICIES[policy].wants_stats(policy_arguments) or runs_model(policy)
+        _refuse_beside_call(policy, measures, conditioning=conditioning, schedule=schedule)
     folder = writable_folder(Path(cache) if cache is not None else read_env().cache)
     runs = {**settings, "conditioning": digest(conditioning)}
     # One graph of each signature serves the header, the calibration and the compiler.
     traced = TracedModel(transformer)
-    inputs = traced.example_inputs(batch, conditioning)
-    chosen, count = counted_steps(schedule, steps, pipe.scheduler, 50)
-    chosen = _of_pipeline(chosen, count, pipe, traced.family)
+    if call is None:
+        seen: dict[str, Any] = {}
+        inputs = traced.example_inputs(batch, conditioning)
+        chosen, count = counted_steps(schedule, steps, pipe.scheduler, 50)
+        chosen = _of_pipeline(chosen, count, pipe, traced.family)
+    else:
+        watched = watch(pipe, **({} if steps is None else {"num_inference_steps": steps}) | dict(call))
+        chosen, count = watched.schedule, _agreed(steps, watched.steps)
+        inputs = dict(watched.inputs[0])
+        seen = {"example_inputs": inputs, "guidance": watched.guidance, "timestep": watched.timestep}
     marked = traced.marked(inputs)
-    header = make_header(transformer, pipe.scheduler, count, marked, schedule=chosen)
+    header = make_header(transformer, pipe.scheduler, count, marked, seen.get("guidance", "batched"), chosen)
     if not allow_stochastic:
         refuse_stochastic(pipe.scheduler, count, header.schedule)
-    circumstances = {**asdict(header), "facts": _key(stated_facts(marked.trace.facts))}
+    circumstances = {
+        **asdict(header),
+        "timestep": str(seen.get("timestep", "")),
+        "facts": _key(stated_facts(marked.trace.facts)),
+    }
     measured = POLICIES[policy].wants_stats(policy_arguments)
 
     def unfinished(file: Path) -> Path:
@@ -120,7 +144,7 @@ def accelerate(
         unfinished(stats_file).unlink(missing_ok=True)
         return plan_traced(
             policy, stats, traced, pipe.scheduler, policy_arguments, steps=count, conditioning=conditioning,
-            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, schedule=chosen,
+            allow_stochastic=allow_stochastic, checkpoint=unfinished(plan_file), on_step=on_step, schedule=chosen, **seen,
         )  # fmt: skip
 
     stats_file = folder / f"stats-{_key({**circumstances, **runs})}.safetensors"
@@ -136,6 +160,34 @@ def accelerate(
     unfinished(plan_file).unlink(missing_ok=True)
     executable = compile_plan(transformer, plan, inputs, CompileConfig(backend, exact), traced=traced)
     return executable.attach(pipe)
+
+
+def _refuse_beside_call(policy: str, measures: bool, **given: Any) -> None:
+    """Refuse what a watched call says itself, and policies that would measure the model without the pipeline.
+
+    Raises:
+        ArgumentError: The message names it.
+    """
+    twice = next((name for name, value in given.items() if value is not None), None)
+    if twice is not None:
+        raise ArgumentError(f"{twice} is given beside call, which says it; leave one of them out")
+    if measures:
+        free = sorted(name for name, one in POLICIES.items() if not one.needs_stats and not runs_model(name))
+        raise ArgumentError(
+            f"the policy {policy!r} measures the model on sampling runs, which call= does not make; take one that measures "
+            f"nothing ({', '.join(free)}), or calibrate by calibrate(..., inputs=, conditioning=, timestep=)"
+        )
+
+
+def _agreed(asked: int | None, seen: int) -> int:
+    """The number of steps.
+
+    Raises:
+        ArgumentError: The call has another one than asked for.
+    """
+    if asked not in (None, seen):
+        raise ArgumentError(f"steps is {asked}, but the call runs {seen}; leave steps out, or give as many")
+    return seen
 
 
 def _of_pipeline(schedule: Schedule, steps: int, pipe: Any, family: Family) -> Schedule:

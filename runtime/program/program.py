@@ -1,7 +1,7 @@
 """What an executable runs: the variants of a plan for inputs of one signature, and where their values lie."""
 
 import reprlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class Program:
         tensors: What its graphs read beside inputs, weights and strengths; whoever holds it may write to it.
         table_rows: By the inputs that say rows of tables (class labels), how many rows there are.
         watch: Compares the facts with a model.
+        nested: Whether the return value holds tensors within lists, tuples or dicts of its own (Z-Image's list of samples).
     """
 
     plan: CachePlan
@@ -91,9 +92,22 @@ class Program:
     tensors: tuple[torch.Tensor, ...] = ()
     table_rows: Mapping[str, int] = field(default_factory=dict)
     watch: FactsWatch = field(init=False)
+    nested: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "watch", FactsWatch(self.facts))
+        object.__setattr__(self, "nested", any(not part.is_leaf() for part in self.output_spec.children()))
+
+    def returned(self, results: Sequence[torch.Tensor], return_dict: bool) -> Any:
+        """The model's return value, made of its flat results; without `return_dict` as diffusers' plain tuple."""
+        if not (return_dict or self.nested):
+            return tuple(results)
+        whole = pytree.tree_unflatten(results, self.output_spec)
+        if return_dict:
+            return whole
+        if isinstance(whole, Mapping):
+            return tuple(whole.values())
+        return whole if isinstance(whole, tuple) else (whole,)
 
     @property
     def begin(self) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
 from stepgraph.checks import check_flag, check_numbers, check_whole, is_finite, shown
@@ -176,13 +175,13 @@ class Session:
         """
         check_flag("return_dict", return_dict)
         try:
-            results, spec = self._run({name: value for name, value in inputs.items() if value is not None})
+            results, program = self._run({name: value for name, value in inputs.items() if value is not None})
         except BaseException:
             self.reset()
             raise
-        return pytree.tree_unflatten(results, spec) if return_dict else tuple(results)
+        return program.returned(results, return_dict)
 
-    def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], pytree.TreeSpec]:
+    def _run(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], Program]:
         if self.finished:
             raise CompileError(f"all {self.step} steps of the plan have run; start a new session")
         if self.checked:
@@ -219,7 +218,7 @@ class Session:
         for slot in (*slots.frees, *(slot for slot, _ in moves.leave)):
             table.free(slot)
         self._advance()
-        return outputs, program.output_spec
+        return outputs, program
 
     def _advance(self) -> None:
         """To the next branch, or the next step; at the end of the run its tables are told, and captured steps given back."""

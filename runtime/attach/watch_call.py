@@ -1,0 +1,340 @@
+"""One call of a pipeline, run until its second step begins: what it gives its transformer, and how it sets its scheduler."""
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stepgraph.checks import shown
+from stepgraph.errors import CompileError, PlanError
+from stepgraph.inputs import latents_of
+from stepgraph.runtime.attach.call import Call
+from stepgraph.runtime.attach.run_timesteps import read_timestep
+from stepgraph.runtime.program.facts import StandIn
+from stepgraph.schedule import Schedule, TimestepInput, known_timestep
+from stepgraph.scheduler import prepare_scheduler
+from stepgraph.wrapped_models import forward_signature, unwrapped
+
+# What pipelines make of a scheduler's timestep, the usual ways first (diffusers 0.36 to 0.42).
+UNITS: tuple[tuple[str, ...], ...] = ((), ("/1000",), ("1000-", "/1000"), ("/1000", "1-"), ("*0.001",), ("1000-",), ("1-",))
+CASTS: tuple[tuple[str, ...], ...] = ((), ("cast",))
+WAYS = tuple(dict.fromkeys((*before, *unit, *after) for unit in UNITS for before, after in product(CASTS, CASTS)))
+# Of `set_timesteps`: what says the steps, what a plan's schedule holds, and where the timesteps lie.
+STEPS, HELD, PLACE = "num_inference_steps", ("sigmas", "timesteps", "mu"), "device"
+CALLBACKS = ("callback", "callback_on_step_end")
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedCall:
+    """What a pipeline's own call showed of itself.
+
+    Attributes:
+        inputs: Of every call of the transformer within a step, in order, the forward's arguments that were given, the latents
+            first; the tensors are copies.
+        branches: What the pipeline calls these calls (diffusers' `cache_context`), empty where it names them not.
+        steps: Number of inference steps.
+        schedule: What the scheduler was set with beside it, and the evaluation with which the run begins.
+        timestep: What the transformer is given of the scheduler's timestep.
+    """
+
+    inputs: tuple[Mapping[str, Any], ...]
+    branches: tuple[str, ...]
+    steps: int
+    schedule: Schedule
+    timestep: TimestepInput
+
+    @property
+    def guidance(self) -> str:
+        """As plans name it: "separate" where a step has two calls, "batched" where it has one.
+
+        Raises:
+            PlanError: It has more, which no plan has.
+        """
+        if len(self.inputs) > 2:
+            raise PlanError(
+                f"a step has {len(self.inputs)} calls of the transformer ({', '.join(self.branches)}); plans have one, or two "
+                f"of guidance: call the pipeline without further guidance"
+            )
+        return "separate" if len(self.inputs) == 2 else "batched"
+
+
+def watch(pipe: Any, /, **call: Any) -> WatchedCall:
+    """Run a pipeline's own call until its second step begins, and learn from it how the pipeline calls its transformer.
+
+    The first step is computed, by the eager model; then the call is broken off. Scheduler, pipeline, generators and random
+    state are as before, also where the call fails. Callbacks of the call are left out.
+
+    Args:
+        pipe: A diffusers pipeline with a transformer.
+        **call: What it is called with.
+
+    Raises:
+        CompileError: It has no transformer or scheduler, never calls the transformer, sets its scheduler in a way that no plan
+            can state, or has an executable attached.
+        PlanError: What it gives as the timestep is none of the ways that are known.
+    """
+    transformer, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
+    kind = type(pipe).__name__
+    if not isinstance(transformer, nn.Module):
+        unet = ", and a U-Net's layers are no transformer's: DeepCache caches those" if hasattr(pipe, "unet") else ""
+        raise CompileError(f"{kind} has no transformer to watch{unet}")
+    if not callable(getattr(scheduler, "set_timesteps", None)) or not hasattr(scheduler, "__dict__"):
+        raise CompileError(f"the scheduler of {kind} is {scheduler!r:.200}; expected a diffusers scheduler")
+    if isinstance(transformer.__dict__.get("forward"), StandIn):
+        raise CompileError("an executable is attached to the pipeline's transformer; detach it before watching a call")
+    recorder = _Recorder(transformer, scheduler)
+    given = {name: value for name, value in call.items() if name not in CALLBACKS}
+    with _as_before(pipe, scheduler, given), recorder.in_place():
+        try:
+            pipe(**given)
+        except _SeenEnough as seen:
+            # Which may come from another watch, around this one.
+            if seen.by is not recorder:
+                raise
+        return recorder.watched(kind)
+
+
+class _SeenEnough(BaseException):
+    """Breaks a pipeline's call off; no `except Exception` of a pipeline stops it."""
+
+    def __init__(self, by: "_Recorder") -> None:
+        super().__init__("a watched call of a pipeline is broken off")
+        self.by = by
+
+
+class _Recorder(StandIn):
+    """Stands in for a transformer's forward, and for two methods of the scheduler, during one call of a pipeline."""
+
+    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
+        self._transformer, self._scheduler = transformer, scheduler
+        self._known = known_timestep(transformer)
+        self.replaced = transformer.__dict__.get("forward")
+        self.__signature__ = forward_signature(unwrapped(transformer))
+        self._extra = [p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD]
+        self._latents = next(iter(self.__signature__.parameters))
+        self._calls: list[Call] = []
+        self._branches: list[str] = []
+        self._second: Any = None
+        self._set: dict[str, Any] | None = None
+        self._timesteps: torch.Tensor | None = None
+        self._begin: int | None = None
+        self._stepped, self._branch = False, ""
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Stand in, and give way again."""
+        with ExitStack() as stack:
+            stack.enter_context(_attributes(self._transformer, forward=self, _compiled_call_impl=None))
+            if hasattr(self._transformer, "cache_context"):
+                stack.enter_context(_attributes(self._transformer, cache_context=self._named(self._transformer.cache_context)))
+            watched = {
+                "set_timesteps": self._set_timesteps(self._scheduler.set_timesteps),
+                "step": self._step(self._scheduler.step),
+            }
+            stack.enter_context(_attributes(self._scheduler, **watched))
+            yield
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward."""
+        inputs = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        for extra in self._extra:
+            inputs |= inputs.pop(extra, {})
+        call = Call.of({name: value for name, value in inputs.items() if value is not None}, self._latents)
+        if self._stepped:
+            self._second = copy.deepcopy(call.timestep)
+            raise _SeenEnough(self)
+        if not self._calls:
+            self._timesteps = self._scheduler.timesteps
+            self._begin = getattr(self._scheduler, "begin_index", None)
+        self._calls.append(Call(_copied(call.inputs), call.latents, call.signature))
+        self._branches.append(self._branch)
+        forward: Callable[..., Any] = self.replaced or MethodType(type(self._transformer).forward, self._transformer)
+        return forward(*args, **kwargs)
+
+    def _named(self, context: Callable[..., Any]) -> Callable[..., Any]:
+        """`cache_context`, whose name is noted."""
+
+        @contextmanager
+        def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            before, self._branch = self._branch, name
+            try:
+                with context(name, *args, **kwargs):
+                    yield
+            finally:
+                self._branch = before
+
+        return named
+
+    def _set_timesteps(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(method)
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            outcome = method(*args, **kwargs)
+            if not self._calls:
+                self._set = dict(signature.bind(*args, **kwargs).arguments)
+                self._set |= self._set.pop("kwargs", {})
+            return outcome
+
+        # Pipelines ask which arguments there are.
+        set_timesteps.__signature__ = signature  # type: ignore[attr-defined]
+        return set_timesteps
+
+    def _step(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(method)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            outcome = method(*args, **kwargs)
+            self._stepped = bool(self._calls)
+            if self._timesteps is not None and len(self._timesteps) - (self._begin or 0) == 1:
+                raise _SeenEnough(self)
+            return outcome
+
+        step.__signature__ = signature  # type: ignore[attr-defined]
+        return step
+
+    def watched(self, kind: str) -> WatchedCall:
+        """What was seen.
+
+        Raises:
+            CompileError: See `watch`; so is the next.
+            PlanError: Likewise.
+        """
+        if not self._calls or self._timesteps is None:
+            raise CompileError(f"the call of {kind} never called its transformer")
+        if self._set is None:
+            raise CompileError(f"{kind} called its transformer before its scheduler's set_timesteps, which begins a run")
+        if not self._stepped:
+            raise CompileError(f"{kind} called its transformer {len(self._calls)} times, and never its scheduler's step")
+        schedule, steps = _schedule(kind, self._set)
+        prepared = prepare_scheduler(self._scheduler, steps, self._timesteps.device, schedule)
+        if not torch.equal(prepared.timesteps, self._timesteps):
+            raise CompileError(
+                f"{kind} runs on the timesteps {shown(self._timesteps.tolist())}, which set_timesteps with {steps} steps and "
+                f"{schedule} does not give; no plan can state them"
+            )
+        first = self._calls[0].timestep
+        at_once = [read_timestep(value) for value in (first, self._second) if value is not None]
+        latents = latents_of(_ordered(self._calls[0]))
+        dtype = latents[0].dtype if isinstance(latents, (list, tuple)) else latents.dtype
+        ways = WAYS if self._known is None else (self._known.operations, *WAYS)
+        begin, convert = _place(kind, self._timesteps, self._begin, at_once, first, dtype, ways)
+        schedule = replace(schedule, begin=begin)
+        return WatchedCall(tuple(map(_ordered, self._calls)), tuple(self._branches), steps, schedule, convert)
+
+
+def _ordered(call: Call) -> dict[str, Any]:
+    """A call's arguments, the latents first; how the result is returned is none of them."""
+    rest = {name: value for name, value in call.inputs.items() if name not in (call.latents, "return_dict")}
+    return {call.latents: call.inputs[call.latents], **rest}
+
+
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), dict(inputs))
+    return copied
+
+
+def _schedule(kind: str, arguments: Mapping[str, Any]) -> tuple[Schedule, int]:
+    """What `set_timesteps` was given, and the number of steps that it means.
+
+    Raises:
+        CompileError: It was given something that plans do not know.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None and name not in (STEPS, PLACE)}
+    other = sorted(set(given) - set(HELD))
+    if other:
+        raise CompileError(f"{kind} sets its scheduler with {other[0]}={shown(given[other[0]])}, which no plan can state")
+    listed = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in given.items()}
+    if isinstance(listed.get("mu"), list):
+        listed["mu"] = float(np.asarray(listed["mu"]).reshape(()))
+    schedule = Schedule(**{name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()})
+    return schedule, int(arguments.get(STEPS) or len(schedule.sigmas or schedule.timesteps))
+
+
+def _place(
+    kind: str,
+    timesteps: torch.Tensor,
+    begin: int | None,
+    asked: list[float],
+    given: Any,
+    dtype: torch.dtype,
+    ways: Sequence[tuple[str, ...]],
+) -> tuple[int, TimestepInput]:
+    """The evaluation with which a run begins, and what is made of its timestep and the next one's.
+
+    Args:
+        kind: The pipeline, in words.
+        timesteps: The scheduler's, [T].
+        begin: The evaluation by the scheduler's own word, where it has one.
+        asked: What the transformer was given at the first step and, unless it is the last, at the second.
+        given: The same of the first, as it was given.
+        dtype: The latents'.
+        ways: Conversions, the likeliest first.
+
+    Raises:
+        PlanError: No way that is known leads from the one to the other.
+    """
+    places = range(len(timesteps) - len(asked) + 1) if begin is None else [begin]
+    wanted = torch.tensor(asked, dtype=torch.float64)
+    matches = []
+    for place, way in product(places, ways):
+        made = TimestepInput(way)(timesteps[place : place + len(asked)], dtype)
+        if torch.equal(made.double().cpu(), wanted):
+            other_dtype = isinstance(given, torch.Tensor) and made.dtype != given.dtype
+            matches.append((place, other_dtype, way))
+    if not matches:
+        raise PlanError(
+            f"{kind} gives its transformer the timesteps {shown(asked)} where the scheduler has "
+            f"{shown(timesteps[: len(asked)].tolist())}; no known conversion leads there: pass timestep= to make_plan, or run "
+            f"a session step by step"
+        )
+    place, _, way = min(matches, key=lambda match: match[:2])
+    return place, TimestepInput(way)
+
+
+@contextmanager
+def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Give an object attributes of its own, and take them back."""
+    own = vars(owner)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            own.pop(name, None)
+        own.update(before)
+
+
+@contextmanager
+def _as_before(pipe: Any, scheduler: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """Leave a pipeline, its scheduler, generators and the random state as they are now."""
+    generators = [leaf for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    of_pipe, of_scheduler = dict(vars(pipe)), copy.deepcopy(vars(scheduler))
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            if hasattr(pipe, "set_progress_bar_config"):
+                pipe.set_progress_bar_config(disable=True)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            for owner, attributes in ((pipe, of_pipe), (scheduler, of_scheduler)):
+                vars(owner).clear()
+                vars(owner).update(attributes)
+            if callable(getattr(pipe, "maybe_free_model_hooks", None)):
+                pipe.maybe_free_model_hooks()
