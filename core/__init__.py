@@ -99,8 +99,8 @@ def load(
 
 __all__ = [
     "Action", "CachePlan", "CalibrationStats", "CompileConfig", "CompileError", "Covariances", "Executable", "Factors",
-    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "StepgraphError", "TraceError", "WatchedCall", "accelerate",
-    "calibrate", "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast", "import_plan", "load",
-    "lowrank", "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep", "train_router",
-    "watch",
+    "PlanError", "PlanHeader", "Router", "RouterSettings", "Session", "Site", "StepgraphError", "TraceError", "WatchedCall",
+    "accelerate", "calibrate", "compile", "example_inputs", "factorize", "fit_forecast", "fit_whole_step", "forecast",
+    "import_plan", "load", "lowrank", "make_plan", "measure_covariances", "policies", "residual_affine", "sample", "sweep",
+    "train_router", "watch",
 ]  # fmt: skip

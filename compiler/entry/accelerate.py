@@ -23,7 +23,7 @@ from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.files.whole_file import writable_folder
 from stepgraph.fingerprint import config_of
 from stepgraph.plan import CachePlan
-from stepgraph.runtime.attach.watch_call import watch
+from stepgraph.runtime.attach.watch_call import about_unet, watch
 from stepgraph.runtime.executable import Executable
 from stepgraph.runtime.program.stated_facts import stated_facts
 from stepgraph.schedule import Schedule, counted_steps
@@ -58,7 +58,9 @@ def accelerate(
 
     With `call`, the pipeline's own call is watched as far as its first step (`stepgraph.watch`), and says what the transformer
     is given and how the scheduler is set: so any pipeline with one transformer is accelerated, also one whose class no adapter
-    knows. Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
+    knows.
+
+    Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
 
     Args:
         pipe: A diffusers pipeline with a transformer.
@@ -79,6 +81,8 @@ def accelerate(
         on_step: Called with (evaluations done, evaluations in all) of what is measured.
         schedule: What the pipeline sets its scheduler with, as for `stepgraph.calibrate`. diffusers' own pipelines need none
             for text to image: their sigmas, and the shift of the image's size, are known.
+        call: What the pipeline will be called with, such as {"prompt": "a fox", "height": 768}; its steps are `steps` where it
+            does not say. Prompts may be others later. The policy must be one that measures nothing.
         **more: The policy's arguments too, where they are not called like one of the above.
 
     Returns:
@@ -92,7 +96,7 @@ def accelerate(
     """
     transformer = unwrapped(getattr(pipe, "transformer", None))
     if transformer is None:
-        raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate")
+        raise CompileError(f"{type(pipe).__name__} has no transformer to accelerate{about_unet(pipe)}")
     if policy not in POLICIES:
         raise ArgumentError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     if getattr(pipe, "transformer_2", None) is not None:

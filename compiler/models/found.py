@@ -25,7 +25,8 @@ def found_family(class_name: str) -> Family:
     def example_inputs(*_: Any) -> NoReturn:
         raise CompileError(
             f"no adapter knows what {class_name} is called with; pass the keyword arguments of one call of its forward, with "
-            f"tensors of the shapes that it will have: example_inputs= of make_plan and compile, inputs= of calibrate"
+            f"tensors of the shapes that it will have (example_inputs= of make_plan and compile, inputs= of calibrate), or the "
+            f"call of a pipeline (call= of accelerate)"
         )
 
     def conditioning(*_: Any) -> NoReturn:

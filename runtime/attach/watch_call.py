@@ -86,22 +86,27 @@ def watch(pipe: Any, /, **call: Any) -> WatchedCall:
     transformer, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
     kind = type(pipe).__name__
     if not isinstance(transformer, nn.Module):
-        unet = ", and a U-Net's layers are no transformer's: DeepCache caches those" if hasattr(pipe, "unet") else ""
-        raise CompileError(f"{kind} has no transformer to watch{unet}")
+        raise CompileError(f"{kind} has no transformer to watch{about_unet(pipe)}")
     if not callable(getattr(scheduler, "set_timesteps", None)) or not hasattr(scheduler, "__dict__"):
         raise CompileError(f"the scheduler of {kind} is {scheduler!r:.200}; expected a diffusers scheduler")
     if isinstance(transformer.__dict__.get("forward"), StandIn):
         raise CompileError("an executable is attached to the pipeline's transformer; detach it before watching a call")
     recorder = _Recorder(transformer, scheduler)
     given = {name: value for name, value in call.items() if name not in CALLBACKS}
-    with _as_before(pipe, scheduler, given), recorder.in_place():
+    with _as_before(pipe, scheduler, given):
         try:
-            pipe(**given)
+            with recorder.in_place():
+                pipe(**given)
         except _SeenEnough as seen:
             # Which may come from another watch, around this one.
             if seen.by is not recorder:
                 raise
         return recorder.watched(kind)
+
+
+def about_unet(pipe: Any) -> str:
+    """What to say beside "it has no transformer"; empty where it has no U-Net either."""
+    return "; plans are for transformers, and U-Nets are what DeepCache caches" if hasattr(pipe, "unet") else ""
 
 
 class _SeenEnough(BaseException):
