@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +32,7 @@ from stepgraph.bench.tables import show_rows
 from stepgraph.compiler.calibration.calibrate import calibrate
 from stepgraph.compiler.marking.describe import example_inputs
 from stepgraph.compiler.models.flux import sigmas
+from stepgraph.files.whole_file import writable_folder
 from stepgraph.inputs import POSITIONS
 
 SIZE = 32
@@ -132,15 +132,16 @@ def main() -> None:
     parser = host_options(__doc__)
     parser.set_defaults(scheduler="flow-euler", steps=28, guidance=2.0)
     parser.add_argument("--only", nargs="*", default=list(POLICIES), help="names of policies of the quality benchmark")
-    parser.add_argument("--routers", nargs="*", type=int, default=[1, 2], help="L2C: routed steps after each full one")
+    parser.add_argument("--routers", nargs="*", type=int, default=[1], help="L2C: routed steps after each full one")
+    parser.add_argument("--kept", type=Path, default=Path("out/emoji"), help="where trained routers are kept and found again")
     arguments = parser.parse_args()
     host = EmojiHost.of(arguments, seeds=NOISE_SEEDS[MEASURING][:2])
     stats = calibrate(
         host.model, host.scheduler, schedule=host.schedule(host.steps), channels=False, **host.watched(SAMPLES, SEED)
     )
-    with Progress() as progress, TemporaryDirectory() as folder:
+    with Progress() as progress:
         knobs = {name: KNOBS[name] for name in arguments.only}
-        knobs |= {l2c_name(run): l2c(host, run, Path(folder), progress) for run in arguments.routers}
+        knobs |= {l2c_name(run): l2c(host, run, writable_folder(arguments.kept), progress) for run in arguments.routers}
         rows = measure(host, stats, progress, knobs)
         rows += second_order(host)
         rows += [{**row, "target": None} for row in corrected_rows(host, corrections(Workshop(host)), progress)]

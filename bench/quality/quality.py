@@ -120,10 +120,15 @@ def l2c_name(run: int) -> str:
 
 
 def l2c(host: Host, run: int, folder: Path, progress: Progress) -> Knob:
-    """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta."""
-    router = host.trained_router(progress, f"training routers, runs of {run}", run=run)
-    path = folder / f"router-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
-    router.save(path)
+    """Learning-to-Cache with routers trained here for `run` routed steps after each full one; the knob is theta.
+
+    Routers that lie in the folder are not trained again, and a training that was broken off there goes on.
+    """
+    path = folder / f"router-{host.name}-{host.scheduler_name}-{host.steps}-run{run}.safetensors"
+    if not path.is_file():
+        unfinished = path.with_suffix(".unfinished")
+        host.trained_router(progress, f"training routers, runs of {run}", unfinished, run=run).save(path)
+        unfinished.unlink()
     return Knob(lambda s, x: make_plan("l2c", s, theta=x, router=str(path)), 0, 1)
 
 

@@ -141,6 +141,28 @@ def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    return _ready(
+        _pipeline(name, f"no model folder {name!r} here, and loading it from the hub failed").transformer, device, dtype
+    )
+
+
+def load_pipeline(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A whole diffusers pipeline, by a folder that it was saved to or a hub id.
+
+    Raises:
+        CompileError: There is none, it is not complete, or has code of its own.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise CompileError(f"{folder} has no model_index.json; expected a folder that a pipeline's save_pretrained wrote")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise CompileError(f"no pipeline at {name!r}: expected a folder with a model_index.json, or a hub id (owner/name)")
+    where = f"{folder} is no complete pipeline" if folder.is_dir() else f"loading the pipeline {name!r} from the hub failed"
+    return _pipeline(name, where, torch_dtype=dtype, use_safetensors=True).to(device)
+
+
+def _pipeline(name: str, failed: str, **options: Any) -> Any:
+    """A pipeline as diffusers loads it; where it cannot, an error that begins so."""
     import diffusers
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -150,13 +172,12 @@ def _hub_model(name: str, device: str | torch.device, dtype: torch.dtype) -> nn.
         *of_client, OSError, ImportError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
     )  # fmt: skip
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name)
+        return diffusers.DiffusionPipeline.from_pretrained(name, **options)
     except torch.OutOfMemoryError:
         raise
     except failures as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompileError(f"no model folder {name!r} here, and loading it from the hub failed: {first}") from error
-    return _ready(pipeline.transformer, device, dtype)
+        raise CompileError(f"{failed}: {first}") from error
 
 
 def model_class(class_name: Any, where: str) -> Any:

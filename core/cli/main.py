@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from stepgraph.cli.accelerate import accelerate_command
 from stepgraph.cli.artifact import cache_app
 from stepgraph.cli.bench import bench_app
 from stepgraph.cli.calibrate import calibrate_command
@@ -19,6 +20,7 @@ from stepgraph.cli.run import run_command
 COMMANDS = {
     "export": export_command,
     "demo": demo_command,
+    "accelerate": accelerate_command,
     "compile": compile_command,
     "run": run_command,
     "calibrate": calibrate_command,

@@ -70,6 +70,23 @@ def wan() -> tuple[Any, Call]:
     return pipe, lambda seed: seeded(seed, num_frames=5, guidance_scale=5.0, **both(seed, width=16))
 
 
+def wan_of_words() -> Any:
+    """The same pipeline with a tokenizer of a few words and a tiny text encoder, as a folder holds it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "fox"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(7)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+    pipe, _ = any_pipe("wan")
+    pipe.register_modules(tokenizer=fast, text_encoder=encoder)
+    return pipe
+
+
 def qwen_image() -> tuple[Any, Call]:
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
