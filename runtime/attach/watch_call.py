@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from stepgraph.checked import checked
 from stepgraph.checks import shown
-from stepgraph.errors import CompileError, PlanError
+from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.inputs import latents_of
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.run_timesteps import read_timestep
@@ -68,6 +69,7 @@ class WatchedCall:
         return "separate" if len(self.inputs) == 2 else "batched"
 
 
+@checked
 def watch(pipe: Any, /, **call: Any) -> WatchedCall:
     """Run a pipeline's own call until its second step begins, and learn from it how the pipeline calls its transformer.
 
@@ -79,6 +81,7 @@ def watch(pipe: Any, /, **call: Any) -> WatchedCall:
         **call: What it is called with.
 
     Raises:
+        ArgumentError: It does not take these arguments; what it says of their values itself passes unchanged.
         CompileError: It has no transformer or scheduler, never calls the transformer, sets its scheduler in a way that no plan
             can state, or has an executable attached.
         PlanError: What it gives as the timestep is none of the ways that are known.
@@ -93,6 +96,10 @@ def watch(pipe: Any, /, **call: Any) -> WatchedCall:
         raise CompileError("an executable is attached to the pipeline's transformer; detach it before watching a call")
     recorder = _Recorder(transformer, scheduler)
     given = {name: value for name, value in call.items() if name not in CALLBACKS}
+    try:
+        inspect.signature(pipe).bind(**given)
+    except TypeError as error:
+        raise ArgumentError(f"{kind} cannot be called with {', '.join(given) or 'nothing'}: {error}") from error
     with _as_before(pipe, scheduler, given):
         try:
             with recorder.in_place():

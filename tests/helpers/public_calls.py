@@ -164,6 +164,10 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
     modulation, numbers = torch.randn(2, 8), torch.tensor([0.5, 0.5])
     called = inputs(2)
 
+    accelerated = {
+        "pipe": w.pipe, "steps": 2, "policy": "interval", "arguments": {"every": 2}, "backend": "eager", "cache": w.folder,
+    }  # fmt: skip
+
     def session(**arguments: Any) -> Any:
         return exe.session()(**arguments)
 
@@ -260,15 +264,13 @@ def valid_calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, A
         "Sweep.plot": (w.sweep.plot, {"path": picture}),
         "accelerate": (
             detached(sg.accelerate),
-            {
-                "pipe": w.pipe,
-                "steps": 2,
-                "policy": "interval",
-                "arguments": {"every": 2},
-                "backend": "eager",
-                "cache": w.folder,
-            },
+            accelerated,
         ),
+        "accelerate a call": (
+            detached(sg.accelerate),
+            {**accelerated, "call": {"class_labels": [1], "num_inference_steps": 2, "output_type": "latent"}},
+        ),
+        "watch": (lambda pipe, **call: sg.watch(pipe, **call), {"pipe": w.pipe, "class_labels": [1], "num_inference_steps": 2}),
         "calibrate": (
             sg.calibrate,
             {**both, "steps": 2, **runs, "inputs": None, "lags": 1, "eta": 0.0, "schedule": {"begin": 0}},

@@ -57,8 +57,8 @@ def test_an_image_of_a_class(images: Path, tmp_path: Path):
         (("{empty}",), "has no model_index.json; expected a folder that a pipeline's save_pretrained wrote"),
         (("{broken}",), "is no complete pipeline: "),
         (("{images}", "--call", "class_labels=[1]", "--policy", "nose"), "unknown policy 'nose'"),
-        (("{images}", "--call", "nose=1"), "DiTPipeline cannot be called so: "),
-        (("{images}",), "DiTPipeline cannot be called so: missing a required argument: 'class_labels'; pass"),
+        (("{images}", "--call", "nose=1"), "DiTPipeline cannot be called with nose, output_type: missing a required argument"),
+        (("{images}",), "DiTPipeline cannot be called with output_type: missing a required argument: 'class_labels'"),
         (
             ("{images}", "--call", "class_labels=[1]", "--policy", "smoothcache"),
             "measures the model on sampling runs, which call=",

@@ -5,6 +5,7 @@ import typer
 
 import stepgraph as sg
 from helpers.command_line import runner
+from helpers.pipes import tiny_pipe
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.cli.main import app
 
@@ -12,6 +13,7 @@ ONE_STEP = ("--steps", "2", "--samples", "1")
 # Command -> what it needs beside the option that is malformed; names in braces are files. Commands without options that take a
 # value are left out.
 BASES = {
+    "accelerate": ("{pipe}", "--call", "class_labels=[1]", "--steps", "2", "--backend", "eager", "--out", "{out}"),
     "export": ("{model}", "--plan", "{plan}", "--format", "graph", "--out", "{out}"),
     "demo": ("--device", "nose"),
     "compile": ("{model}", "--plan", "{plan}", "--backend", "eager"),
@@ -51,12 +53,14 @@ def files(tmp_path_factory):
     model, scheduler = tiny_dit(), tiny_scheduler("ddim")
     model.save_pretrained(folder / "model" / "transformer")
     scheduler.save_pretrained(folder / "model" / "scheduler")
+    tiny_pipe(model).save_pretrained(folder / "pipe")
     sg.make_plan("interval", model=model, scheduler=scheduler, steps=2).save(folder / "plan.json")
     sg.factorize(model, method="svd", rank=1).save(folder / "factors.safetensors")
     (folder / "schedule.json").write_text('{"attn": [1, 0], "mlp": [1, 1]}')
     (folder / "damaged.json").write_text('{"format": "stepgr')
     names = {
-        "model": "model/transformer", "plan": "plan.json", "out": "written.json", "factors": "factors.safetensors",
+        "model": "model/transformer", "pipe": "pipe", "plan": "plan.json", "out": "written.json",
+        "factors": "factors.safetensors",
         "schedule": "schedule.json", "damaged": "damaged.json",
     }  # fmt: skip
     return {name: folder / path for name, path in names.items()}

@@ -129,7 +129,7 @@ def test_only_the_first_step_is_computed(pipe):
 
 
 def test_a_broken_call_passes_unchanged(pipe):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nose'"):
+    with pytest.raises(PlanError, match="FluxPipeline cannot be called with nose: got an unexpected keyword argument 'nose'"):
         sg.watch(pipe, nose=1)
     with pytest.raises(ValueError, match="Provide either"):
         sg.watch(pipe, prompt=None)
