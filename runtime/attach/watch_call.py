@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stepgraph.checked import checked
-from stepgraph.checks import shown
+from stepgraph.checks import check_numbers, shown
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.inputs import latents_of
 from stepgraph.runtime.attach.call import Call
@@ -147,8 +147,9 @@ class _Recorder(StandIn):
         """Stand in, and give way again."""
         with ExitStack() as stack:
             stack.enter_context(_attributes(self._transformer, forward=self, _compiled_call_impl=None))
-            if hasattr(self._transformer, "cache_context"):
-                stack.enter_context(_attributes(self._transformer, cache_context=self._named(self._transformer.cache_context)))
+            context = getattr(self._transformer, "cache_context", None)
+            if callable(context):
+                stack.enter_context(_attributes(self._transformer, cache_context=self._named(context)))
             watched = {
                 "set_timesteps": self._set_timesteps(self._scheduler.set_timesteps),
                 "step": self._step(self._scheduler.step),
@@ -265,10 +266,8 @@ def _schedule(kind: str, arguments: Mapping[str, Any]) -> tuple[Schedule, int]:
     other = sorted(set(given) - set(HELD))
     if other:
         raise CompileError(f"{kind} sets its scheduler with {other[0]}={shown(given[other[0]])}, which no plan can state")
-    listed = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in given.items()}
-    if isinstance(listed.get("mu"), list):
-        listed["mu"] = float(np.asarray(listed["mu"]).reshape(()))
-    schedule = Schedule(**{name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()})
+    sigmas, timesteps = (tuple(check_numbers(name, given[name])) if name in given else () for name in HELD[:2])
+    schedule = Schedule(sigmas, timesteps, None if given.get("mu") is None else float(given["mu"]))
     return schedule, int(arguments.get(STEPS) or len(schedule.sigmas or schedule.timesteps))
 
 
