@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,12 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
     pieces: list[Tensor] = []
     ends = []
     with torch.inference_mode(False), torch.no_grad():
+        if len(tensors) == 1 and len(parts := plain_tensors(tensors[0])) == 1 and _is_small(parts[0]):
+            words = _small_row(parts[0])
+            return torch.from_numpy((words * _odd_numbers(len(words))).sum(keepdims=True))
         for tensor in tensors:
             for plain in plain_tensors(tensor):
-                pieces += _row_sums(plain)
+                pieces += [torch.from_numpy(_small_row(plain))] if _is_small(plain) else _row_sums(plain)
             ends.append(len(pieces))
         if not pieces:
             return torch.zeros(len(tensors), dtype=torch.int64)
@@ -81,6 +85,26 @@ def _row_sums(tensor: Tensor) -> list[Tensor]:
     work = words.new_empty(2, min(len(words), at_once * LANES))
     pieces = [_mixed(part, work) for part in parts if part.numel()]
     return [*pieces, *([rest.to(torch.int64)] if len(rest) else [])]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the CPU and has no full row: there torch's operations cost more than what they do."""
+    return tensor.device.type == "cpu" and 0 < tensor.nbytes < 8 * LANES
+
+
+def _small_row(tensor: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """What `_row_sums` gives of a small tensor, in one piece."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    whole = len(flat) // 8 * 8
+    products = flat[:whole].view(np.int64) * _odd_numbers(LANES)[: whole // 8]
+    products ^= products >> 32
+    sums = [products.sum(keepdims=True)] if whole else []
+    return np.concatenate([*sums, flat[whole:].astype(np.int64)])
+
+
+@lru_cache(16)
+def _odd_numbers(count: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return _odd(count, torch.device("cpu")).numpy()
 
 
 def _mixed(words: Tensor, work: Tensor) -> Tensor:

@@ -71,6 +71,10 @@ def test_the_formula_and_the_amount_at_a_time(monkeypatch):
             piece += 1
             expected += each * ((piece * contents.SPREAD) | 1)
         assert digest % modulus == expected % modulus
+    # The first by itself, and as what has more than one row is told.
+    assert torch.equal(content_sums(tensors[:1]), sums[:1])
+    monkeypatch.setattr(contents, "_is_small", lambda _: False)
+    assert torch.equal(content_sums(tensors[:1]), sums[:1])
     monkeypatch.setattr(contents, "ROWS_OF_CPU", 3)
     assert torch.equal(content_sums(tensors), sums)
 
