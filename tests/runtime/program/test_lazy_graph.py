@@ -28,6 +28,8 @@ def test_only_graphs_that_run_are_written(dit, ddim, monkeypatch):
     written, write = [], fx.GraphModule.recompile
     monkeypatch.setattr(fx.GraphModule, "recompile", lambda gm: (written.append(gm), write(gm))[1])
     exe = sg.compile(dit, plan, inputs(), backend="eager", exact=True)
-    graphs = [variant.graph for variant in exe.default.variants]
-    assert len(graphs) == 2
-    assert [id(gm) for gm in written] == [id(gm) for gm in graphs]
+    variants = [variant.graph for variant in exe.default.variants]
+    assert len(variants) == 2
+    # What is hoisted is handed on as functions, before the last pass.
+    others = [gm for gm in written if type(gm).__name__ != "Hoisted"]
+    assert [id(gm) for gm in others] == [id(gm) for gm in variants]
