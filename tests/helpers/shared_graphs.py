@@ -24,6 +24,7 @@ _known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, Trace]]" = we
 # Traces of models by what these are like, the last ones.
 _of_models_like: OrderedDict[Hashable, Trace] = OrderedDict()
 DEPTH, MOST = 4, 64
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Same:
@@ -72,8 +73,14 @@ def facts_of(model: torch.nn.Module, alike: bool = False) -> Hashable:
 
 
 def _by_value(value: Any, depth: int, alike: bool) -> Hashable:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value), value
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
+    # Most of what a module has: hooks and parameters that it has none of.
+    if depth and (kind is dict or kind is OrderedDict) and not value:
+        return kind, ()
+    if isinstance(value, PLAIN):
+        return kind, value
     if depth and isinstance(value, Mapping):
         return type(value), tuple((repr(key), _by_value(entry, depth - 1, alike)) for key, entry in value.items())
     if depth and isinstance(value, (list, tuple)):
