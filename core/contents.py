@@ -40,8 +40,8 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
     ends = []
     with torch.inference_mode(False), torch.no_grad():
         if len(tensors) == 1 and len(parts := plain_tensors(tensors[0])) == 1 and _is_small(parts[0]):
-            words = _small_row(parts[0])
-            return torch.from_numpy((words * _odd_numbers(len(words))).sum(keepdims=True))
+            row = _small_row(parts[0])
+            return torch.from_numpy((row * _odd_numbers(len(row))).sum(keepdims=True))
         for tensor in tensors:
             for plain in plain_tensors(tensor):
                 pieces += [torch.from_numpy(_small_row(plain))] if _is_small(plain) else _row_sums(plain)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.graph_module import _assign_attr
 
+from stepgraph.runtime.program.copy_graph import copy_nodes
 from stepgraph.runtime.program.facts import Strength
 from stepgraph.runtime.program.lazy_graph import lazy_graph, written_forward
 from stepgraph.runtime.program.program import Program, Variant
@@ -81,7 +82,7 @@ def _graphs(program: Program) -> Iterator[fx.GraphModule]:
 
 def _on_others(gm: fx.GraphModule, news: Mapping[int, Any]) -> fx.GraphModule:
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.output(copy_nodes(gm.graph, graph, {}))
     attributes = {}
     for node in gm.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target) not in attributes:
