@@ -470,7 +470,6 @@ def test_the_published_flux_books_have_their_published_counts(name, hits, ideal,
     assert round(CachePlan.build(header, plan.sites, actions).summary().ideal_speedup, 2) == projected
 
 
-@pytest.mark.slow
 def test_flux_dev_is_planned_for_on_the_command_line(tmp_path: Path):
     """A book for its 19 double and 38 single blocks; no machine has to hold its weights."""
     double = {name: [[s == 1] * 19 for s in range(3)] for name in ("attn", "context_attn", "ff", "context_ff")}
