@@ -39,12 +39,9 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
     pieces: list[Tensor] = []
     ends = []
     with torch.inference_mode(False), torch.no_grad():
-        if len(tensors) == 1 and len(parts := plain_tensors(tensors[0])) == 1 and _is_small(parts[0]):
-            row = _small_row(parts[0])
-            return torch.from_numpy((row * _odd_numbers(len(row))).sum(keepdims=True))
         for tensor in tensors:
             for plain in plain_tensors(tensor):
-                pieces += [torch.from_numpy(_small_row(plain))] if _is_small(plain) else _row_sums(plain)
+                pieces += _row_sums(plain)
             ends.append(len(pieces))
         if not pieces:
             return torch.zeros(len(tensors), dtype=torch.int64)
@@ -54,6 +51,15 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
         lengths = list(accumulate((len(piece) for piece in pieces), initial=0))
         last = _on_device(tuple(lengths[end] for end in ends), words.device)
         return torch.diff(torch.cat([reached.new_zeros(1), reached])[last], prepend=reached.new_zeros(1))
+
+
+def content_sum(plain: Tensor) -> Tensor:
+    """`content_sums` of a plain tensor alone, int64 [1]; not for the inside of a run: a small one on the CPU is read there."""
+    if not _is_small(plain):
+        return content_sums([plain])
+    with torch.inference_mode(False), torch.no_grad():
+        row = _small_row(plain.detach())
+        return torch.from_numpy((row * _odd_numbers(len(row))).sum(keepdims=True))
 
 
 @lru_cache(8)
