@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,15 @@ def content_sums(tensors: Sequence[Tensor]) -> Tensor:
         return torch.diff(torch.cat([reached.new_zeros(1), reached])[last], prepend=reached.new_zeros(1))
 
 
+def content_sum(plain: Tensor) -> Tensor:
+    """`content_sums` of a plain tensor alone, int64 [1]; not for the inside of a run: a small one on the CPU is read there."""
+    if not _is_small(plain):
+        return content_sums([plain])
+    with torch.inference_mode(False), torch.no_grad():
+        row = _small_row(plain.detach())
+        return torch.from_numpy((row * _odd_numbers(len(row))).sum(keepdims=True))
+
+
 @lru_cache(8)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers in a tensor; bringing them to a device would wait for it every time."""
@@ -81,6 +91,26 @@ def _row_sums(tensor: Tensor) -> list[Tensor]:
     work = words.new_empty(2, min(len(words), at_once * LANES))
     pieces = [_mixed(part, work) for part in parts if part.numel()]
     return [*pieces, *([rest.to(torch.int64)] if len(rest) else [])]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the CPU and has no full row: there torch's operations cost more than what they do."""
+    return tensor.device.type == "cpu" and 0 < tensor.nbytes < 8 * LANES
+
+
+def _small_row(tensor: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """What `_row_sums` gives of a small tensor, in one piece."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    whole = len(flat) // 8 * 8
+    products = flat[:whole].view(np.int64) * _odd_numbers(LANES)[: whole // 8]
+    products ^= products >> 32
+    sums = [products.sum(keepdims=True)] if whole else []
+    return np.concatenate([*sums, flat[whole:].astype(np.int64)])
+
+
+@lru_cache(16)
+def _odd_numbers(count: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return _odd(count, torch.device("cpu")).numpy()
 
 
 def _mixed(words: Tensor, work: Tensor) -> Tensor:

@@ -74,5 +74,8 @@ def get_logger(name: str) -> logging.Logger:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         root.addHandler(handler)
-    root.setLevel(read_env().log.upper())
+    level = logging.getLevelName(read_env().log.upper())
+    # Setting it makes every logger of the process forget what it knows of levels.
+    if root.level != level:
+        root.setLevel(level)
     return logger

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stepgraph.adapters import active_adapters, base_names, tensors_of
 from stepgraph.checked import checked
 from stepgraph.checks import shown
-from stepgraph.contents import content_sums
+from stepgraph.contents import content_sum, content_sums
 from stepgraph.env import get_logger
 from stepgraph.errors import MismatchError
 from stepgraph.weight_kinds import describe_kind, inner_tensors, is_plain, kind_of
@@ -153,7 +153,7 @@ def contents_hash(model: nn.Module, adapters: bool = False, like: str = "") -> s
         described.append(name if is_plain(tensor) else f"{name} {describe_kind(tensor)}")
         for inner, part in parts.items():
             described.append(f"{inner} {tuple(part.shape)} {part.dtype}")
-            sums.append(content_sums([part]))
+            sums.append(content_sum(part))
     contents = hashlib.sha256(repr((described, _brought(sums))).encode())
     return f"{SUMS}{contents.hexdigest()[:16]}"
 

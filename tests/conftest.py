@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from helpers.shared_graphs import trace_anew, trace_once
+from helpers.shared_graphs import mark_once, trace_anew, trace_once
 from helpers.tiny import tiny_dit, tiny_scheduler
 from stepgraph.compiler.marking import traced_model
 from stepgraph.ops import forget_choices
@@ -63,6 +63,7 @@ def _surroundings(tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traced_model, "trace", trace_once)
+        patch.setattr(traced_model, "mark_sites", mark_once)
         for name in list(os.environ):
             if name.startswith("STEPGRAPH_"):
                 patch.delenv(name)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from stepgraph.compiler.lowering.cut import Piece
 from stepgraph.ops import INTO
+from stepgraph.runtime.program.copy_graph import copy_node, copy_nodes
 from stepgraph.runtime.program.packed_linear import packed_columns, packed_linear, packs
 from stepgraph.weight_kinds import own_kinds
 
@@ -99,7 +100,7 @@ class Region:
             returned: Numbers of the nodes that have these values; the memory is in their order.
         """
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        graph.graph_copy(self.graph, copies)
+        copy_nodes(self.graph, graph, copies)
         values = [copies[self.nodes[index]] for index in sorted(returned)]
         _fuse_activations(graph, values)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -213,7 +214,7 @@ class _UnfinishedRegion:
             x, _, bias = self._arguments(node)
             return self._call(packed_columns, (x, self._copies[stacked], bias, *ends), node), f"{packed_columns} {named!r}"
         if node.op != "call_module":
-            return self.graph.node_copy(node, lambda n: self._copies[n]), f"{node.op} {_target(node)} {named!r}"
+            return copy_node(node, self.graph, self._copies), f"{node.op} {_target(node)} {named!r}"
         module = self._gm.get_submodule(str(node.target))
         if own_kinds(module):
             opaque = OpaqueModule(module)

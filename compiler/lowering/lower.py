@@ -16,6 +16,7 @@ from stepgraph.env import get_logger
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import output_of
 from stepgraph.runtime.memory.arena import Place, Span, assign_offsets
+from stepgraph.runtime.program.lazy_graph import written_forward
 from stepgraph.runtime.program.region_calls import GraphCall, RegionCall, RegionCalls, VariantCall
 
 
@@ -41,7 +42,7 @@ def lower(graphs: Sequence[fx.GraphModule], config: CompileConfig, is_block: Cal
     """
     tune_kernels(graphs)
     if config.backend == "eager":
-        return Lowered([GraphCall(gm.forward, results) for gm in graphs])
+        return Lowered([GraphCall(written_forward(gm), results) for gm in graphs])
     if not config.regions:
         _refuse_opaque(graphs)
         return Lowered([GraphCall(compile_whole(gm), results) for gm in graphs], len(graphs))
@@ -194,6 +195,7 @@ def _is_fake(value: torch.Tensor) -> bool:
 
 def compile_whole(gm: fx.GraphModule) -> Callable[..., Any]:
     """A whole graph through torch.compile; it is called once here, so that compilation happens now and not in the first run."""
+    written_forward(gm)
     placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     compiled = CompiledGraph(gm, [tuple(value.shape) for value in placeholders])
     with torch.no_grad():

@@ -17,6 +17,7 @@ from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.errors import CompileError
 from stepgraph.node_facts import MACS, MARKER, MUTATES, SITE, output_of
 from stepgraph.plan import Site, joint_calls
+from stepgraph.runtime.program.copy_graph import copy_nodes
 
 
 def site_value(value: torch.Tensor, stack_input: torch.Tensor | None = None, *, site: str) -> torch.Tensor:
@@ -49,7 +50,7 @@ class MarkedGraph:
 def bound_copy(marked: MarkedGraph, model: nn.Module, copies: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
     """A copy of the marked graph on a model's parameters and modules; `copies` takes down which node is whose copy."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(marked.graph, {} if copies is None else copies))
+    graph.output(copy_nodes(marked.graph, graph, {} if copies is None else copies))
     return marked.trace.bind(model, graph)
 
 
@@ -72,7 +73,7 @@ def mark_sites(trace: Trace, family: Family) -> MarkedGraph:
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(trace.graph, copies))
+    graph.output(copy_nodes(trace.graph, graph, copies))
     blocks = _blocks(trace, family)
     # What nothing reads, such as the text output of SD3's last attention, has no value to reuse.
     live = live_nodes([output_of(trace.graph)])

@@ -17,7 +17,9 @@ def forget_in_memos(references: list["weakref.ref[TracedTensor]"]) -> None:
     """Empty the functools caches that kept a traced tensor; they are filled anew by the next call."""
     left = {id(traced) for ref in references if (traced := ref()) is not None}
     if left:
-        memos = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]
+        kind = functools._lru_cache_wrapper
+        # Every memo refers to its class: torch and Python between them have hundreds, most of them empty.
+        memos = [thing for thing in gc.get_referrers(kind) if type(thing) is kind and thing.cache_info().currsize]
         for memo in _holding(memos, left):
             memo.cache_clear()
 

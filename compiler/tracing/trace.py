@@ -43,6 +43,7 @@ from stepgraph.fingerprint import has_data
 from stepgraph.inputs import flat_inputs, like_flat
 from stepgraph.runtime.attach.attach import own_forward
 from stepgraph.runtime.program.facts import Facts
+from stepgraph.runtime.program.lazy_graph import lazy_graph
 from stepgraph.wrapped_models import refuse_modes, refuse_offload, uncompiled
 
 # Two traces at once would see each other's patches of nn.Module.
@@ -84,7 +85,7 @@ class Trace:
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr") and node.target not in attributes:
                 attributes[node.target] = uncompiled(operator.attrgetter(node.target)(model))
-        return fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+        return lazy_graph(attributes, graph, type(model).__name__)
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:

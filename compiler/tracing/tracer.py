@@ -287,7 +287,9 @@ class Tracer(TorchFunctionMode):
                 f"{model_location()}: the forward switches autocast on, which a static graph cannot carry; convert the model "
                 f"or these tensors to the lower precision instead"
             )
-        node = self.graph.create_node(op, target, tuple(args), kwargs)
+        node = self.graph.create_node(op, target)
+        # Given to `create_node`, they would be searched for symbols (`copy_graph`).
+        node.args, node.kwargs = tuple(args), kwargs
         node.meta |= {"nn_module_stack": dict(self.stack), MUTATES: mutates, MACS: macs}
         place = model_frame() if op.startswith("call") else None
         if self.reads is not None and place is not None:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.graph_module import _assign_attr
 
+from stepgraph.runtime.program.copy_graph import copy_nodes
 from stepgraph.runtime.program.facts import Strength
+from stepgraph.runtime.program.lazy_graph import lazy_graph, written_forward
 from stepgraph.runtime.program.program import Program, Variant
 from stepgraph.runtime.program.region_calls import GraphCall, RegionCalls, VariantCall
 from stepgraph.runtime.program.tables import Hoisted
@@ -80,13 +82,13 @@ def _graphs(program: Program) -> Iterator[fx.GraphModule]:
 
 def _on_others(gm: fx.GraphModule, news: Mapping[int, Any]) -> fx.GraphModule:
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.output(copy_nodes(gm.graph, graph, {}))
     attributes = {}
     for node in gm.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target) not in attributes:
             value = attrgetter(str(node.target))(gm)
             attributes[str(node.target)] = news.get(id(value), value)
-    return fx.GraphModule(attributes, graph, class_name=type(gm).__name__)
+    return lazy_graph(attributes, graph, type(gm).__name__)
 
 
 def _variant(variant: Variant, graph: fx.GraphModule, news: Mapping[int, Any]) -> Variant:
@@ -94,10 +96,10 @@ def _variant(variant: Variant, graph: fx.GraphModule, news: Mapping[int, Any]) -
     if isinstance(run, RegionCalls):
         run = replace(run, weights=[news.get(id(weight), weight) for weight in run.weights])
     elif isinstance(run, GraphCall):
-        run = replace(run, forward=graph.forward)
+        run = replace(run, forward=written_forward(graph))
     return replace(variant, run=run, graph=graph)
 
 
 def _hoisted(hoisted: Hoisted, copies: Mapping[int, fx.GraphModule]) -> Hoisted:
-    prompt, timestep = (copies[id(call.__self__)].forward for call in (hoisted.prompt, hoisted.timestep))  # type: ignore[attr-defined]
+    prompt, timestep = (written_forward(copies[id(call.__self__)]) for call in (hoisted.prompt, hoisted.timestep))  # type: ignore[attr-defined]
     return replace(hoisted, prompt=prompt, timestep=timestep)

@@ -100,10 +100,11 @@ def test_wheels_of_names_are_collected(tmp_path: Path):
 
 
 @needs_no_device
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        pytest.param("prove", ["prove"], marks=pytest.mark.slow),
+        ("prove", ["prove"]),
         ("all", ["tests", "demo", "ops", "lowrank", "runtime", "compile"]),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import contents
-from stepgraph.contents import LANES, VALUES, Scattered, content_sums
+from stepgraph.contents import LANES, VALUES, Scattered, content_sum, content_sums
 
 DTYPES = [
     torch.float32,
@@ -27,6 +27,7 @@ def filled(size: int, dtype=torch.float32) -> torch.Tensor:
 def test_one_bit_shows_wherever_it_is(size):
     tensors = [filled(5), filled(size), filled(3)]
     before = content_sums(tensors)
+    assert all(torch.equal(content_sum(tensor), content_sums([tensor])) for tensor in (*tensors, tensors[0][:0]))
     raw = tensors[1].view(torch.uint8)
     for place in {0, len(raw) // 3, len(raw) // 2, len(raw) - 1}:
         raw[place] ^= 128
@@ -39,6 +40,7 @@ def test_one_bit_shows_wherever_it_is(size):
 def test_every_dtype_has_a_digest_and_values(dtype):
     tensor = filled(300).abs().to(dtype)
     before, some = content_sums([tensor]), Scattered([tensor])
+    assert content_sum(tensor) == before
     tensor.view(torch.uint8).bitwise_xor_(1)
     assert content_sums([tensor]) != before
     assert some.look([tensor]) == [0]
@@ -71,6 +73,8 @@ def test_the_formula_and_the_amount_at_a_time(monkeypatch):
             piece += 1
             expected += each * ((piece * contents.SPREAD) | 1)
         assert digest % modulus == expected % modulus
+    # The first by itself, as numpy has it.
+    assert torch.equal(content_sum(tensors[0]), sums[:1])
     monkeypatch.setattr(contents, "ROWS_OF_CPU", 3)
     assert torch.equal(content_sums(tensors), sums)
 

@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 
+from stepgraph.compiler.interfaces.family import Family
 from stepgraph.compiler.marking import traced_model
+from stepgraph.compiler.marking.mark_sites import MarkedGraph
 from stepgraph.compiler.tracing.trace import Trace
 from stepgraph.runtime.program.program import signature
 
-trace_anew = traced_model.trace
+trace_anew, mark_anew = traced_model.trace, traced_model.mark_sites
 # Beside each trace its key, which keeps the objects that it compares alive: a new object cannot take the place of an old one.
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, Trace]]" = weakref.WeakKeyDictionary()
 # Traces of models by what these are like, the last ones.
 _of_models_like: OrderedDict[Hashable, Trace] = OrderedDict()
+# Marked graphs of traces that are handed on, each with its trace, whose place no other can take meanwhile, and its nodes.
+_marked: OrderedDict[Hashable, tuple[Trace, MarkedGraph, Hashable]] = OrderedDict()
 DEPTH, MOST = 4, 64
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Same:
@@ -63,6 +68,26 @@ def _of_one_like(model: torch.nn.Module, inputs: Mapping[str, Any], key: Hashabl
     return trace
 
 
+def mark_once(trace: Trace, family: Family) -> MarkedGraph:
+    """In place of `mark_sites` there: a marked graph is copied by who rewrites it, as its trace is."""
+    # What is found anew in each trace has a family of its own.
+    if family.found:
+        return mark_anew(trace, family)
+    key = (id(trace), Same(family))
+    if key not in _marked:
+        marked = mark_anew(trace, family)
+        _marked[key] = trace, marked, _nodes_of(marked)
+        if len(_marked) > MOST:
+            _marked.popitem(last=False)
+    _, marked, nodes = _marked[key]
+    assert _nodes_of(marked) == nodes, "a marked graph was rewritten in place; let who rewrites it copy it"
+    return marked
+
+
+def _nodes_of(marked: MarkedGraph) -> Hashable:
+    return tuple((node.name, node.target, len(node.users)) for node in marked.graph.nodes)
+
+
 def facts_of(model: torch.nn.Module, alike: bool = False) -> Hashable:
     """Everything that a forward can read of its model; where others are to be `alike`, of tensors and modules their kind."""
     return tuple(
@@ -72,8 +97,14 @@ def facts_of(model: torch.nn.Module, alike: bool = False) -> Hashable:
 
 
 def _by_value(value: Any, depth: int, alike: bool) -> Hashable:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value), value
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
+    # Most of what a module has: hooks and parameters that it has none of.
+    if depth and (kind is dict or kind is OrderedDict) and not value:
+        return kind, ()
+    if isinstance(value, PLAIN):
+        return kind, value
     if depth and isinstance(value, Mapping):
         return type(value), tuple((repr(key), _by_value(entry, depth - 1, alike)) for key, entry in value.items())
     if depth and isinstance(value, (list, tuple)):

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from helpers.shared_graphs import facts_of, trace_once
+from helpers import shared_graphs
+from helpers.shared_graphs import facts_of, mark_anew, mark_once, trace_once
 from helpers.tiny import inputs, tiny_dit
+from stepgraph.compiler.models import family_of
+from stepgraph.node_facts import MARKER
 
 
 class OtherProcessor:
@@ -50,6 +53,24 @@ def test_a_change_is_seen_however_often_memory_is_used_again(change):
         assert facts_of(model) != before
         model.transformer_blocks[0].ff.scaling = {"adapter": 1.0}
         model.transformer_blocks[0].only_cross_attention = False
+
+
+def test_a_marked_graph_is_handed_on_with_its_trace_and_never_rewritten():
+    model = tiny_dit()
+    trace, family = trace_once(model, inputs()), family_of(model)
+    marked = mark_once(trace, family)
+    assert marked.trace is trace
+    assert mark_once(trace, family) is marked
+    other = trace_once(model, inputs(2))
+    assert mark_once(other, family).trace is other
+    copied = mark_anew(trace, family)
+    assert [node.format_node() for node in copied.graph.nodes] == [node.format_node() for node in marked.graph.nodes]
+    marker = next(node for node in reversed(marked.graph.nodes) if MARKER in node.meta)
+    marker.replace_all_uses_with(marker.args[0])
+    with pytest.raises(AssertionError, match="rewritten in place"):
+        mark_once(trace, family)
+    # Nobody else is handed it.
+    del shared_graphs._marked[id(trace), shared_graphs.Same(family)]
 
 
 def test_a_trace_is_handed_on_while_nothing_changes():

@@ -20,8 +20,8 @@ ALIKE = ("sm_86", "sm_89")
 # Compiled in one process each.
 GROUPS = (
     *(pytest.param((target,), id=target) for target in USED),
-    pytest.param(("sm_80", *ALIKE), id="sm_80", marks=pytest.mark.slow),
-    pytest.param(("sm_100a", "sm_120a"), id="sm_100a", marks=pytest.mark.slow),
+    pytest.param(("sm_80", *ALIKE), id="sm_80"),
+    pytest.param(("sm_100a", "sm_120a"), id="sm_100a"),
 )
 PRODUCTS = {"project_kernel", "delta_kernel", "expand_kernel"}
 NORMS = {"modulated_norm_kernel", "moments_kernel"}
@@ -39,6 +39,7 @@ def compile_ahead(targets: tuple[str, ...], cache: Path) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", GROUPS)
 def test_shipped_configs(targets, tmp_path):
     rows = compile_ahead(targets, tmp_path)

@@ -13,6 +13,7 @@ from stepgraph.compiler.marking.graphs import erase_dead, live_nodes, storages_o
 from stepgraph.env import get_logger
 from stepgraph.inputs import TIMESTEPS, is_of_latents, timestep_key
 from stepgraph.node_facts import PROVIDER, TABLE, output_of
+from stepgraph.runtime.program.copy_graph import copy_node
 from stepgraph.runtime.program.tables import Hoisted, Table
 from stepgraph.weight_kinds import own_kinds
 
@@ -235,7 +236,7 @@ class _Cones:
         needed = live_nodes(results, cut=set(prompt_values)) if results else set()
         for node in self.graph.nodes:
             if node in needed and node not in copies:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
+                copies[node] = copy_node(node, graph, copies)
         graph.output(tuple(copies[node] for node in results))
         used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
         return fx.GraphModule({name: self.attributes[name] for name in used}, graph, class_name="Hoisted")

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import stepgraph as sg
+from helpers.children import environment
 from helpers.oracle import Oracle, run_loop
 from helpers.small_glyphs import save_small_glyph_dit
 from helpers.tiny import noise, tiny_dit, tiny_scheduler
@@ -297,7 +298,15 @@ def test_overheads_are_measured_for_each_kind(setting: Setting):
     assert {name: row["calls"] for name, row in found.items()} == {"output": 3, "hidden": 3, "modules": 3}
 
 
+@pytest.fixture
+def _around_children(monkeypatch):
+    """What the product starts has around it what the tests' own processes have."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_around_children")
 def test_a_fresh_process_compiles(plans: Path, tmp_path: Path):
     found = runtime_costs.in_fresh_process(
         {
@@ -381,6 +390,7 @@ def test_a_segment_is_its_own_ideal(setting: Setting):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_around_children")
 def test_the_command_hands_its_arguments_on(capfd):
     assert CliRunner().invoke(app, ["bench", "runtime", "--steps", "1"]).exit_code == 2
     # The benchmark is a process of its own.

@@ -351,7 +351,6 @@ def test_terms_and_targets_belong_to_kinds(dit, ddim):
         sg.make_plan("whole-step", model=dit, scheduler=ddim, steps=4, every=1)
 
 
-@pytest.mark.slow
 def test_the_command_line_corrects_plans(tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "corrected.json"
     invoke("plan", "make", "--policy", "interval", "--steps", 4, "-a", "every=2", "-o", plan)

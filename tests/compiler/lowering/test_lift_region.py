@@ -37,6 +37,7 @@ def regions(dit):
     return compiled(dit)
 
 
+@pytest.mark.slow
 def test_regions_are_shared_by_blocks_and_steps(dit, regions):
     """Before the blocks, a block that computes (all of them in every computing step), and the head; the reusing step has the
     tokens' part before the one pass over all sites."""
@@ -54,6 +55,7 @@ def test_more_blocks_are_not_more_regions(regions):
     assert compiled(tiny_dit(num_layers=3)).default.regions == regions.default.regions
 
 
+@pytest.mark.slow
 def test_regions_change_nothing_but_rounding(dit, regions):
     eager = sampled(compiled(dit, backend="eager"))
     assert error(sampled(regions), eager) < SAME_RUN
@@ -116,6 +118,7 @@ def test_other_shapes_are_refused(regions):
         run(arguments, [], Arena.of(0, arguments[0].device))
 
 
+@pytest.mark.slow
 def test_other_batches_compile_regions_of_their_own(dit):
     exe = compiled(dit, batch=1)
     assert error(sampled(exe), sampled(compiled(dit, backend="eager"))) < SAME_RUN
