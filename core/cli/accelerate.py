@@ -24,8 +24,12 @@ from stepgraph.cli.options import (
 )
 from stepgraph.compiler.entry.accelerate import accelerate
 from stepgraph.compiler.entry.load_model import load_pipeline
+from stepgraph.errors import ArgumentError
 from stepgraph.files.whole_file import whole_file, writable_folder
 from stepgraph.metrics import relative_l2
+
+# What the command gives the call itself.
+RESERVED = ("generator", "return_dict")
 
 
 @reports_errors
@@ -52,9 +56,13 @@ def accelerate_command(
     The first run, which compiles what is left, warms up; the second one is timed.
     """
     out = writable_folder(out)
-    given = {**({} if prompt is None else {"prompt": prompt}), **parse_arguments(call), "output_type": "np"}
-    if steps is not None:
-        given["num_inference_steps"] = steps
+    ours = {"prompt": prompt, "num_inference_steps": steps}
+    ours = {name: value for name, value in ours.items() if value is not None} | {"output_type": "np"}
+    given = parse_arguments(call)
+    twice = sorted(given.keys() & {*ours, *RESERVED})
+    if twice:
+        raise ArgumentError(f"--call {twice[0]}=... is said by another option, or by the command itself; leave it out")
+    given |= ours
     with progress_bar("loading", as_json):
         pipe = load_pipeline(pipeline, parse_device(device), parse_dtype(dtype))
     pipe.set_progress_bar_config(disable=as_json)

@@ -121,6 +121,14 @@ class Run:
         """Whether a call asks for the timestep of a step; what is not known (None) is taken for it, and noted."""
         return 0 <= step < self.steps and (asked is None or self.timesteps.near(call.timestep, asked, step))
 
+    def goes_on_with(self, call: Call) -> bool:
+        """Whether a call whose timestep is no entry of the scheduler's can only be the next step's: it has stepped, and the
+        timestep is that one's in another dtype. A loop gives entries at first and casts then, where its latents change theirs.
+        """
+        given = call.timestep
+        cast = isinstance(given, torch.Tensor) and given.dtype != self.timesteps.timesteps.dtype
+        return cast and self._stepped and self.is_at(call, read_timestep(given), self.step + 1)
+
     def fits(self, call: Call) -> bool:
         """Whether a call may be the next one of the run, by its timestep, which is read."""
         asked = read_timestep(call.timestep)
@@ -252,7 +260,8 @@ class Run:
             return False
         raise PlanError(
             f"a further call of the transformer at timestep {_read(call, asked):g}, before the scheduler's step, "
-            f"with inputs like the run's: the plan has {self._calls()} a step. Make a plan with as many (guidance='separate'), "
+            f"with inputs like the run's: the plan has {self._calls()} a step. Make a plan with as many "
+            f"(guidance='separate'; accelerate with a call= that is guided so), "
             f"begin a new run with the scheduler's set_timesteps, and let pipelines that run in turns have schedulers of their "
             "own"
         )

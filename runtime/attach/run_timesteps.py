@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from stepgraph.checks import shown
 from stepgraph.errors import PlanError
 from stepgraph.plan.refuse_other import NEAR
 from stepgraph.runtime.program.tables import waits
@@ -138,5 +139,7 @@ def read_timestep(given: Any) -> float:
     flat = given.flatten()
     # Samplers expand one number over the batch; then there is nothing to compare.
     if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
-        raise PlanError(f"the call has several timesteps, {flat.tolist()}; a plan has one for all samples of a step")
+        raise PlanError(
+            f"the call has several timesteps, {shown(flat.unique().tolist())}; a plan has one for all samples and tokens"
+        )
     return float(flat[0])

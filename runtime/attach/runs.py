@@ -147,6 +147,9 @@ class Runs:
         for run in under_way:
             if run.step >= 0 and run.is_further(call):
                 return run
+        if len(self.users) == 1 and len(under_way) == 1 and under_way[0].goes_on_with(call):
+            under_way[0].known = False
+            return under_way[0]
         if under_way:
             raise PlanError(
                 f"a call at timestep {read_timestep(call.timestep):g}, which is no entry of the timesteps that the run under "

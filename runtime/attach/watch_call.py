@@ -1,4 +1,4 @@
-"""One call of a pipeline, run until its second step begins: what it gives its transformer, and how it sets its scheduler."""
+"""One call of a pipeline, whose first step is computed: what it gives its transformer, and how it sets its scheduler."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from stepgraph.checked import checked
 from stepgraph.checks import check_numbers, shown
 from stepgraph.errors import ArgumentError, CompileError, PlanError
-from stepgraph.inputs import latents_of
+from stepgraph.inputs import flat_inputs, latents_key, latents_of
 from stepgraph.runtime.attach.call import Call
 from stepgraph.runtime.attach.run_timesteps import read_timestep
 from stepgraph.runtime.program.facts import StandIn
@@ -29,7 +29,8 @@ from stepgraph.wrapped_models import forward_signature, unwrapped
 # What pipelines make of a scheduler's timestep, the usual ways first (diffusers 0.36 to 0.42).
 UNITS: tuple[tuple[str, ...], ...] = ((), ("/1000",), ("1000-", "/1000"), ("/1000", "1-"), ("*0.001",), ("1000-",), ("1-",))
 CASTS: tuple[tuple[str, ...], ...] = ((), ("cast",))
-WAYS = tuple(dict.fromkeys((*before, *unit, *after) for unit in UNITS for before, after in product(CASTS, CASTS)))
+# A cast comes before the arithmetic in most.
+WAYS = tuple(dict.fromkeys((*before, *unit, *after) for unit in UNITS for after, before in product(CASTS, CASTS)))
 # Of `set_timesteps`: what says the steps, what a plan's schedule holds, and where the timesteps lie.
 STEPS, HELD, PLACE = "num_inference_steps", ("sigmas", "timesteps", "mu"), "device"
 CALLBACKS = ("callback", "callback_on_step_end")
@@ -59,22 +60,32 @@ class WatchedCall:
         """As plans name it: "separate" where a step has two calls, "batched" where it has one.
 
         Raises:
-            PlanError: It has more, which no plan has.
+            PlanError: It has more, which no plan has, or the two take other arguments.
         """
         if len(self.inputs) > 2:
             raise PlanError(
                 f"a step has {len(self.inputs)} calls of the transformer ({', '.join(self.branches)}); plans have one, or two "
                 f"of guidance: call the pipeline without further guidance"
             )
+        for inputs in self.inputs[1:]:
+            first, call = (Call.of(given, latents_key(given)) for given in (self.inputs[0], inputs))
+            one_only = sorted(set(flat_inputs(first.inputs)) ^ set(flat_inputs(call.inputs)))
+            if one_only or not call.differs_in_sizes_only(first.signature):
+                what = f"{one_only[0]} is given in one of them only" if one_only else call.difference(first.signature)
+                raise PlanError(
+                    f"a step has two calls of the transformer that do not differ in sizes and values alone: {what}; plans have "
+                    f"two calls of one make: call the pipeline so that both take the same arguments"
+                )
         return "separate" if len(self.inputs) == 2 else "batched"
 
 
 @checked
 def watch(pipe: Any, /, **call: Any) -> WatchedCall:
-    """Run a pipeline's own call until its second step begins, and learn from it how the pipeline calls its transformer.
+    """Run a pipeline's own call, and learn from it how the pipeline calls its transformer.
 
-    The first step is computed, by the eager model; then the call is broken off. Scheduler, pipeline, generators and random
-    state are as before, also where the call fails. Callbacks of the call are left out.
+    The first step is computed, by the eager model. At the others the transformer answers what it did at the first, so that they
+    cost nothing and show their timesteps; behind the last of them the call is broken off. Scheduler, pipeline, generators and
+    random state are as before, also where the call fails. Callbacks of the call are left out.
 
     Args:
         pipe: A diffusers pipeline with a transformer.
@@ -136,11 +147,14 @@ class _Recorder(StandIn):
         self._latents = next(iter(self.__signature__.parameters))
         self._calls: list[Call] = []
         self._branches: list[str] = []
-        self._second: Any = None
+        # Of the first call of each step behind the first one, and what the calls of that returned.
+        self._later: list[Any] = []
+        self._returned: list[Any] = []
+        self._steps = 0
         self._set: dict[str, Any] | None = None
         self._timesteps: torch.Tensor | None = None
         self._begin: int | None = None
-        self._stepped, self._branch = False, ""
+        self._number, self._branch = 0, ""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -163,16 +177,25 @@ class _Recorder(StandIn):
         for extra in self._extra:
             inputs |= inputs.pop(extra, {})
         call = Call.of({name: value for name, value in inputs.items() if value is not None}, self._latents)
-        if self._stepped:
-            self._second = copy.deepcopy(call.timestep)
-            raise _SeenEnough(self)
+        if self._steps:
+            return self._answered_again(call)
         if not self._calls:
             self._timesteps = self._scheduler.timesteps
             self._begin = getattr(self._scheduler, "begin_index", None)
         self._calls.append(Call(_copied(call.inputs), call.latents, call.signature))
         self._branches.append(self._branch)
         forward: Callable[..., Any] = self.replaced or MethodType(type(self._transformer).forward, self._transformer)
-        return forward(*args, **kwargs)
+        self._returned.append(forward(*args, **kwargs))
+        return self._returned[-1]
+
+    def _answered_again(self, call: Call) -> Any:
+        """What the same call of the first step returned; a step with other calls is the last that is looked at."""
+        if not self._number:
+            self._later.append(copy.deepcopy(call.timestep))
+        number, self._number = self._number, self._number + 1
+        if number >= len(self._calls) or call.signature != self._calls[number].signature:
+            raise _SeenEnough(self)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, self._returned[number])
 
     def _named(self, context: Callable[..., Any]) -> Callable[..., Any]:
         """`cache_context`, whose name is noted."""
@@ -207,9 +230,10 @@ class _Recorder(StandIn):
 
         def step(*args: Any, **kwargs: Any) -> Any:
             outcome = method(*args, **kwargs)
-            self._stepped = bool(self._calls)
-            if self._timesteps is not None and len(self._timesteps) - (self._begin or 0) == 1:
-                raise _SeenEnough(self)
+            if self._timesteps is not None:
+                self._steps, self._number = self._steps + 1, 0
+                if self._steps == len(self._timesteps) - (self._begin or 0):
+                    raise _SeenEnough(self)
             return outcome
 
         step.__signature__ = signature  # type: ignore[attr-defined]
@@ -226,7 +250,7 @@ class _Recorder(StandIn):
             raise CompileError(f"the call of {kind} never called its transformer")
         if self._set is None:
             raise CompileError(f"{kind} called its transformer before its scheduler's set_timesteps, which begins a run")
-        if not self._stepped:
+        if not self._steps:
             raise CompileError(f"{kind} called its transformer {len(self._calls)} times, and never its scheduler's step")
         schedule, steps = _schedule(kind, self._set)
         prepared = prepare_scheduler(self._scheduler, steps, self._timesteps.device, schedule)
@@ -236,11 +260,11 @@ class _Recorder(StandIn):
                 f"{schedule} does not give; no plan can state them"
             )
         first = self._calls[0].timestep
-        at_once = [read_timestep(value) for value in (first, self._second) if value is not None]
+        asked = [read_timestep(value) for value in (first, *self._later)]
         latents = latents_of(_ordered(self._calls[0]))
         dtype = latents[0].dtype if isinstance(latents, (list, tuple)) else latents.dtype
         ways = WAYS if self._known is None else (self._known.operations, *WAYS)
-        begin, convert = _place(kind, self._timesteps, self._begin, at_once, first, dtype, ways)
+        begin, convert = _place(kind, self._timesteps, self._begin, asked, first, dtype, ways)
         schedule = replace(schedule, begin=begin)
         return WatchedCall(tuple(map(_ordered, self._calls)), tuple(self._branches), steps, schedule, convert)
 
@@ -280,13 +304,13 @@ def _place(
     dtype: torch.dtype,
     ways: Sequence[tuple[str, ...]],
 ) -> tuple[int, TimestepInput]:
-    """The evaluation with which a run begins, and what is made of its timestep and the next one's.
+    """The evaluation with which a run begins, and what is made of the timesteps from there on.
 
     Args:
         kind: The pipeline, in words.
         timesteps: The scheduler's, [T].
         begin: The evaluation by the scheduler's own word, where it has one.
-        asked: What the transformer was given at the first step and, unless it is the last, at the second.
+        asked: What the transformer was given at each step that was seen.
         given: The same of the first, as it was given.
         dtype: The latents'.
         ways: Conversions, the likeliest first.
@@ -297,18 +321,18 @@ def _place(
     places = range(len(timesteps) - len(asked) + 1) if begin is None else [begin]
     wanted = torch.tensor(asked, dtype=torch.float64)
     matches = []
-    for place, way in product(places, ways):
+    for place, (rank, way) in product(places, enumerate(ways)):
         made = TimestepInput(way)(timesteps[place : place + len(asked)], dtype)
         if torch.equal(made.double().cpu(), wanted):
             other_dtype = isinstance(given, torch.Tensor) and made.dtype != given.dtype
-            matches.append((place, other_dtype, way))
+            matches.append((other_dtype, rank, place, way))
     if not matches:
+        there = shown(timesteps[: len(asked)][:4].tolist())
         raise PlanError(
-            f"{kind} gives its transformer the timesteps {shown(asked)} where the scheduler has "
-            f"{shown(timesteps[: len(asked)].tolist())}; no known conversion leads there: pass timestep= to make_plan, or run "
-            f"a session step by step"
+            f"{kind} gives its transformer the timesteps {shown(asked[:4])}, ... where the scheduler has {there}, ...; no known "
+            f"conversion leads there: pass timestep= to make_plan, or run a session step by step"
         )
-    place, _, way = min(matches, key=lambda match: match[:2])
+    *_, place, way = min(matches, key=lambda match: match[:3])
     return place, TimestepInput(way)
 
 
@@ -326,12 +350,28 @@ def _attributes(owner: Any, **values: Any) -> Iterator[None]:
         own.update(before)
 
 
+class _Attributes:
+    """The attributes that an object has now: the very same ones, and what their lists and dicts hold."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._attributes = owner, dict(vars(owner))
+        self._contents = [(value, copy.copy(value)) for value in self._attributes.values() if type(value) in (list, dict)]
+
+    def put_back(self) -> None:
+        """Give the object these, and no others."""
+        vars(self._owner).clear()
+        vars(self._owner).update(self._attributes)
+        for value, held in self._contents:
+            value.clear()
+            value.extend(held) if isinstance(value, list) else value.update(held)
+
+
 @contextmanager
 def _as_before(pipe: Any, scheduler: Any, call: Mapping[str, Any]) -> Iterator[None]:
     """Leave a pipeline, its scheduler, generators and the random state as they are now."""
     generators = [leaf for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, torch.Generator)]
     states = [generator.get_state() for generator in generators]
-    of_pipe, of_scheduler = dict(vars(pipe)), copy.deepcopy(vars(scheduler))
+    kept = [_Attributes(owner) for owner in (pipe, scheduler)]
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
@@ -344,8 +384,7 @@ def _as_before(pipe: Any, scheduler: Any, call: Mapping[str, Any]) -> Iterator[N
             np.random.set_state(numpy)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            for owner, attributes in ((pipe, of_pipe), (scheduler, of_scheduler)):
-                vars(owner).clear()
-                vars(owner).update(attributes)
+            for attributes in kept:
+                attributes.put_back()
             if callable(getattr(pipe, "maybe_free_model_hooks", None)):
                 pipe.maybe_free_model_hooks()

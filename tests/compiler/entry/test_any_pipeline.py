@@ -93,6 +93,22 @@ def test_without_a_call_one_is_asked_for():
         sg.accelerate(pipe, 4, "full")
 
 
+def test_timesteps_that_are_copies_from_the_second_step_on_are_followed():
+    """HunyuanVideo casts timesteps to the dtype of its latents, which is float32 at the first step alone."""
+    pipe, call = any_pipe("hunyuan_video")
+    pipe.transformer.to(torch.bfloat16)
+    given = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in call(0).items()
+    }
+    eager = latents(pipe, given)
+    exe = sg.accelerate(pipe, policy="full", call=given, backend="eager", exact=True)
+    for _ in range(2):
+        given["generator"].manual_seed(0)
+        assert torch.equal(latents(pipe, given), eager)
+    exe.detach()
+
+
 def test_flux_in_low_precision_casts_as_its_pipeline_does():
     pipe = flux_pipe(dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

@@ -57,6 +57,8 @@ def test_an_image_of_a_class(images: Path, tmp_path: Path):
         (("{empty}",), "has no model_index.json; expected a folder that a pipeline's save_pretrained wrote"),
         (("{broken}",), "is no complete pipeline: "),
         (("{images}", "--call", "class_labels=[1]", "--policy", "nose"), "unknown policy 'nose'"),
+        (("{images}", "--call", "output_type=latent"), "--call output_type=... is said by another option"),
+        (("{images}", "--steps", "4", "--call", "num_inference_steps=8"), "--call num_inference_steps=... is said by another"),
         (("{images}", "--call", "nose=1"), "DiTPipeline cannot be called with nose, output_type: missing a required argument"),
         (("{images}",), "DiTPipeline cannot be called with output_type: missing a required argument: 'class_labels'"),
         (
@@ -64,7 +66,7 @@ def test_an_image_of_a_class(images: Path, tmp_path: Path):
             "measures the model on sampling runs, which call=",
         ),
     ],
-    ids=["nowhere", "empty", "broken", "policy", "argument", "nothing to draw", "measures"],
+    ids=["nowhere", "empty", "broken", "policy", "reserved", "twice", "argument", "nothing to draw", "measures"],
 )
 def test_what_cannot_be_run_is_said(images: Path, tmp_path: Path, arguments, message):
     (tmp_path / "empty").mkdir()
