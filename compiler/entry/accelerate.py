@@ -56,7 +56,7 @@ def accelerate(
 ) -> Executable:
     """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
 
-    With `call`, the pipeline's own call is watched as far as its first step (`stepgraph.watch`), and says what the transformer
+    With `call`, the pipeline's own call is watched (`stepgraph.watch`; its first step is computed), and says what the transformer
     is given and how the scheduler is set: so any pipeline with one transformer is accelerated, also one whose class no adapter
     knows.
 

@@ -329,8 +329,8 @@ def _place(
     if not matches:
         there = shown(timesteps[: len(asked)][:4].tolist())
         raise PlanError(
-            f"{kind} gives its transformer the timesteps {shown(asked[:4])}, ... where the scheduler has {there}, ...; no known "
-            f"conversion leads there: pass timestep= to make_plan, or run a session step by step"
+            f"{kind} gives its transformer the timesteps {shown(asked[:4])}, ... where the scheduler has {there}, ...; no "
+            f"known conversion leads there: pass timestep= to make_plan, or run a session step by step"
         )
     *_, place, way = min(matches, key=lambda match: match[:3])
     return place, TimestepInput(way)
