@@ -57,8 +57,8 @@ def accelerate(
     """Calibrate a pipeline's transformer under its scheduler, make a plan, compile it and attach it.
 
     With `call`, the pipeline's own call is watched (`stepgraph.watch`), which computes its first step, and says what the
-    transformer is given and how the scheduler is set: so any pipeline with one transformer is accelerated, also one whose class no
-    adapter knows.
+    transformer is given and how the scheduler is set: so any pipeline with one transformer is accelerated, also one whose class
+    no adapter knows.
 
     Statistics and plans are kept in a folder and found again there for the same model, weights, scheduler, steps and arguments.
 

@@ -56,8 +56,8 @@ def accelerate_command(
     The first run, which compiles what is left, warms up; the second one is timed.
     """
     out = writable_folder(out)
-    ours = {"prompt": prompt, "num_inference_steps": steps}
-    ours = {name: value for name, value in ours.items() if value is not None} | {"output_type": "np"}
+    said: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps, "output_type": "np"}
+    ours = {name: value for name, value in said.items() if value is not None}
     given = parse_arguments(call)
     twice = sorted(given.keys() & {*ours, *RESERVED})
     if twice:
