@@ -18,7 +18,8 @@ usage: bench/gpu_suite.sh PART OUT [WHEELS]
           ops      fused operations against plain torch, torch.compile and the machine's ceilings
           lowrank  milliseconds per step of corrected rows of DiT-XL/2
           runtime  the static runtime on DiT-XL/2 against eager, torch.compile and hooks
-          train    train glyph-dit-l; exit status 3 says that a checkpoint was left: run it again
+          train    train flux-emoji-l on out/emoji/icons-64.npz (python -m stepgraph.bench.emoji.icons --size 64, where there is
+                   a network); exit status 3 says that a checkpoint was left: run it again
           all      tests, demo, ops, lowrank, runtime and compile
   OUT     folder for logs, results and suite.json
   WHEELS  folder of wheel files; what this checkout needs and Python lacks is installed from it; '' for none
@@ -224,7 +225,7 @@ run_prove() {
 }
 run_train() {
     run_part train "$out/train.txt" \
-        "$python" -m stepgraph.bench.glyphs.train_glyphs glyph-dit-l --device cuda --out "$out/training" --limit 400
+        "$python" -m stepgraph.bench.emoji.train_flux_emoji flux-emoji-l --device cuda --bf16 --out "$out/training" --limit 280
 }
 
 if [[ -n $tiny ]] || has_cuda; then

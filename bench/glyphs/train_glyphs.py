@@ -1,8 +1,7 @@
-"""Train the glyph classifier and the small diffusion transformers glyph-dit and glyph-dit-l.
+"""Train the glyph classifier and the small diffusion transformer glyph-dit.
 
     python -m stepgraph.bench.glyphs.train_glyphs classifier
     python -m stepgraph.bench.glyphs.train_glyphs glyph-dit            # about an hour on two CPU cores
-    python -m stepgraph.bench.glyphs.train_glyphs glyph-dit-l --device cuda
 
 Each run writes its weights (`save_pretrained` layout, fp16), the loss curve and, for a transformer, a contact sheet
 into --out. A killed run continues from its last checkpoint. The transformer is diffusers' own DiTTransformer2DModel,
@@ -46,10 +45,6 @@ class Recipe:
 
 RECIPES = {
     "glyph-dit": Recipe(24, 4, heads=2, layers=10, steps=8000, batch=64, learning_rate=1.5e-3, images=30_000),
-    "glyph-dit-l": Recipe(
-        32, 2, heads=3, layers=9, steps=30_000, batch=256, learning_rate=1e-3, images=100_000,
-        warp=Warp(rotation=25, shear=0.25, scale=(0.7, 1.15), shift=3.0),
-    ),
 }  # fmt: skip
 
 

@@ -52,10 +52,15 @@ class Workshop:
         """The calibration runs of whatever is fitted."""
         return self.host.fits(SAMPLES, SEED)
 
+    @property
+    def planned(self) -> dict[str, Any]:
+        """The steps of the plans, and what their pipeline sets."""
+        return {"steps": self.host.steps, "schedule": self.host.schedule(self.host.steps)}
+
     @cached_property
     def stats(self) -> CalibrationStats:
         """Per-channel statistics."""
-        return calibrate(self.host.model, self.host.scheduler, steps=self.host.steps, **self.runs)
+        return calibrate(self.host.model, self.host.scheduler, **self.planned, **self.runs)
 
     def interval(self, every: int, *kinds: str) -> CachePlan:
         """Everything of some kinds reused but at every `every`-th step."""
@@ -81,7 +86,7 @@ class Workshop:
         """Of the increments of a period."""
         if (period, whole) not in self._covariances:
             self._covariances[period, whole] = measure_covariances(
-                self.host.model, self.host.scheduler, steps=self.host.steps, period=period, whole=whole, **self.runs
+                self.host.model, self.host.scheduler, period=period, whole=whole, **self.planned, **self.runs
             )
         return self._covariances[period, whole]
 

@@ -42,6 +42,13 @@ def test_what_is_fitted_has_captions_of_the_other_half(host):
     assert not [name for name in host.watched(3, 0)["conditioning"] if name.startswith("negative_")]
 
 
+def test_what_factors_are_made_of_is_measured_on_the_plans_timesteps(host, monkeypatch):
+    monkeypatch.setattr(corrections, "SAMPLES", 1)
+    shop = corrections.Workshop(host)
+    planned = shop.interval(2).header
+    assert shop.stats.header.timesteps == shop.covariances(2, False).header.timesteps == planned.timesteps
+
+
 def test_routers_are_trained_on_runs_of_the_other_half(host, tmp_path):
     with Progress(disable=True) as progress:
         router = host.trained_router(progress, "", iterations=1, batch=2, pool=2, label_dropout=0.5)
