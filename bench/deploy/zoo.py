@@ -46,6 +46,8 @@ STEPS, SEEDS = 4, (1, 2)
 TABLE = Path("docs/families.md")
 BEGIN, END = "<!-- the zoo's table begins -->", "<!-- the zoo's table ends -->"
 COLUMNS = ("class", "sites from", "sites", "share", "result")
+# Markdown takes a plain one for the beginning of a link.
+BRACKET = "\\["
 # Relative L2 of what is not exact.
 ROUNDING = 1e-5
 
@@ -149,7 +151,7 @@ def _first_words(refusal: StepgraphError) -> str:
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path = TABLE) -> None:
     """Replace the table between its two marks in a page."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |" for row in rows]
+    lines += [f"| {' | '.join(str(row.get(column, '')).replace('[', BRACKET) for column in COLUMNS)} |" for row in rows]
     page = path.read_text(encoding="utf-8")
     head, tail = page.split(BEGIN)[0], page.split(END)[1]
     with whole_file(path) as partial:
