@@ -73,8 +73,8 @@ def accelerate(
         guidance_scale: Of these runs; 1 for none, which is the default.
         conditioning: What they are conditioned on, as for `stepgraph.calibrate`; the plan is for its sizes.
         allow_stochastic: Go on although the sampler adds noise.
-        batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance. Other
-            sizes compile when they are first met.
+        batch: Rows of the transformer's input to compile for first: images per call, twice that with guidance; those of
+            `call` where that is given. Other sizes compile when they are first met.
         backend: "inductor" or "eager".
         exact: As in `stepgraph.compile`.
         cache: The folder; that of STEPGRAPH_CACHE unless given.
@@ -125,13 +125,10 @@ def accelerate(
         seen = {"example_inputs": inputs, "guidance": watched.guidance, "timestep": watched.timestep}
     marked = traced.marked(inputs)
     header = make_header(transformer, pipe.scheduler, count, marked, seen.get("guidance", "batched"), chosen)
+    header = replace(header, timestep=seen.get("timestep", header.timestep))
     if not allow_stochastic:
         refuse_stochastic(pipe.scheduler, count, header.schedule)
-    circumstances = {
-        **asdict(header),
-        "timestep": str(seen.get("timestep", "")),
-        "facts": _key(stated_facts(marked.trace.facts)),
-    }
+    circumstances = {**asdict(header), "facts": _key(stated_facts(marked.trace.facts))}
     measured = POLICIES[policy].wants_stats(policy_arguments)
 
     def unfinished(file: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -10,41 +9,33 @@ from torch import nn
 
 from stepgraph.errors import CompileError, PlanError
 from stepgraph.plan.refuse_other import refuse_other_structure
-from stepgraph.runtime.attach.call import Call
+from stepgraph.runtime.attach.forward_stand_in import ForwardStandIn
 from stepgraph.runtime.attach.runs import Runs
-from stepgraph.runtime.program.facts import StandIn
 from stepgraph.runtime.session.begin_run import refuse_other_forward
 from stepgraph.runtime.session.compiled import Compiled
 from stepgraph.runtime.session.siblings import refuse_unsuited
-from stepgraph.wrapped_models import forward_signature, unwrapped
+from stepgraph.wrapped_models import unwrapped
 
 # By transformer; the attachment itself lives on it, as its forward.
 _attached: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]]" = weakref.WeakKeyDictionary()
 
 
-class Attachment(StandIn):
+class Attachment(ForwardStandIn):
     """Stands in for the forward of a transformer that pipelines share.
 
     Attributes:
         executable: What answers: the one that was attached, put on the pipeline's own model where that is another.
         owner: The one that was attached.
         runs: Who calls, and where each of them is.
-        replaced: The forward that the transformer had of its own; None where it had its class's.
         compiled: What torch.compile had made of the module.
         session: Of the last call's run.
     """
 
     def __init__(self, executable: Compiled, owner: Compiled, transformer: nn.Module) -> None:
-        self.executable, self.owner = executable, owner
-        self.replaced, self.compiled = transformer.__dict__.get("forward"), transformer._compiled_call_impl
+        super().__init__(transformer)
+        self.executable, self.owner, self.compiled = executable, owner, transformer._compiled_call_impl
         self.runs = Runs(executable)
         self.session = executable.session(around=True)
-        self._model = weakref.ref(transformer)
-        # Pipelines ask which arguments there are.
-        self.__signature__ = forward_signature(executable.model)
-        parameters = self.__signature__.parameters.values()
-        self._latents = next(iter(self.__signature__.parameters))
-        self._extra = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: the copy's forward would run the original's weights."""
@@ -59,10 +50,7 @@ class Attachment(StandIn):
         """The transformer's forward: answered by the executable, or by the model itself where the plan has no such call."""
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             raise CompileError("an executable is attached to this model; detach it before exporting or tracing the model")
-        inputs = self._bound(*args, **kwargs)
-        for extra in self._extra:
-            inputs |= inputs.pop(extra, {})
-        call = Call.of(inputs, self._latents)
+        call = self.call_of(*args, **kwargs)
         call.refuse_without_values()
         run = self.runs.admit(call)
         try:
@@ -73,9 +61,9 @@ class Attachment(StandIn):
         try:
             if answered:
                 self.session = run.session
-                outcome = run.session(**inputs)
+                outcome = run.session(**call.inputs)
             else:
-                outcome = self._own_forward()(*args, **kwargs)
+                outcome = self.own_forward()(*args, **kwargs)
             run.trace(call, outcome)
             if run.finished or (not answered and run.at_last_step):
                 run.finish()
@@ -83,23 +71,6 @@ class Attachment(StandIn):
             self.runs.drop(run)
             raise
         return outcome
-
-    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of a call by name.
-
-        Raises:
-            TypeError: They are not those of the model's forward, as the model itself says of them.
-        """
-        try:
-            return dict(self.__signature__.bind(*args, **kwargs).arguments)
-        except TypeError as error:
-            raise TypeError(f"{type(self.executable.model).__name__}.forward() {error}") from None
-
-    def _own_forward(self) -> Callable[..., Any]:
-        model = self._model()
-        assert model is not None
-        forward: Callable[..., Any] = self.replaced or MethodType(type(model).forward, model)
-        return forward
 
 
 def attach(executable: Compiled, pipe: Any) -> None:
@@ -161,4 +132,4 @@ def detach(executable: Compiled) -> None:
 def own_forward(model: nn.Module) -> Callable[..., Any] | None:
     """The forward that an attached model had before; None where nothing is attached."""
     attachment = model.__dict__.get("forward")
-    return attachment._own_forward() if isinstance(attachment, Attachment) else None
+    return attachment.own_forward() if isinstance(attachment, Attachment) else None

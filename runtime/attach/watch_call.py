@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ from stepgraph.checks import check_numbers, shown
 from stepgraph.errors import ArgumentError, CompileError, PlanError
 from stepgraph.inputs import flat_inputs, latents_key, latents_of
 from stepgraph.runtime.attach.call import Call
+from stepgraph.runtime.attach.forward_stand_in import ForwardStandIn
 from stepgraph.runtime.attach.run_timesteps import read_timestep
 from stepgraph.runtime.program.facts import StandIn
 from stepgraph.schedule import Schedule, TimestepInput, known_timestep
 from stepgraph.scheduler import prepare_scheduler
-from stepgraph.wrapped_models import forward_signature, unwrapped
 
-# What pipelines make of a scheduler's timestep, the usual ways first (diffusers 0.36 to 0.42).
+# What pipelines of diffusers make of a scheduler's timestep, the usual ways first.
 UNITS: tuple[tuple[str, ...], ...] = ((), ("/1000",), ("1000-", "/1000"), ("/1000", "1-"), ("*0.001",), ("1000-",), ("1-",))
 CASTS: tuple[tuple[str, ...], ...] = ((), ("cast",))
 # A cast comes before the arithmetic in most.
@@ -113,7 +112,7 @@ def watch(pipe: Any, /, **call: Any) -> WatchedCall:
         raise ArgumentError(f"{kind} cannot be called with {', '.join(given) or 'nothing'}: {error}") from error
     with _as_before(pipe, scheduler, given):
         try:
-            with recorder.in_place():
+            with recorder.in_place(transformer):
                 pipe(**given)
         except _SeenEnough as seen:
             # Which may come from another watch, around this one.
@@ -135,16 +134,12 @@ class _SeenEnough(BaseException):
         self.by = by
 
 
-class _Recorder(StandIn):
+class _Recorder(ForwardStandIn):
     """Stands in for a transformer's forward, and for two methods of the scheduler, during one call of a pipeline."""
 
     def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
-        self._transformer, self._scheduler = transformer, scheduler
-        self._known = known_timestep(transformer)
-        self.replaced = transformer.__dict__.get("forward")
-        self.__signature__ = forward_signature(unwrapped(transformer))
-        self._extra = [p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD]
-        self._latents = next(iter(self.__signature__.parameters))
+        super().__init__(transformer)
+        self._scheduler, self._known = scheduler, known_timestep(transformer)
         self._calls: list[Call] = []
         self._branches: list[str] = []
         # Of the first call of each step behind the first one, and what the calls of that returned.
@@ -157,13 +152,13 @@ class _Recorder(StandIn):
         self._number, self._branch = 0, ""
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, transformer: nn.Module) -> Iterator[None]:
         """Stand in, and give way again."""
         with ExitStack() as stack:
-            stack.enter_context(_attributes(self._transformer, forward=self, _compiled_call_impl=None))
-            context = getattr(self._transformer, "cache_context", None)
+            stack.enter_context(_attributes(transformer, forward=self, _compiled_call_impl=None))
+            context = getattr(transformer, "cache_context", None)
             if callable(context):
-                stack.enter_context(_attributes(self._transformer, cache_context=self._named(context)))
+                stack.enter_context(_attributes(transformer, cache_context=self._named(context)))
             watched = {
                 "set_timesteps": self._set_timesteps(self._scheduler.set_timesteps),
                 "step": self._step(self._scheduler.step),
@@ -173,10 +168,7 @@ class _Recorder(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's forward."""
-        inputs = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        for extra in self._extra:
-            inputs |= inputs.pop(extra, {})
-        call = Call.of({name: value for name, value in inputs.items() if value is not None}, self._latents)
+        call = self.call_of(*args, **kwargs)
         if self._steps:
             return self._answered_again(call)
         if not self._calls:
@@ -184,8 +176,7 @@ class _Recorder(StandIn):
             self._begin = getattr(self._scheduler, "begin_index", None)
         self._calls.append(Call(_copied(call.inputs), call.latents, call.signature))
         self._branches.append(self._branch)
-        forward: Callable[..., Any] = self.replaced or MethodType(type(self._transformer).forward, self._transformer)
-        self._returned.append(forward(*args, **kwargs))
+        self._returned.append(self.own_forward()(*args, **kwargs))
         return self._returned[-1]
 
     def _answered_again(self, call: Call) -> Any:
@@ -271,7 +262,7 @@ class _Recorder(StandIn):
 
 def _ordered(call: Call) -> dict[str, Any]:
     """A call's arguments, the latents first; how the result is returned is none of them."""
-    rest = {name: value for name, value in call.inputs.items() if name not in (call.latents, "return_dict")}
+    rest = {n: value for n, value in call.inputs.items() if value is not None and n not in (call.latents, "return_dict")}
     return {call.latents: call.inputs[call.latents], **rest}
 
 

@@ -4,27 +4,14 @@ from pathlib import Path
 
 import pytest
 from diffusers import (
-    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
 )
 
 import stepgraph as sg
-from helpers.published import BLOCKS, T, book, column, flux_book, imported, imported_flux, weightless_flux
-from helpers.tiny import tiny_dit
+from helpers.published import T, book, column, flux_book, imported, imported_flux
 from stepgraph.compiler.importers import EXPORTERS, invardiff_flux_book
 from stepgraph.errors import PlanError
 from stepgraph.plan import CachePlan
-
-
-@pytest.fixture(scope="module")
-def model() -> DiTTransformer2DModel:
-    return tiny_dit(num_layers=BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def flux() -> FluxTransformer2DModel:
-    return weightless_flux()
 
 
 def test_a_flux_book_speaks_of_both_makes_of_block(flux, tmp_path: Path):

@@ -7,27 +7,14 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
     PixArtTransformer2DModel,
 )
 
 import stepgraph as sg
 from helpers.pixart_sd3 import PIXART
-from helpers.published import BLOCKS, T, book, column, imported, imported_flux, weightless_flux
-from helpers.tiny import tiny_dit
+from helpers.published import BLOCKS, T, book, column, imported, imported_flux
 from stepgraph.compiler.importers import invardiff_book, smoothcache_schedule
 from stepgraph.errors import PlanError
-
-
-@pytest.fixture(scope="module")
-def model() -> DiTTransformer2DModel:
-    return tiny_dit(num_layers=BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def flux() -> FluxTransformer2DModel:
-    return weightless_flux()
 
 
 def test_an_invardiff_book_reuses_hidden_and_modules(model, tmp_path: Path):

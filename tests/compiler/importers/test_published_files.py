@@ -16,18 +16,12 @@ from typer.testing import CliRunner
 import stepgraph as sg
 from helpers.full_size import full_size
 from helpers.paths import PUBLISHED
-from helpers.published import BLOCKS, T, column, imported
-from helpers.tiny import tiny_dit
+from helpers.published import T, column, imported
 from stepgraph.cli.main import app
 from stepgraph.compiler.importers import invardiff_book, invardiff_flux_book, smoothcache_schedule
 from stepgraph.compiler.models.dit import DIT
 from stepgraph.errors import PlanError
 from stepgraph.plan import CachePlan
-
-
-@pytest.fixture(scope="module")
-def model() -> DiTTransformer2DModel:
-    return tiny_dit(num_layers=BLOCKS)
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,6 @@ from stepgraph.errors import PlanError
 from stepgraph.fingerprint import fingerprint
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def router(model) -> Router:
-    torch.manual_seed(0)
-    return train(model)
-
-
 def test_a_router_file_is_read_back(router, tmp_path):
     path = tmp_path / "router.safetensors"
     router.save(path)

@@ -7,14 +7,9 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from helpers.routers import SMALL, sampling, train, trajectories
-from helpers.tiny import labels, noise, tiny_dit, tiny_scheduler
+from helpers.tiny import labels, noise, tiny_scheduler
 from stepgraph.compiler.routers.router_states import Conditioning, NoisedLatents
 from stepgraph.errors import PlanError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 def test_trajectories_are_the_states_of_real_runs(model):

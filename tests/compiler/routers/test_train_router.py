@@ -9,20 +9,8 @@ from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler
 import stepgraph as sg
 from helpers.routers import SMALL, train, trajectories
 from helpers.tiny import labels, noise, tiny_dit
-from stepgraph.compiler.routers.router import Router
 from stepgraph.compiler.routers.router_settings import RouterSettings, settings_of
 from stepgraph.errors import PlanError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def router(model) -> Router:
-    torch.manual_seed(0)
-    return train(model)
 
 
 def test_only_logits_are_trained(model):
